@@ -1,0 +1,149 @@
+"""The one loop: projected gradient steps on an image, up or down an objective (Madry et al. 2018, eq. 2.3).
+
+An attack, an adversarial training step and the reverse attack differ in the objective that they hand in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from models import philox
+from models.errors import ConfigError
+from models.shapes import Float, Int
+
+# Maps images [batch, 3, h, w] and the step's number to one loss per image [batch]. Image i's loss must depend on
+# image i alone: the gradient of the sum is then every image's own gradient.
+Objective = Callable[[Tensor, int], Tensor]
+
+START_STREAM = 0x5EED  # the Philox stream of random starts; views use streams from 0 up
+
+
+class Descent(NamedTuple):
+    """The last iterate [batch, 3, h, w] and the objective before each step [steps, batch]."""
+
+    image: Tensor
+    losses: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedGradient:
+    """The loop's parameters; epsilon and step_size in pixel units of [0, 1].
+
+    norm:      "linf" (sign steps, box) or "l2" (unit-gradient steps, ball)
+    momentum:  0 for plain steps; otherwise velocity = momentum * velocity + gradient / |gradient|_1
+               (Dong et al. 2018, eq. 6)
+    start:     "zero" (the image itself) or "uniform" (seeded, in the ball)
+    """
+
+    direction: Literal["ascend", "descend"]
+    epsilon: float
+    step_size: float
+    steps: int
+    norm: Literal["linf", "l2"] = "linf"
+    start: Literal["zero", "uniform"] = "zero"
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        for name, allowed in (
+            ("direction", ("ascend", "descend")),
+            ("norm", ("linf", "l2")),
+            ("start", ("zero", "uniform")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        for name in ("epsilon", "step_size", "momentum"):
+            value = getattr(self, name)
+            if not (0 <= value < float("inf")):
+                raise ConfigError(f"{name}={value!r} is not a finite number of at least 0")
+        if self.steps < 0:
+            raise ConfigError(f"steps={self.steps!r} is below 0")
+
+    def begin(self, x0: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Float[Tensor, "batch 3 h w"]:
+        """The first iterate: the image, or a seeded uniform point of the ball around it, in [0, 1]."""
+        if self.start == "zero":
+            return x0.clone()
+        noise = philox.uniform(seeds, 0, START_STREAM, x0[0].numel() + 1)
+        inside, radius = noise[:, 1:].view_as(x0).to(x0.dtype) * 2 - 1, noise[:, :1, None, None].to(x0.dtype)
+        if self.norm == "l2":  # a direction, then a radius; uniform over radii rather than over volume
+            inside = inside / _l2(inside) * radius
+        return (x0 + self.epsilon * inside).clamp(0, 1)
+
+    def project(self, x: Float[Tensor, "batch 3 h w"], x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+        """The nearest point of the ball around x0, then of [0, 1]."""
+        if self.norm == "linf":
+            return torch.minimum(torch.maximum(x, x0 - self.epsilon), x0 + self.epsilon).clamp(0, 1)
+        delta = x - x0
+        return (x0 + delta * (self.epsilon / _l2(delta)).clamp(max=1)).clamp(0, 1)
+
+    def advance(
+        self,
+        x: Float[Tensor, "batch 3 h w"],
+        x0: Float[Tensor, "batch 3 h w"],
+        gradient: Float[Tensor, "batch 3 h w"],
+        velocity: Float[Tensor, "batch 3 h w"] | None,
+        *,
+        smooth_backward: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One step from `x` along `gradient`: the next iterate and the next velocity (None without momentum)."""
+        if self.momentum:
+            scaled = gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
+            velocity = scaled if velocity is None else self.momentum * velocity + scaled
+            gradient = velocity
+        if self.norm == "l2":
+            move = gradient / _l2(gradient)
+        else:
+            move = _sign_with_slope(gradient) if smooth_backward else gradient.sign()
+        sign = 1.0 if self.direction == "ascend" else -1.0
+        return self.project(x + sign * self.step_size * move, x0), velocity
+
+    def run(
+        self,
+        x0: Float[Tensor, "batch 3 h w"],
+        objective: Objective,
+        *,
+        seeds: Int[Tensor, " batch"],
+        unrolled: bool = False,
+    ) -> Descent:
+        """All steps from `x0` (in [0, 1]); works under a caller's no_grad or inference_mode.
+
+        With `unrolled`, the result carries gradients with respect to `x0` through every step (second derivatives of
+        the objective); a sign's backward is then that of a soft sign, since its own is zero everywhere.
+        Otherwise the result is detached, and only the image's gradient is computed.
+        """
+        if unrolled:
+            return self._descend(x0, objective, seeds, unrolled=True)
+        with torch.inference_mode(False), torch.enable_grad():
+            if x0.is_inference():
+                x0, seeds = x0.clone(), seeds.clone()
+            result = self._descend(x0.detach(), objective, seeds, unrolled=False)
+        return result
+
+    def _descend(self, x0: Tensor, objective: Objective, seeds: Tensor, *, unrolled: bool) -> Descent:
+        x, velocity = self.begin(x0, seeds), None
+        losses = []
+        for step in range(self.steps):
+            if not (unrolled and x.requires_grad):
+                x = x.detach().requires_grad_()
+            loss = objective(x, step)
+            (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=unrolled)
+            if not unrolled:
+                x = x.detach()
+            x, velocity = self.advance(x, x0, gradient, velocity, smooth_backward=unrolled)
+            losses.append(loss.detach())
+        return Descent(x, torch.stack(losses) if losses else x0.new_zeros((0, len(x0))))
+
+
+def _l2(delta: Tensor) -> Tensor:
+    """The L2 norm per image [batch, 1, 1, 1], kept off zero."""
+    return delta.flatten(1).square().sum(1).clamp(min=1e-24).sqrt().view(-1, 1, 1, 1)
+
+
+def _sign_with_slope(gradient: Tensor) -> Tensor:
+    """sign(gradient) forward; backward as gradient / (|gradient| + its mean), which has a slope."""
+    mean = gradient.detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
+    soft = gradient / (gradient.abs() + mean)
+    return soft + (gradient.sign() - soft).detach()

@@ -1,0 +1,34 @@
+"""What made an artefact: package versions, and the commit where the code is a checkout."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+RECORDED = ("torch", "torchvision", "numpy", "pillow", "safetensors", "robustbench")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that can move a figure."""
+    found = {"python": platform.python_version()}
+    for package in RECORDED:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with "+changes" where tracked files differ from it; None outside a checkout."""
+    folder = Path(__file__).resolve().parent
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changed else "")

@@ -1,0 +1,1 @@
+"""Data sets to checkpoints; `python -m training` lists the methods."""

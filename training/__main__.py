@@ -1,0 +1,36 @@
+"""`python -m training METHOD --flag value …`."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from models.errors import UnperturbError
+from training.classifier import ClassifierConfig, train_classifier
+from training.config import parse
+
+COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
+    "classifier": (ClassifierConfig, train_classifier),
+}
+
+
+def main(arguments: Sequence[str] | None = None, *, program: str = "python -m training") -> int:
+    """Run one training method; 2 for a refused argument, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] not in COMMANDS:
+        asked_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(f"usage: {program} {{{','.join(COMMANDS)}}} [--help]", file=sys.stdout if asked_help else sys.stderr)
+        return 0 if asked_help else 2
+    name = arguments[0]
+    config_class, run = COMMANDS[name]
+    try:
+        run(parse(config_class, arguments[1:], program=f"{program} {name}"))
+    except UnperturbError as error:
+        print(f"{program} {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on after the last finished epoch", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Command-line flags from a frozen dataclass: `step_size: float` becomes `--step-size 2/255`."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+
+def option(help: str, default: Any = dataclasses.MISSING) -> Any:  # noqa: A002, ANN401
+    """A dataclass field with its `--help` text; required where no default is given."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse(config_class: type[Config], arguments: Sequence[str], *, program: str) -> Config:
+    """The configuration that `arguments` spell; exits with status 2 and the reason for an unknown or bad one."""
+    parser = argparse.ArgumentParser(
+        prog=program, description=config_class.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    hints = get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        required = field.default is dataclasses.MISSING
+        help_text = field.metadata["help"] + ("" if required else f" (default: {field.default})")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            required=required,
+            default=None if required else field.default,
+            help=help_text.replace("%", "%%"),
+            **_reading(hints[field.name]),
+        )
+    return config_class(**vars(parser.parse_args(arguments)))
+
+
+def as_json(config: Any) -> dict[str, Any]:  # noqa: ANN401
+    """The resolved configuration as JSON-ready values."""
+    values = dataclasses.asdict(config)
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def fraction(text: str) -> float:
+    """`0.03`, or `8/255` as the field writes it."""
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction like 8/255") from None
+
+
+def _reading(hint: Any) -> dict[str, Any]:  # noqa: ANN401
+    """argparse's arguments for a type."""
+    if isinstance(hint, UnionType):
+        (hint,) = (part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": fraction if hint is float else hint}

@@ -1,0 +1,159 @@
+"""Image data sets as resident uint8 arrays, checked whole before training begins.
+
+A data set is `cifar10` or `cifar100` (torchvision, downloaded where there is a network), or a folder
+`DIR/train/<class>/*`, `DIR/test/<class>/*`. A folder is decoded once, into an array file in the cache folder that
+later runs map instead of decoding again.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from models.errors import DataError
+from models.shapes import Int, UInt8
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+
+
+class Split(NamedTuple):
+    """Images uint8 [n, 3, size, size] and labels int64 [n], in sorted file order."""
+
+    images: UInt8[Tensor, "n 3 h w"]
+    labels: Int[Tensor, " n"]
+
+
+class DataSet(NamedTuple):
+    """Both splits, the class names, and the SHA-256 over all pixels and labels."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    digest: str
+
+
+def load(source: str, *, image_size: int, cache: Path | None = None) -> DataSet:
+    """A named data set or a folder, at `image_size` pixels a side.
+
+    Raises DataError naming the file or folder: missing, without classes, a class without images, a file that cannot
+    be decoded, classes that differ between the splits.
+    """
+    if source in ("cifar10", "cifar100"):
+        train, test, classes = _torchvision(source, image_size)
+    else:
+        root = Path(source)
+        classes = _class_names(root / "train")
+        if _class_names(root / "test") != classes:
+            raise DataError(f"{root}/train and {root}/test do not have the same class folders")
+        cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unperturb"
+        train = read_folder(root / "train", classes, image_size=image_size, cache=cache)
+        test = read_folder(root / "test", classes, image_size=image_size, cache=cache)
+    digest = hashlib.sha256()
+    for split in (train, test):
+        digest.update(np.ascontiguousarray(split.images.numpy()).data)
+        digest.update(split.labels.numpy().tobytes())
+    return DataSet(Path(source).name, train, test, classes, digest.hexdigest())
+
+
+def hold_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
+    """The split without `count` random images, and those images."""
+    if not 0 < count < len(split.labels):
+        raise DataError(f"cannot hold out {count} of {len(split.labels)} training images")
+    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
+    kept, held = order[count:].sort().values, order[:count].sort().values
+    return Split(split.images[kept], split.labels[kept]), Split(split.images[held], split.labels[held])
+
+
+def read_folder(folder: Path, classes: tuple[str, ...], *, image_size: int, cache: Path) -> Split:
+    """One split from `folder/<class>/*`, sorted by file name within and across classes."""
+    files: list[tuple[str, int, Path]] = []
+    for label, name in enumerate(classes):
+        found = [p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES]
+        if not found:
+            raise DataError(f"class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))})")
+        files += [(path.name, label, path) for path in found]
+    files.sort(key=lambda entry: (entry[0], entry[1]))
+    labels = torch.tensor([label for _, label, _ in files])
+    key = hashlib.sha256(f"{folder.resolve()} {image_size}".encode())
+    for _, _, path in files:
+        stat = path.stat()
+        key.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    array_file = cache / f"{folder.name}-{key.hexdigest()[:32]}.npy"
+    if not array_file.exists():
+        _decode_all([path for *_, path in files], array_file, image_size)
+    # Copy-on-write: torch wants a writable buffer, and the file stays as it is.
+    return Split(torch.from_numpy(np.load(array_file, mmap_mode="c")), labels)
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; a data set is cifar10, cifar100 or a folder with train/ and test/")
+    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+    if len(names) < 2:
+        raise DataError(f"{folder} holds {len(names)} class folder(s); at least 2 are needed")
+    return names
+
+
+def _decode_all(paths: list[Path], array_file: Path, image_size: int) -> None:
+    """Decode every file into a new .npy, or raise DataError naming the first that cannot be."""
+    array_file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = array_file.with_suffix(f".{os.getpid()}.tmp")
+    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(paths), 3, image_size, image_size))
+    try:
+        with ThreadPoolExecutor() as pool:
+            decoded = pool.map(lambda path: _decode(path, image_size), paths)
+            for index, pixels in enumerate(tqdm(decoded, total=len(paths), desc="decoding", unit="img", leave=False)):
+                out[index] = pixels
+        out.flush()
+        temporary.replace(array_file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _decode(path: Path, image_size: int) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be decoded as an image ({error}); repair or remove it") from error
+    if image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _torchvision(name: str, image_size: int) -> tuple[Split, Split, tuple[str, ...]]:
+    from torchvision import datasets
+
+    if image_size != 32:
+        raise DataError(f"{name} has images of 32 pixels; image_size={image_size} needs an image folder")
+    root = Path(os.environ.get("UNPERTURB_DATA", Path.home() / ".cache" / "unperturb" / "torchvision"))
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    splits = []
+    for train in (True, False):
+        try:
+            data = kind(root, train=train, download=True)
+        except (OSError, RuntimeError) as error:
+            raise DataError(
+                f"{name} could not be downloaded to {root} ({error}); place torchvision's archive there, set "
+                "UNPERTURB_DATA to a folder that has it, or name an image folder instead"
+            ) from error
+        splits.append(Split(torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(data.targets)))
+    return splits[0], splits[1], tuple(data.classes)
+
+
+def resident(split: Split, device: torch.device) -> Split:
+    """The split on `device`; raises DataError where its memory is too small."""
+    try:
+        return Split(split.images.to(device), split.labels.to(device))
+    except torch.OutOfMemoryError as error:
+        size = split.images.numel() / 2**30
+        raise DataError(f"{len(split.labels)} images ({size:.1f} GiB) do not fit on {device}; use smaller images") from error

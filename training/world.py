@@ -1,0 +1,68 @@
+"""The processes of one training run: one, or several that `torchrun` started (one GPU each)."""
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.errors import ConfigError
+
+
+class World(NamedTuple):
+    """This process's place among `size`, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def join(device: str) -> World:
+    """Join torchrun's process group where its variables are set; `device` is cpu, cuda or cuda:N."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}, but torch finds no CUDA device here; use --device cpu")
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1, torch.device(device))
+    chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.startswith("cuda") else torch.device("cpu")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, chosen)
+
+
+def leave(world: World) -> None:
+    """Leave the process group."""
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def average(world: World, tensors: Iterable[Tensor]) -> None:
+    """Replace each floating-point tensor by its mean over the processes, in one exchange."""
+    if world.size == 1:
+        return
+    floats = [t for t in tensors if t.is_floating_point()]
+    flat = torch.cat([t.detach().reshape(-1) for t in floats])
+    dist.all_reduce(flat)
+    for tensor, mean in zip(floats, (flat / world.size).split([t.numel() for t in floats]), strict=True):
+        tensor.detach().copy_(mean.view_as(tensor))
+
+
+def average_gradients(world: World, model: nn.Module) -> None:
+    """Gradients of the global batch: the mean of every process's own."""
+    average(world, [p.grad for p in model.parameters() if p.grad is not None])
+
+
+def same_weights(world: World, model: nn.Module) -> None:
+    """Give every process rank 0's weights and buffers."""
+    if world.size > 1:
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def wait(world: World) -> None:
+    """Until every process is here."""
+    if world.size > 1:
+        dist.barrier()
