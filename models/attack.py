@@ -67,9 +67,7 @@ def pgd(
     seeds: Int[Tensor, " batch"] | None = None,
 ) -> Float[Tensor, "batch 3 h w"]:
     """PGD with a random start in the L-infinity ball; `seeds` default to the image's place in the batch."""
-    loop = ProjectedGradient(
-        direction="ascend", epsilon=epsilon, step_size=step_size, steps=steps, start="uniform"
-    )
+    loop = ProjectedGradient(direction="ascend", epsilon=epsilon, step_size=step_size, steps=steps, start="uniform")
     seeds = torch.arange(len(x), device=x.device) if seeds is None else seeds
     return loop.run(x, cross_entropy(classify, labels), seeds=seeds).image
 

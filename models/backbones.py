@@ -5,18 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
 from models.classifier import ImageClassifier
 from models.errors import ConfigError
 from models.residual import PreActResNet
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "softplus": F.softplus,
+NATIVE = "native"  # the activation that the architecture was published with
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "softplus": nn.Softplus,
 }
 TORCHVISION = ("efficientnet_b0", "resnet18", "resnet50")
 NAMES = (
@@ -39,7 +39,7 @@ class Architecture:
     name: str
     num_classes: int
     image_size: int = 32
-    activation: str = "relu"
+    activation: str = NATIVE
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = CIFAR10_STD
 
@@ -48,40 +48,46 @@ def build(architecture: Architecture, *, pretrained: bool = False, weights: bool
     """A classifier in eval mode, channels last, with fresh weights.
 
     With `pretrained`, torchvision's ImageNet weights (and a fresh last layer where the number of classes differs).
-    A `robustbench:` name comes with its weights, unless `weights` is False: the caller then brings its own. Raises ConfigError for an unknown name or activation,
-    WeightsUnavailableError for weights that cannot be had.
+    A `robustbench:` name comes with its weights, unless `weights` is False: the caller then brings its own.
+    Raises ConfigError for an unknown name or activation, WeightsUnavailableError for weights that cannot be had.
     """
     name = architecture.name
-    if architecture.activation not in ACTIVATIONS:
-        raise ConfigError(f"activation={architecture.activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if architecture.activation not in (NATIVE, *ACTIVATIONS):
+        raise ConfigError(f"activation={architecture.activation!r} is not one of {NATIVE}, {', '.join(ACTIVATIONS)}")
+    activation = None if architecture.activation == NATIVE else ACTIVATIONS[architecture.activation]
     if architecture.num_classes < 2 or architecture.image_size < 8:
         raise ConfigError(
-            f"num_classes={architecture.num_classes} must be at least 2, image_size={architecture.image_size} at least 8"
+            f"num_classes={architecture.num_classes} must be at least 2, "
+            f"image_size={architecture.image_size} at least 8"
         )
     if name.startswith("robustbench:"):
+        if activation is not None:
+            raise ConfigError(f"activation={architecture.activation!r}: {name} comes with its own; use {NATIVE}")
         from models.robustbench_adapter import load_robustbench  # only who asks for it pays its import
 
         return load_robustbench(name, image_size=architecture.image_size, weights=weights)
     if name in TORCHVISION:
         from models.torchvision_adapter import build_torchvision
 
-        model: ImageClassifier = build_torchvision(architecture, pretrained=pretrained)
+        model: ImageClassifier = build_torchvision(architecture, activation=activation, pretrained=pretrained)
     elif pretrained:
         raise ConfigError(f"pretrained weights exist for {', '.join(TORCHVISION)} only, not for {name!r}")
     else:
-        model = _build_residual(architecture)
-    return model.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+        model = _build_residual(architecture, (activation or nn.ReLU)())
+    return model.eval().to(memory_format=torch.channels_last)
 
 
-def _build_residual(architecture: Architecture) -> PreActResNet:
+def _build_residual(architecture: Architecture, activation: nn.Module) -> PreActResNet:
     wide = re.fullmatch(r"wide_resnet_(\d+)_(\d+)", architecture.name)
     if architecture.name == "preact_resnet18":
-        widths, blocks, stem = (64, 128, 256, 512), 2, 64
+        widths: tuple[int, ...] = (64, 128, 256, 512)
+        blocks, stem = 2, 64
     elif wide:
         depth, width = int(wide[1]), int(wide[2])
         if depth < 10 or (depth - 4) % 6 or not 1 <= width <= 32:
             raise ConfigError(f"{architecture.name!r}: the depth is 6n + 4 (10, 16, 22, 28, 34 …), the width 1 to 32")
-        widths, blocks, stem = (16 * width, 32 * width, 64 * width), (depth - 4) // 6, 16
+        widths = (16 * width, 32 * width, 64 * width)
+        blocks, stem = (depth - 4) // 6, 16
     else:
         raise ConfigError(f"architecture {architecture.name!r} is not one of {', '.join(NAMES)}")
     return PreActResNet(
@@ -90,7 +96,7 @@ def _build_residual(architecture: Architecture) -> PreActResNet:
         stem=stem,
         num_classes=architecture.num_classes,
         image_size=architecture.image_size,
-        activation=ACTIVATIONS[architecture.activation],
+        activation=activation,
         mean=architecture.mean,
         std=architecture.std,
     )

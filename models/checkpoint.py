@@ -183,7 +183,9 @@ def _empty(card: Card, file: Path) -> Checkpoint:
         classifier = build(card.architecture, weights=False)
         if card.head is not None:
             head = ProjectionHead(
-                feature_dim=classifier.feature_dim, hidden=card.head.hidden, embedding_dim=card.head.embedding_dim
+                feature_dim=classifier.feature_dim,
+                hidden=card.head.hidden,
+                embedding_dim=card.head.embedding_dim,
             )
             if not (math.isfinite(card.head.temperature) and card.head.temperature > 0):
                 raise ConfigError(f"temperature={card.head.temperature!r} is not above 0")
@@ -213,9 +215,7 @@ def _known(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
         raise CheckpointError(f"{file}: {kind.__name__} is not an object")
     fields = dataclasses.fields(kind)
     unknown = sorted(raw.keys() - {f.name for f in fields})
-    required = {
-        f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
+    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     missing = sorted(required - raw.keys())
     if unknown or missing:
         raise CheckpointError(f"{file}: {kind.__name__} has unknown keys {unknown}, lacks {missing}")

@@ -1,7 +1,7 @@
 """InfoNCE over the views of one image against explicit negatives, the projection head, and the bank of negatives."""
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,10 @@ class ProjectionHead(nn.Module):
     def __init__(self, *, feature_dim: int, hidden: int, embedding_dim: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(feature_dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, embedding_dim)
+            nn.Linear(feature_dim, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, embedding_dim),
         )
 
     def forward(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
@@ -102,14 +105,16 @@ def info_nce(
     views = embeddings.shape[1]
     if views < 2:
         raise ConfigError(f"InfoNCE over {views} view(s); it needs at least 2")
-    positive = embeddings @ embeddings.transpose(1, 2) / temperature  # batch views views
-    negative = embeddings @ negatives.T / temperature  # batch views bank
+    with torch.autocast(embeddings.device.type, enabled=False):  # 8 bits of mantissa are too few for a loss
+        embeddings = embeddings.float() if embeddings.dtype == torch.bfloat16 else embeddings
+        positive = embeddings @ embeddings.transpose(1, 2) / temperature  # batch views views
+        negative = embeddings @ negatives.to(embeddings.dtype).T / temperature  # batch views bank
     if keep is not None:
         negative = negative.masked_fill(~keep[:, None, :], float("-inf"))
     against = negative.logsumexp(2)[:, :, None]  # batch views 1
     pairs = F.softplus(against - positive)  # -log(p / (p + n)) = log(1 + exp(log n - log p))
     others = 1 - torch.eye(views, device=pairs.device, dtype=pairs.dtype)
-    return cast(Tensor, (pairs * others).sum((1, 2)) / (views * (views - 1)))
+    return (pairs * others).sum((1, 2)) / (views * (views - 1))
 
 
 def in_batch_negatives(

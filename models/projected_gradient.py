@@ -36,6 +36,8 @@ class ProjectedGradient:
     momentum:  0 for plain steps; otherwise velocity = momentum * velocity + gradient / |gradient|_1
                (Dong et al. 2018, eq. 6)
     start:     "zero" (the image itself) or "uniform" (seeded, in the ball)
+    ramp:      a linf step is the gradient's sign where its size is above `ramp` times the image's mean size, and
+               linear below: with ramp > 0 the step is a continuous function of the gradient
     """
 
     direction: Literal["ascend", "descend"]
@@ -45,6 +47,7 @@ class ProjectedGradient:
     norm: Literal["linf", "l2"] = "linf"
     start: Literal["zero", "uniform"] = "zero"
     momentum: float = 0.0
+    ramp: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
@@ -55,7 +58,7 @@ class ProjectedGradient:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
-        for name in ("epsilon", "step_size", "momentum"):
+        for name in ("epsilon", "step_size", "momentum", "ramp"):
             value = getattr(self, name)
             if not (0 <= value < float("inf")):
                 raise ConfigError(f"{name}={value!r} is not a finite number of at least 0")
@@ -72,7 +75,9 @@ class ProjectedGradient:
             inside = inside / _l2(inside) * radius
         return (x0 + self.epsilon * inside).clamp(0, 1)
 
-    def project(self, x: Float[Tensor, "batch 3 h w"], x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+    def project(
+        self, x: Float[Tensor, "batch 3 h w"], x0: Float[Tensor, "batch 3 h w"]
+    ) -> Float[Tensor, "batch 3 h w"]:
         """The nearest point of the ball around x0, then of [0, 1]."""
         if self.norm == "linf":
             return torch.minimum(torch.maximum(x, x0 - self.epsilon), x0 + self.epsilon).clamp(0, 1)
@@ -96,7 +101,8 @@ class ProjectedGradient:
         if self.norm == "l2":
             move = gradient / _l2(gradient)
         else:
-            move = _sign_with_slope(gradient) if smooth_backward else gradient.sign()
+            move = _sign(gradient, self.ramp)
+            move = _with_slope(move, gradient) if smooth_backward else move
         sign = 1.0 if self.direction == "ascend" else -1.0
         return self.project(x + sign * self.step_size * move, x0), velocity
 
@@ -115,6 +121,8 @@ class ProjectedGradient:
         Otherwise the result is detached, and only the image's gradient is computed.
         """
         if unrolled:
+            if not torch.is_grad_enabled():
+                raise ConfigError("unrolled=True needs gradients, but the caller has switched them off")
             return self._descend(x0, objective, seeds, unrolled=True)
         with torch.inference_mode(False), torch.enable_grad():
             if x0.is_inference():
@@ -142,8 +150,16 @@ def _l2(delta: Tensor) -> Tensor:
     return delta.flatten(1).square().sum(1).clamp(min=1e-24).sqrt().view(-1, 1, 1, 1)
 
 
-def _sign_with_slope(gradient: Tensor) -> Tensor:
-    """sign(gradient) forward; backward as gradient / (|gradient| + its mean), which has a slope."""
-    mean = gradient.detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
+def _sign(gradient: Tensor, ramp: float) -> Tensor:
+    """The sign, linear where |gradient| is under `ramp` times its mean."""
+    if not ramp:
+        return gradient.sign()
+    mean = gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    return (gradient / (ramp * mean)).clamp(-1, 1)
+
+
+def _with_slope(move: Tensor, gradient: Tensor) -> Tensor:
+    """`move` forward; backward as gradient / (|gradient| + its mean), which has a slope everywhere."""
+    mean = gradient.detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
     soft = gradient / (gradient.abs() + mean)
-    return soft + (gradient.sign() - soft).detach()
+    return soft + (move - soft).detach()

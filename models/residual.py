@@ -1,6 +1,5 @@
 """Pre-activation residual networks for small images (He et al. 2016; Zagoruyko and Komodakis 2016)."""
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -9,13 +8,11 @@ from torch import Tensor, nn
 from models.classifier import ImageClassifier
 from models.shapes import Float
 
-Activation = Callable[[Tensor], Tensor]
-
 
 class PreActBlock(nn.Module):
     """BN, activation, 3x3; twice; the shortcut is a 1x1 of the activated input where the shape changes."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, activation: Activation) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, activation: nn.Module) -> None:
         super().__init__()
         self.norm1 = nn.BatchNorm2d(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
@@ -36,6 +33,9 @@ class PreActBlock(nn.Module):
 class PreActResNet(ImageClassifier):
     """Stem, stages of pre-activation blocks (stride 2 from the second on), BN, pooling, one linear layer."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self,
         *,
@@ -44,7 +44,7 @@ class PreActResNet(ImageClassifier):
         stem: int,
         num_classes: int,
         image_size: int,
-        activation: Activation,
+        activation: nn.Module,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
     ) -> None:

@@ -4,11 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 from models.errors import UnperturbError
+from models.options import parse
 from training.classifier import ClassifierConfig, train_classifier
-from training.config import parse
+from training.head import HeadConfig, train_head
 
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "classifier": (ClassifierConfig, train_classifier),
+    "head": (HeadConfig, train_head),
 }
 
 
@@ -17,7 +19,10 @@ def main(arguments: Sequence[str] | None = None, *, program: str = "python -m tr
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in COMMANDS:
         asked_help = bool(arguments) and arguments[0] in ("-h", "--help")
-        print(f"usage: {program} {{{','.join(COMMANDS)}}} [--help]", file=sys.stdout if asked_help else sys.stderr)
+        print(
+            f"usage: {program} {{{','.join(COMMANDS)}}} [--help]",
+            file=sys.stdout if asked_help else sys.stderr,
+        )
         return 0 if asked_help else 2
     name = arguments[0]
     config_class, run = COMMANDS[name]

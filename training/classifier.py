@@ -10,15 +10,23 @@ from torch import Tensor, nn
 
 from models import checkpoint
 from models.attack import correct, pgd, wilson
-from models.backbones import CIFAR10_MEAN, CIFAR10_STD, TORCHVISION, IMAGENET_MEAN, IMAGENET_STD, Architecture, build
+from models.backbones import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TORCHVISION,
+    Architecture,
+    build,
+)
 from models.checkpoint import Card, Checkpoint
 from models.classifier import ImageClassifier
 from models.errors import ConfigError
+from models.options import option
 from models.projected_gradient import ProjectedGradient
 from training import data, loop, world
 from training.adversarial import METHODS, Adversary, Method
 from training.augment import pad_crop_flip
-from training.config import option
 from training.loop import RunConfig
 
 
@@ -27,7 +35,7 @@ class ClassifierConfig(RunConfig):
     """Train a classifier: natural, PGD or TRADES."""
 
     arch: str = option("architecture (see models/backbones.py)", "preact_resnet18")
-    activation: str = option("relu, silu, gelu or softplus", "silu")
+    activation: str = option("relu, silu, gelu, softplus, or native: as published", "native")
     image_size: int = option("side of the images in pixels", 32)
     pretrained: bool = option("start from torchvision's ImageNet weights", False)
     method: Method = option("training loss", "trades")
@@ -93,7 +101,13 @@ def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int, 
         "clean_interval": [before.low, before.high],
         "pgd_accuracy": after.value,
         "pgd_interval": [after.low, after.high],
-        "pgd": {"epsilon": epsilon, "step_size": epsilon / 4, "steps": steps, "restarts": 1, "seed": "image index"},
+        "pgd": {
+            "epsilon": epsilon,
+            "step_size": epsilon / 4,
+            "steps": steps,
+            "restarts": 1,
+            "seed": "image index",
+        },
     }
 
 
@@ -135,4 +149,3 @@ def report(folder: Path, test: data.Split, config: ClassifierConfig) -> None:
     figures = measure(saved.classifier, test, epsilon=config.epsilon, steps=20)
     checkpoint.write_card(folder, dataclasses.replace(saved.card, figures={"test": figures}))
     print(f"{folder}: clean {figures['clean_accuracy']:.2%}, PGD-20 {figures['pgd_accuracy']:.2%} (n = {figures['n']})")
-

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from models.errors import DataError
+from models.pixels import to_rgb, to_size
 from models.shapes import Int, UInt8
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
@@ -122,11 +123,9 @@ def _decode_all(paths: list[Path], array_file: Path, image_size: int) -> None:
 def _decode(path: Path, image_size: int) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            image = to_size(to_rgb(opened), image_size)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be decoded as an image ({error}); repair or remove it") from error
-    if image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
     return np.asarray(image).transpose(2, 0, 1)
 
 
@@ -156,4 +155,6 @@ def resident(split: Split, device: torch.device) -> Split:
         return Split(split.images.to(device), split.labels.to(device))
     except torch.OutOfMemoryError as error:
         size = split.images.numel() / 2**30
-        raise DataError(f"{len(split.labels)} images ({size:.1f} GiB) do not fit on {device}; use smaller images") from error
+        raise DataError(
+            f"{len(split.labels)} images ({size:.1f} GiB) do not fit on {device}; use smaller images"
+        ) from error

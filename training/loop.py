@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from models.checkpoint import write_whole
 from models.errors import ConfigError
+from models.options import as_json, option
 from training import world as worlds
-from training.config import as_json, option
 from training.world import World
 
 STATE, LOG = "state.pt", "log.jsonl"
@@ -63,8 +63,12 @@ class RunConfig:
 class Task(Protocol):
     """A training method."""
 
-    model: nn.Module
     images: int  # in the training set
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of a batch of training images, and figures (0-d tensors) for the progress bar."""
@@ -104,13 +108,14 @@ def fit(task: Task, config: RunConfig, world: World) -> Fitted:
     steps = task.images // config.batch_size
     if steps < 1 or config.batch_size % world.size:
         raise ConfigError(
-            f"batch_size={config.batch_size} is over the {task.images} training images, or no multiple of {world.size} processes"
+            f"batch_size={config.batch_size} is over the {task.images} training images, "
+            f"or no multiple of {world.size} processes"
         )
     config.out.mkdir(parents=True, exist_ok=True)
     worlds.same_weights(world, task.model)
     optimizer = _optimizer(task.model, config)
     average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-    parts = {"model": task.model, "optimizer": optimizer, "average": average}
+    parts: dict[str, Any] = {"model": task.model, "optimizer": optimizer, "average": average}
     done, best = _resume(config, parts)
     _probe(task, config, world)
     for epoch in range(done, config.epochs):
@@ -152,7 +157,7 @@ def _epoch(
         with autocast(config, world.device):
             loss, figures = task.loss(order[first : first + local].to(world.device), epoch, step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         worlds.average_gradients(world, task.model)
         optimizer.step()
         average.update_parameters(task.model)
@@ -190,7 +195,7 @@ def _probe(task: Task, config: RunConfig, world: World) -> None:
     try:
         with autocast(config, world.device):
             loss, _ = task.loss(torch.arange(config.batch_size // world.size, device=world.device), 0, 0)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"batch_size={config.batch_size} does not fit into the memory of {world.device}; use a smaller one"
@@ -240,10 +245,10 @@ def _writer(out: Path) -> Callable[[str, float, int], None] | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    writer = SummaryWriter(str(out / "tensorboard"))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(out / "tensorboard"))
 
     def write(name: str, value: float, epoch: int) -> None:
-        writer.add_scalar(name, value, epoch)  # type: ignore[no-untyped-call]
-        writer.flush()  # type: ignore[no-untyped-call]
+        writer.add_scalar(name, value, epoch)
+        writer.flush()
 
     return write

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 Config = TypeVar("Config")
 
 
-def option(help: str, default: Any = dataclasses.MISSING) -> Any:  # noqa: A002, ANN401
+def option(help: str, default: Any = dataclasses.MISSING) -> Any:  # noqa: ANN401
     """A dataclass field with its `--help` text; required where no default is given."""
     return dataclasses.field(default=default, metadata={"help": help})
 

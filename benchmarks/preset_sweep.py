@@ -1,0 +1,111 @@
+"""`python benchmarks/preset_sweep.py --data DIR`: candidates for the default preset, on held-out training images.
+
+The images are those that the classifier's and head's training kept back, so that the test images stay untouched until
+a preset is chosen.
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import points, results
+from models import checkpoint
+from models.attack import correct
+from models.contrastive import NegativePolicy
+from models.defended import defend
+from models.errors import UnperturbError
+from models.options import as_json, option, parse
+from models.projected_gradient import ProjectedGradient
+from models.reverse_attack import RAMP, ReverseAttackConfig
+from training import data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Sweep the purifier's parameters on held-out training images."""
+
+    data: str = option("the data set that the checkpoint was trained on")
+    checkpoint: str = option("shipped name or folder", "default")
+    n: int = option("held-out training images", 500)
+    epsilon: float = option("attack radius, L-infinity", 8 / 255)
+    batch: int = option("images in a batch", 125)
+    seed: int = option("of attack, noise and purifier", 0)
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+    out: Path = option("result file", results.FOLDER / "preset_sweep.json")
+    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+
+
+def candidates() -> dict[str, ReverseAttackConfig]:
+    """One change at a time from 5 steps of 2/255 with 2 views in a ball of 8/255."""
+
+    def loop(**changed: Any) -> ProjectedGradient:  # noqa: ANN401
+        base = ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP)
+        return dataclasses.replace(base, **changed)
+
+    def drop(fraction: float) -> NegativePolicy:
+        return NegativePolicy(kind="drop-similar", fraction=fraction)
+
+    base = ReverseAttackConfig(loop=loop(), views=2)
+    return {
+        "base": base,
+        "4 views": dataclasses.replace(base, views=4),
+        "8 views": dataclasses.replace(base, views=8),
+        "10 steps": dataclasses.replace(base, loop=loop(steps=10)),
+        "10 steps, 4 views": dataclasses.replace(base, loop=loop(steps=10), views=4),
+        "10 steps of 1/255": dataclasses.replace(base, loop=loop(steps=10, step_size=1 / 255)),
+        "momentum 0.75": dataclasses.replace(base, loop=loop(momentum=0.75)),
+        "radius 12/255, 8 steps": dataclasses.replace(base, loop=loop(epsilon=12 / 255, steps=8)),
+        "uniform start": dataclasses.replace(base, loop=loop(start="uniform")),
+        "temperature 0.1": dataclasses.replace(base, temperature=0.1),
+        "temperature 0.5": dataclasses.replace(base, temperature=0.5),
+        "without the nearest 10%": dataclasses.replace(base, negatives=drop(0.1)),
+        "without the nearest 30%": dataclasses.replace(base, negatives=drop(0.3)),
+    }
+
+
+def main(arguments: list[str]) -> int:
+    """Sweep, write the result file, and say the figures."""
+    try:
+        config = parse(Config, arguments, program="benchmarks/preset_sweep.py")
+        loaded = checkpoint.load(config.checkpoint, device=config.device)
+        dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
+    except UnperturbError as error:
+        print(f"benchmarks/preset_sweep.py: {error}", file=sys.stderr)
+        return 2
+    held_out = loaded.card.data["held_out_of_train"]
+    _, held = data.hold_out(dataset.train, held_out, seed=loaded.card.training["seed"])
+    images, labels = (t[: config.n].to(config.device) for t in held)
+    made = points.make_points(
+        loaded.classifier, images, labels, epsilon=config.epsilon, steps=20, seed=config.seed, batch=config.batch
+    )
+    names = ("clean", "attacked")
+    static = {name: correct(loaded.classifier, made.sets()[name], labels) for name in names}
+    rows: dict[str, Any] = {"no purifier": {name: results.accuracy(static[name]) for name in names}}
+    print({name: f"{cell['accuracy']:.1%}" for name, cell in rows["no purifier"].items()})
+    for title, candidate in candidates().items():
+        defended = defend(loaded, candidate)
+        rows[title] = {"parameters": dataclasses.asdict(candidate)}
+        started = time.perf_counter()
+        for name in names:
+            found = points.purify_all(
+                defended, made.sets()[name], labels, seed=config.seed, batch=config.batch, name=title
+            )
+            rows[title][name] = {
+                **results.accuracy(found.correct), "gain": results.gain(found.correct, static[name]),
+                **points.describe(found),
+            }  # fmt: skip
+        rows[title]["ms_per_image"] = (time.perf_counter() - started) * 1000 / (2 * len(labels))
+        clean, attacked = (rows[title][name]["gain"]["mean"] for name in names)
+        print(f"{title:24} clean {clean:+.1%}  attacked {attacked:+.1%}  {rows[title]['ms_per_image']:.0f} ms")
+    record = {"checkpoint": {"id": loaded.card.id, "weights_sha256": loaded.card.weights_sha256}, "rows": rows}
+    results.write(config.out, script="benchmarks/preset_sweep.py", config=as_json(config), results=record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,150 @@
+"""The reverse attack: a small change that lowers an image's InfoNCE loss (Mao et al., ICCV 2021, arXiv 2103.14222).
+
+    minimise L_s(x0 + r)   subject to   |r|∞ ≤ ε_v,  x0 + r in [0, 1]
+
+Other than in the paper's code, the negatives are a stored bank instead of the other images of the batch, so that an
+image's result is its own.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.classifier import ImageClassifier
+from models.contrastive import NegativePolicy, NegativesBank, ProjectionHead, info_nce
+from models.errors import ConfigError
+from models.projected_gradient import ProjectedGradient
+from models.shapes import Float, Int, UInt8
+from models.views import ViewPolicy, make_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseAttackConfig:
+    """The purifier's parameters; epsilon and step_size are in `loop`, in pixel units of [0, 1]."""
+
+    loop: ProjectedGradient
+    views: int
+    temperature: float = 0.2
+    negatives: NegativePolicy = field(default_factory=NegativePolicy)
+    policy: ViewPolicy = field(default_factory=ViewPolicy)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if self.views < 2:
+            raise ConfigError(f"views={self.views} must be at least 2: one view has no positive")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature} must be above 0")
+        if self.loop.direction != "descend":
+            raise ConfigError(f"direction={self.loop.direction!r}: a reverse attack descends")
+
+
+# A sign step turns the last bit of a gradient near 0 into a whole step; the ramp keeps an image's result the same
+# whatever batch it is computed in.
+RAMP = 1e-3
+
+PRESETS: dict[str, ReverseAttackConfig] = {
+    "default": ReverseAttackConfig(
+        loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP),
+        views=2,
+    ),
+    "published": ReverseAttackConfig(
+        loop=ProjectedGradient(
+            direction="descend", epsilon=16 / 255, step_size=2 / 255, steps=40, start="uniform", ramp=RAMP
+        ),
+        views=4,
+    ),
+}
+
+
+def preset(name: str) -> ReverseAttackConfig:
+    """A preset by name; ConfigError lists the names."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+class Trace(NamedTuple):
+    """What happened: the loss before each step on that step's views, and before and after all of them on other views
+    that no step used; the distance |z - x0|∞ and |z - x0|₂ in pixel units of [0, 1].
+    """
+
+    losses: Float[Tensor, "steps batch"]
+    loss_before: Float[Tensor, " batch"]
+    loss_after: Float[Tensor, " batch"]
+    linf: Float[Tensor, " batch"]
+    l2: Float[Tensor, " batch"]
+
+
+class Purified(NamedTuple):
+    """The purified image and its trace."""
+
+    image: Float[Tensor, "batch 3 h w"]
+    trace: Trace
+
+
+class ReverseAttack(nn.Module):
+    """The purifier of one classifier, with its head and bank; no weight of theirs is ever changed."""
+
+    def __init__(
+        self,
+        classifier: ImageClassifier,
+        head: ProjectionHead,
+        bank: NegativesBank,
+        config: ReverseAttackConfig,
+    ) -> None:
+        super().__init__()
+        self.classifier, self.head, self.bank, self.config = classifier, head, bank, config
+        if config.negatives.count > len(bank.labels):
+            raise ConfigError(f"negatives.count={config.negatives.count} of a bank of {len(bank.labels)}")
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "ReverseAttack":
+        """Stays in eval mode: BatchNorm in training mode would tie an image to its batch."""
+        super().train(False)
+        return self
+
+    def loss(
+        self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """InfoNCE of each image over the views of `step`, against the bank."""
+        config = self.config
+        views = make_views(x, seeds=seeds, step=step, views=config.views, policy=config.policy)
+        embeddings = self.head(self.classifier.features(views.flatten(0, 1)))
+        embeddings = embeddings.view(len(x), config.views, -1)  # batch views dim
+        negatives = self.bank.embeddings
+        keep = config.negatives.keep(embeddings, negatives, seeds)
+        return info_nce(embeddings, negatives, temperature=config.temperature, keep=keep)
+
+    def forward(
+        self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"], unrolled: bool = False
+    ) -> Purified:
+        """Purify images in [0, 1], each with its own seed; see ProjectedGradient.run for `unrolled`."""
+        loop = self.config.loop
+        descent = loop.run(x, lambda iterate, step: self.loss(iterate, step, seeds), seeds=seeds, unrolled=unrolled)
+        with torch.no_grad():
+            distance = (descent.image - x).flatten(1)
+            trace = Trace(
+                losses=descent.losses,
+                loss_before=self.loss(x, loop.steps, seeds),
+                loss_after=self.loss(descent.image, loop.steps, seeds),
+                linf=distance.abs().amax(1),
+                l2=distance.norm(dim=1),
+            )
+        return Purified(descent.image, trace)
+
+
+def to_uint8(
+    purified: Float[Tensor, "batch 3 h w"], received: Float[Tensor, "batch 3 h w"], *, epsilon: float
+) -> UInt8[Tensor, "batch 3 h w"]:
+    """Round to the nearest 8-bit image that is still within epsilon (L-infinity) of the received one.
+
+    Where no 8-bit value lies that near (epsilon under half a level and a received value between two), the nearest
+    level to the received value.
+    """
+    slack = 1e-3  # levels; float32 does not hold 8 / 255 exactly
+    low = ((received - epsilon) * 255 - slack).ceil()
+    high = ((received + epsilon) * 255 + slack).floor()
+    inside = torch.minimum(torch.maximum((purified * 255).round(), low), high)
+    return torch.where(low <= high, inside, (received * 255).round()).clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,150 @@
+"""The JSON answer of a classification, for the service and the command line."""
+
+import base64
+from io import BytesIO
+
+from PIL import Image
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from models.checkpoint import Card
+from models.reverse_attack import PRESETS
+from models.shapes import Float, UInt8
+from service.decode import Decoded
+from service.engine import Outcome
+
+
+class ModelName(BaseModel):
+    """Which checkpoint answered."""
+
+    id: str
+    digest: str = Field(description="SHA-256 of the weights")
+
+
+class Prediction(BaseModel):
+    """One class and its softmax score."""
+
+    index: int
+    label: str
+    score: float = Field(ge=0, le=1)
+
+
+class Unpurified(BaseModel):
+    """What the classifier says of the image as it was received."""
+
+    predictions: list[Prediction]
+
+
+class Purification(BaseModel):
+    """What the purifier did; all null but `applied` where it was not asked to. Distances in units of [0, 1]."""
+
+    applied: bool
+    preset: str | None = None
+    steps: int | None = None
+    views: int | None = None
+    epsilon: float | None = None
+    loss_before: float | None = Field(None, description="InfoNCE of the received image")
+    loss_after: float | None = Field(None, description="InfoNCE of the purified image, on the same views")
+    linf: float | None = Field(None, description="largest change of a channel of a pixel")
+    changed_label: bool | None = None
+    image: str | None = Field(None, description="the purified image as base64 PNG, where asked for")
+
+
+class Size(BaseModel):
+    """A width and a height in pixels."""
+
+    width: int
+    height: int
+
+
+class Input(BaseModel):
+    """The file as received; `resized_to` is null where it had the model's size."""
+
+    width: int
+    height: int
+    mode: str = Field(description="Pillow's name of the pixel format")
+    resized_to: Size | None
+
+
+class Timings(BaseModel):
+    """Milliseconds; purify and classify are those of the batch that the image was in."""
+
+    decode: float
+    queue: float
+    purify: float
+    classify: float
+    total: float
+
+
+class Answer(BaseModel):
+    """The answer of POST /classify."""
+
+    request_id: str
+    model: ModelName
+    predictions: list[Prediction]
+    unpurified: Unpurified
+    purification: Purification
+    input: Input
+    timings_ms: Timings
+
+
+def answer(
+    outcome: Outcome, decoded: Decoded, card: Card, *,
+    request_id: str, preset: str | None, top_k: int, return_image: bool, decode_ms: float, total_ms: float,
+) -> Answer:  # fmt: skip
+    """The answer for one image."""
+    predictions = top(outcome.scores, card.classes, top_k)
+    unpurified = top(outcome.unpurified_scores, card.classes, top_k)
+    size = card.architecture.image_size
+    return Answer(
+        request_id=request_id,
+        model=ModelName(id=card.id, digest=card.weights_sha256),
+        predictions=predictions,
+        unpurified=Unpurified(predictions=unpurified),
+        purification=_purification(
+            outcome, preset, changed=predictions[0].index != unpurified[0].index, return_image=return_image
+        ),
+        input=Input(
+            width=decoded.width, height=decoded.height, mode=decoded.mode,
+            resized_to=Size(width=size, height=size) if decoded.resized else None,
+        ),
+        timings_ms=Timings(
+            decode=round(decode_ms, 3), queue=round(outcome.queue_ms, 3), purify=round(outcome.purify_ms, 3),
+            classify=round(outcome.classify_ms, 3), total=round(total_ms, 3),
+        ),
+    )  # fmt: skip
+
+
+def top(scores: Float[Tensor, " classes"], classes: tuple[str, ...], k: int) -> list[Prediction]:
+    """The `k` highest scores, highest first."""
+    values, indices = scores.topk(k)
+    return [
+        Prediction(index=index, label=classes[index], score=min(1.0, value))
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+    ]
+
+
+def png(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
+    """The pixels as a PNG file."""
+    buffer = BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _purification(outcome: Outcome, preset: str | None, *, changed: bool, return_image: bool) -> Purification:
+    if preset is None:
+        return Purification(applied=False)
+    config = PRESETS[preset]
+    wanted = return_image and outcome.image is not None
+    return Purification(
+        applied=True,
+        preset=preset,
+        steps=config.loop.steps,
+        views=config.views,
+        epsilon=config.loop.epsilon,
+        loss_before=outcome.loss_before,
+        loss_after=outcome.loss_after,
+        linf=outcome.linf,
+        changed_label=changed,
+        image=base64.b64encode(png(outcome.image)).decode() if wanted and outcome.image is not None else None,
+    )

@@ -1,0 +1,75 @@
+"""One picture of an attack and its purification."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.attack import pgd
+from models.checkpoint import Card
+from models.defended import DefendedClassifier
+from models.errors import ConfigError
+from models.shapes import Float
+from service.answer import top
+
+SAMPLE = Path(__file__).parent / "assets" / "sample.png"
+EPSILON = 8 / 255
+AMPLIFIED = 8  # how much stronger a perturbation is shown than it is
+
+
+def run_demo(
+    defended: DefendedClassifier, card: Card, x: Float[Tensor, "1 3 h w"], *, seed: int, out: Path
+) -> Iterator[str]:
+    """Attack (PGD-20 at 8/255, on the classifier alone), purify, yield the lines to print, write the picture to `out`.
+
+    Raises ConfigError where matplotlib is missing.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise ConfigError("the demo's picture needs matplotlib: pip install 'unperturb[plots]'") from error
+    mpl.use("Agg")
+    label = defended.classifier(x).argmax(1)
+    attacked = pgd(defended.classifier, x, label, epsilon=EPSILON, seeds=torch.tensor([seed], device=x.device))
+    result = defended.classify(attacked, seed=seed)
+    answers = []
+    for name, logits in (
+        ("original", defended.classifier(x)),
+        ("attacked", result.unpurified_logits),
+        ("purified", result.logits),
+    ):
+        (best,) = top(logits[0].detach().softmax(0).cpu(), card.classes, 1)
+        answers.append(f"{name}: {best.label} {best.score:.0%}")
+        yield answers[-1]
+    _draw(x, attacked, result.image, result.trace.losses[:, 0], answers, out)
+    yield f"wrote {out}"
+
+
+def _draw(original: Tensor, attacked: Tensor, purified: Tensor, losses: Tensor, answers: list[str], out: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    def pixels(image: Tensor) -> Tensor:
+        return image[0].detach().permute(1, 2, 0).cpu().clamp(0, 1)
+
+    figure, panels = plt.subplots(2, 3, figsize=(9.6, 6.6), layout="constrained")
+    shown = [
+        (pixels(original), answers[0]),
+        (pixels(attacked), answers[1]),
+        (pixels(purified), answers[2]),
+        (pixels(0.5 + AMPLIFIED * (attacked - original)), f"attacked - original, {AMPLIFIED} times"),
+        (pixels(0.5 + AMPLIFIED * (purified - attacked)), f"purified - attacked, {AMPLIFIED} times"),
+    ]
+    for panel, (image, title) in zip(panels.flat, shown, strict=False):
+        panel.imshow(image, interpolation="nearest")
+        panel.set_title(title, fontsize=11)
+        panel.set_axis_off()
+    curve = panels[1, 2]
+    curve.plot(range(1, len(losses) + 1), losses.tolist(), marker="o", color="#1f6feb")
+    curve.set_title("InfoNCE loss before each step", fontsize=11)
+    curve.set_xlabel("step (each with views of its own)")
+    curve.spines[["top", "right"]].set_visible(False)
+    temporary = out.with_name(f"{out.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(out)
+    plt.close(figure)

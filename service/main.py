@@ -1,0 +1,188 @@
+"""The command line: `unperturb serve | classify | purify | train | demo`."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import uvicorn
+from pydantic import ValidationError
+
+from models import checkpoint
+from models.defended import DefendedClassifier, defend
+from models.errors import RequestError, UnperturbError
+from models.reverse_attack import preset as preset_named
+from models.reverse_attack import to_uint8
+from service.answer import png, top
+from service.decode import Decoded, decode
+from service.settings import Settings
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Purify images by a reverse attack, and classify them."
+)
+
+Files = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG or WebP")]
+CheckpointOption = Annotated[str, typer.Option(help="a shipped checkpoint's name, or a folder")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+PresetOption = Annotated[str, typer.Option(help="default or published")]
+SeedOption = Annotated[int, typer.Option(min=0, help="of the random views")]
+
+
+def refusing(command: Callable[..., None]) -> Callable[..., None]:
+    """Print this project's own errors as one line, with status 2."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        try:
+            command(*args, **kwargs)
+        except ValidationError as error:
+            faults = "; ".join(f"UNPERTURB_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+            typer.echo(f"unperturb: {faults}", err=True)
+            raise typer.Exit(2) from error
+        except UnperturbError as error:
+            typer.echo(f"unperturb: {error}", err=True)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+@app.command()
+@refusing
+def serve(
+    host: Annotated[str | None, typer.Option(help="address (UNPERTURB_HOST, 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="port (UNPERTURB_PORT, 8000)")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="name or folder (UNPERTURB_CHECKPOINT, default)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N (UNPERTURB_DEVICE, auto)")] = None,
+) -> None:
+    """Start the HTTP service; every other setting is an environment variable UNPERTURB_…"""
+    from service.app import create_app
+
+    given: dict[str, Any] = {"host": host, "port": port, "checkpoint": checkpoint, "device": device}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    service = create_app(settings)
+    url = f"http://{settings.host}:{settings.port}"
+    print(f"\n  serving  {url}   (model {service.state.engine.checkpoint.card.id} on {settings.torch_device})")
+    print(f"  docs     {url}/docs")
+    print(f"  try      curl -F image=@service/assets/sample.png '{url}/classify?top_k=3'\n", flush=True)
+    uvicorn.run(service, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False)
+
+
+@app.command()
+@refusing
+def classify(
+    files: Files,
+    checkpoint: CheckpointOption = "default",
+    preset: PresetOption = "default",
+    seed: SeedOption = 0,
+    top_k: Annotated[int, typer.Option(min=1, help="classes to print")] = 3,
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+) -> None:
+    """Classify image files through the reverse attack."""
+    defended, card, place = _load(checkpoint, preset, device)
+    top_k = min(top_k, len(card.classes))
+    failed = 0
+    for file in files:
+        try:
+            decoded = _read(file, card.architecture.image_size)
+        except RequestError as error:
+            typer.echo(f"{file}: {error}", err=True)
+            failed += 1
+            continue
+        result = defended.classify(_batch(decoded, place), seed=seed)
+        predictions = top(result.logits[0].softmax(0).cpu(), card.classes, top_k)
+        before = top(result.unpurified_logits[0].softmax(0).cpu(), card.classes, top_k)
+        if as_json:
+            record = {"predictions": predictions, "unpurified": before}
+            shown = {name: [p.model_dump() for p in values] for name, values in record.items()}
+            print(json.dumps({"file": str(file), **shown}))
+        else:
+            print(f"{file}: {_line(predictions)}   (unpurified: {_line(before[:1])})")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@refusing
+def purify(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG or WebP")],
+    out: Annotated[Path, typer.Option(help="PNG to write, at the model's size")],
+    checkpoint: CheckpointOption = "default",
+    preset: PresetOption = "default",
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Write the purified image."""
+    from models.checkpoint import write_whole
+
+    defended, card, place = _load(checkpoint, preset, device)
+    x = _batch(_read(file, card.architecture.image_size), place)
+    started = time.perf_counter()
+    purified = defended.purify(x, seed=seed)
+    pixels = to_uint8(purified.image, x, epsilon=defended.purifier.config.loop.epsilon)[0].cpu()
+    write_whole(out, png(pixels))
+    trace = purified.trace
+    print(
+        f"{out}: InfoNCE {float(trace.loss_before):.3f} -> {float(trace.loss_after):.3f}, largest change "
+        f"{float(trace.linf) * 255:.0f}/255, {time.perf_counter() - started:.2f} s"
+    )
+
+
+@app.command()
+@refusing
+def demo(
+    file: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="default: the shipped drawing")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="picture to write")] = Path("demo.png"),
+    checkpoint: CheckpointOption = "default",
+    preset: PresetOption = "default",
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Attack an image, purify it, print the three predictions and write one picture of it all."""
+    from service.demo import SAMPLE, run_demo
+
+    defended, card, place = _load(checkpoint, preset, device)
+    x = _batch(_read(file or SAMPLE, card.architecture.image_size), place)
+    for line in run_demo(defended, card, x, seed=seed, out=out):
+        print(line)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def train(context: typer.Context) -> None:
+    """Train a classifier or a head: the same as python -m training …"""
+    os.execv(sys.executable, [sys.executable, "-m", "training", *context.args])
+
+
+def _load(name: str, preset: str, device: str) -> tuple[DefendedClassifier, checkpoint.Card, torch.device]:
+    settings = Settings(checkpoint=name, device=device)
+    config = preset_named(preset)
+    loaded = checkpoint.load(settings.checkpoint, device=settings.torch_device)
+    return defend(loaded, config), loaded.card, settings.torch_device
+
+
+def _read(file: Path, size: int) -> Decoded:
+    return decode(file.read_bytes(), size=size, max_pixels=Settings().max_pixels)
+
+
+def _batch(decoded: Decoded, device: torch.device) -> torch.Tensor:
+    return decoded.pixels[None].to(device).float() / 255
+
+
+def _line(predictions: list[Any]) -> str:
+    return ", ".join(f"{p.label} {p.score:.1%}" for p in predictions)
+
+
+def main() -> None:
+    """The console script."""
+    app()

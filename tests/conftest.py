@@ -1,0 +1,96 @@
+"""The small things that several tests need: a tiny checkpoint, images, an image folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import checkpoint
+from models.backbones import Architecture, build
+from models.checkpoint import Card, Checkpoint, HeadCard
+from models.contrastive import NegativesBank, ProjectionHead
+from models.defended import DefendedClassifier
+from models.projected_gradient import ProjectedGradient
+from models.reverse_attack import RAMP, ReverseAttack, ReverseAttackConfig
+
+torch.set_num_threads(2)
+
+CLASSES = ("blue", "green", "red")
+SMALL = Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+def make_checkpoint(*, head: bool = True, architecture: Architecture = SMALL) -> Checkpoint:
+    """Random weights with BatchNorm statistics that are not the initial ones, so that modes can be told apart."""
+    torch.manual_seed(1)
+    classifier = build(architecture)
+    projection = ProjectionHead(feature_dim=classifier.feature_dim, hidden=8, embedding_dim=4)
+    for module in (*classifier.modules(), *projection.modules()):
+        if isinstance(module, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.uniform_(-0.2, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    card = Card(id="tiny", architecture=architecture, classes=CLASSES, data={"name": "none"}, training={"by": "test"})
+    if not head:
+        return Checkpoint(card, classifier.requires_grad_(False))
+    card = Card(**{**vars(card), "head": HeadCard(hidden=8, embedding_dim=4, temperature=0.2)})
+    bank = NegativesBank(torch.randn(40, 4), torch.arange(40) % 3)
+    return Checkpoint(card, classifier.requires_grad_(False), projection.eval().requires_grad_(False), bank)
+
+
+def make_config(*, steps: int = 3, views: int = 2, epsilon: float = 8 / 255) -> ReverseAttackConfig:
+    loop = ProjectedGradient(
+        direction="descend", epsilon=epsilon, step_size=2 / 255, steps=steps, start="uniform", ramp=RAMP
+    )
+    return ReverseAttackConfig(loop=loop, views=views)
+
+
+def make_defended(config: ReverseAttackConfig | None = None) -> DefendedClassifier:
+    tiny = make_checkpoint()
+    assert tiny.head is not None
+    assert tiny.bank is not None
+    purifier = ReverseAttack(tiny.classifier, tiny.head, tiny.bank, config or make_config())
+    return DefendedClassifier(tiny.classifier, purifier)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Eight 8-bit images in [0, 1] with structure, not only noise."""
+    generator = torch.Generator().manual_seed(3)
+    coarse = torch.rand(8, 3, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1)
+    return (smooth * 255).round() / 255
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved checkpoint with a head."""
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoint.save(folder, make_checkpoint())
+    return folder
+
+
+def write_image_folder(root: Path, *, train: int = 24, test: int = 6, size: int = 32) -> Path:
+    """An image folder whose classes are the dominant colour: learnable in a few steps."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 120, (size, size, 3), dtype=np.uint8)
+                pixels[:, :, channel] += 120
+                Image.fromarray(pixels).save(folder / f"{index:05d}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_image_folder(tmp_path_factory.mktemp("images"))

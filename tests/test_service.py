@@ -1,0 +1,299 @@
+"""The HTTP service, over its ASGI app."""
+
+import asyncio
+import base64
+import json
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+from pydantic import ValidationError
+
+from models import checkpoint
+from models.errors import CheckpointError, NotReadyError
+from models.reverse_attack import PRESETS
+from service.app import create_app
+from service.engine import Engine, Job, Outcome
+from service.settings import Settings
+from tests.test_decode import encode, png_of_claimed_size
+
+
+def settings(folder: Path, **changed: object) -> Settings:
+    return Settings(**{"checkpoint": str(folder), "device": "cpu", **changed})  # type: ignore[arg-type]
+
+
+def wait_until_ready(client: TestClient) -> None:
+    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    assert engine.ready.wait(60)
+
+
+@pytest.fixture(scope="module")
+def client(tiny_folder: Path) -> Iterator[TestClient]:
+    with TestClient(create_app(settings(tiny_folder)), raise_server_exceptions=False) as opened:
+        wait_until_ready(opened)
+        yield opened
+
+
+def photo(seed: int = 0, size: int = 32) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    return encode(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def test_multipart_upload_is_answered_in_the_documented_form(client: TestClient) -> None:
+    answer = client.post("/classify", files={"image": ("a.png", photo(size=64), "image/png")})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert list(body) == ["request_id", "model", "predictions", "unpurified", "purification", "input", "timings_ms"]
+    assert body["request_id"] == answer.headers["x-request-id"]
+    assert body["model"]["id"] == "tiny"
+    assert len(body["model"]["digest"]) == 64
+    scores = [p["score"] for p in body["predictions"]]
+    assert scores == sorted(scores, reverse=True)
+    assert abs(sum(scores) - 1) < 1e-5
+    assert {p["label"] for p in body["predictions"]} == {"red", "green", "blue"}
+    assert len(body["unpurified"]["predictions"]) == 3
+    loop = PRESETS["default"].loop
+    purification = body["purification"]
+    assert purification["applied"] is True
+    assert purification["preset"] == "default"
+    assert (purification["steps"], purification["views"]) == (loop.steps, PRESETS["default"].views)
+    assert purification["epsilon"] == loop.epsilon
+    assert 0 < purification["linf"] <= loop.epsilon + 1e-6
+    assert purification["image"] is None
+    assert body["input"] == {"width": 64, "height": 64, "mode": "RGB", "resized_to": {"width": 32, "height": 32}}
+    assert list(body["timings_ms"]) == ["decode", "queue", "purify", "classify", "total"]
+    assert body["timings_ms"]["total"] >= body["timings_ms"]["purify"] > 0
+
+
+def test_raw_body_gives_the_same_answer(client: TestClient) -> None:
+    form = client.post("/classify", files={"image": photo()}).json()
+    raw = client.post("/classify", content=photo(), headers={"content-type": "image/png"}).json()
+    assert raw["predictions"] == form["predictions"]
+    assert raw["input"]["resized_to"] is None
+
+
+def test_answer_is_the_models_own(client: TestClient, tiny_folder: Path) -> None:
+    from models.defended import defend
+
+    defended = defend(checkpoint.load(tiny_folder), PRESETS["published"])
+    pixels = torch.from_numpy(np.array(Image.open(BytesIO(photo())))).permute(2, 0, 1)
+    expected = defended.classify(pixels[None].float() / 255, seed=9)
+    body = client.post("/classify?preset=published&seed=9", files={"image": photo()}).json()
+    by_index = {p["index"]: p["score"] for p in body["predictions"]}
+    for index, score in enumerate(expected.logits[0].softmax(0).tolist()):
+        assert abs(by_index[index] - score) < 1e-4
+    assert abs(body["purification"]["loss_after"] - expected.trace.loss_after.item()) < 1e-2
+
+
+def test_purify_never_returns_the_plain_classification(client: TestClient) -> None:
+    body = client.post("/classify?purify=never", files={"image": photo()}).json()
+    assert body["purification"]["applied"] is False
+    assert body["purification"]["loss_before"] is None
+    assert body["predictions"] == body["unpurified"]["predictions"]
+
+
+def test_purified_image_comes_back_within_epsilon(client: TestClient) -> None:
+    body = client.post("/classify?return_image=true", files={"image": photo()}).json()
+    purified = np.asarray(Image.open(BytesIO(base64.b64decode(body["purification"]["image"])))).astype(int)
+    received = np.asarray(Image.open(BytesIO(photo()))).astype(int)
+    assert purified.shape == (32, 32, 3)
+    assert 0 < np.abs(purified - received).max() <= 8
+
+
+def test_top_k_and_seed_are_heeded(client: TestClient) -> None:
+    assert len(client.post("/classify?top_k=1", files={"image": photo()}).json()["predictions"]) == 1
+    one, two = (client.post(f"/classify?seed={s}", files={"image": photo()}).json() for s in (1, 2))
+    assert one["purification"]["loss_before"] != two["purification"]["loss_before"]
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "status", "message"),
+    [
+        ("/classify?top_k=0", {"image": photo()}, 422, "top_k"),
+        ("/classify?top_k=4", {"image": photo()}, 422, "top_k"),
+        ("/classify?seed=-1", {"image": photo()}, 422, "seed"),
+        ("/classify?seed=9223372036854775808", {"image": photo()}, 422, "seed"),
+        ("/classify?preset=best", {"image": photo()}, 422, "best"),
+        ("/classify?purify=maybe", {"image": photo()}, 422, "purify"),
+        ("/classify?return_image=7", {"image": photo()}, 422, "return_image"),
+        ("/classify", {"picture": photo()}, 400, "`image`"),
+        ("/classify", {"image": b""}, 400, "empty"),
+        ("/classify", {"image": b"GIF89a" + bytes(50)}, 415, "JPEG, PNG, WEBP"),
+        ("/classify", {"image": photo()[:100]}, 422, "damaged"),
+        ("/classify", {"image": png_of_claimed_size(8000, 8000)}, 413, "50,000,000"),
+        ("/classify", {"image": bytes(10_000_001)}, 413, "10,000,000"),
+        ("/nowhere", {"image": photo()}, 404, "Not Found"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_input_gets_a_problem_and_the_server_goes_on(
+    client: TestClient, path: str, files: dict[str, bytes], status: int, message: str
+) -> None:
+    answer = client.post(path, files=files)
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+    body = answer.json()
+    assert body["status"] == status
+    assert message in body["detail"]
+    assert body["request_id"] == answer.headers["x-request-id"]
+    assert client.post("/classify", files={"image": photo()}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "status"),
+    [
+        ("application/json", b"{}", 415),
+        ("", photo(), 415),
+        ("multipart/form-data", b"no boundary", 400),
+        ("multipart/form-data; boundary=x", b"not a form", 400),
+        ("image/png", b"", 400),
+    ],
+)
+def test_body_of_another_form_is_refused(client: TestClient, kind: str, content: bytes, status: int) -> None:
+    answer = client.post("/classify", content=content, headers={"content-type": kind})
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_body_without_a_length_is_limited_as_it_comes(client: TestClient) -> None:
+    sent = 0
+
+    def endless() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(400):
+            sent += 1
+            yield bytes(100_000)
+
+    answer = client.post("/classify", content=endless(), headers={"content-type": "image/png"})
+    assert answer.status_code == 413
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_unexpected_error_shows_no_exception_text(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("secret path /etc/passwd")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client.app.state.engine, "_compute", fail)  # type: ignore[attr-defined]
+        answer = client.post("/classify", files={"image": photo()})
+    assert answer.status_code == 500
+    assert "secret" not in answer.text
+    assert answer.json()["request_id"]
+    assert client.post("/classify", files={"image": photo()}).status_code == 200
+
+
+def test_health_readiness_card_and_docs(client: TestClient, tiny_folder: Path) -> None:
+    assert client.get("/healthz").json() == {"status": "alive"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+    card = json.loads((tiny_folder / checkpoint.CARD).read_text())
+    assert client.get("/model").json() == card
+    assert client.get("/docs").status_code == 200
+    operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
+    assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "image/*"}
+    assert {"400", "413", "415", "422", "503"} <= set(operation["responses"])
+    assert "application/problem+json" in operation["responses"]["422"]["content"]
+
+
+def test_before_warm_up_it_is_alive_but_not_ready(tiny_folder: Path) -> None:
+    app = create_app(settings(tiny_folder))  # without its lifespan the engine has not started
+    asleep = TestClient(app)
+    assert asleep.get("/healthz").status_code == 200
+    for answer in (asleep.get("/readyz"), asleep.post("/classify", files={"image": photo()})):
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+        assert "warming up" in answer.json()["detail"]
+
+
+def test_failed_warm_up_never_becomes_ready(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Engine) -> None:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(Engine, "_warm_up", fail)
+    with TestClient(create_app(settings(tiny_folder))) as broken:
+        broken.app.state.engine._thread.join(10)  # type: ignore[attr-defined]
+        answer = broken.get("/readyz")
+    assert answer.status_code == 503
+    assert "failed to warm up" in answer.json()["detail"]
+
+
+def test_requests_that_arrive_together_share_a_batch_and_keep_their_own_answers(
+    tiny_folder: Path, images: torch.Tensor
+) -> None:
+    engine = Engine(
+        checkpoint.load(tiny_folder), device=torch.device("cpu"), max_batch=8, batch_wait_s=0.5, max_queue=64
+    )
+    sizes = []
+    compute = engine._compute
+
+    def counted(pixels: torch.Tensor, seeds: torch.Tensor, preset: str | None) -> list[Outcome]:
+        sizes.append((len(pixels), preset))
+        return compute(pixels, seeds, preset)
+
+    pixels = (images * 255).round().to(torch.uint8)
+
+    async def together() -> list[Outcome]:
+        jobs = [engine.submit(p, preset="default", seed=i) for i, p in enumerate(pixels)]
+        plain = [engine.submit(p, preset=None, seed=0) for p in pixels[:3]]
+        return await asyncio.gather(*jobs, *plain)
+
+    async def alone(i: int) -> Outcome:
+        return await engine.submit(pixels[i], preset="default", seed=i)
+
+    engine.start()
+    assert engine.ready.wait(60)
+    engine._compute = counted  # type: ignore[method-assign]
+    try:
+        outcomes = asyncio.run(together())
+        assert (8, "default") in sizes
+        assert (3, None) in sizes
+        engine.batch_wait_s = 0.0
+        for i in (0, 5):
+            single = asyncio.run(alone(i))
+            assert torch.allclose(single.scores, outcomes[i].scores, atol=1e-4)
+    finally:
+        engine.stop()
+
+
+def test_full_queue_and_cancelled_jobs(tiny_folder: Path) -> None:
+    engine = Engine(checkpoint.load(tiny_folder), device=torch.device("cpu"), max_batch=2, batch_wait_s=0, max_queue=2)
+    engine.ready.set()  # not started: nothing takes from the queue
+    pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+
+    async def fill() -> None:
+        waiting = [asyncio.create_task(engine.submit(pixels, preset=None, seed=0)) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(NotReadyError, match="2 images are waiting"):
+            await engine.submit(pixels, preset=None, seed=0)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        gone = [job for job in (engine._incoming.get_nowait() for _ in range(2)) if isinstance(job, Job)]
+        engine._compute = None  # type: ignore[assignment, method-assign]  # would fail if it were called
+        engine._run(gone)
+
+    asyncio.run(fill())
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"preset": "best"}, {"device": "tpu:zero"}, {"device": "cuda:99"}, {"max_batch": 0}, {"surprise": 1}],
+    ids=str,
+)
+def test_setting_out_of_range_is_refused_by_name(bad: dict[str, object], tiny_folder: Path) -> None:
+    with pytest.raises(ValidationError, match=next(iter(bad))):
+        settings(tiny_folder, **bad)
+
+
+def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNPERTURB_MAX_BODY_BYTES", "123")
+    assert Settings().max_body_bytes == 123
+
+
+def test_missing_checkpoint_is_refused_before_serving() -> None:
+    with pytest.raises(CheckpointError, match="no/such"):
+        create_app(Settings(checkpoint="no/such", device="cpu"))

@@ -1,0 +1,202 @@
+"""`python -m training head`: a checkpoint's classifier -> the same with an InfoNCE head and a bank of negatives.
+
+The classifier is frozen; the head learns to tell an image's views from those of the other images of the batch
+(Mao et al., ICCV 2021, section 4; SimCLR's views without blur).
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from models import checkpoint
+from models.attack import evaluating
+from models.backbones import Architecture
+from models.checkpoint import Card, Checkpoint, HeadCard
+from models.classifier import ImageClassifier
+from models.contrastive import NegativesBank, ProjectionHead, in_batch_negatives, info_nce
+from models.errors import ConfigError
+from models.options import option
+from models.shapes import Bool, Float
+from models.views import ViewPolicy, make_views
+from training import data, loop, world
+from training.loop import RunConfig
+
+VALIDATION_BATCH = 250
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig(RunConfig):
+    """Train the InfoNCE head of a frozen classifier, and build its bank of negatives."""
+
+    classifier: str = option("checkpoint folder, shipped name, or robustbench:<Name>[:<dataset>:<threat>]")
+    epochs: int = option("passes over the training images", 10)
+    batch_size: int = option("images a step; the other images of the batch are the negatives", 1024)
+    lr: float = option("peak learning rate", 1e-3)
+    weight_decay: float = option("weight decay", 0.0)
+    optimizer: Literal["sgd", "adam"] = option("optimizer", "adam")
+    hidden: int = option("width of the head's hidden layer", 128)
+    embedding_dim: int = option("length of an embedding", 16)
+    temperature: float = option("InfoNCE temperature", 0.2)
+    views: int = option("views of each image", 2)
+    queue: int = option("embeddings of earlier batches kept as further negatives (empty after a resume)", 0)
+    bank_size: int = option("training images whose embeddings are stored as negatives", 2000)
+    held_out: int = option("training images kept back to choose the epoch by their InfoNCE loss", 1000)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        super().__post_init__()
+        for name, least in (
+            ("hidden", 1),
+            ("embedding_dim", 2),
+            ("views", 2),
+            ("queue", 0),
+            ("bank_size", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature} must be above 0")
+        if self.batch_size < 2:
+            raise ConfigError("batch_size=1 leaves no negative in the batch; it must be at least 2")
+
+
+class HeadTask:
+    """The loop's task: InfoNCE of a head on frozen features."""
+
+    def __init__(
+        self,
+        config: HeadConfig,
+        classifier: ImageClassifier,
+        head: ProjectionHead,
+        train: data.Split,
+        held: data.Split,
+    ) -> None:
+        self.config, self.classifier, self.model, self.train, self.held = (
+            config,
+            classifier,
+            head,
+            train,
+            held,
+        )
+        self.images = len(train.labels)
+        self.policy = ViewPolicy()
+        self.queue = torch.zeros(0, config.embedding_dim, device=train.images.device)
+
+    def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean InfoNCE loss of a batch, and how often a view's nearest of all is a view of the same image."""
+        self.model.train()
+        seeds = (self.config.seed * 1000 + epoch) * (1 << 32) + indices
+        embeddings = self._embed(self.model, self.train, indices, seeds)
+        negatives, keep = self._negatives(embeddings)
+        losses = info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep)
+        if self.config.queue:
+            self.queue = torch.cat((embeddings.detach().flatten(0, 1), self.queue))[: self.config.queue]
+        return losses.mean(), {"accuracy": _retrieval(embeddings.detach(), negatives.detach(), keep)}
+
+    def validate(self, averaged: nn.Module) -> dict[str, float]:
+        """InfoNCE and retrieval accuracy on held-out training images, in batches of the same size."""
+        losses, accuracies = [], []
+        with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
+            for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(VALIDATION_BATCH):
+                embeddings = self._embed(averaged, self.held, indices, indices)
+                negatives, keep = in_batch_negatives(embeddings)
+                losses.append(info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep).mean())
+                accuracies.append(_retrieval(embeddings, negatives, keep))
+        loss, accuracy = (float(torch.stack(values).mean()) for values in (losses, accuracies))
+        return {"loss": loss, "accuracy": accuracy, "score": -loss}
+
+    def _embed(self, head: nn.Module, split: data.Split, indices: Tensor, seeds: Tensor) -> Tensor:
+        x = split.images[indices].float() / 255
+        views = make_views(x, seeds=seeds, step=0, views=self.config.views, policy=self.policy)
+        with torch.no_grad():
+            features = self.classifier.features(views.flatten(0, 1))
+        embeddings: Tensor = head(features).float()
+        return embeddings.view(len(x), self.config.views, -1)  # batch views dim
+
+    def _negatives(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+        """In-batch negatives and the queue's, with the mask of those that count for each image."""
+        negatives, keep = in_batch_negatives(embeddings)
+        queued = torch.ones(len(keep), len(self.queue), dtype=torch.bool, device=keep.device)
+        return torch.cat((negatives, self.queue)), torch.cat((keep, queued), dim=1)
+
+
+def _retrieval(
+    embeddings: Float[Tensor, "batch views dim"],
+    negatives: Float[Tensor, "bank dim"],
+    keep: Bool[Tensor, "batch bank"],
+) -> Tensor:
+    """The share of images whose first view is nearer to their second than to every negative."""
+    first, second = embeddings[:, 0], embeddings[:, 1]
+    nearest = (first @ negatives.T).masked_fill(~keep, -2).amax(1)
+    return ((first * second).sum(1) > nearest).float().mean()
+
+
+def build_bank(
+    classifier: ImageClassifier, head: nn.Module, train: data.Split, *, size: int, seed: int
+) -> NegativesBank:
+    """Embeddings of `size` random training images as they are (no augmentation), float32."""
+    if size > len(train.labels):
+        raise ConfigError(f"bank_size={size} is over the {len(train.labels)} training images")
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))[:size]
+    parts = []
+    with torch.no_grad(), evaluating(head):
+        for indices in order.split(VALIDATION_BATCH):
+            x = train.images[indices.to(train.images.device)].float() / 255
+            parts.append(head(classifier.features(x)))
+    return NegativesBank(torch.cat(parts), train.labels[order.to(train.labels.device)])
+
+
+def train_head(config: HeadConfig) -> None:
+    """Train, choose the epoch on held-out training images, and write OUT/checkpoint: classifier, head and bank."""
+    here = world.join(config.device)
+    if config.classifier.startswith("robustbench:"):
+        from models.robustbench_adapter import load_robustbench
+
+        size = 224 if ":imagenet:" in config.classifier else 32
+        foreign = load_robustbench(config.classifier, image_size=size)
+        dataset = data.load(config.data, image_size=size, cache=config.cache)
+        base = Checkpoint(
+            Card(
+                id=config.classifier.replace(":", "-"),
+                architecture=Architecture(
+                    name=config.classifier, num_classes=foreign.num_classes, image_size=size
+                ),
+                classes=dataset.classes, data={}, training={"by": "RobustBench"},
+            ),
+            foreign.requires_grad_(False).to(here.device),
+        )  # fmt: skip
+    else:
+        base = checkpoint.load(config.classifier, device=here.device)
+        dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    if dataset.classes != base.card.classes or len(dataset.classes) != base.classifier.num_classes:
+        raise ConfigError(
+            f"{config.data} has other classes than {config.classifier}: {', '.join(dataset.classes[:5])} …"
+        )
+    torch.manual_seed(config.seed)
+    head = ProjectionHead(
+        feature_dim=base.classifier.feature_dim, hidden=config.hidden, embedding_dim=config.embedding_dim
+    ).to(here.device)
+    kept, held = data.hold_out(dataset.train, config.held_out, seed=config.seed)
+    task = HeadTask(config, base.classifier, head, data.resident(kept, here.device), data.resident(held, here.device))
+    fitted = loop.fit(task, config, here)
+    if here.rank == 0:
+        assert isinstance(fitted.model, ProjectionHead)
+        bank = build_bank(base.classifier, fitted.model, task.train, size=config.bank_size, seed=config.seed)
+        card = dataclasses.replace(
+            base.card,
+            head=HeadCard(
+                hidden=config.hidden, embedding_dim=config.embedding_dim, temperature=config.temperature
+            ),
+            head_training={
+                **loop.comparable(config), "data_sha256": dataset.digest, "chosen_epoch": fitted.epoch,
+                "at_that_epoch": fitted.figures,
+            },
+        )  # fmt: skip
+        out = config.out / "checkpoint"
+        checkpoint.save(out, Checkpoint(card, base.classifier, fitted.model, bank))
+        loss = fitted.figures["held_out_loss"]
+        print(f"{out}: head of InfoNCE {loss:.3f} on held-out images, bank of {config.bank_size}")
+    world.leave(here)
