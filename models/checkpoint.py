@@ -11,7 +11,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,7 @@ from models.errors import CheckpointError, ConfigError
 SCHEMA_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
-DEFAULT = "default"
+_JSON_TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,7 @@ def _same_layout(file: Path, expected: dict[str, Tensor], found: dict[str, Tenso
 
 
 def _known(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
-    """`raw` as keyword arguments of a dataclass: no unknown key, none missing."""
+    """`raw` as keyword arguments of a dataclass: no unknown key, none missing, plain values of the right type."""
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: {kind.__name__} is not an object")
     fields = dataclasses.fields(kind)
@@ -219,6 +219,9 @@ def _known(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
     missing = sorted(required - raw.keys())
     if unknown or missing:
         raise CheckpointError(f"{file}: {kind.__name__} has unknown keys {unknown}, lacks {missing}")
+    for name, hint in get_type_hints(kind).items():
+        if name in raw and hint in _JSON_TYPES and type(raw[name]) not in _JSON_TYPES[hint]:
+            raise CheckpointError(f"{file}: {name}={raw[name]!r} is not of type {hint.__name__}")
     return raw
 
 

@@ -5,7 +5,6 @@ The event loop never runs model code, and a job's outcome does not depend on the
 
 import asyncio
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -71,8 +70,10 @@ class Engine:
         }
         self.ready = threading.Event()
         self.failure: str | None = None
-        self._incoming: queue.Queue[Job | None] = queue.Queue(max_queue)
-        self._waiting: deque[Job] = deque()
+        self.max_queue = max_queue
+        self._jobs: deque[Job] = deque()
+        self._stopping = False
+        self._changed = threading.Condition()  # guards the two above
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -80,25 +81,30 @@ class Engine:
         self._thread.start()
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """Finish what is queued and end the thread."""
+        """Take no more jobs, finish what is queued and end the thread."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
         if self._thread.is_alive():
-            self._incoming.put(None)
             self._thread.join(timeout_s)
 
     async def submit(self, pixels: UInt8[Tensor, "3 size size"], *, preset: str | None, seed: int) -> Outcome:
         """Purify (unless `preset` is None) and classify one image.
 
-        Raises ConfigError for an unknown preset, NotReadyError before warm-up and when the queue is full.
+        Raises ConfigError for an unknown preset, NotReadyError before warm-up, when the queue is full, and at the end.
         """
         if preset is not None and preset not in self.defended:
             raise ConfigError(f"preset {preset!r} is not one of {', '.join(self.defended)}")
         if not self.ready.is_set():
             raise NotReadyError(self.failure or "the model is still warming up")
         job = Job(pixels, preset, seed, asyncio.get_running_loop().create_future())
-        try:
-            self._incoming.put_nowait(job)
-        except queue.Full:
-            raise NotReadyError(f"{self._incoming.maxsize} images are waiting already; try again shortly") from None
+        with self._changed:
+            if self._stopping:
+                raise NotReadyError("the service is stopping")
+            if len(self._jobs) >= self.max_queue:
+                raise NotReadyError(f"{self.max_queue} images are waiting already; try again shortly")
+            self._jobs.append(job)
+            self._changed.notify_all()
         return await job.done
 
     def _work(self) -> None:
@@ -123,27 +129,20 @@ class Engine:
             log.info("warmed up preset %s in %.2f s", name, time.perf_counter() - started)
 
     def _next_batch(self) -> list[Job] | None:
-        """The oldest job and those like it that are here or come within the wait; None when told to stop."""
-        while not self._waiting:
-            job = self._incoming.get()
-            if job is None:
+        """The oldest job and those like it that are here or come within the wait; None when stopped and done."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._jobs or self._stopping)
+            if not self._jobs:
                 return None
-            self._waiting.append(job)
-        first = self._waiting.popleft()
-        batch, others = [first], deque[Job]()
-        for job in self._waiting:
-            (batch if job.preset == first.preset and len(batch) < self.max_batch else others).append(job)
-        self._waiting = others
-        deadline = time.perf_counter() + self.batch_wait_s
-        while len(batch) < self.max_batch:
-            try:
-                job = self._incoming.get(timeout=max(0.0, deadline - time.perf_counter()))
-            except queue.Empty:
-                break
-            if job is None:
-                self._incoming.put(None)
-                break
-            (batch if job.preset == first.preset else self._waiting).append(job)
+            preset = self._jobs[0].preset
+
+            def full() -> bool:
+                return self._stopping or sum(job.preset == preset for job in self._jobs) >= self.max_batch
+
+            self._changed.wait_for(full, timeout=self.batch_wait_s)
+            batch = [job for job in self._jobs if job.preset == preset][: self.max_batch]
+            taken = set(batch)
+            self._jobs = deque(job for job in self._jobs if job not in taken)
         return batch
 
     def _run(self, batch: list[Job]) -> None:

@@ -21,6 +21,7 @@ from models.reverse_attack import preset as preset_named
 from models.reverse_attack import to_uint8
 from service.answer import png, top
 from service.decode import Decoded, decode
+from service.demo import SAMPLE, run_demo
 from service.settings import Settings
 
 app = typer.Typer(
@@ -69,7 +70,7 @@ def serve(
     url = f"http://{settings.host}:{settings.port}"
     print(f"\n  serving  {url}   (model {service.state.engine.checkpoint.card.id} on {settings.torch_device})")
     print(f"  docs     {url}/docs")
-    print(f"  try      curl -F image=@service/assets/sample.png '{url}/classify?top_k=3'\n", flush=True)
+    print(f"  try      curl -F image=@{os.path.relpath(SAMPLE)} '{url}/classify?top_k=3'\n", flush=True)
     uvicorn.run(service, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False)
 
 
@@ -147,8 +148,6 @@ def demo(
     device: DeviceOption = "auto",
 ) -> None:
     """Attack an image, purify it, print the three predictions and write one picture of it all."""
-    from service.demo import SAMPLE, run_demo
-
     defended, card, place = _load(checkpoint, preset, device)
     x = _batch(_read(file or SAMPLE, card.architecture.image_size), place)
     for line in run_demo(defended, card, x, seed=seed, out=out):

@@ -134,7 +134,7 @@ def test_weights_that_are_not_finite_are_refused_on_load_and_on_save(folder: Pat
         ({"schema_version": 99}, "schema version 1"),
         ({"architecture": {"name": "preact_resnet18"}}, "lacks"),
         ({"architecture": {"name": "resnet9", "num_classes": 3}}, "resnet9"),
-        ({"architecture": {"name": "preact_resnet18", "num_classes": "3"}}, "3 outputs|cannot be built"),
+        ({"architecture": {"name": "preact_resnet18", "num_classes": "3"}}, "num_classes='3' is not of type int"),
         ({"classes": ["one"]}, "1 classes for 3"),
         ({"head": {"hidden": 8, "embedding_dim": 4, "temperature": -1.0}}, "temperature"),
         ({"head": {"hidden": -8, "embedding_dim": 4, "temperature": 0.2}}, "cannot be built"),

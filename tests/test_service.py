@@ -18,7 +18,7 @@ from models import checkpoint
 from models.errors import CheckpointError, NotReadyError
 from models.reverse_attack import PRESETS
 from service.app import create_app
-from service.engine import Engine, Job, Outcome
+from service.engine import Engine, Outcome
 from service.settings import Settings
 from tests.test_decode import encode, png_of_claimed_size
 
@@ -161,17 +161,16 @@ def test_body_of_another_form_is_refused(client: TestClient, kind: str, content:
 
 
 def test_body_without_a_length_is_limited_as_it_comes(client: TestClient) -> None:
-    sent = 0
-
-    def endless() -> Iterator[bytes]:
-        nonlocal sent
+    def endless(kind: str) -> Iterator[bytes]:
+        if kind.startswith("multipart"):
+            yield b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
         for _ in range(400):
-            sent += 1
             yield bytes(100_000)
 
-    answer = client.post("/classify", content=endless(), headers={"content-type": "image/png"})
-    assert answer.status_code == 413
-    assert answer.headers["content-type"] == "application/problem+json"
+    for kind in ("image/png", "multipart/form-data; boundary=x"):
+        answer = client.post("/classify", content=endless(kind), headers={"content-type": kind})
+        assert answer.status_code == 413
+        assert answer.headers["content-type"] == "application/problem+json"
 
 
 def test_unexpected_error_shows_no_exception_text(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +271,9 @@ def test_full_queue_and_cancelled_jobs(tiny_folder: Path) -> None:
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
-        gone = [job for job in (engine._incoming.get_nowait() for _ in range(2)) if isinstance(job, Job)]
+        gone = engine._next_batch()
+        assert gone is not None
+        assert len(gone) == 2
         engine._compute = None  # type: ignore[assignment, method-assign]  # would fail if it were called
         engine._run(gone)
 

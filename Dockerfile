@@ -1,0 +1,29 @@
+# docker build -t unperturb .
+# Any image with Python 3.11 or later will do: --build-arg BASE_IMAGE=nvidia/cuda:… with Python in it, for example.
+# torch's own wheels bring the CUDA libraries; the host brings the driver and the NVIDIA container toolkit.
+ARG BASE_IMAGE=python:3.11-slim
+FROM ${BASE_IMAGE}
+
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/unperturb/bin:$PATH
+WORKDIR /app
+RUN python3 -m venv /opt/unperturb && pip install --no-cache-dir --disable-pip-version-check uv
+
+# The dependencies in a layer of their own, so that a change of code does not install them again.
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+RUN mkdir models training service benchmarks \
+    && uv pip install --no-cache --python /opt/unperturb/bin/python --constraint constraints.txt . \
+    && uv pip uninstall --python /opt/unperturb/bin/python unperturb
+COPY models models
+COPY training training
+COPY service service
+COPY benchmarks benchmarks
+RUN uv pip install --no-cache --no-deps --python /opt/unperturb/bin/python . \
+    && rm -rf models training service benchmarks build
+
+RUN useradd --system --uid 10001 --no-create-home unperturb
+USER unperturb
+ENV UNPERTURB_HOST=0.0.0.0 UNPERTURB_PORT=8000 HOME=/tmp
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['UNPERTURB_PORT'] + '/readyz', timeout=4)"]
+CMD ["unperturb", "serve"]
