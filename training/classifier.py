@@ -74,7 +74,7 @@ class ClassifierTask:
         outcome = METHODS[self.config.method](self.model, (x, labels, seeds), self.adversary)
         return outcome.loss, {"accuracy": outcome.logits.detach().argmax(1).eq(labels).float().mean()}
 
-    def validate(self, averaged: nn.Module) -> dict[str, float]:
+    def validate(self, averaged: nn.Module) -> dict[str, int | float]:
         """Clean and PGD-10 accuracy on the held-out training images."""
         with loop.autocast(self.config, self.held.images.device):
             figures = measure(averaged, self.held, epsilon=self.config.epsilon, steps=10)

@@ -96,7 +96,7 @@ class HeadTask:
             self.queue = torch.cat((embeddings.detach().flatten(0, 1), self.queue))[: self.config.queue]
         return losses.mean(), {"accuracy": _retrieval(embeddings.detach(), negatives.detach(), keep)}
 
-    def validate(self, averaged: nn.Module) -> dict[str, float]:
+    def validate(self, averaged: nn.Module) -> dict[str, int | float]:
         """InfoNCE and retrieval accuracy on held-out training images, in batches of the same size."""
         losses, accuracies = [], []
         with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):

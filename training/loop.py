@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,7 @@ class RunConfig:
             raise ConfigError(f"ema={self.ema} and warmup={self.warmup} must be in [0, 1)")
 
 
+@runtime_checkable
 class Task(Protocol):
     """A training method."""
 
@@ -74,7 +75,7 @@ class Task(Protocol):
         """The mean loss of a batch of training images, and figures (0-d tensors) for the progress bar."""
         ...
 
-    def validate(self, averaged: nn.Module) -> dict[str, float]:
+    def validate(self, averaged: nn.Module) -> dict[str, int | float]:
         """Figures on held-out training images; "score" chooses the epoch (higher is better)."""
         ...
 
@@ -84,7 +85,7 @@ class Fitted(NamedTuple):
 
     model: nn.Module
     epoch: int
-    figures: dict[str, float]
+    figures: dict[str, int | float]
 
 
 def learning_rate(config: RunConfig, progress: float) -> float:
@@ -140,7 +141,7 @@ def fit(task: Task, config: RunConfig, world: World) -> Fitted:
 def _epoch(
     task: Task, config: RunConfig, world: World, optimizer: torch.optim.Optimizer, average: AveragedModel,
     epoch: int, steps: int,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, int | float]:  # fmt: skip
     """One pass; the mean of the task's figures, rate and speed."""
     images = steps * config.batch_size
     order = torch.randperm(task.images, generator=torch.Generator().manual_seed(config.seed * 100_003 + epoch))
@@ -232,12 +233,12 @@ def _save(config: RunConfig, parts: dict[str, Any], epoch: int, best: dict[str, 
     write_whole(config.out / STATE, buffer.getvalue())
 
 
-def _tensorboard(out: Path, figures: dict[str, float]) -> None:
+def _tensorboard(out: Path, figures: dict[str, int | float]) -> None:
     """Scalars for TensorBoard, where it is installed."""
     writer = _writer(out)
     if writer is not None:
         for name, value in figures.items():
-            writer(name, value, int(figures["epoch"]))
+            writer(name, float(value), int(figures["epoch"]))
 
 
 def _writer(out: Path) -> Callable[[str, float, int], None] | None:

@@ -1,0 +1,87 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import preset_sweep, purification, report, results
+from benchmarks.published_procedure import PublishedProcedure
+from models import checkpoint
+from models.reverse_attack import PRESETS
+from tests.conftest import make_checkpoint
+from tests.test_training import classifier_arguments
+from training.__main__ import main as train
+
+
+def test_gain_is_the_paired_difference_with_its_interval() -> None:
+    after, before = [True, True, False, True], [True, False, False, False]
+    found = results.gain(after, before)
+    assert found["mean"] == 0.5
+    half = 1.959963984540054 * torch.tensor([0.0, 1, 0, 1]).std().item() / 2
+    assert found["interval"] == pytest.approx([0.5 - half, 0.5 + half])
+
+
+def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "checkpoint", tmp_path / "out.json"
+    checkpoint.save(folder, make_checkpoint())
+    presets = {name: PRESETS["default"] for name in ("default", "published")}  # 40 steps are for no test
+    monkeypatch.setattr(purification, "PRESETS", presets)
+    arguments = ["--data", str(image_folder), "--checkpoint", str(folder), "--n", "12", "--adaptive-n", "6", "--steps",
+                 "2", "--timed", "4", "--repeats", "1", "--device", "cpu", "--out", str(out), "--cache", str(tmp_path),
+                 "--write-card"]  # fmt: skip
+    assert purification.main(arguments) == 0
+    record = json.loads(out.read_text())
+    assert record["schema_version"] == results.SCHEMA_VERSION
+    assert record["config"]["seed"] == 0
+    accuracy = record["results"]["accuracy"]
+    assert set(accuracy) == {"classifier", "default", "published"}
+    for cells in accuracy.values():
+        for name in ("clean", "attacked", "noise"):
+            low, high = cells[name]["interval"]
+            assert cells[name]["n"] == 12
+            assert low <= cells[name]["accuracy"] <= high
+    assert accuracy["default"]["clean"] == accuracy["published"]["clean"]  # the same parameters, images and seed
+    assert accuracy["default"]["adaptive_bpda"]["n"] == 6
+    timed = record["results"]["time"]
+    assert timed["times_faster_than_published_procedure"]["default"] > 0
+    assert checkpoint.load(folder).card.figures["purification"] == accuracy
+    for table in (report.purification_table(record), report.time_table(record)):
+        assert table.count("\n") >= 4
+
+
+def test_sweep_measures_on_images_that_training_kept_back(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(classifier_arguments(image_folder, tmp_path / "run", "--epochs", "1")) == 0
+    made, tiny = checkpoint.load(tmp_path / "run" / "checkpoint"), make_checkpoint()
+    assert made.classifier.feature_dim == tiny.classifier.feature_dim
+    card = checkpoint.Card(**{**vars(made.card), "head": tiny.card.head})
+    checkpoint.save(tmp_path / "head", checkpoint.Checkpoint(card, made.classifier, tiny.head, tiny.bank))
+    few = dict(list(preset_sweep.candidates().items())[:2])
+    monkeypatch.setattr(preset_sweep, "candidates", lambda: few)
+    out = tmp_path / "sweep.json"
+    arguments = ["--data", str(image_folder), "--checkpoint", str(tmp_path / "head"), "--device", "cpu", "--out",
+                 str(out), "--cache", str(tmp_path)]  # fmt: skip
+    assert preset_sweep.main(arguments) == 0
+    record = json.loads(out.read_text())
+    assert record["results"]["rows"]["base"]["clean"]["n"] == 9  # what the run held out
+    assert report.sweep_table(record).count("\n") == 4
+
+
+@pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])
+def test_bad_argument_is_refused(bad: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", "nowhere", "--checkpoint", str(tiny_folder), "--device", "cpu", *bad]
+    assert purification.main(arguments) == 2
+    assert bad[1] in capsys.readouterr().err
+
+
+def test_published_procedure_depends_on_the_batchmates_as_the_reverse_attack_does_not(images: torch.Tensor) -> None:
+    procedure = PublishedProcedure(make_checkpoint(), steps=3, epsilon=8 / 255)
+    torch.manual_seed(0)
+    first = procedure(images[:4])
+    torch.manual_seed(0)
+    other = procedure(torch.cat((images[:1], images[5:])))
+    assert ((first - images[:4]).abs() <= 8 / 255 + 1e-6).all()
+    assert not torch.allclose(first[0], other[0])
