@@ -9,10 +9,9 @@ WORKDIR /app
 RUN python3 -m venv /opt/unperturb && pip install --no-cache-dir --disable-pip-version-check uv
 
 # The dependencies in a layer of their own, so that a change of code does not install them again.
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir models training service benchmarks \
-    && uv pip install --no-cache --python /opt/unperturb/bin/python --constraint constraints.txt . \
-    && uv pip uninstall --python /opt/unperturb/bin/python unperturb
+COPY pyproject.toml constraints.txt ./
+RUN uv pip install --no-cache --python /opt/unperturb/bin/python --constraint constraints.txt -r pyproject.toml
+COPY README.md LICENSE ./
 COPY models models
 COPY training training
 COPY service service

@@ -4,7 +4,7 @@ HOST ?= 127.0.0.1
 PORT ?= 8000
 BIN := .venv/bin
 
-.PHONY: install serve test check figures clean
+.PHONY: install serve test check clean
 
 install: .venv/installed
 
