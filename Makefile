@@ -3,6 +3,9 @@ PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
 BIN := .venv/bin
+# glibc otherwise gives every large tensor's memory back to the kernel at once, and takes and zeroes it again at the next
+# step; on a CPU that can cost as much as the arithmetic.
+export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
 
 .PHONY: install serve test check clean
 
