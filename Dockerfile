@@ -4,7 +4,8 @@
 ARG BASE_IMAGE=python:3.11-slim
 FROM ${BASE_IMAGE}
 
-ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PATH=/opt/unperturb/bin:$PATH
+# The image's own certificates, so that it also builds behind a proxy that has one of its own.
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 UV_SYSTEM_CERTS=true PATH=/opt/unperturb/bin:$PATH
 WORKDIR /app
 RUN python3 -m venv /opt/unperturb && pip install --no-cache-dir --disable-pip-version-check uv
 
