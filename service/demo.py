@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.attack import pgd
@@ -49,8 +51,9 @@ def run_demo(
 def _draw(original: Tensor, attacked: Tensor, purified: Tensor, losses: Tensor, answers: list[str], out: Path) -> None:
     from matplotlib import pyplot as plt
 
-    def pixels(image: Tensor) -> Tensor:
-        return image[0].detach().permute(1, 2, 0).cpu().clamp(0, 1)
+    def pixels(image: Tensor) -> NDArray[np.float32]:
+        shown: NDArray[np.float32] = image[0].detach().permute(1, 2, 0).cpu().clamp(0, 1).numpy()
+        return shown
 
     figure, panels = plt.subplots(2, 3, figsize=(9.6, 6.6), layout="constrained")
     shown = [

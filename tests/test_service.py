@@ -259,7 +259,9 @@ def test_requests_that_arrive_together_share_a_batch_and_keep_their_own_answers(
 
 
 def test_full_queue_and_cancelled_jobs(tiny_folder: Path) -> None:
-    engine = Engine(checkpoint.load(tiny_folder), device=torch.device("cpu"), max_batch=2, batch_wait_s=0, max_queue=2)
+    engine = Engine(
+        checkpoint.load(tiny_folder), device=torch.device("cpu"), max_batch=2, batch_wait_s=0.0, max_queue=2
+    )
     engine.ready.set()  # not started: nothing takes from the queue
     pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
 

@@ -208,7 +208,7 @@ def test_one_cycle_rises_to_the_peak_and_falls_to_zero() -> None:
     assert max(rates) == rates[25] == 0.4
     assert rates[100] < 1e-9
     cosine = ClassifierConfig(data="x", out=Path("x"), lr=0.4, schedule="cosine")
-    assert learning_rate(cosine, 0) == 0.4
+    assert learning_rate(cosine, 0.0) == 0.4
     assert abs(learning_rate(cosine, 0.5) - 0.2) < 1e-9
 
 
