@@ -13,11 +13,13 @@ from models.attack import wilson
 from models.checkpoint import write_whole
 
 SCHEMA_VERSION = 1
+PLACES = ("out", "cache")  # where files lie on one machine: no part of a result
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def write(path: Path, *, script: str, config: dict[str, Any], results: dict[str, Any]) -> None:
     """Write one result as JSON, with its provenance."""
+    config = {key: value for key, value in config.items() if key not in PLACES}
     record = {
         "schema_version": SCHEMA_VERSION,
         "script": script,
