@@ -79,9 +79,9 @@ def test_posted_images_give_the_accuracy_that_the_card_states(
 
 
 @real_images
-@pytest.mark.parametrize("preset", ["default", "published"])
+@pytest.mark.parametrize(("preset", "tolerance"), [("default", 1e-4), ("published", 1e-3)])  # 5 steps, and 40
 def test_image_alone_and_among_31_others_gets_the_same_scores(
-    client: TestClient, test_images: tuple[list[bytes], list[int]], preset: str
+    client: TestClient, test_images: tuple[list[bytes], list[int]], preset: str, tolerance: float
 ) -> None:
     files, _ = test_images
 
@@ -93,4 +93,4 @@ def test_image_alone_and_among_31_others_gets_the_same_scores(
     with ThreadPoolExecutor(32) as pool:
         together = list(pool.map(scores, files[:32]))
     for one, other in zip(alone, together, strict=False):
-        assert max(abs(one[i] - other[i]) for i in one) < 1e-4
+        assert max(abs(one[i] - other[i]) for i in one) < tolerance
