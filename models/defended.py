@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from models.checkpoint import Checkpoint
 from models.classifier import ImageClassifier
 from models.errors import CheckpointError, ConfigError
-from models.reverse_attack import Purified, ReverseAttack, ReverseAttackConfig, Trace
+from models.purifier import Purified, Purifier, Trace
+from models.reverse_attack import ReverseAttack, ReverseAttackConfig
 from models.shapes import Float, Int
 
 
@@ -31,7 +32,7 @@ class DefendedClassifier(nn.Module):
     def __init__(
         self,
         classifier: ImageClassifier,
-        purifier: ReverseAttack,
+        purifier: Purifier,
         *,
         gradient: Literal["bpda", "unrolled"] = "bpda",
     ) -> None:
@@ -50,14 +51,14 @@ class DefendedClassifier(nn.Module):
         """Class scores of the purified images; differentiable with respect to `x` where gradients are on."""
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
         unrolled = wants_gradient and self.gradient == "unrolled"
-        purified = self.purify(x, seed=seed, unrolled=unrolled).image
+        purified = self.purifier.descend(x, seeds=seeds_of(seed, x), unrolled=unrolled).image
         if wants_gradient and not unrolled:
             purified = x + (purified - x).detach()
         return cast(Tensor, self.classifier(purified))
 
-    def purify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor = 0, unrolled: bool = False) -> Purified:
+    def purify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor = 0) -> Purified:
         """The purified images and their trace."""
-        return cast(Purified, self.purifier(x, seeds=seeds_of(seed, x), unrolled=unrolled))
+        return cast(Purified, self.purifier(x, seeds=seeds_of(seed, x)))
 
     def classify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor = 0) -> Defended:
         """Everything that a caller may want to show, without gradients."""
@@ -67,14 +68,18 @@ class DefendedClassifier(nn.Module):
 
 
 def defend(checkpoint: Checkpoint, config: ReverseAttackConfig) -> DefendedClassifier:
-    """The defended classifier of a checkpoint; CheckpointError where it has no head."""
+    """The classifier of a checkpoint behind its reverse attack; CheckpointError where it has no head."""
+    return DefendedClassifier(checkpoint.classifier, reverse_attack_of(checkpoint, config))
+
+
+def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> ReverseAttack:
+    """The reverse attack of a checkpoint; CheckpointError where it has no head."""
     if checkpoint.head is None or checkpoint.bank is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.card.id!r} has no head to purify with; train one: "
             "python -m training head --classifier FOLDER --data … --out …"
         )
-    purifier = ReverseAttack(checkpoint.classifier, checkpoint.head, checkpoint.bank, config)
-    return DefendedClassifier(checkpoint.classifier, purifier)
+    return ReverseAttack(checkpoint.classifier, checkpoint.head, checkpoint.bank, config)
 
 
 def seeds_of(seed: int | Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Command-line flags from a frozen dataclass: `step_size: float` becomes `--step-size 2/255`."""
+"""Command-line flags from a frozen dataclass: `step_size: float` becomes `--step-size 2/255`, and a tuple of strings a
+flag that may be given several times.
+"""
 
 import argparse
 import dataclasses
@@ -28,11 +30,17 @@ def parse(config_class: type[Config], arguments: Sequence[str], *, program: str)
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             required=required,
-            default=None if required else field.default,
+            default=None if required or get_origin(hints[field.name]) is tuple else field.default,
             help=help_text.replace("%", "%%"),
             **_reading(hints[field.name]),
         )
-    return config_class(**vars(parser.parse_args(arguments)))
+    values = vars(parser.parse_args(arguments))
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        if get_origin(hints[field.name]) is tuple:  # argparse would append to the default
+            values[field.name] = tuple(
+                values[field.name] or (() if field.default is dataclasses.MISSING else field.default)
+            )
+    return config_class(**values)
 
 
 def as_json(config: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -55,6 +63,8 @@ def _reading(hint: Any) -> dict[str, Any]:  # noqa: ANN401
         (hint,) = (part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
+    if get_origin(hint) is tuple:
+        return {"action": "append"}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     return {"type": fraction if hint is float else hint}

@@ -3,9 +3,9 @@
 An attack, an adversarial training step and the reverse attack differ in the objective that they hand in.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,26 +123,76 @@ class ProjectedGradient:
         if unrolled:
             if not torch.is_grad_enabled():
                 raise ConfigError("unrolled=True needs gradients, but the caller has switched them off")
-            return self._descend(x0, objective, seeds, unrolled=True)
+            return Descent(*_Unrolled.apply(x0, self, objective, seeds))
         with torch.inference_mode(False), torch.enable_grad():
             if x0.is_inference():
                 x0, seeds = x0.clone(), seeds.clone()
-            result = self._descend(x0.detach(), objective, seeds, unrolled=False)
-        return result
+            *_, (x, _, losses) = self.steps_from(x0.detach(), objective, seeds)
+        return Descent(x, losses)
 
-    def _descend(self, x0: Tensor, objective: Objective, seeds: Tensor, *, unrolled: bool) -> Descent:
-        x, velocity = self.begin(x0, seeds), None
-        losses = []
+    def steps_from(
+        self, x0: Float[Tensor, "batch 3 h w"], objective: Objective, seeds: Int[Tensor, " batch"]
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """The iterate, the velocity and the losses so far [steps, batch]: at the start, and after every step."""
+        x, velocity, losses = self.begin(x0, seeds), None, x0.new_zeros((0, len(x0)))
+        yield x, velocity, losses
         for step in range(self.steps):
-            if not (unrolled and x.requires_grad):
-                x = x.detach().requires_grad_()
+            x = x.detach().requires_grad_()
             loss = objective(x, step)
-            (gradient,) = torch.autograd.grad(loss.sum(), x, create_graph=unrolled)
-            if not unrolled:
-                x = x.detach()
-            x, velocity = self.advance(x, x0, gradient, velocity, smooth_backward=unrolled)
-            losses.append(loss.detach())
-        return Descent(x, torch.stack(losses) if losses else x0.new_zeros((0, len(x0))))
+            (gradient,) = torch.autograd.grad(loss.sum(), x)
+            x, velocity = self.advance(x.detach(), x0, gradient, velocity)
+            losses = torch.cat((losses, loss.detach()[None]))
+            yield x, velocity, losses
+
+    def stopped_after(self, steps: int) -> "ProjectedGradient":
+        """The same loop with at most `steps` steps."""
+        return replace(self, steps=min(steps, self.steps))
+
+
+class _Unrolled(torch.autograd.Function):
+    """The loop with a gradient through every step; only the iterates are kept, and each step is computed again on the
+    way back, so that the memory is one step's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x0: Tensor,
+        loop: ProjectedGradient,
+        objective: Objective,
+        seeds: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            states = list(loop.steps_from(x0.detach(), objective, seeds))
+        ctx.x0, ctx.loop, ctx.objective, ctx.seeds = x0.detach(), loop, objective, seeds
+        ctx.states = [(x, velocity) for x, velocity, _ in states[:-1]]
+        image, _, losses = states[-1]
+        ctx.mark_non_differentiable(losses)
+        return image.clone(), losses
+
+    @staticmethod
+    def backward(ctx: Any, to_image: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        loop: ProjectedGradient = ctx.loop
+        to_x0, to_velocity = torch.zeros_like(ctx.x0), None
+        with torch.enable_grad():
+            x0 = ctx.x0.requires_grad_()
+            for step in reversed(range(loop.steps)):
+                x, velocity = ctx.states[step]
+                inputs = [x.detach().requires_grad_(), x0]
+                if velocity is not None:
+                    inputs.append(velocity.detach().requires_grad_())
+                    velocity = inputs[2]
+                loss = ctx.objective(inputs[0], step)
+                (gradient,) = torch.autograd.grad(loss.sum(), inputs[0], create_graph=True)
+                after, after_velocity = loop.advance(inputs[0], x0, gradient, velocity, smooth_backward=True)
+                outputs, flowing = [after], [to_image]
+                if after_velocity is not None and to_velocity is not None:
+                    outputs, flowing = [after, after_velocity], [to_image, to_velocity]
+                to_image, through, *rest = torch.autograd.grad(outputs, inputs, flowing, allow_unused=True)
+                to_x0 = to_x0 if through is None else to_x0 + through
+                to_velocity = rest[0] if rest else None
+            (through,) = torch.autograd.grad(loop.begin(x0, ctx.seeds), x0, to_image)
+        return to_x0 + through, None, None, None
 
 
 def _l2(delta: Tensor) -> Tensor:

@@ -7,15 +7,15 @@ image's result is its own.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.classifier import ImageClassifier
 from models.contrastive import NegativePolicy, NegativesBank, ProjectionHead, info_nce
 from models.errors import ConfigError
-from models.projected_gradient import ProjectedGradient
+from models.projected_gradient import Objective, ProjectedGradient
+from models.purifier import Purifier
 from models.shapes import Float, Int, UInt8
 from models.views import ViewPolicy, make_views
 
@@ -65,26 +65,7 @@ def preset(name: str) -> ReverseAttackConfig:
     return PRESETS[name]
 
 
-class Trace(NamedTuple):
-    """What happened: the loss before each step on that step's views, and before and after all of them on other views
-    that no step used; the distance |z - x0|∞ and |z - x0|₂ in pixel units of [0, 1].
-    """
-
-    losses: Float[Tensor, "steps batch"]
-    loss_before: Float[Tensor, " batch"]
-    loss_after: Float[Tensor, " batch"]
-    linf: Float[Tensor, " batch"]
-    l2: Float[Tensor, " batch"]
-
-
-class Purified(NamedTuple):
-    """The purified image and its trace."""
-
-    image: Float[Tensor, "batch 3 h w"]
-    trace: Trace
-
-
-class ReverseAttack(nn.Module):
+class ReverseAttack(Purifier):
     """The purifier of one classifier, with its head and bank; no weight of theirs is ever changed."""
 
     def __init__(
@@ -94,16 +75,14 @@ class ReverseAttack(nn.Module):
         bank: NegativesBank,
         config: ReverseAttackConfig,
     ) -> None:
-        super().__init__()
-        self.classifier, self.head, self.bank, self.config = classifier, head, bank, config
+        super().__init__(classifier, config.loop)
+        self.head, self.bank, self.config = head.eval(), bank, config
         if config.negatives.count > len(bank.labels):
             raise ConfigError(f"negatives.count={config.negatives.count} of a bank of {len(bank.labels)}")
-        self.train(False)
 
-    def train(self, mode: bool = True) -> "ReverseAttack":
-        """Stays in eval mode: BatchNorm in training mode would tie an image to its batch."""
-        super().train(False)
-        return self
+    def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
+        """The InfoNCE loss of each image, on new views at every step."""
+        return lambda iterate, step: self.loss(iterate, step, seeds)
 
     def loss(
         self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
@@ -116,23 +95,6 @@ class ReverseAttack(nn.Module):
         negatives = self.bank.embeddings
         keep = config.negatives.keep(embeddings, negatives, seeds)
         return info_nce(embeddings, negatives, temperature=config.temperature, keep=keep)
-
-    def forward(
-        self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"], unrolled: bool = False
-    ) -> Purified:
-        """Purify images in [0, 1], each with its own seed; see ProjectedGradient.run for `unrolled`."""
-        loop = self.config.loop
-        descent = loop.run(x, lambda iterate, step: self.loss(iterate, step, seeds), seeds=seeds, unrolled=unrolled)
-        with torch.no_grad():
-            distance = (descent.image - x).flatten(1)
-            trace = Trace(
-                losses=descent.losses,
-                loss_before=self.loss(x, loop.steps, seeds),
-                loss_after=self.loss(descent.image, loop.steps, seeds),
-                linf=distance.abs().amax(1),
-                l2=distance.norm(dim=1),
-            )
-        return Purified(descent.image, trace)
 
 
 def to_uint8(

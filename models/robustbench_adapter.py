@@ -15,8 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.backbones import Architecture
+from models.checkpoint import Card, Checkpoint
 from models.classifier import ImageClassifier
-from models.errors import ConfigError, WeightsUnavailableError
+from models.errors import ConfigError, DataError, WeightsUnavailableError
 from models.shapes import Float
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
@@ -103,6 +105,52 @@ def load_robustbench(name: str, *, image_size: int, weights: bool = True) -> For
             f"{name} could not be loaded ({type(error).__name__}: {error}); {remedy}"
         ) from error
     return ForeignClassifier(model, num_classes=CLASSES[dataset], image_size=image_size)
+
+
+def foreign_checkpoint(name: str, classes: tuple[str, ...] | None = None) -> Checkpoint:
+    """A classifier of the zoo as a checkpoint without a head; `classes` default to the data set's numbers."""
+    _, dataset, _ = parse_name(name)
+    size = 224 if dataset == "imagenet" else 32
+    classes = classes or tuple(str(number) for number in range(CLASSES[dataset]))
+    architecture = Architecture(name=name, num_classes=CLASSES[dataset], image_size=size)
+    card = Card(
+        id=name.replace(":", "-"), architecture=architecture, classes=classes, data={}, training={"by": "RobustBench"}
+    )
+    return Checkpoint(card, load_robustbench(name, image_size=size).requires_grad_(False))
+
+
+def robustbench_data(dataset: str, *, n: int, folder: Path) -> tuple[Tensor, Tensor]:
+    """The first `n` test images [n, 3, h, w] in [0, 1] and labels, by RobustBench's own loader."""
+    _import()
+    from robustbench.data import PREPROCESSINGS, load_clean_dataset
+    from robustbench.model_zoo.enums import BenchmarkDataset
+
+    preparation = PREPROCESSINGS["Res256Crop224" if dataset == "imagenet" else None]
+    try:
+        images, labels = load_clean_dataset(BenchmarkDataset(dataset), n, str(folder), preparation)
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{dataset} is not at {folder} and could not be fetched ({error}); name a local folder with --data"
+        ) from error
+    return images, labels
+
+
+def robustbench_corruption(dataset: str, kind: str, severity: int, *, n: int, folder: Path) -> Tensor:
+    """The first `n` images [n, 3, h, w] in [0, 1] of CIFAR-10-C, CIFAR-100-C or ImageNet-C."""
+    _import()
+    from robustbench.data import CORRUPTION_DATASET_LOADERS, PREPROCESSINGS
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.zenodo_download import DownloadError
+
+    load = CORRUPTION_DATASET_LOADERS[BenchmarkDataset(dataset)][ThreatModel.corruptions]
+    try:
+        images, _ = load(n, severity, str(folder), False, (kind,), PREPROCESSINGS[None])
+    except (OSError, RuntimeError, DownloadError) as error:
+        raise DataError(
+            f"{dataset}'s corruptions are not at {folder} and could not be fetched ({error}); "
+            "with a local folder in --data they are generated"
+        ) from error
+    return cast(Tensor, images)
 
 
 def _refuse_web_page(file: Path) -> None:

@@ -175,7 +175,7 @@ class Engine:
                 return [Outcome(s, s, None, None, None, None, 0.0, 0.0, spent_ms) for s in scores]
             defended = self.defended[preset]
             image, trace = defended.purify(x, seed=seeds)
-            epsilon = defended.purifier.config.loop.epsilon
+            epsilon = defended.purifier.loop.epsilon
             images = to_uint8(image, x, epsilon=epsilon).cpu()
             before, after, linf = (v.tolist() for v in (trace.loss_before, trace.loss_after, trace.linf))
             purify_ms = (time.perf_counter() - started) * 1000

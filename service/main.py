@@ -126,7 +126,7 @@ def purify(
     x = _batch(_read(file, card.architecture.image_size), place)
     started = time.perf_counter()
     purified = defended.purify(x, seed=seed)
-    pixels = to_uint8(purified.image, x, epsilon=defended.purifier.config.loop.epsilon)[0].cpu()
+    pixels = to_uint8(purified.image, x, epsilon=defended.purifier.loop.epsilon)[0].cpu()
     write_whole(out, png(pixels))
     trace = purified.trace
     print(

@@ -86,9 +86,12 @@ def test_ramp_keeps_a_step_continuous_where_the_sign_jumps() -> None:
     assert (smooth[0, :, 1].abs() < 1e-5).all()
 
 
-def test_unrolled_gradient_flows_through_every_step_and_matches_finite_differences() -> None:
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+@pytest.mark.parametrize("start", ["zero", "uniform"])
+def test_unrolled_gradient_flows_through_every_step_and_matches_finite_differences(momentum: float, start: str) -> None:
     x0 = (0.3 + 0.4 * torch.rand(1, 3, 3, 3, dtype=torch.float64)).requires_grad_()
-    p = loop(norm="l2", epsilon=10.0, step_size=0.05, steps=3)  # smooth: no sign, no active bound
+    # smooth: no sign, no active bound
+    p = loop(norm="l2", epsilon=0.25, step_size=0.05, steps=3, momentum=momentum, start=start)
     assert torch.autograd.gradcheck(
         lambda x: p.run(x, lambda z, s: (z**3).sum((1, 2, 3)), seeds=torch.arange(1), unrolled=True).image, (x0,)
     )

@@ -165,6 +165,8 @@ def test_false_negatives_are_removed_from_the_loss(images: torch.Tensor) -> None
         dataclasses.replace(make_config(), negatives=NegativePolicy(kind="drop-similar", fraction=0.3))
     ).purifier
     seeds = torch.arange(8)
+    assert isinstance(plain, ReverseAttack)
+    assert isinstance(removed, ReverseAttack)
     assert (removed.loss(images, 0, seeds) < plain.loss(images, 0, seeds)).all()
 
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from models import checkpoint
 from models.attack import evaluating
-from models.backbones import Architecture
-from models.checkpoint import Card, Checkpoint, HeadCard
+from models.checkpoint import Checkpoint, HeadCard
 from models.classifier import ImageClassifier
 from models.contrastive import NegativesBank, ProjectionHead, in_batch_negatives, info_nce
 from models.errors import ConfigError
@@ -153,21 +152,11 @@ def train_head(config: HeadConfig) -> None:
     """Train, choose the epoch on held-out training images, and write OUT/checkpoint: classifier, head and bank."""
     here = world.join(config.device)
     if config.classifier.startswith("robustbench:"):
-        from models.robustbench_adapter import load_robustbench
+        from models.robustbench_adapter import foreign_checkpoint
 
-        size = 224 if ":imagenet:" in config.classifier else 32
-        foreign = load_robustbench(config.classifier, image_size=size)
-        dataset = data.load(config.data, image_size=size, cache=config.cache)
-        base = Checkpoint(
-            Card(
-                id=config.classifier.replace(":", "-"),
-                architecture=Architecture(
-                    name=config.classifier, num_classes=foreign.num_classes, image_size=size
-                ),
-                classes=dataset.classes, data={}, training={"by": "RobustBench"},
-            ),
-            foreign.requires_grad_(False).to(here.device),
-        )  # fmt: skip
+        base = foreign_checkpoint(config.classifier)
+        dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+        base = Checkpoint(dataclasses.replace(base.card, classes=dataset.classes), base.classifier.to(here.device))
     else:
         base = checkpoint.load(config.classifier, device=here.device)
         dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)

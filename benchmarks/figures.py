@@ -1,0 +1,69 @@
+"""From per-image outcomes to figures: accuracies with intervals, the worst case, resubmissions; shards to a whole."""
+
+from typing import Any
+
+from benchmarks.results import accuracy
+
+CLEAN, STATIC, TRANSFER, CONTROL = "clean", "autoattack", "transfer", "noise"
+
+
+def summarise(outcomes: dict[str, list[int]], resubmitted: list[list[int]] | None, *, purifies: bool) -> dict[str, Any]:
+    """Per attack the robust accuracy; the worst case counts an image as broken that any attack broke.
+
+    outcomes: attack -> 1 per image that is still classified right; AutoAttack's are the static classifier's, and
+    count towards the worst case only where there is no purifier.
+    resubmitted: one row per fresh seed, of the hardest point of each image
+    """
+    counted = {name: values for name, values in outcomes.items() if name != STATIC or not purifies}
+    survivors = [all(row) for row in zip(*counted.values(), strict=True)]
+    found: dict[str, Any] = {
+        "attacks": {name: accuracy([bool(value) for value in values]) for name, values in outcomes.items()},
+        "worst_case": accuracy(survivors),
+        "worst_case_over": sorted(counted),
+        "resubmitted": None,
+    }
+    if resubmitted is not None:
+        flat = [bool(value) for row in resubmitted for value in row]
+        never = [all(column) for column in zip(*resubmitted, strict=True)]
+        found["resubmitted"] = {
+            "draws": len(resubmitted),
+            "mean": sum(flat) / len(flat),
+            "worst_of_draws": accuracy(never),
+        }
+    return found
+
+
+def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The results of one run's shards as those of the whole; the first shard's for what is not per image."""
+    order = sorted(
+        (index, part, place) for part, found in enumerate(parts) for place, index in enumerate(found["indices"])
+    )
+    indices = [index for index, *_ in order]
+    if indices != list(range(len(indices))):
+        raise ValueError("shards overlap or are missing")
+    names = list(parts[0]["outcomes"])
+    outcomes = {name: [parts[part]["outcomes"][name][place] for _, part, place in order] for name in names}
+    draws = None
+    if parts[0]["resubmitted"] is not None:
+        count = len(parts[0]["resubmitted"])
+        draws = [[parts[part]["resubmitted"][draw][place] for _, part, place in order] for draw in range(count)]
+    weights = [len(part["indices"]) / len(indices) for part in parts]
+    passes = {
+        name: {
+            kind: sum(
+                weight * part["passes_per_image"][name][kind] for weight, part in zip(weights, parts, strict=True)
+            )
+            for kind in ("forward", "backward")
+        }
+        for name in parts[0]["passes_per_image"]
+    }
+    seconds = {name: sum(part["timings"]["seconds"][name] for part in parts) for name in parts[0]["timings"]["seconds"]}
+    return {
+        **parts[0],
+        "indices": indices,
+        "outcomes": outcomes,
+        "resubmitted": draws,
+        "figures": summarise(outcomes, draws, purifies=parts[0]["purifies"]),
+        "passes_per_image": passes,
+        "timings": {**parts[0]["timings"], "seconds": seconds},
+    }

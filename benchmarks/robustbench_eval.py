@@ -1,0 +1,160 @@
+"""`python benchmarks/robustbench_eval.py --data DIR`: purified classifiers beside RobustBench's models.
+
+Every model behind every purifier is one run, and one JSON file in --out. A run that was killed goes on where it was
+when the same command is given again. Rules: Croce et al., "Evaluating the adversarial robustness of adaptive test-time
+defenses", ICML 2022.
+"""
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from benchmarks import attacks, results
+from benchmarks.attacks.scene import BUDGETS, Threat
+from benchmarks.corruptions import CorruptionRun
+from benchmarks.estimate import announce
+from benchmarks.evaluation import Evaluation, Plan
+from benchmarks.evaluation_data import EvaluationSet, load_images
+from models import checkpoint
+from models.checkpoint import Checkpoint
+from models.errors import ConfigError, UnperturbError
+from models.options import as_json, option, parse
+from models.purifiers import build_purifier
+from models.robustbench_adapter import foreign_checkpoint
+
+EPSILON = {"Linf": 8 / 255, "L2": 0.5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Score purified classifiers by the field's rules: AutoAttack, transfer, adaptive attacks, the worst case."""
+
+    model: tuple[str, ...] = option(
+        "shipped name, checkpoint folder, or robustbench:<Name>[:<dataset>:<threat>]; may be repeated", ("default",)
+    )
+    purifier: tuple[str, ...] = option(
+        "none, reverse-attack[:preset|key=value,…], anti-adversary, hedge; may be repeated", ("none", "reverse-attack")
+    )
+    dataset: Literal["cifar10", "cifar100", "imagenet"] = option("what the images are", "cifar10")
+    threat_model: Literal["Linf", "L2", "corruptions"] = option("the ball, or the common corruptions", "Linf")
+    epsilon: float | None = option("radius in pixel units of [0, 1]; default 8/255 (Linf), 0.5 (L2)", None)
+    data: Path | None = option("folder of class folders or .npz file; default: RobustBench's own loader", None)
+    n_examples: int = option("test images, the first ones", 1000)
+    attacks: str = option("all, fast, or names between commas", "all")
+    budget: Literal["fast", "standard", "full"] = option("steps, restarts and draws of the attacks", "standard")
+    seed: int = option("of the attacks' own draws", 0)
+    chunk: int = option("images attacked together: the batch, and what is lost at most when a run is killed", 128)
+    shard: str = option("1/1, or as in 3/16: every 16th chunk from the third; torchrun's ranks are shards", "1/1")
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+    out: Path = option("folder for the result files", Path("results"))
+    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run, before any compute."""
+        for name in ("n_examples", "chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        self.plan()
+
+    def plan(self) -> Plan:
+        """The plan of every run."""
+        norm: Literal["linf", "l2"] = "l2" if self.threat_model == "L2" else "linf"
+        epsilon = EPSILON.get(self.threat_model, 8 / 255) if self.epsilon is None else self.epsilon
+        return Plan(
+            dataset=self.dataset,
+            threat=Threat(norm=norm, epsilon=epsilon),
+            budget=BUDGETS[self.budget],
+            attacks=() if self.threat_model == "corruptions" else attacks.chosen(self.attacks),
+            seed=self.seed,
+            chunk=self.chunk,
+            shard=self._shard(),
+        )
+
+    def _shard(self) -> tuple[int, int]:
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        number, _, count = self.shard.partition("/")
+        if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+            raise ConfigError(f"shard={self.shard!r} is not of the form 3/16")
+        return (int(number) - 1) * world + rank, int(count) * world
+
+
+def load_model(spec: str) -> Checkpoint:
+    """A checkpoint of this project, or a classifier of RobustBench."""
+    return foreign_checkpoint(spec) if spec.startswith("robustbench:") else checkpoint.load(spec)
+
+
+def result_name(config: Config, plan: Plan, model: str, purifier: str) -> str:
+    """The result file's name: everything that tells two runs apart."""
+    radius = f"{config.threat_model}-{plan.threat.epsilon * 255:.4g}of255"
+    if config.threat_model == "corruptions":
+        radius = "corruptions"
+    parts = [model, purifier, config.dataset, radius, f"n{config.n_examples}", config.budget, f"seed{config.seed}"]
+    number, count = plan.shard
+    name = "_".join("".join(c if c.isalnum() or c in ".=-" else "-" for c in part) for part in parts)
+    return name + (f".shard-{number + 1}-of-{count}" if count > 1 else "") + ".json"
+
+
+def run_all(config: Config) -> list[Path]:
+    """Check everything, then every run; the result files."""
+    plan, device = config.plan(), torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={config.device!r}, but this machine has no CUDA device; use --device cpu")
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    runs: list[tuple[str, str, Checkpoint, EvaluationSet, Evaluation]] = []
+    for model in config.model:
+        subject = load_model(model)
+        data = load_images(
+            config.dataset, config.data, n=config.n_examples, image_size=subject.classifier.image_size,
+            classes=subject.card.classes, cache=config.cache,
+        )  # fmt: skip
+        for purifier in config.purifier:
+            make = partial(build_purifier, purifier)
+            title = f"{model} + {purifier}"
+            kind = CorruptionRun if config.threat_model == "corruptions" else Evaluation
+            run = kind(subject, make, data, plan, folder=config.out, device=device, title=title)
+            runs.append((model, purifier, subject, data, run))
+    if config.threat_model != "corruptions":
+        announce([run for *_, run in runs])
+    files = []
+    for model, purifier, subject, data, run in runs:
+        found = run.run()
+        file = config.out / result_name(config, plan, model, purifier)
+        described = {
+            "model": {
+                "spec": model if model.startswith("robustbench:") else subject.card.id,
+                "architecture": subject.card.architecture.name,
+                "weights_sha256": subject.card.weights_sha256,
+            },
+            "purifier_spec": purifier,
+            "data": {"dataset": config.dataset, "source": data.source, "sha256": data.digest},
+            "threat": {"model": config.threat_model, "epsilon": plan.threat.epsilon},
+            "budget": {"name": config.budget, **dataclasses.asdict(plan.budget)},
+            "shard": f"{plan.shard[0] + 1}/{plan.shard[1]}",
+        }
+        settings = {**as_json(config), "model": list(config.model), "purifier": list(config.purifier)}
+        settings.pop("data")
+        results.write(file, script="benchmarks/robustbench_eval.py", config=settings, results={**described, **found})
+        files.append(file)
+        print(f"{file}: {run.headline(found)}", flush=True)
+    return files
+
+
+def main(arguments: list[str]) -> int:
+    """Run, or say what is wrong with the arguments."""
+    try:
+        run_all(parse(Config, arguments, program="benchmarks/robustbench_eval.py"))
+    except UnperturbError as error:
+        print(f"benchmarks/robustbench_eval.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

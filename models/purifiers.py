@@ -1,0 +1,87 @@
+"""The registry of purifiers: `name[:preset|key=value,…]` and a checkpoint -> a purifier."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from models import anti_adversary, hedge, reverse_attack
+from models.anti_adversary import AntiAdversary
+from models.checkpoint import Checkpoint
+from models.defended import reverse_attack_of
+from models.errors import ConfigError
+from models.hedge import Hedge
+from models.projected_gradient import ProjectedGradient
+from models.purifier import NoPurifier, Purifier
+
+LOOP_KEYS = {
+    "steps": int, "step_size": Fraction, "epsilon": Fraction, "momentum": Fraction, "start": str, "norm": str
+}  # fmt: skip
+REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction}
+
+
+def _none(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
+    _refuse("none", words, changes, {})
+    return NoPurifier(checkpoint.classifier)
+
+
+def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
+    config = reverse_attack.preset(words[0] if words else "default")
+    _refuse("reverse-attack", words[1:], changes, {**LOOP_KEYS, **REVERSE_ATTACK_KEYS})
+    own = {key: value for key, value in changes.items() if key in REVERSE_ATTACK_KEYS}
+    loop = _changed(config.loop, {key: value for key, value in changes.items() if key not in own}, LOOP_KEYS)
+    changed: reverse_attack.ReverseAttackConfig = _changed(config, own, REVERSE_ATTACK_KEYS)
+    return reverse_attack_of(checkpoint, dataclasses.replace(changed, loop=loop))
+
+
+def _rival(
+    kind: Callable[..., Purifier], name: str, loop: ProjectedGradient
+) -> Callable[[Checkpoint, list[str], Mapping[str, str]], Purifier]:
+    def build(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
+        _refuse(name, words, changes, LOOP_KEYS)
+        return kind(checkpoint.classifier, _changed(loop, changes, LOOP_KEYS))
+
+    return build
+
+
+REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifier]] = {
+    "none": _none,
+    "reverse-attack": _reverse_attack,
+    "anti-adversary": _rival(AntiAdversary, "anti-adversary", anti_adversary.LOOP),
+    "hedge": _rival(Hedge, "hedge", hedge.LOOP),
+}
+
+
+def build_purifier(spec: str, checkpoint: Checkpoint) -> Purifier:
+    """The purifier that `spec` names, for the checkpoint's classifier.
+
+    Raises ConfigError for an unknown name, preset or key or a value out of range, CheckpointError where the reverse
+    attack finds no head.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in REGISTRY:
+        raise ConfigError(f"purifier {name!r} is not one of {', '.join(REGISTRY)}")
+    parts = [part.strip() for part in rest.split(",") if part.strip()]
+    words = [part for part in parts if "=" not in part]
+    changes = dict(part.split("=", 1) for part in parts if "=" in part)
+    return REGISTRY[name](checkpoint, words, changes)
+
+
+def _refuse(name: str, words: list[str], changes: Mapping[str, str], known: Mapping[str, object]) -> None:
+    if words:
+        raise ConfigError(f"purifier {name}: {words[0]!r} is neither a preset of it nor key=value")
+    unknown = [key for key in changes if key not in known]
+    if unknown:
+        raise ConfigError(f"purifier {name} has no {unknown[0]!r}; it has {', '.join(known) or 'no parameters'}")
+
+
+def _changed(config: Any, changes: Mapping[str, str], kinds: Mapping[str, Callable[[str], Any]]) -> Any:  # noqa: ANN401
+    """The frozen dataclass with the values that `changes` spell; it checks their ranges itself."""
+    values: dict[str, Any] = {}
+    for key, text in changes.items():
+        try:
+            value = kinds[key](text)
+        except (ValueError, ZeroDivisionError):
+            raise ConfigError(f"{key}={text!r} is not a {'whole ' * (kinds[key] is int)}number") from None
+        values[key] = float(value) if isinstance(value, Fraction) else value
+    return dataclasses.replace(config, **values)
