@@ -132,6 +132,7 @@ def run_all(config: Config) -> list[Path]:
                 "architecture": subject.card.architecture.name,
                 "weights_sha256": subject.card.weights_sha256,
             },
+            "classes": list(subject.card.classes),
             "purifier_spec": purifier,
             "data": {"dataset": config.dataset, "source": data.source, "sha256": data.digest},
             "threat": {"model": config.threat_model, "epsilon": plan.threat.epsilon},
