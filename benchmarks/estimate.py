@@ -57,7 +57,7 @@ def _seconds_per_image(run: Evaluation) -> tuple[float, float]:
     for _ in range(2):
         started = time.perf_counter()
         loss = run.counting(x).sum()
-        float(loss)
+        float(loss.detach())
         middle = time.perf_counter()
         (gradient,) = torch.autograd.grad(loss, x)
         float(gradient.sum())

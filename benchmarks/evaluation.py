@@ -4,7 +4,8 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from benchmarks.counting import CountingClassifier
 from benchmarks.evaluation_data import EvaluationSet
 from benchmarks.figures import CLEAN, summarise
 from benchmarks.showing import show
-from benchmarks.units import Unit, Units, digest_of
+from benchmarks.units import Unit, Units, code_digest, digest_of
 from models.checkpoint import Checkpoint
 from models.defended import DefendedClassifier, seeds_of
 from models.errors import ConfigError
@@ -76,13 +77,14 @@ class Evaluation:
         self._check_logits()
         self.randomised = self._is_randomised()
         common = {
-            "data": data.digest, "seed": plan.seed, "chunk": plan.chunk, "threat": dataclasses.asdict(plan.threat)
+            "data": data.digest, "seed": plan.seed, "chunk": plan.chunk, "threat": dataclasses.asdict(plan.threat),
+            "code": code_digest(),
         }  # fmt: skip
         self.static = Units(folder, {**common, "classifier": digest_of(counting)})
         self.units = Units(
             folder,
             {**common, "budget": dataclasses.asdict(plan.budget), "defended": digest_of(purifier),
-             "purifier": describe(purifier)},
+             "purifier": describe(purifier), "warm": AUTOATTACK in self.names},
         )  # fmt: skip
 
     def _check_logits(self) -> None:
@@ -108,9 +110,8 @@ class Evaluation:
         units_each = 1 + len(self.names) + self.randomised
         with tqdm(total=len(chunks) * units_each, desc=self.title, unit="unit", smoothing=0) as bar:
             for indices in chunks:
-                for name, unit in self._chunk(indices):
+                for name, unit in self._chunk(indices, bar.set_postfix_str):
                     collected.setdefault(name, []).append(unit)
-                    bar.set_postfix_str(name)
                     bar.update()
         again = collected.pop(RESUBMITTED, [])
         draws = torch.cat([unit.right for unit in again], dim=1).int().tolist() if again else None
@@ -151,7 +152,7 @@ class Evaluation:
         shown = [f"{name} {cells[name]['accuracy']:.1%}" for name in (CLEAN, AUTOATTACK, TRANSFER) if name in cells]
         return f"{', '.join(shown)}, worst case {found['figures']['worst_case']['accuracy']:.1%}"
 
-    def _chunk(self, indices: Tensor) -> Iterator[tuple[str, Unit]]:
+    def _chunk(self, indices: Tensor, say: Callable[[str], None]) -> Iterator[tuple[str, Unit]]:
         """Every unit of one chunk, stored ones from the disk; images that are wrong already are not attacked."""
         number = int(indices[0]) // self.plan.chunk
         whole = Scene(
@@ -160,36 +161,36 @@ class Evaluation:
             seeds=((self.plan.seed << 24) + indices).to(self.device), threat=self.plan.threat,
             budget=self.plan.budget, served_seed=SERVED_SEED,
         )  # fmt: skip
-        clean = self.units.get(CLEAN, number, lambda: self._timed(lambda: self._judged(whole, whole.x)))
+
+        def get(name: str, compute: Callable[[], Unit], units: Units = self.units) -> Unit:
+            say(name)
+            return units.get(name, number, lambda: self._timed(compute))
+
+        clean = get(CLEAN, partial(self._judged, whole, whole.x))
         yield CLEAN, clean
         right = clean.right.to(self.device)
-        seen = [clean]
+        seen, scene = [clean], whole
         for name in self.names:
             if name == AUTOATTACK:
-                unit = self.static.get(name, number, lambda: self._timed(lambda: self._autoattack(whole)))
-                yield name, unit
-                if self.purifies:
-                    continue  # what is broken without the purifier says nothing about it
+                unit = get(name, partial(self._autoattack, whole), self.static)
             elif name == TRANSFER:
-                points = self.static.get(AUTOATTACK, number, lambda: self._timed(lambda: self._autoattack(whole)))
-                unit = self.units.get(
-                    name, number,
-                    lambda points=points: self._timed(  # type: ignore[misc]
-                        lambda: self._judged(whole, points.points.to(self.device), also=right)
-                    ),
-                )  # fmt: skip
-                yield name, unit
+                unit = get(name, partial(self._replayed, scene, right))
             else:
-                unit = self.units.get(
-                    name, number,
-                    lambda name=name: self._timed(lambda: self._attacked(name, whole, right)),  # type: ignore[misc]
-                )  # fmt: skip
-                yield name, unit
-            seen.append(unit)
+                unit = get(name, partial(self._attacked, name, scene, right))
+            yield name, unit
+            if name == AUTOATTACK and self.purifies:
+                # What is broken without the purifier says nothing about it, but is a place to start from.
+                scene = replace(whole, known=unit.points.to(self.device))
+            else:
+                seen.append(unit)
         if self.randomised:
-            name = f"{RESUBMITTED}-{hashlib.sha256(','.join(self.names).encode()).hexdigest()[:12]}"
-            unit = self.units.get(name, number, lambda: self._timed(lambda: self._resubmitted(whole, seen)))
-            yield RESUBMITTED, unit
+            over = hashlib.sha256(",".join(self.names).encode()).hexdigest()[:12]
+            yield RESUBMITTED, get(f"{RESUBMITTED}-{over}", partial(self._resubmitted, whole, seen))
+
+    def _replayed(self, whole: Scene, right: Tensor) -> Unit:
+        """The static classifier's adversarial images before the defense."""
+        assert whole.known is not None
+        return self._judged(whole, whole.known, also=right)
 
     def _attacked(self, name: str, whole: Scene, right: Tensor) -> Unit:
         """The attack on the images that the defense gets right; the others stay as they are, and wrong."""

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +98,10 @@ def _from_folder(
 
 def wordnet_ids() -> tuple[str, ...]:
     """ImageNet's 1,000 WordNet ids in the order of its classes."""
-    text = resources.files("robustbench").joinpath("helper_files/imagenet_class_to_id_map.json").read_text()
-    places: dict[str, int] = json.loads(text)
+    package = find_spec("robustbench")  # found, not imported
+    if package is None or package.origin is None:
+        raise DataError("ImageNet's class order comes with robustbench, which is not installed")
+    file = Path(package.origin).parent / "helper_files" / "imagenet_class_to_id_map.json"
+    places: dict[str, int] = json.loads(file.read_text())
     assert len(places) == CLASSES["imagenet"]
     return tuple(sorted(places, key=lambda name: places[name]))

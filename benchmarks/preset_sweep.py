@@ -20,8 +20,8 @@ from models.contrastive import NegativePolicy
 from models.defended import defend
 from models.errors import UnperturbError
 from models.options import as_json, option, parse
-from models.projected_gradient import ProjectedGradient
-from models.reverse_attack import RAMP, ReverseAttackConfig
+from models.projected_gradient import RAMP, ProjectedGradient
+from models.reverse_attack import ReverseAttackConfig
 from training import data
 
 

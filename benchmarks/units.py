@@ -64,3 +64,12 @@ def digest_of(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def code_digest() -> str:
+    """SHA-256 over what computes a unit: a stored one is not taken for that of other code."""
+    root = Path(__file__).resolve().parents[1]
+    digest = hashlib.sha256()
+    for file in sorted((*root.glob("models/*.py"), *root.glob("benchmarks/attacks/*.py"))):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

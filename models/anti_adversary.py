@@ -8,11 +8,11 @@ import torch
 
 from models.attack import cross_entropy
 from models.classifier import ImageClassifier
-from models.projected_gradient import Objective, ProjectedGradient
+from models.projected_gradient import RAMP, Objective, ProjectedGradient
 from models.purifier import Purifier
 from models.shapes import Float, Int
 
-LOOP = ProjectedGradient(direction="descend", epsilon=1.0, step_size=0.15, steps=2)
+LOOP = ProjectedGradient(direction="descend", epsilon=1.0, step_size=0.15, steps=2, ramp=RAMP)
 
 
 class AntiAdversary(Purifier):
@@ -23,6 +23,6 @@ class AntiAdversary(Purifier):
 
     def objective(self, x: Float[torch.Tensor, "batch 3 h w"], seeds: Int[torch.Tensor, " batch"]) -> Objective:
         """Cross-entropy with the predicted class; the prediction is taken once, from the received image."""
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # the loss is differentiated: no inference tensors in it
             predicted = self.classifier(x).argmax(1)
         return cross_entropy(self.classifier, predicted)

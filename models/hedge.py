@@ -8,11 +8,11 @@ classified (the authors' code adds the logits of all iterates instead).
 import torch
 
 from models.classifier import ImageClassifier
-from models.projected_gradient import Objective, ProjectedGradient
+from models.projected_gradient import RAMP, Objective, ProjectedGradient
 from models.purifier import Purifier
 from models.shapes import Float, Int
 
-LOOP = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=0.007, steps=20, start="uniform")
+LOOP = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=0.007, steps=20, start="uniform", ramp=RAMP)
 
 
 class Hedge(Purifier):

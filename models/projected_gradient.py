@@ -18,6 +18,10 @@ from models.shapes import Float, Int
 # image i alone: the gradient of the sum is then every image's own gradient.
 Objective = Callable[[Tensor, int], Tensor]
 
+# A sign step turns the last bit of a gradient near 0 into a whole step; the ramp keeps an image's result the same
+# whatever batch it is computed in.
+RAMP = 1e-3
+
 START_STREAM = 0x5EED  # the Philox stream of random starts; views use streams from 0 up
 
 

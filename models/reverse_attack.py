@@ -14,7 +14,7 @@ from torch import Tensor
 from models.classifier import ImageClassifier
 from models.contrastive import NegativePolicy, NegativesBank, ProjectionHead, info_nce
 from models.errors import ConfigError
-from models.projected_gradient import Objective, ProjectedGradient
+from models.projected_gradient import RAMP, Objective, ProjectedGradient
 from models.purifier import Purifier
 from models.shapes import Float, Int, UInt8
 from models.views import ViewPolicy, make_views
@@ -39,10 +39,6 @@ class ReverseAttackConfig:
         if self.loop.direction != "descend":
             raise ConfigError(f"direction={self.loop.direction!r}: a reverse attack descends")
 
-
-# A sign step turns the last bit of a gradient near 0 into a whole step; the ramp keeps an image's result the same
-# whatever batch it is computed in.
-RAMP = 1e-3
 
 PRESETS: dict[str, ReverseAttackConfig] = {
     "default": ReverseAttackConfig(

@@ -54,6 +54,9 @@ class FineAndCoarse(ImageClassifier):
     1/7, and a small coarse one. Rounding removes the first; an attack that does not know of it spends itself there.
     """
 
+    fine: Tensor
+    coarse: Tensor
+
     def __init__(self) -> None:
         super().__init__(feature_dim=1, num_classes=2, image_size=SIZE)
         generator = torch.Generator().manual_seed(11)
@@ -87,7 +90,7 @@ def natural_classifier(*, steps: int = 200) -> SmallNet:
         rows = torch.arange(64) + 64 * step
         loss = F.cross_entropy(net(images[rows % 4000]), labels[rows % 4000])
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     return net.eval().requires_grad_(False)
 

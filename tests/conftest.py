@@ -12,8 +12,8 @@ from models.backbones import Architecture, build
 from models.checkpoint import Card, Checkpoint, HeadCard
 from models.contrastive import NegativesBank, ProjectionHead
 from models.defended import DefendedClassifier
-from models.projected_gradient import ProjectedGradient
-from models.reverse_attack import RAMP, ReverseAttack, ReverseAttackConfig
+from models.projected_gradient import RAMP, ProjectedGradient
+from models.reverse_attack import ReverseAttack, ReverseAttackConfig
 
 torch.set_num_threads(2)
 

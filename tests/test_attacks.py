@@ -1,7 +1,9 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import attacks
@@ -36,7 +38,8 @@ class LinearClassifier(ImageClassifier):
         return x.flatten(1)
 
     def logits(self, features: Tensor) -> Tensor:
-        return features @ self.weight.T
+        scores: Tensor = features @ self.weight.T
+        return scores
 
 
 def linear(classes: int = 2) -> LinearClassifier:
@@ -62,9 +65,9 @@ def exactly_robust(scene: Scene) -> Tensor:
     weight = scene.classifier.weight
     assert isinstance(weight, Tensor)
     dual = 1 if scene.threat.norm == "linf" else 2
-    logits = scene.classifier(scene.x)
+    logits: Tensor = scene.classifier(scene.x)
     own = logits.gather(1, scene.labels[:, None])
-    reach = scene.threat.epsilon * (weight[scene.labels][:, None] - weight[None]).norm(p=dual, dim=2)
+    reach: Tensor = scene.threat.epsilon * (weight[scene.labels][:, None] - weight[None]).norm(p=dual, dim=2)
     slack = own - logits - reach  # image class
     return (slack > 0).scatter(1, scene.labels[:, None], True).all(1)
 
@@ -94,20 +97,24 @@ def test_apgd_halves_at_the_published_checkpoints() -> None:
 
 
 def test_apgd_follows_numpys_reading_of_algorithm_1() -> None:
-    import numpy as np
-
     target, steps, eps = 0.31, 20, 0.1
     scene = linear_scene(Threat(norm="linf", epsilon=eps), n=1)
-    value = lambda x: -((x - target) ** 2) * torch.linspace(0.5, 2, 192).view(1, 3, 8, 8)  # noqa: E731
-    found = apgd(scene, lambda x, _: Judged(value(x).sum((1, 2, 3)), None), steps=steps, start=scene.x)
-    weight, x0 = np.linspace(0.5, 2, 192).reshape(3, 8, 8), scene.x[0].double().numpy()
-    f, grad = (lambda x: -(weight * (x - target) ** 2).sum()), (lambda x: -2 * weight * (x - target))
-    clip = lambda x: np.clip(np.clip(x, x0 - eps, x0 + eps), 0, 1)  # noqa: E731
+    scale = torch.linspace(0.5, 2, 192).view(1, 3, 8, 8)
+    objective = lambda x, _: Judged((-((x - target) ** 2) * scale).sum((1, 2, 3)), None)  # noqa: E731
+    found = apgd(scene, objective, steps=steps, start=scene.x)
+    weight, x0 = scale[0].double().numpy(), scene.x[0].double().numpy()
+
+    def f(x: NDArray[np.float64]) -> float:
+        return float(-(weight * (x - target) ** 2).sum())
+
+    def clip(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.clip(np.clip(x, x0 - eps, x0 + eps), 0, 1)
+
     x, last, eta, rises, mark = x0, x0, 2 * eps, 0, 0
     loss = best_loss = f(x)
     best, eta_was, best_was = x, eta, best_loss
     for k in range(1, steps + 1):
-        z = clip(x + eta * np.sign(grad(x)))
+        z = clip(x + eta * np.sign(-2 * weight * (x - target)))
         new = z if k == 1 else clip(x + 0.75 * (z - x) + 0.25 * (x - last))
         last, x = x, new
         rises, loss = rises + (f(x) > loss), f(x)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import preset_sweep, purification, report, results
+from benchmarks import preset_sweep, purification, readme, results
 from benchmarks.published_procedure import PublishedProcedure
 from models import checkpoint
 from models.reverse_attack import PRESETS
@@ -47,7 +47,7 @@ def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
     timed = record["results"]["time"]
     assert timed["times_faster_than_published_procedure"]["default"] > 0
     assert checkpoint.load(folder).card.figures["purification"] == accuracy
-    for table in (report.purification_table(record), report.time_table(record)):
+    for table in (readme.purification_table(record), readme.time_table(record)):
         assert table.count("\n") >= 4
 
 
@@ -67,7 +67,7 @@ def test_sweep_measures_on_images_that_training_kept_back(
     assert preset_sweep.main(arguments) == 0
     record = json.loads(out.read_text())
     assert record["results"]["rows"]["base"]["clean"]["n"] == 9  # what the run held out
-    assert report.sweep_table(record).count("\n") == 4
+    assert readme.sweep_table(record).count("\n") == 4
 
 
 @pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])

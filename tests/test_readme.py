@@ -11,7 +11,7 @@ import torch
 from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
-from benchmarks import report
+from benchmarks import readme
 from service.app import create_app
 from service.main import app
 from service.settings import Settings
@@ -33,7 +33,7 @@ def commands(program: str) -> list[list[str]]:
 
 
 def test_tables_are_those_of_the_result_files() -> None:
-    assert report.render(README) == README
+    assert readme.render(README) == README
 
 
 def test_curl_example_shows_what_the_service_answers() -> None:

@@ -86,7 +86,10 @@ def intermediate(scene: Scene) -> Tensor:
 
 
 def _restarted(scene: Scene, objectives: Iterable[AttackObjective], *, steps: int) -> Float[Tensor, "batch 3 h w"]:
-    """Every objective from every start, on the images that nothing before has broken; the last point where none has."""
+    """Every objective from every start, on the images that nothing before has broken; the last point where none has.
+
+    The first start is the static classifier's adversarial image where one is known, the others are random.
+    """
     found = scene.x.clone()
     left = torch.arange(len(found), device=found.device)
     for number, objective in enumerate(objectives):
@@ -96,6 +99,9 @@ def _restarted(scene: Scene, objectives: Iterable[AttackObjective], *, steps: in
             part = scene.select(left)
             seeds = part.seeds * (1 << 12) + number * (1 << 6) + restart
             start = scene.threat.ball(start="uniform").begin(part.x, seeds)
+            if restart == 0 and part.known is not None:
+                broken_statically = (part.known != part.x).flatten(1).any(1).view(-1, 1, 1, 1)
+                start = torch.where(broken_statically, part.known, start)
             points = apgd(part, _of_rows(objective, left), steps=steps, start=start)
             found[left] = part.project(points)
             left = left[part.right(found[left])]

@@ -81,6 +81,7 @@ class Scene:
 
     seeds:       per image, of the attack's own draws; a function of the image's place in the data set
     served_seed: the seed that the service purifies with; the attacker knows it
+    known:       adversarial images of the static classifier (the clean image where there is none), to start from
     """
 
     defended: DefendedClassifier
@@ -90,6 +91,7 @@ class Scene:
     threat: Threat
     budget: Budget
     served_seed: int = 0
+    known: Tensor | None = None
 
     @property
     def purifies(self) -> bool:
@@ -117,7 +119,8 @@ class Scene:
 
     def select(self, rows: Int[Tensor, " some"] | Bool[Tensor, " batch"]) -> "Scene":
         """The scene of some of its images."""
-        return replace(self, x=self.x[rows], labels=self.labels[rows], seeds=self.seeds[rows])
+        known = None if self.known is None else self.known[rows]
+        return replace(self, x=self.x[rows], labels=self.labels[rows], seeds=self.seeds[rows], known=known)
 
     def against(self, defended: DefendedClassifier) -> "Scene":
         """The same images before another classifier."""

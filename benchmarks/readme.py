@@ -1,0 +1,147 @@
+"""`python benchmarks/readme.py`: the README's tables, made from the result files and the shipped card alone."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plots import all_plots
+from benchmarks.report import cells as texts_of
+from benchmarks.results import FOLDER
+from benchmarks.rows import load_runs, measured_row
+from models import checkpoint
+
+ROBUSTNESS = FOLDER / "robustness"
+PLOTS = {"Robust accuracy by attack": "by-attack.png", "Every attack": "every-attack.png"}
+README = Path(__file__).resolve().parents[1] / "README.md"
+
+
+def share(cell: dict[str, Any]) -> str:
+    """An accuracy with its interval, in percent."""
+    low, high = cell["interval"]
+    return f"{cell['accuracy']:.1%} ({low * 100:.1f} to {high * 100:.1f})"
+
+
+def points(gain: dict[str, Any]) -> str:
+    """A paired difference with its interval, in points."""
+    low, high = gain["interval"]
+    return f"{gain['mean'] * 100:+.1f} ({low * 100:+.1f} to {high * 100:+.1f})"
+
+
+def classifier_table() -> str:
+    """The shipped classifier on the whole test set, from its card."""
+    card = checkpoint.read_card(checkpoint.resolve("default"))
+    test = card.figures["test"]
+    attack = f"PGD-{test['pgd']['steps']}, L∞ {test['pgd']['epsilon'] * 255:.0f}/255"
+    rows = [
+        f"| `{card.id}`, n = {test['n']:,} | accuracy (95% interval) |",
+        "| --- | --- |",
+        f"| clean | {share({'accuracy': test['clean_accuracy'], 'interval': test['clean_interval']})} |",
+        f"| {attack} | {share({'accuracy': test['pgd_accuracy'], 'interval': test['pgd_interval']})} |",
+    ]
+    return "\n".join(rows)
+
+
+def purification_table(record: dict[str, Any]) -> str:
+    """Every purifier on every set of points, and the adaptive attack."""
+    accuracy = record["results"]["accuracy"]
+    n = accuracy["classifier"]["clean"]["n"]
+    rows = [
+        f"| n = {n:,} | clean | PGD-{record['config']['steps']} on the classifier | noise of that size |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, cells in accuracy.items():
+        title = "no purifier" if name == "classifier" else f"preset `{name}`"
+        shown = [share(cells[key]) for key in ("clean", "attacked", "noise")]
+        rows.append(f"| {title} | {' | '.join(shown)} |")
+    for name, cells in accuracy.items():
+        if name != "classifier":
+            gains = [points(cells[key]["gain"]) for key in ("clean", "attacked", "noise")]
+            rows.append(f"| `{name}`: points gained | {' | '.join(gains)} |")
+    text = "\n".join(rows)
+    if "adaptive_bpda" in accuracy["default"]:
+        cell = accuracy["default"]["adaptive_bpda"]
+        text += (
+            "\n\nUnder an adaptive attack (the same PGD through the `default` preset, backward = identity, seed known, "
+            f"n = {cell['n']}) it keeps {share(cell)}: {points(cell['gain'])} points against the undefended classifier "
+            "under its own attack, on the same images."
+        )
+    return text
+
+
+def time_table(record: dict[str, Any]) -> str:
+    """Cost per image beside the plain published procedure."""
+    timed = record["results"]["time"]
+    faster = timed["times_faster_than_published_procedure"]
+    titles = {
+        "classifier": "classifier alone",
+        "published_procedure": "published procedure, plain",
+        "published": "preset `published`",
+        "default": "preset `default`",
+    }
+    machine = record["machine"]
+    where = f"{machine['cpu_threads']} CPU threads" if machine["device"] == "cpu" else machine["name"]
+    rows = [f"| batch of {timed['batch']}, {where} | ms per image | times faster |", "| --- | --- | --- |"]
+    for name, title in titles.items():
+        ratio = f"{faster[name]:.1f}" if name in faster else ""
+        rows.append(f"| {title} | {timed['ms_per_image'][name]:.1f} | {ratio} |")
+    return "\n".join(rows)
+
+
+def robustness_table(runs: list[dict[str, Any]]) -> str:
+    """Every purifier before the shipped classifier, under every attack; RobustBench's figures stand in the report."""
+    first = runs[0]["results"]
+    n, budget = first["figures"]["attacks"]["clean"]["n"], first["budget"]["name"]
+    epsilon = first["threat"]["epsilon"]
+    rows = [
+        f"| n = {n}, L∞ {epsilon * 255:.0f}/255, budget `{budget}` | clean | static AutoAttack | transfer "
+        "| **worst case** (95% interval) | worst of 10 | ms per image |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    order = {"none": 0, "reverse-attack": 1}
+    for run in sorted(runs, key=lambda run: order.get(run["results"]["purifier_spec"].partition(":")[0], 2)):
+        _, purifier, _, clean, static, transfer, worst, again, ms, _ = texts_of(measured_row(run))
+        rows.append(f"| `{purifier}` | {clean} | {static} | {transfer} | **{worst}** | {again or 'same'} | {ms} |")
+    return "\n".join(rows)
+
+
+def sweep_table(record: dict[str, Any]) -> str:
+    """Candidates for the default preset on held-out training images."""
+    found = record["results"]["rows"]
+    n = found["no purifier"]["clean"]["n"]
+    rows = [f"| n = {n}, held-out training images | clean | attacked | ms per image |", "| --- | --- | --- | --- |"]
+    for name, cells in found.items():
+        if name == "no purifier":
+            rows.append(f"| {name} | {cells['clean']['accuracy']:.1%} | {cells['attacked']['accuracy']:.1%} | |")
+        else:
+            gains = [f"{cells[key]['gain']['mean'] * 100:+.1f}" for key in ("clean", "attacked")]
+            rows.append(f"| {name} | {gains[0]} | {gains[1]} | {cells['ms_per_image']:.0f} |")
+    return "\n".join(rows)
+
+
+def render(text: str) -> str:
+    """The README with every table made anew."""
+    measured = json.loads((FOLDER / "purification.json").read_text())
+    swept = json.loads((FOLDER / "preset_sweep.json").read_text())
+    tables = {
+        "classifier": classifier_table(),
+        "purification": purification_table(measured),
+        "time": time_table(measured),
+        "sweep": sweep_table(swept),
+        "robustness": robustness_table(load_runs(ROBUSTNESS)),
+    }
+    for name, table in tables.items():
+        before, start, rest = text.partition(f"<!-- table: {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not (start and end):
+            raise SystemExit(f"README.md has no place for the table {name!r}")
+        text = f"{before}{start}{table}\n{end}{after}"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(render(README.read_text()))
+    for title, png in all_plots(load_runs(ROBUSTNESS)).items():
+        if title in PLOTS:
+            (FOLDER / PLOTS[title]).write_bytes(png)
+    print(f"wrote the tables of {README.name}", file=sys.stderr)
