@@ -1,5 +1,6 @@
 """What a run will cost, said before it begins."""
 
+import dataclasses
 import time
 
 import torch
@@ -16,6 +17,8 @@ def announce(runs: list[Evaluation]) -> None:
 
     An image that an attack has broken costs it nothing more, so a run mostly takes less.
     """
+    budget = dataclasses.asdict(runs[0].plan.budget)
+    print("budget: " + ", ".join(f"{name} {value}" for name, value in budget.items()))
     print(f"{'run':44} {'attack':20} {'forward':>9} {'backward':>9}   at most")
     total, seen = 0.0, set()
     for run in runs:

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,11 @@ from benchmarks.attacks import adaptive, black_box, controls
 from benchmarks.attacks.apgd import apgd, checkpoints
 from benchmarks.attacks.autoattack import autoattack
 from benchmarks.attacks.scene import BUDGETS, Budget, Judged, Scene, Threat, cross_entropy_loss, dlr_loss
+from benchmarks.evaluation import Evaluation, Plan
+from benchmarks.evaluation_data import EvaluationSet
 from models.anti_adversary import AntiAdversary
+from models.backbones import Architecture
+from models.checkpoint import Card, Checkpoint
 from models.classifier import ImageClassifier
 from models.defended import DefendedClassifier
 from models.errors import ConfigError
@@ -79,6 +84,23 @@ def test_linear_classifier_is_broken_exactly_where_the_closed_form_says(threat: 
     assert 0.1 < exact.float().mean() < 0.9
     found = scene.project(adaptive.bpda_apgd_ce(scene))
     assert torch.equal(scene.right(found), exact)
+
+
+@pytest.mark.parametrize("threat", [Threat(norm="linf", epsilon=1 / 255), Threat(norm="l2", epsilon=0.05)], ids=str)
+def test_reported_accuracy_of_a_linear_classifier_is_the_exact_one(threat: Threat, tmp_path: Path) -> None:
+    scene = linear_scene(threat, n=50)
+    architecture = Architecture(name="linear", num_classes=2, image_size=8)
+    subject = Checkpoint(
+        Card(id="linear", architecture=architecture, classes=("0", "1"), data={}, training={}), scene.classifier
+    )
+    plan = Plan(dataset="cifar10", threat=threat, budget=BUDGETS["fast"], attacks=attacks.FAST, chunk=20)
+    data = EvaluationSet(scene.x, scene.labels, "generated", str(threat))
+    found = Evaluation(
+        subject, lambda counted: NoPurifier(counted.classifier), data, plan, folder=tmp_path, device=torch.device("cpu")
+    ).run()
+    exact = exactly_robust(scene)
+    assert found["figures"]["worst_case"]["accuracy"] == exact.double().mean().item()
+    assert found["outcomes"]["bpda-apgd-ce"] == exact.int().tolist()
 
 
 @pytest.mark.parametrize("threat", [Threat(norm="linf", epsilon=1 / 255), Threat(norm="l2", epsilon=0.05)], ids=str)

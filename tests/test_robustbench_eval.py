@@ -133,6 +133,18 @@ def test_shards_are_merged_by_the_report(tiny_folder: Path, image_folder: Path, 
         load_runs(tmp_path / "parts")
 
 
+def test_processes_of_torchrun_are_shards(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--attacks", "noise", "--purifier", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
+    (run,) = load_runs(tmp_path / "out")
+    assert run["results"]["indices"] == list(range(8))
+
+
 def test_report_is_whole_and_marks_published_rows(
     tiny_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

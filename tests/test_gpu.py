@@ -1,0 +1,62 @@
+"""What only a CUDA device can show; opt in with `pytest -m gpu`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from benchmarks import robustbench_eval
+from models import checkpoint
+from models.defended import defend
+from models.reverse_attack import PRESETS
+from service.app import create_app
+from service.settings import Settings
+from tests.test_service import wait_until_ready
+from tests.test_training import classifier_arguments
+from training.__main__ import main as train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_scores_are_the_same_alone_and_in_a_batch(images: torch.Tensor, preset: str) -> None:
+    defended = defend(checkpoint.load("default", device="cuda"), PRESETS[preset])
+    x = images.cuda()
+    together = defended.classify(x, seed=0).logits.softmax(1)
+    alone = torch.cat([defended.classify(one, seed=0).logits.softmax(1) for one in x.split(1)])
+    assert (together - alone).abs().max() < (1e-4 if preset == "default" else 1e-3)
+
+
+def test_default_preset_gives_what_it_gives_on_the_cpu(images: torch.Tensor) -> None:
+    scores = []
+    for device in ("cpu", "cuda"):
+        defended = defend(checkpoint.load("default", device=device), PRESETS["default"])
+        scores.append(defended.classify(images.to(device), seed=0).logits.softmax(1).cpu())
+    assert (scores[0] - scores[1]).abs().max() < 1e-2
+
+
+def test_service_answers_from_the_device() -> None:
+    sample = Path(__file__).parents[1] / "service" / "assets" / "sample.png"
+    with TestClient(create_app(Settings(device="cuda"))) as client:
+        wait_until_ready(client)
+        answer = client.post("/classify", files={"image": sample.read_bytes()})
+    assert answer.status_code == 200
+    assert answer.json()["predictions"][0]["label"] == "ship"
+
+
+def test_classifier_trains_on_the_device(image_folder: Path, tmp_path: Path) -> None:
+    arguments = classifier_arguments(image_folder, tmp_path / "run", "--epochs", "1", "--device", "cuda")
+    assert train(arguments) == 0
+    assert (tmp_path / "run" / "checkpoint" / "card.json").is_file()
+
+
+def test_harness_runs_every_attack_on_the_device(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    arguments = ["--model", str(tiny_folder), "--data", str(image_folder), "--n-examples", "8", "--chunk", "4",
+                 "--budget", "fast", "--device", "cuda", "--out", str(tmp_path / "out"), "--cache", str(tmp_path),
+                 "--purifier", "none", "--purifier", "reverse-attack", "--purifier", "hedge:steps=2"]  # fmt: skip
+    assert robustbench_eval.main(arguments) == 0
+    assert len(list((tmp_path / "out").glob("*.json"))) == 3
