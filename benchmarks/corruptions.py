@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from benchmarks.evaluation import SERVED_SEED, Evaluation, Plan
 from benchmarks.evaluation_data import DEFAULT_CACHE, EvaluationSet
-from benchmarks.figures import CLEAN
-from benchmarks.results import accuracy
+from benchmarks.figures import CLEAN, summarise_corruptions
 from benchmarks.units import Unit
 from models.checkpoint import Checkpoint
 from models.errors import ConfigError
@@ -67,13 +66,11 @@ class CorruptionRun(Evaluation):
                     lambda kind=kind, images=images, indices=indices: self._right(kind, images, indices),  # type: ignore[misc]
                 )  # fmt: skip
                 outcomes[kind] += unit.right.int().tolist()
-        cells = {kind: accuracy([bool(value) for value in values]) for kind, values in outcomes.items()}
-        means = [cells[kind]["accuracy"] for kind in kinds[1:]]
         return {
             "purifies": self.purifies,
             "indices": torch.cat(chunks).tolist(),
             "outcomes": outcomes,
-            "figures": {"attacks": cells, "corruptions_mean": sum(means) / len(means)},
+            "figures": summarise_corruptions(outcomes),
             "corruptions": "generated" if self.generated else "robustbench",
             "timings": {"seconds": {"all": time.perf_counter() - started}},
         }
@@ -123,7 +120,8 @@ def generate(images: UInt8[Tensor, "n 3 h w"], kind: str, severity: int) -> UInt
     for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         np.random.seed((seed_of + index) % 2**32)
         seed_compiled((seed_of + index) % 2**32)
-        made.append(corrupt(np.ascontiguousarray(image), corruption_name=kind, severity=severity))
+        own = {"seed": (seed_of + index) % 2**32} if kind in ("impulse_noise", "glass_blur") else {}
+        made.append(corrupt(np.ascontiguousarray(image), corruption_name=kind, severity=severity, **own))
     return torch.from_numpy(np.stack(made)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import attacks as registry
-from benchmarks.attacks import ATTACKS, AUTOATTACK, TRANSFER
+from benchmarks.attacks import ATTACKS, AUTOATTACK, FRESH_ATTACKS, TRANSFER
 from benchmarks.attacks.adaptive import FRESH
 from benchmarks.attacks.autoattack import autoattack
 from benchmarks.attacks.scene import Budget, Scene, Threat
@@ -23,6 +23,7 @@ from benchmarks.evaluation_data import EvaluationSet
 from benchmarks.figures import CLEAN, summarise
 from benchmarks.showing import show
 from benchmarks.units import Unit, Units, code_digest, digest_of
+from models import provenance
 from models.checkpoint import Checkpoint
 from models.defended import DefendedClassifier, seeds_of
 from models.errors import ConfigError
@@ -78,7 +79,8 @@ class Evaluation:
         self.randomised = self._is_randomised()
         common = {
             "data": data.digest, "seed": plan.seed, "chunk": plan.chunk, "threat": dataclasses.asdict(plan.threat),
-            "code": code_digest(),
+            "code": code_digest(), "versions": provenance.versions(), "device": device.type, "source": data.source,
+            "architecture": dataclasses.asdict(subject.card.architecture), "dataset": plan.dataset,
         }  # fmt: skip
         self.static = Units(folder, {**common, "classifier": digest_of(counting)})
         self.units = Units(
@@ -101,7 +103,7 @@ class Evaluation:
         x = self.data.images[: self.plan.chunk][:16].to(self.device)
         with torch.no_grad():
             one, other = (self.defended.purifier.descend(x, seeds=seeds_of(seed, x)).image for seed in (0, 1))
-        return not torch.equal(one, other)
+        return not torch.allclose(one, other, rtol=0, atol=1e-3)
 
     def run(self) -> dict[str, Any]:
         """Every attack on every chunk, then the record."""
@@ -111,16 +113,18 @@ class Evaluation:
         with tqdm(total=len(chunks) * units_each, desc=self.title, unit="unit", smoothing=0) as bar:
             for indices in chunks:
                 for name, unit in self._chunk(indices, bar.set_postfix_str):
+                    if name in collected:  # the first chunk's images are shown; the others' would fill the memory
+                        unit = unit._replace(points=unit.points[:0])
                     collected.setdefault(name, []).append(unit)
                     bar.update()
         again = collected.pop(RESUBMITTED, [])
         draws = torch.cat([unit.right for unit in again], dim=1).int().tolist() if again else None
         outcomes = {name: torch.cat([unit.right for unit in units]).int().tolist() for name, units in collected.items()}
-        hardest = (again or collected[self.names[-1]])[0].points.to(self.device)
+        counted = {name: units[0] for name, units in collected.items() if name != AUTOATTACK or not self.purifies}
         first = chunks[0]
         shown = show(
-            self.defended, self.data.images[first].to(self.device), hardest, self.data.labels[first].to(self.device),
-            seed=SERVED_SEED,
+            self.defended, self.data.images[first].to(self.device), hardest(counted).to(self.device),
+            self.data.labels[first].to(self.device), seed=SERVED_SEED,
         )  # fmt: skip
         n = len(outcomes[CLEAN])
         return {
@@ -169,7 +173,7 @@ class Evaluation:
         clean = get(CLEAN, partial(self._judged, whole, whole.x))
         yield CLEAN, clean
         right = clean.right.to(self.device)
-        seen, scene = [clean], whole
+        seen, scene = {CLEAN: clean}, whole
         for name in self.names:
             if name == AUTOATTACK:
                 unit = get(name, partial(self._autoattack, whole), self.static)
@@ -182,7 +186,7 @@ class Evaluation:
                 # What is broken without the purifier says nothing about it, but is a place to start from.
                 scene = replace(whole, known=unit.points.to(self.device))
             else:
-                seen.append(unit)
+                seen[name] = unit
         if self.randomised:
             over = hashlib.sha256(",".join(self.names).encode()).hexdigest()[:12]
             yield RESUBMITTED, get(f"{RESUBMITTED}-{over}", partial(self._resubmitted, whole, seen))
@@ -228,13 +232,17 @@ class Evaluation:
         static = whole.against(DefendedClassifier(self.counting, NoPurifier(self.counting)))
         return self._judged(static, points)._replace(notes=notes)
 
-    def _resubmitted(self, whole: Scene, seen: list[Unit]) -> Unit:
-        """Per image, the point nearest to being broken or furthest beyond, sent again under fresh seeds."""
-        margins = torch.stack([unit.margins for unit in seen])
-        points = torch.stack([unit.points for unit in seen])
-        hardest = points[margins.argmin(0), torch.arange(len(whole.x))].to(self.device)
-        draws = [whole.right(hardest, seed=FRESH // 2 + draw) for draw in range(RESUBMISSIONS)]
-        return Unit(hardest, torch.stack(draws), margins.amin(0), [], 0, 0, 0.0)
+    def _resubmitted(self, whole: Scene, seen: dict[str, Unit]) -> Unit:
+        """Two points of each image under fresh seeds, right where both are: the one of the smallest margin as served,
+        and the one that was made against fresh seeds, where that attack was run.
+        """
+        points = [hardest(seen).to(self.device)]
+        points += [seen[name].points.to(self.device) for name in FRESH_ATTACKS if name in seen]
+        draws = [
+            torch.stack([whole.right(x, seed=FRESH // 2 + draw) for x in points]).all(0)
+            for draw in range(RESUBMISSIONS)
+        ]
+        return Unit(points[0], torch.stack(draws), torch.zeros(len(whole.x)), [], 0, 0, 0.0)
 
     def _timed(self, compute: Callable[[], Unit]) -> Unit:
         """The unit with its time and passes."""
@@ -250,5 +258,17 @@ class Evaluation:
 def describe(purifier: Purifier) -> dict[str, Any]:
     """A purifier's kind and parameters, as JSON."""
     config = getattr(purifier, "config", None)
-    described: dict[str, Any] = {"kind": type(purifier).__name__, "loop": dataclasses.asdict(purifier.loop)}
+    plain = {name: value for name, value in vars(purifier).items() if isinstance(value, int | float | str)}
+    described: dict[str, Any] = {
+        "kind": type(purifier).__name__,
+        "loop": dataclasses.asdict(purifier.loop),
+        **{name: value for name, value in plain.items() if not name.startswith("_") and name != "training"},
+    }
     return described if config is None else {**described, "config": dataclasses.asdict(config)}
+
+
+def hardest(seen: dict[str, Unit]) -> Tensor:
+    """Of every image the point of the smallest margin: nearest to being broken, or broken by most."""
+    margins = torch.stack([unit.margins for unit in seen.values()])
+    points = torch.stack([unit.points for unit in seen.values()])
+    return points[margins.argmin(0), torch.arange(margins.shape[1])]

@@ -6,6 +6,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -62,12 +63,17 @@ def _from_npz(file: Path, image_size: int) -> tuple[Tensor, Tensor]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             images, labels = arrays["images"], arrays["labels"]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, BadZipFile) as error:
         raise DataError(f"{file} is not an .npz file with `images` and `labels` ({error})") from error
-    if images.dtype != np.uint8 or images.shape[1:] != (image_size, image_size, 3) or len(images) != len(labels):
+    if (
+        images.dtype != np.uint8
+        or images.shape[1:] != (image_size, image_size, 3)
+        or labels.shape != (len(images),)
+        or labels.dtype.kind not in "iu"
+    ):
         raise DataError(
-            f"{file}: images are {images.dtype} {images.shape} with {len(labels)} labels; "
-            f"they must be uint8 [n, {image_size}, {image_size}, 3] with n labels"
+            f"{file}: images are {images.dtype} {images.shape} with labels {labels.dtype} "
+            f"{labels.shape}; they must be uint8 [n, {image_size}, {image_size}, 3] with whole numbers [n]"
         )
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels.astype(np.int64))
 
@@ -82,7 +88,7 @@ def _from_folder(
     order = classes
     if dataset == "imagenet" and found and found[0] not in classes:
         order = wordnet_ids()
-    elif len(found) == len(classes) and all(name.isdigit() for name in classes):
+    elif len(found) == len(classes) and all(name.isdigit() for name in classes) and not set(found) <= set(classes):
         order = found  # a classifier that names no classes; CIFAR's are in alphabetical order
     unknown = [name for name in found if name not in order]
     if unknown or not found:

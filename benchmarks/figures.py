@@ -33,19 +33,48 @@ def summarise(outcomes: dict[str, list[int]], resubmitted: list[list[int]] | Non
     return found
 
 
+def summarise_corruptions(outcomes: dict[str, list[int]]) -> dict[str, Any]:
+    """The accuracy on clean images and on each corruption and severity, and the mean over all of the latter."""
+    cells = {name: accuracy([bool(value) for value in values]) for name, values in outcomes.items()}
+    means = [cell["accuracy"] for name, cell in cells.items() if name != CLEAN]
+    return {"attacks": cells, "corruptions_mean": sum(means) / len(means)}
+
+
+SAME = ("model", "purifier_spec", "purifier", "data", "threat", "budget", "purifies")
+
+
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results of one run's shards as those of the whole; the first shard's for what is not per image."""
+    """The results of one run's shards as those of the whole; the first shard's for what is shown of a few images.
+
+    Raises ValueError saying why the parts make no whole.
+    """
+    for name in SAME:
+        if any(part.get(name) != parts[0].get(name) for part in parts):
+            raise ValueError(f"they differ in {name}")
+    if any(list(part["outcomes"]) != list(parts[0]["outcomes"]) for part in parts):
+        raise ValueError("they differ in the attacks")
     order = sorted(
         (index, part, place) for part, found in enumerate(parts) for place, index in enumerate(found["indices"])
     )
     indices = [index for index, *_ in order]
     if indices != list(range(len(indices))):
-        raise ValueError("shards overlap or are missing")
-    names = list(parts[0]["outcomes"])
-    outcomes = {name: [parts[part]["outcomes"][name][place] for _, part, place in order] for name in names}
+        raise ValueError("images are missing or twice there")
+    outcomes = {
+        name: [parts[part]["outcomes"][name][place] for _, part, place in order] for name in parts[0]["outcomes"]
+    }
+    names = parts[0]["timings"]["seconds"]
+    seconds = {name: sum(part["timings"]["seconds"][name] for part in parts) for name in names}
+    whole = {
+        **parts[0],
+        "indices": indices,
+        "outcomes": outcomes,
+        "timings": {**parts[0]["timings"], "seconds": seconds},
+    }
+    if "corruptions" in whole:
+        return {**whole, "figures": summarise_corruptions(outcomes)}
     draws = None
-    if parts[0]["resubmitted"] is not None:
-        count = len(parts[0]["resubmitted"])
+    if whole["resubmitted"] is not None:
+        count = len(whole["resubmitted"])
         draws = [[parts[part]["resubmitted"][draw][place] for _, part, place in order] for draw in range(count)]
     weights = [len(part["indices"]) / len(indices) for part in parts]
     passes = {
@@ -55,15 +84,12 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
             )
             for kind in ("forward", "backward")
         }
-        for name in parts[0]["passes_per_image"]
+        for name in whole["passes_per_image"]
     }
-    seconds = {name: sum(part["timings"]["seconds"][name] for part in parts) for name in parts[0]["timings"]["seconds"]}
     return {
-        **parts[0],
-        "indices": indices,
-        "outcomes": outcomes,
+        **whole,
         "resubmitted": draws,
-        "figures": summarise(outcomes, draws, purifies=parts[0]["purifies"]),
+        "figures": summarise(outcomes, draws, purifies=whole["purifies"]),
         "passes_per_image": passes,
-        "timings": {**parts[0]["timings"], "seconds": seconds},
+        "notes": sorted({note for part in parts for note in part["notes"]}),
     }

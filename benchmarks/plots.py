@@ -116,26 +116,25 @@ def _every_attack(runs: list[dict[str, Any]]) -> bytes | None:
 
 def _by_epsilon(runs: list[dict[str, Any]]) -> bytes | None:
     """Lines of runs that differ in epsilon alone, over the attacks that all of them have."""
-    lines: dict[tuple[str, str, str, str, int], list[dict[str, Any]]] = defaultdict(list)
+    lines: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         dataset, threat, _ = group_of(run)
-        found = run["results"]
-        lines[dataset, threat, found["model"]["spec"], found["purifier_spec"], run["config"]["n_examples"]].append(run)
+        found, config = run["results"], run["config"]
+        same = (found["model"]["spec"], found["purifier_spec"], dataset, threat)
+        lines[(*same, config["n_examples"], config["budget"], config["seed"])].append(run)
     lines = {key: sorted(line, key=group_of) for key, line in lines.items() if len(line) > 1}
     if not lines:
         return None
     plt, figure, axes = _figure(8, 4)
-    common: set[str] = set.intersection(
-        *(set(run["results"]["figures"]["worst_case_over"]) for line in lines.values() for run in line)
-    )
     for number, (key, line) in enumerate(lines.items()):
+        common = set.intersection(*(set(run["results"]["figures"]["worst_case_over"]) for run in line))
         points = [(0.0, _survivors(line[0], {"clean"}))]
         points += [(group_of(run)[2] * 255, _survivors(run, common)) for run in line]
-        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[number % len(COLOURS)], label=", ".join(key[2:4]))
+        name = f"{', '.join(key[:2])}: worst case over {len(common) - 1} attacks"
+        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[number % len(COLOURS)], label=name)
     axes.set_xlabel("epsilon, 255ths")
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(bottom=0)
-    axes.set_title("worst case over " + ", ".join(sorted(common - {"clean"})), fontsize=9, color=FAINT, loc="left")
     axes.legend(frameon=False)
     return _png(plt, figure)
 

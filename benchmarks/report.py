@@ -19,23 +19,17 @@ from models.errors import UnperturbError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 HEADS = (
-    "model",
-    "purifier",
-    "n",
-    "clean",
-    "static AA",
-    "transfer",
-    "worst case",
-    "worst of 10",
-    "ms / image",
-    "source",
-)
+    "model", "purifier", "n", "budget", "clean", "static AA", "transfer", "worst case", "mean / worst of 10",
+    "ms / image", "source",
+)  # fmt: skip
 NOTES = (
     "static AA: standard AutoAttack on the classifier without its purifier. transfer: those points through the "
     "purifier. worst case: an image counts as broken when any attack that was run broke it (95% Wilson interval); for "
-    "published rows AutoAttack, or a lower published adaptive figure. worst of 10: the hardest point of each image, "
-    "sent again under ten fresh seeds. RobustBench takes no defense with an optimisation loop: no row claims a place "
-    "there."
+    "published rows AutoAttack, or a lower published adaptive figure; for corruptions the mean over all of them. "
+    "Without a purifier the worst case includes standard AutoAttack, whose steps and queries are many times those of "
+    "the adaptive attacks at a small budget: a purifier's lead of a few points at `fast` may be that alone. mean / "
+    "worst of 10: the hardest points of each image, sent again under ten fresh seeds. RobustBench takes no defense "
+    "with an optimisation loop: no row claims a place there."
 )
 
 
@@ -51,18 +45,19 @@ def cells(row: Row) -> list[str]:
     worst = percent(row.worst, row.interval)
     if row.measured and row.attacks:
         worst += f", {row.attacks} attacks"
-    source = "measured" if row.measured else "published" + (", unreliable" if row.unreliable else "")
+    source = ("measured" if row.measured else "published") + (f", {row.remark}" if row.remark else "")
     ms = "" if row.ms_per_image is None else f"{row.ms_per_image:.2f}"
+    again = "" if row.worst_of_draws is None else f"{percent(row.mean_of_draws)} / {percent(row.worst_of_draws)}"
     return [
-        row.model, row.purifier, f"{row.n:,}", percent(row.clean), percent(row.static), percent(row.transfer), worst,
-        percent(row.worst_of_draws), ms, source,
+        row.model, row.purifier, f"{row.n:,}", row.budget, percent(row.clean), percent(row.static),
+        percent(row.transfer), worst, again, ms, source,
     ]  # fmt: skip
 
 
 def sort_keys(row: Row) -> list[float | str]:
     """What each cell of the page sorts by."""
     numbers = (row.clean, row.static, row.transfer, row.worst, row.worst_of_draws, row.ms_per_image)
-    return [row.model, row.purifier, row.n, *(-1.0 if value is None else value for value in numbers),
+    return [row.model, row.purifier, row.n, row.budget, *(-1.0 if value is None else value for value in numbers),
             "measured" if row.measured else "published"]  # fmt: skip
 
 

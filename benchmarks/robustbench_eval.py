@@ -6,6 +6,7 @@ defenses", ICML 2022.
 """
 
 import dataclasses
+import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -21,12 +22,13 @@ from benchmarks.corruptions import CorruptionRun
 from benchmarks.estimate import announce
 from benchmarks.evaluation import Evaluation, Plan
 from benchmarks.evaluation_data import EvaluationSet, load_images
+from benchmarks.units import digest_of
 from models import checkpoint
 from models.checkpoint import Checkpoint
 from models.errors import ConfigError, UnperturbError
 from models.options import as_json, option, parse
 from models.purifiers import build_purifier
-from models.robustbench_adapter import foreign_checkpoint
+from models.robustbench_adapter import foreign_checkpoint, parse_name
 
 EPSILON = {"Linf": 8 / 255, "L2": 0.5}
 
@@ -84,9 +86,15 @@ class Config:
         return (int(number) - 1) * world + rank, int(count) * world
 
 
-def load_model(spec: str) -> Checkpoint:
-    """A checkpoint of this project, or a classifier of RobustBench."""
-    return foreign_checkpoint(spec) if spec.startswith("robustbench:") else checkpoint.load(spec)
+def load_model(spec: str, config: Config) -> Checkpoint:
+    """A checkpoint of this project, or a classifier of RobustBench: by default that for the run's data and threat."""
+    if not spec.startswith("robustbench:"):
+        return checkpoint.load(spec)
+    if spec.count(":") == 1:
+        spec = f"{spec}:{config.dataset}:{config.threat_model}"
+    if parse_name(spec)[1] != config.dataset:
+        raise ConfigError(f"model {spec} is for another data set than --dataset {config.dataset}")
+    return foreign_checkpoint(spec)
 
 
 def result_name(config: Config, plan: Plan, model: str, purifier: str) -> str:
@@ -95,25 +103,47 @@ def result_name(config: Config, plan: Plan, model: str, purifier: str) -> str:
     if config.threat_model == "corruptions":
         radius = "corruptions"
     parts = [model, purifier, config.dataset, radius, f"n{config.n_examples}", config.budget, f"seed{config.seed}"]
+    if plan.attacks and plan.attacks != attacks.NAMES:
+        parts.append("fast" if plan.attacks == attacks.FAST else "+".join(plan.attacks))
     number, count = plan.shard
-    name = "_".join("".join(c if c.isalnum() or c in ".=-" else "-" for c in part) for part in parts)
+    name = "_".join("".join(c if c.isalnum() or c in ".=-+" else "-" for c in part) for part in parts)
+    if len(name) > 160:  # a file name has 255 bytes at most
+        name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name + (f".shard-{number + 1}-of-{count}" if count > 1 else "") + ".json"
+
+
+def open_device(name: str) -> torch.device:
+    """The device, ready and set to give the same answer twice; under torchrun each process has its own GPU."""
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device={name!r} is not on this machine ({reason}); --device cpu always is") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return device
 
 
 def run_all(config: Config) -> list[Path]:
     """Check everything, then every run; the result files."""
-    plan, device = config.plan(), torch.device(config.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device={config.device!r}, but this machine has no CUDA device; use --device cpu")
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    plan, device = config.plan(), open_device(config.device)
+    if not plan.chunks(config.n_examples):
+        print(f"shard {plan.shard[0] + 1}/{plan.shard[1]} of {config.n_examples} images is empty: nothing to do")
+        return []
     runs: list[tuple[str, str, Checkpoint, EvaluationSet, Evaluation]] = []
     for model in config.model:
-        subject = load_model(model)
+        subject = load_model(model, config)
         data = load_images(
             config.dataset, config.data, n=config.n_examples, image_size=subject.classifier.image_size,
             classes=subject.card.classes, cache=config.cache,
         )  # fmt: skip
+        if not model.startswith("robustbench:") and model != subject.card.id and Path(model).is_dir():
+            model = f"{subject.card.id}-{subject.card.weights_sha256[:8]}"  # no path of a machine in names
         for purifier in config.purifier:
             make = partial(build_purifier, purifier)
             title = f"{model} + {purifier}"
@@ -128,9 +158,9 @@ def run_all(config: Config) -> list[Path]:
         file = config.out / result_name(config, plan, model, purifier)
         described = {
             "model": {
-                "spec": model if model.startswith("robustbench:") else subject.card.id,
+                "spec": subject.card.architecture.name if model.startswith("robustbench:") else subject.card.id,
                 "architecture": subject.card.architecture.name,
-                "weights_sha256": subject.card.weights_sha256,
+                "weights_sha256": subject.card.weights_sha256 or digest_of(subject.classifier),
             },
             "classes": list(subject.card.classes),
             "purifier_spec": purifier,
@@ -139,7 +169,7 @@ def run_all(config: Config) -> list[Path]:
             "budget": {"name": config.budget, **dataclasses.asdict(plan.budget)},
             "shard": f"{plan.shard[0] + 1}/{plan.shard[1]}",
         }
-        settings = {**as_json(config), "model": list(config.model), "purifier": list(config.purifier)}
+        settings = {**as_json(config), "model": model, "purifier": purifier}
         settings.pop("data")
         results.write(file, script="benchmarks/robustbench_eval.py", config=settings, results={**described, **found})
         files.append(file)

@@ -32,10 +32,12 @@ class Row:
     transfer: float | None = None
     worst: float | None = None
     interval: tuple[float, float] | None = None
+    mean_of_draws: float | None = None
     worst_of_draws: float | None = None
+    budget: str = ""
     ms_per_image: float | None = None
     attacks: int = 0
-    unreliable: bool = False
+    remark: str = ""
 
 
 def load_runs(folder: Path) -> list[dict[str, Any]]:
@@ -43,7 +45,7 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
 
     Raises DataError naming a file that is no result, of another schema, or one of shards that do not make a whole.
     """
-    parts: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
+    parts: dict[tuple[str, str, str], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     for file in sorted(folder.rglob("*.json")) if folder.is_dir() else []:
         try:
             record = json.loads(file.read_text())
@@ -53,7 +55,8 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
             continue
         if record["schema_version"] != SCHEMA_VERSION:
             raise DataError(f"{file} has schema {record['schema_version']}, not {SCHEMA_VERSION}; run it again")
-        parts[str(file).partition(".shard-")[0].removesuffix(".json")].append((file, record))
+        name, _, shard = file.name.removesuffix(".json").partition(".shard-")
+        parts[str(file.parent), name, shard.rpartition("-")[2]].append((file, record))
     if not parts:
         raise DataError(f"{folder} holds no result of {SCRIPT}")
     runs = []
@@ -94,7 +97,8 @@ def measured_row(run: dict[str, Any]) -> Row:
         "n": figures["attacks"]["clean"]["n"], "clean": accuracy["clean"],
     }  # fmt: skip
     if "corruptions_mean" in figures:
-        return Row(**common, worst=figures["corruptions_mean"])
+        remark = "generated corruptions" if found["corruptions"] == "generated" else ""
+        return Row(**common, worst=figures["corruptions_mean"], remark=remark)
     again = figures["resubmitted"]
     return Row(
         **common,
@@ -102,6 +106,8 @@ def measured_row(run: dict[str, Any]) -> Row:
         transfer=accuracy.get("transfer"),
         worst=figures["worst_case"]["accuracy"],
         interval=tuple(figures["worst_case"]["interval"]),
+        budget=found["budget"]["name"],
+        mean_of_draws=again["mean"] if again else None,
         worst_of_draws=again["worst_of_draws"]["accuracy"] if again else None,
         ms_per_image=found["timings"]["ms_per_image"]["defended"],
         attacks=len(figures["worst_case_over"]) - 1,
@@ -126,7 +132,7 @@ def published_rows(group: tuple[str, str, float]) -> list[Row]:
                 Row(
                     model=card["model"], purifier="none", measured=False, n=10000 if dataset != "imagenet" else 5000,
                     clean=float(card["clean_accuracy"]) / 100, static=published, worst=worst,
-                    unreliable=card["unreliable"] == "True",
+                    remark="unreliable" if card["unreliable"] == "True" else "",
                 )
             )  # fmt: skip
     return sorted(rows, key=lambda row: -(row.worst or 0))

@@ -105,4 +105,4 @@ def _ms_per_image(defended: DefendedClassifier, x: Tensor, seed: int) -> dict[st
 
 def _wait(x: Tensor) -> None:
     if x.is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(x.device)

@@ -5,7 +5,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-RECORDED = ("torch", "torchvision", "numpy", "pillow", "safetensors", "robustbench")
+RECORDED = ("torch", "torchvision", "numpy", "pillow", "safetensors", "robustbench", "pyautoattack")
 
 
 def versions() -> dict[str, str]:

@@ -86,7 +86,7 @@ def load_robustbench(name: str, *, image_size: int, weights: bool = True) -> For
     Raises ConfigError for an unknown name, WeightsUnavailableError saying which file to place where.
     """
     model_name, dataset, threat = parse_name(name)
-    robustbench = _import()
+    robustbench = import_robustbench()
     zoo = robustbench.all_models[robustbench.BenchmarkDataset(dataset)][robustbench.ThreatModel(threat)]
     if model_name not in zoo:
         raise ConfigError(f"RobustBench has no {model_name!r} for {dataset} {threat}; it has {', '.join(sorted(zoo))}")
@@ -121,14 +121,14 @@ def foreign_checkpoint(name: str, classes: tuple[str, ...] | None = None) -> Che
 
 def robustbench_data(dataset: str, *, n: int, folder: Path) -> tuple[Tensor, Tensor]:
     """The first `n` test images [n, 3, h, w] in [0, 1] and labels, by RobustBench's own loader."""
-    _import()
+    import_robustbench()
     from robustbench.data import PREPROCESSINGS, load_clean_dataset
     from robustbench.model_zoo.enums import BenchmarkDataset
 
     preparation = PREPROCESSINGS["Res256Crop224" if dataset == "imagenet" else None]
     try:
         images, labels = load_clean_dataset(BenchmarkDataset(dataset), n, str(folder), preparation)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise DataError(
             f"{dataset} is not at {folder} and could not be fetched ({error}); name a local folder with --data"
         ) from error
@@ -137,7 +137,7 @@ def robustbench_data(dataset: str, *, n: int, folder: Path) -> tuple[Tensor, Ten
 
 def robustbench_corruption(dataset: str, kind: str, severity: int, *, n: int, folder: Path) -> Tensor:
     """The first `n` images [n, 3, h, w] in [0, 1] of CIFAR-10-C, CIFAR-100-C or ImageNet-C."""
-    _import()
+    import_robustbench()
     from robustbench.data import CORRUPTION_DATASET_LOADERS, PREPROCESSINGS
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
     from robustbench.zenodo_download import DownloadError
@@ -161,7 +161,7 @@ def _refuse_web_page(file: Path) -> None:
             raise WeightsUnavailableError(f"{file} is a web page, not weights (a failed download); remove it")
 
 
-def _import() -> Any:  # noqa: ANN401
+def import_robustbench() -> Any:  # noqa: ANN401
     """`robustbench.utils`, with an alias in place of the module that its `eval` imports."""
     if "autoattack" not in sys.modules:
         try:

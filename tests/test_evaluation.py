@@ -20,6 +20,7 @@ from models.classifier import ImageClassifier
 from models.errors import ConfigError
 from models.purifier import NoPurifier, Purifier
 from models.purifiers import build_purifier
+from models.robustbench_adapter import load_robustbench
 from tests import broken_defenses
 from tests.broken_defenses import FineAndCoarse, RandomResizing, Replay, Rounding
 from tests.conftest import make_checkpoint
@@ -139,6 +140,33 @@ def test_shards_merge_to_the_whole(images: Tensor, tmp_path: Path) -> None:
         assert merged[key] == whole[key], key
     with pytest.raises(ValueError, match="missing"):
         merge(parts[:1])
+    with pytest.raises(ValueError, match="budget"):
+        merge([parts[0], {**parts[1], "budget": {"name": "full"}}])
+
+
+def test_only_attacks_that_do_not_apply_leave_the_clean_accuracy(images: Tensor, tmp_path: Path) -> None:
+    found = tiny_evaluation(tmp_path, images, replace(QUICK, attacks=("unrolled",)), "none").run()
+    assert list(found["outcomes"]) == ["clean"]
+    assert found["not_applicable"] == ["unrolled"]
+
+
+def test_chunk_without_an_image_that_is_right_is_not_attacked(images: Tensor, tmp_path: Path) -> None:
+    subject = make_checkpoint()
+    wrong = (subject.classifier(images).argmax(1) + 1) % 3
+    evaluation = Evaluation(
+        subject, lambda counted: NoPurifier(counted.classifier), EvaluationSet(images, wrong, "generated", "wrong"),
+        replace(QUICK, attacks=NAMES), folder=tmp_path, device=torch.device("cpu"),
+    )  # fmt: skip
+    found = evaluation.run()
+    assert found["figures"]["worst_case"]["accuracy"] == 0
+
+
+def test_foreign_classifier_reaches_autoattacks_process(images: Tensor) -> None:
+    foreign = load_robustbench("robustbench:Wong2020Fast", image_size=32, weights=False).requires_grad_(False)
+    with torch.no_grad():
+        wrong = (foreign(images[:2]).argmax(1) + 1) % 10
+    points, _ = autoattack(foreign, images[:2], wrong, threat=PLAN.threat, seed=0)
+    assert torch.equal(points, images[:2])  # nothing to attack
 
 
 def test_empty_shard_is_refused(images: Tensor, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import report, robustbench_eval
+from benchmarks import corruptions, report, robustbench_eval
 from benchmarks.evaluation_data import load_images, wordnet_ids
 from benchmarks.rows import load_runs, published_rows
 from models import checkpoint, robustbench_adapter
@@ -66,6 +66,7 @@ def test_each_model_and_purifier_is_one_result_file_with_what_made_it(
     none = next(record for name, record in found.items() if "_none_" in name)["results"]
     assert none["not_applicable"] == ["unrolled"]
     assert str(tmp_path) not in json.dumps(found)
+    assert str(tiny_folder) not in json.dumps(found)
 
 
 def test_killed_ten_times_at_random_moments_it_ends_with_the_same_files(
@@ -107,6 +108,9 @@ def test_killed_ten_times_at_random_moments_it_ends_with_the_same_files(
         (["--n-examples", "0"], "n_examples"),
         (["--data", "nowhere"], "nowhere"),
         (["--shard", "4/3"], "4/3"),
+        (["--device", "abacus"], "abacus"),
+        (["--epsilon", "1"], "8/255"),
+        (["--dataset", "cifar100", "--model", "robustbench:Wong2020Fast:cifar10:Linf"], "another data set"),
         (["--device", "cuda"], "cuda"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -141,6 +145,9 @@ def test_processes_of_torchrun_are_shards(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")  # two chunks leave the third process nothing to do
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
     (run,) = load_runs(tmp_path / "out")
     assert run["results"]["indices"] == list(range(8))
 
@@ -154,7 +161,7 @@ def test_report_is_whole_and_marks_published_rows(
     assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert text.count("| measured |") == 4
-    assert "| Bartoldson2024Adversarial_WRN-94-16 | none | 10,000 | 93.7 | 73.7" in text
+    assert "| Bartoldson2024Adversarial_WRN-94-16 | none | 10,000 |  | 93.7 | 73.7" in text
     page = (tmp_path / "report" / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
@@ -184,6 +191,23 @@ def test_corruptions_are_generated_from_local_images_and_say_so(
         cells = [cell["accuracy"] for name, cell in found["figures"]["attacks"].items() if name != "clean"]
         assert found["figures"]["corruptions_mean"] == pytest.approx(sum(cells) / 75)
     assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
+    assert "generated corruptions" in (tmp_path / "report" / "report.md").read_text()
+    for shard in ("1/2", "2/2"):
+        assert (
+            robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "parts", *more, "--shard", shard))
+            == 0
+        )
+    whole, parts = load_runs(tmp_path / "out"), load_runs(tmp_path / "parts")
+    assert [run["results"]["figures"] for run in whole] == [run["results"]["figures"] for run in parts]
+
+
+@pytest.mark.parametrize("kind", corruptions.KINDS)
+def test_generated_corruption_is_the_same_twice_and_no_copy(images: torch.Tensor, kind: str) -> None:
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
+    pixels = (images[:2] * 255).round().byte()
+    one, other = (corruptions.generate(pixels, kind, 5) for _ in range(2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, pixels)
 
 
 def test_imagenet_images_and_class_order_work_end_to_end(tmp_path: Path) -> None:
@@ -250,7 +274,7 @@ def offline(*_: object) -> None:
 def test_robustbench_data_that_cannot_be_fetched_is_refused_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    robustbench_adapter._import()
+    robustbench_adapter.import_robustbench()
     import robustbench.data
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
 
@@ -264,7 +288,7 @@ def test_robustbench_data_that_cannot_be_fetched_is_refused_with_the_remedy(
 
 
 def test_robustbench_loader_is_given_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
-    robustbench_adapter._import()
+    robustbench_adapter.import_robustbench()
     import robustbench.data
 
     asked: list[Any] = []

@@ -35,6 +35,9 @@ ATTACKS: dict[str, Attack] = {
     "bpda-apgd-ce-fresh": Attack(
         adaptive.bpda_apgd_ce_fresh, lambda b: (b.restarts * b.eot * (b.adaptive_steps + 1), b.restarts), adaptive=True
     ),
+    "bpda-apgd-dlr-fresh": Attack(
+        adaptive.bpda_apgd_dlr_fresh, lambda b: (b.restarts * b.eot * (b.adaptive_steps + 1), b.restarts), adaptive=True
+    ),
     "bpda-contrastive": Attack(
         adaptive.bpda_contrastive,
         lambda b: (len(b.lambdas) * b.restarts * (b.adaptive_steps + 1), len(b.lambdas) * b.restarts),
@@ -53,6 +56,7 @@ ATTACKS: dict[str, Attack] = {
         adaptive=True,
     ),
 }  # fmt: skip
+FRESH_ATTACKS = ("bpda-apgd-ce-fresh", "bpda-apgd-dlr-fresh")
 NAMES = (AUTOATTACK, TRANSFER, *ATTACKS)
 FAST = (AUTOATTACK, TRANSFER, "noise", "bpda-apgd-ce", "bpda-apgd-dlr")
 

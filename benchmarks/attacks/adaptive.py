@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.attacks.apgd import apgd
-from benchmarks.attacks.scene import AttackObjective, Judged, Scene, cross_entropy_loss, dlr_loss
+from benchmarks.attacks.scene import AttackObjective, Judged, Scene, clearly_wrong, cross_entropy_loss, dlr_loss
 from models.defended import DefendedClassifier, seeds_of
 from models.shapes import Float
 
@@ -33,17 +33,13 @@ def bpda_apgd_dlr(scene: Scene) -> Tensor:
 
 
 def bpda_apgd_ce_fresh(scene: Scene) -> Tensor:
-    """Expectation over transformation: every gradient is the mean over seeds that no query had before."""
-    eot, drawn = scene.budget.eot, iter(range(1 << 30))
+    """Cross-entropy, every gradient the mean over seeds that no query had before."""
+    return _restarted(scene, [_expected(scene, cross_entropy_loss)], steps=scene.budget.adaptive_steps)
 
-    def objective(x: Tensor, rows: Tensor) -> Judged:
-        losses = torch.zeros(len(x), device=x.device)
-        for _ in range(eot):
-            seeds = FRESH + scene.seeds[rows] * (1 << 20) + next(drawn)
-            losses = losses + cross_entropy_loss(scene.logits(x, seed=seeds), scene.labels[rows])
-        return Judged(losses / eot, None)
 
-    return _restarted(scene, [objective], steps=scene.budget.adaptive_steps)
+def bpda_apgd_dlr_fresh(scene: Scene) -> Tensor:
+    """The DLR loss, every gradient the mean over seeds that no query had before."""
+    return _restarted(scene, [_expected(scene, dlr_loss)], steps=scene.budget.adaptive_steps)
 
 
 def bpda_contrastive(scene: Scene) -> Tensor:
@@ -113,12 +109,29 @@ def _of_rows(objective: AttackObjective, left: Tensor) -> AttackObjective:
     return lambda x, rows: objective(x, left[rows])
 
 
+def _expected(scene: Scene, loss: Loss) -> AttackObjective:
+    """The expectation of `loss` over fresh seeds (EOT, Athalye et al. 2018), one draw's graph at a time."""
+    drawn = iter(range(1 << 30))
+
+    def value(x: Tensor, rows: Tensor) -> Judged:
+        mean, slope = torch.zeros(len(x), device=x.device), torch.zeros_like(x)
+        for _ in range(scene.budget.eot):
+            seeds = FRESH + scene.seeds[rows] * (1 << 20) + next(drawn)
+            losses = loss(scene.logits(x, seed=seeds), scene.labels[rows]) / scene.budget.eot
+            slope += torch.autograd.grad(losses.sum(), x)[0]
+            mean += losses.detach()
+        linear = (x * slope).flatten(1).sum(1)
+        return Judged(mean + linear - linear.detach(), None)  # the mean's value, with the mean's gradient
+
+    return value
+
+
 def _through(scene: Scene, loss: Loss, *, as_served: bool = True) -> AttackObjective:
     """`loss` of the scene's defense; `as_served` says whether its answers are those that count."""
 
     def value(x: Tensor, rows: Tensor) -> Judged:
         logits, labels = scene.logits(x), scene.labels[rows]
-        return Judged(loss(logits, labels), logits.detach().argmax(1).ne(labels) if as_served else None)
+        return Judged(loss(logits, labels), clearly_wrong(logits, labels) if as_served else None)
 
     return value
 
@@ -128,6 +141,6 @@ def _towards(scene: Scene, targets: Tensor) -> AttackObjective:
 
     def value(x: Tensor, rows: Tensor) -> Judged:
         logits, labels = scene.logits(x), scene.labels[rows]
-        return Judged(dlr_loss(logits, labels, targets[rows]), logits.detach().argmax(1).ne(labels))
+        return Judged(dlr_loss(logits, labels, targets[rows]), clearly_wrong(logits, labels))
 
     return value

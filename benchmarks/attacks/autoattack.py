@@ -4,6 +4,7 @@ pyautoattack's check for an optimisation loop counts through `sys.settrace`, is 
 model of the same process; and its seed is the clock's unless one is given.
 """
 
+import io
 import logging
 import os
 import threading
@@ -20,6 +21,7 @@ from torch import Tensor
 from benchmarks.attacks.scene import Threat
 from models.classifier import ImageClassifier
 from models.errors import UnperturbError
+from models.robustbench_adapter import ForeignClassifier, import_robustbench
 from models.shapes import Float, Int
 
 LOGGER = "auto-attack"
@@ -38,18 +40,21 @@ def autoattack(
     context = get_context("spawn")
     mine, theirs = context.Pipe()
     device = str(x.device)
-    job = (classifier.to("cpu"), x.cpu(), labels.cpu(), threat, seed, batch, device, torch.get_num_threads())
+    buffer = io.BytesIO()  # bytes: tensors would travel through shared memory, of which a container has little
+    torch.save((classifier.to("cpu"), x.cpu(), labels.cpu()), buffer)
+    classifier.to(device)
+    foreign = any(isinstance(module, ForeignClassifier) for module in classifier.modules())
+    job = (buffer.getvalue(), foreign, threat, seed, batch, device, torch.get_num_threads())
     process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
     process.start()
     theirs.close()
     try:
         mine.send(job)
         answer = mine.recv()
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         process.join()
         raise UnperturbError(f"AutoAttack's process ended with status {process.exitcode} before it answered") from None
     finally:
-        classifier.to(device)
         mine.close()
         if process.is_alive():
             process.join(timeout=10)
@@ -64,8 +69,11 @@ def _serve(pipe: Connection, parent: int) -> None:
     """The process: one evaluation, then the end; also the end when the parent has been killed."""
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
-        classifier, x, labels, threat, seed, batch, device, threads = pipe.recv()
+        payload, foreign, threat, seed, batch, device, threads = pipe.recv()
         torch.set_num_threads(threads)
+        if foreign:
+            import_robustbench()  # its classes cannot be unpickled before
+        classifier, x, labels = torch.load(io.BytesIO(payload), weights_only=False)
         pipe.send(_evaluate(classifier.to(device), x.to(device), labels.to(device), threat, seed, batch))
     except Exception as error:  # whatever it is, the parent has to hear of it
         pipe.send(f"{type(error).__name__}: {error}")
@@ -92,5 +100,6 @@ def _evaluate(
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(9, classes - 1)
     if classes < 4:  # its targeted DLR loss takes the fourth largest logit
         attack.attacks_to_run = ["apgd-ce", "fab-t", "square"]
+        warnings.append(f"with {classes} classes AutoAttack's apgd-t was left out")
     points, _ = attack.run_standard_evaluation(x, labels, batch_size=batch)
     return points.detach().cpu().numpy(), warnings  # a tensor would be shared memory that ends with this process

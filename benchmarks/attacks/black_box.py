@@ -41,7 +41,7 @@ def rays(scene: Scene) -> Tensor:
     level, block = 0, 0
     while True:
         active = ((radius > scene.threat.epsilon) & (queries < budget)).nonzero()[:, 0]
-        if not len(active) or 2**level > size:
+        if not len(active):
             break
         first, last = block * size // 2**level, (block + 1) * size // 2**level
         flipped = direction[active].clone()
@@ -49,7 +49,7 @@ def rays(scene: Scene) -> Tensor:
         _try(scene, direction, radius, queries, flipped, active)
         block += 1
         if block == 2**level:
-            level, block = level + 1, 0
+            level, block = (level + 1 if 2 ** (level + 1) <= size else 0), 0  # after single pixels, from the top
     return scene.project(x + _ray(scene, direction, radius.clamp(max=_reach(scene))))
 
 

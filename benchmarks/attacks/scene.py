@@ -25,10 +25,10 @@ class Threat:
 
     def __post_init__(self) -> None:
         """Refuse 8 where 8/255 is meant."""
-        top = 1.0 if self.norm == "linf" else 32.0
-        if not 0 < self.epsilon <= top:
+        top = 1.0 if self.norm == "linf" else 8.0
+        if not 0 < self.epsilon < top:
             raise ConfigError(
-                f"epsilon={self.epsilon:g} is not in (0, {top:g}]: it is in pixel units of [0, 1], as in 8/255"
+                f"epsilon={self.epsilon:g} is not in (0, {top:g}): it is in pixel units of [0, 1], as in 8/255"
             )
 
     def ball(self, **loop: object) -> ProjectedGradient:
@@ -161,3 +161,10 @@ def dlr_loss(
         return (wanted - own) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
     rival = logits.masked_fill(F.one_hot(labels, classes).bool(), float("-inf")).amax(1)
     return rival - own if classes < 3 else (rival - own) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+
+
+def clearly_wrong(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+    """Which are misclassified by more than rounding can turn around when they are judged in another batch."""
+    logits = logits.detach().float()
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return logits.scatter(1, labels[:, None], float("-inf")).amax(1) - own > 1e-3
