@@ -7,8 +7,6 @@ the corruptions' authors chose for ImageNet, and the record says `generated`: on
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,13 +14,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.evaluation import SERVED_SEED, Evaluation, Plan
-from benchmarks.evaluation_data import DEFAULT_CACHE, EvaluationSet
+from benchmarks.evaluation import SERVED_SEED, Evaluation
+from benchmarks.evaluation_data import DEFAULT_CACHE
 from benchmarks.figures import CLEAN, summarise_corruptions
 from benchmarks.units import Unit
-from models.checkpoint import Checkpoint
 from models.errors import ConfigError
-from models.purifier import Purifier
 from models.robustbench_adapter import robustbench_corruption
 from models.shapes import UInt8
 
@@ -36,21 +32,10 @@ SEVERITIES = (1, 2, 3, 4, 5)
 class CorruptionRun(Evaluation):
     """A defended classifier on corrupted images; no attack."""
 
-    def __init__(
-        self,
-        subject: Checkpoint,
-        make_purifier: Callable[[Checkpoint], Purifier],
-        data: EvaluationSet,
-        plan: Plan,
-        *,
-        folder: Path,
-        device: torch.device,
-        title: str = "",
-    ) -> None:
-        if plan.attacks:
-            raise ConfigError("attacks have no place under threat_model=corruptions")
-        super().__init__(subject, make_purifier, data, plan, folder=folder, device=device, title=title)
-        self.generated = data.source != "robustbench"
+    @property
+    def generated(self) -> bool:
+        """Whether the corruptions are made here, from local images."""
+        return self.data.source != "robustbench"
 
     def run(self) -> dict[str, Any]:
         """Accuracy per corruption and severity on the shard's images, and their mean."""

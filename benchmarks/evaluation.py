@@ -38,6 +38,7 @@ class Plan:
     """What is done to every model and purifier.
 
     shard: (number from 0, count): every count-th chunk of `chunk` images, from the number on
+    panel: images that the record shows
     """
 
     dataset: str
@@ -47,6 +48,7 @@ class Plan:
     seed: int = 0
     chunk: int = 128
     shard: tuple[int, int] = (0, 1)
+    panel: int = 6
 
     def chunks(self, n: int) -> list[Tensor]:
         """The image numbers of every chunk of this shard."""
@@ -124,7 +126,7 @@ class Evaluation:
         first = chunks[0]
         shown = show(
             self.defended, self.data.images[first].to(self.device), hardest(counted).to(self.device),
-            self.data.labels[first].to(self.device), seed=SERVED_SEED,
+            self.data.labels[first].to(self.device), seed=SERVED_SEED, panel=self.plan.panel,
         )  # fmt: skip
         n = len(outcomes[CLEAN])
         return {

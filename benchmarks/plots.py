@@ -102,7 +102,8 @@ def _every_attack(runs: list[dict[str, Any]]) -> bytes | None:
             [value for _, value in shown], [place + shift for place, _ in shown], "o", markersize=5,
             color=COLOURS[number % len(COLOURS)], label=label(run, runs),
         )  # fmt: skip
-    axes.set_yticks(range(len(names)), names)
+    shown_names = ["autoattack (no purifier)" if name == "autoattack" else name for name in names]
+    axes.set_yticks(range(len(names)), shown_names)
     axes.invert_yaxis()
     axes.grid(axis="y", color="#eaeef2")
     axes.set_axisbelow(True)
@@ -159,6 +160,7 @@ def _by_time(runs: list[dict[str, Any]]) -> bytes | None:
             color=COLOURS[number % len(COLOURS)], label=label(run, runs),
         )  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"ms per image, purified and classified ({runs[0]['machine']['device']}; logarithmic)")
     axes.set_ylabel("worst case, %")
     axes.set_ylim(bottom=0)
@@ -180,8 +182,9 @@ def _curves(runs: list[dict[str, Any]]) -> bytes | None:
                 range(len(curves[name])), [value / scale for value in curves[name]], style,
                 color=COLOURS[number % len(COLOURS)], label=f"{label(run, shown)}, {name}",
             )  # fmt: skip
-    axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
-    axes.set_ylabel("mean objective / its first value on clean images")
+    axes.set_ylabel("mean objective, first on clean = 1")
     axes.legend(frameon=False, fontsize=8)
     return _png(plt, figure)

@@ -98,8 +98,7 @@ def robustness_table(runs: list[dict[str, Any]]) -> str:
         "| **worst case** (95% interval) | mean / worst of 10 fresh seeds | ms per image |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    order = {"none": 0, "reverse-attack": 1}
-    for run in sorted(runs, key=lambda run: order.get(run["results"]["purifier_spec"].partition(":")[0], 2)):
+    for run in runs:
         _, purifier, _, _, clean, static, transfer, worst, again, ms, _ = texts_of(measured_row(run))
         rows.append(
             f"| `{purifier}` | {clean} | {static} | {transfer} | **{worst}** | {again or 'not random'} | {ms} |"

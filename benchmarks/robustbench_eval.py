@@ -53,6 +53,7 @@ class Config:
     seed: int = option("of the attacks' own draws", 0)
     chunk: int = option("images attacked together: the batch, and what is lost at most when a run is killed", 128)
     shard: str = option("1/1, or as in 3/16: every 16th chunk from the third; torchrun's ranks are shards", "1/1")
+    panel: int = option("images to store in the record: clean, attacked, purified; 0 for none", 6)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("folder for the result files", Path("results"))
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
@@ -62,6 +63,8 @@ class Config:
         for name in ("n_examples", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.panel < 0:
+            raise ConfigError(f"panel={self.panel} is below 0")
         self.plan()
 
     def plan(self) -> Plan:
@@ -76,6 +79,7 @@ class Config:
             seed=self.seed,
             chunk=self.chunk,
             shard=self._shard(),
+            panel=self.panel,
         )
 
     def _shard(self) -> tuple[int, int]:

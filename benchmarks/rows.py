@@ -41,7 +41,8 @@ class Row:
 
 
 def load_runs(folder: Path) -> list[dict[str, Any]]:
-    """Every run in the folder, its shards merged, sorted by data, threat, epsilon, model and purifier.
+    """Every run in the folder, its shards merged, by data, threat, epsilon, model and purifier (none and the reverse
+    attack first).
 
     Raises DataError naming a file that is no result, of another schema, or one of shards that do not make a whole.
     """
@@ -75,9 +76,13 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
                 )
             first = {**first, "results": whole}
         runs.append(first)
-    return sorted(
-        runs, key=lambda run: (group_of(run), run["results"]["model"]["spec"], run["results"]["purifier_spec"])
-    )
+    return sorted(runs, key=_place)
+
+
+def _place(run: dict[str, Any]) -> tuple[Any, ...]:
+    purifier = run["results"]["purifier_spec"]
+    own = {"none": 0, "reverse-attack": 1}.get(purifier.partition(":")[0], 2)
+    return group_of(run), run["results"]["model"]["spec"], own, purifier
 
 
 def group_of(run: dict[str, Any]) -> tuple[str, str, float]:

@@ -14,7 +14,7 @@ from benchmarks.counting import suspicion_flags
 from models.defended import DefendedClassifier
 from models.shapes import Float, Int
 
-CURVE_IMAGES, PANEL_IMAGES, FLAG_IMAGES, TIMED_IMAGES, TURNS = 64, 6, 16, 32, 3
+CURVE_IMAGES, FLAG_IMAGES, TIMED_IMAGES, TURNS = 64, 16, 32, 3
 PANEL_PIXELS = 96
 
 
@@ -25,8 +25,9 @@ def show(
     labels: Int[Tensor, " n"],
     *,
     seed: int,
+    panel: int,
 ) -> dict[str, Any]:
-    """All of it, from the first images; everything but `ms_per_image` is the same in every run."""
+    """All of it, from the first images, `panel` of them as pictures; everything but `ms_per_image` is the same in every run."""
     return {
         "flags": suspicion_flags(defended, clean[:FLAG_IMAGES], labels[:FLAG_IMAGES], seed=seed),
         "curves": {
@@ -35,7 +36,7 @@ def show(
                 name: _curve(defended, x[:CURVE_IMAGES], seed) for name, x in (("clean", clean), ("attacked", attacked))
             },
         },
-        "panel": _panel(defended, clean[:PANEL_IMAGES], attacked[:PANEL_IMAGES], labels[:PANEL_IMAGES], seed),
+        "panel": _panel(defended, clean[:panel], attacked[:panel], labels[:panel], seed) if panel else [],
         "ms_per_image": _ms_per_image(defended, clean[:TIMED_IMAGES], seed),
     }
 
@@ -76,7 +77,7 @@ def _amplified(difference: Tensor) -> Tensor:
 
 
 def _png(image: Tensor) -> str:
-    """A PNG file in base64, at most 96 pixels wide: a record holds thirty of them."""
+    """A PNG file in base64, at most 96 pixels wide: a record holds five for every image shown."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(pixels)
     if picture.width > PANEL_PIXELS:

@@ -113,7 +113,7 @@ class _Fixed(Purifier):
         return Descent(self.move(x, seeds), x.new_zeros((0, len(x))))
 
     def move(self, x: Tensor, seeds: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} does not define move()")
 
 
 class Rounding(_Fixed):
