@@ -27,7 +27,10 @@ def show(
     seed: int,
     panel: int,
 ) -> dict[str, Any]:
-    """All of it, from the first images, `panel` of them as pictures; everything but `ms_per_image` is the same in every run."""
+    """All of it, from the first images, `panel` of them as pictures.
+
+    Everything but `ms_per_image` is the same in every run.
+    """
     return {
         "flags": suspicion_flags(defended, clean[:FLAG_IMAGES], labels[:FLAG_IMAGES], seed=seed),
         "curves": {
