@@ -94,7 +94,7 @@ def robustness_table(runs: list[dict[str, Any]]) -> str:
     n, budget = first["figures"]["attacks"]["clean"]["n"], first["budget"]["name"]
     epsilon = first["threat"]["epsilon"]
     rows = [
-        f"| n = {n}, L∞ {epsilon * 255:.0f}/255, budget `{budget}` | clean | static AutoAttack | transfer "
+        f"| in %; n = {n}, L∞ {epsilon * 255:.0f}/255, budget `{budget}` | clean | static AutoAttack | transfer "
         "| **worst case** (95% interval) | mean / worst of 10 fresh seeds | ms per image |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
