@@ -7,6 +7,7 @@ the corruptions' authors chose for ImageNet, and the record says `generated`: on
 import hashlib
 import json
 import time
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -46,10 +47,8 @@ class CorruptionRun(Evaluation):
         for kind in tqdm(kinds, desc=self.title, unit="corruption"):
             images: list[Tensor] = []  # read or made only for chunks that are not done
             for indices in chunks:
-                unit = self.units.get(
-                    kind, int(indices[0]) // self.plan.chunk,
-                    lambda kind=kind, images=images, indices=indices: self._right(kind, images, indices),  # type: ignore[misc]
-                )  # fmt: skip
+                number = int(indices[0]) // self.plan.chunk
+                unit = self.units.get(kind, number, partial(self._right, kind, images, indices))
                 outcomes[kind] += unit.right.int().tolist()
         return {
             "purifies": self.purifies,
