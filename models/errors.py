@@ -6,9 +6,12 @@ UnperturbError
 ├── CheckpointError                 a checkpoint folder that is incomplete, altered or of another shape
 ├── WeightsUnavailableError         named weights that are not on this machine and cannot be fetched
 └── RequestError                    an HTTP request that is refused, with its status
-    ├── MalformedRequestError 400   ├── TooLargeError 413
-    ├── UnsupportedTypeError  415   ├── UnprocessableError 422
-    └── NotReadyError         503
+    ├── MalformedRequestError 400   ├── UnauthorizedError     401
+    ├── ForbiddenError        403   ├── NotFoundError         404
+    ├── UploadTimeoutError    408   ├── TooLargeError         413
+    ├── UnsupportedTypeError  415   ├── UnprocessableError    422
+    ├── TooManyRequestsError  429   ├── NotReadyError         503
+    └── DeadlineError         504
 """
 
 from http import HTTPStatus
@@ -35,13 +38,41 @@ class WeightsUnavailableError(UnperturbError):
 
 
 class RequestError(UnperturbError):
-    """An HTTP request is refused with `status`; the message is safe to show."""
+    """An HTTP request is refused with `status`; the message is safe to show.
+
+    retry_after_s: whole seconds after which the same request may succeed, or None.
+    """
 
     status = HTTPStatus.BAD_REQUEST
+    retry_after_s: int | None = None
 
 
 class MalformedRequestError(RequestError):
     """The request is not of the documented form."""
+
+
+class UnauthorizedError(RequestError):
+    """No API key, or one that is not known."""
+
+    status = HTTPStatus.UNAUTHORIZED
+
+
+class ForbiddenError(RequestError):
+    """The API key does not allow this."""
+
+    status = HTTPStatus.FORBIDDEN
+
+
+class NotFoundError(RequestError):
+    """No such model."""
+
+    status = HTTPStatus.NOT_FOUND
+
+
+class UploadTimeoutError(RequestError):
+    """The body did not arrive in time."""
+
+    status = HTTPStatus.REQUEST_TIMEOUT
 
 
 class TooLargeError(RequestError):
@@ -62,7 +93,24 @@ class UnprocessableError(RequestError):
     status = HTTPStatus.UNPROCESSABLE_ENTITY
 
 
+class TooManyRequestsError(RequestError):
+    """One client has more images in progress than one client may."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    retry_after_s = 1
+
+
 class NotReadyError(RequestError):
-    """The model is not loaded and warmed up yet, or the service is stopping."""
+    """The model is not warmed up yet, the service is full, or it is stopping."""
 
     status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineError(RequestError):
+    """The request's deadline passed before its answer was there."""
+
+    status = HTTPStatus.GATEWAY_TIMEOUT

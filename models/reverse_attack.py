@@ -84,11 +84,21 @@ class ReverseAttack(Purifier):
         self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
         """InfoNCE of each image over the views of `step`, against the bank."""
+        return self.loss_of(self.classifier.features(self.inputs(x, step, seeds)), seeds)
+
+    def inputs(
+        self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "rows 3 h w"]:
+        """The views of each image at its step, one image's after another's."""
         config = self.config
-        views = make_views(x, seeds=seeds, step=step, views=config.views, policy=config.policy)
-        embeddings = self.head(self.classifier.features(views.flatten(0, 1)))
-        embeddings = embeddings.view(len(x), config.views, -1)  # batch views dim
-        negatives = self.bank.embeddings
+        return make_views(x, seeds=seeds, step=step, views=config.views, policy=config.policy).flatten(0, 1)
+
+    def loss_of(
+        self, features: Float[Tensor, "rows features"], seeds: Int[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """InfoNCE of each image from the features of its `inputs`."""
+        config, negatives = self.config, self.bank.embeddings
+        embeddings = self.head(features).view(len(seeds), config.views, -1)  # batch views dim
         keep = config.negatives.keep(embeddings, negatives, seeds)
         return info_nce(embeddings, negatives, temperature=config.temperature, keep=keep)
 

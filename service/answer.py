@@ -3,15 +3,16 @@
 import base64
 from io import BytesIO
 
+import torch
 from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from models.checkpoint import Card
-from models.reverse_attack import PRESETS
+from models.reverse_attack import PRESETS, to_uint8
 from models.shapes import Float, UInt8
 from service.decode import Decoded
-from service.engine import Outcome
+from service.jobs import Outcome
+from service.loaded import LoadedModel
 
 
 class ModelName(BaseModel):
@@ -88,21 +89,32 @@ class Answer(BaseModel):
     timings_ms: Timings
 
 
+class Answers(BaseModel):
+    """The answers to a list of images, in its order."""
+
+    request_id: str
+    answers: list[Answer]
+
+
 def answer(
-    outcome: Outcome, decoded: Decoded, card: Card, *,
+    outcome: Outcome, decoded: Decoded, model: LoadedModel, *,
     request_id: str, preset: str | None, top_k: int, return_image: bool, decode_ms: float, total_ms: float,
 ) -> Answer:  # fmt: skip
     """The answer for one image."""
+    card = model.card
     predictions = top(outcome.scores, card.classes, top_k)
     unpurified = top(outcome.unpurified_scores, card.classes, top_k)
-    size = card.architecture.image_size
+    size = model.image_size
+    image = None
+    if return_image and preset is not None and outcome.image is not None:
+        image = to_png(outcome.image, pixels(decoded), epsilon=PRESETS[preset].loop.epsilon)
     return Answer(
         request_id=request_id,
-        model=ModelName(id=card.id, digest=card.weights_sha256),
+        model=ModelName(id=model.id, digest=card.weights_sha256),
         predictions=predictions,
         unpurified=Unpurified(predictions=unpurified),
         purification=_purification(
-            outcome, preset, changed=predictions[0].index != unpurified[0].index, return_image=return_image
+            outcome, preset, changed=predictions[0].index != unpurified[0].index, image=image
         ),
         input=Input(
             width=decoded.width, height=decoded.height, mode=decoded.mode,
@@ -113,6 +125,11 @@ def answer(
             classify=round(outcome.classify_ms, 3), total=round(total_ms, 3),
         ),
     )  # fmt: skip
+
+
+def pixels(decoded: Decoded) -> Float[Tensor, "3 size size"]:
+    """The received image in [0, 1]."""
+    return torch.from_numpy(decoded.pixels).float() / 255
 
 
 def top(scores: Float[Tensor, " classes"], classes: tuple[str, ...], k: int) -> list[Prediction]:
@@ -131,11 +148,15 @@ def png(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
     return buffer.getvalue()
 
 
-def _purification(outcome: Outcome, preset: str | None, *, changed: bool, return_image: bool) -> Purification:
+def to_png(image: Float[Tensor, "3 h w"], received: Float[Tensor, "3 h w"], *, epsilon: float) -> bytes:
+    """An image as an 8-bit PNG, within epsilon of the received one."""
+    return png(to_uint8(image[None], received[None], epsilon=epsilon)[0])
+
+
+def _purification(outcome: Outcome, preset: str | None, *, changed: bool, image: bytes | None) -> Purification:
     if preset is None:
         return Purification(applied=False)
     config = PRESETS[preset]
-    wanted = return_image and outcome.image is not None
     return Purification(
         applied=True,
         preset=preset,
@@ -146,5 +167,5 @@ def _purification(outcome: Outcome, preset: str | None, *, changed: bool, return
         loss_after=outcome.loss_after,
         linf=outcome.linf,
         changed_label=changed,
-        image=base64.b64encode(png(outcome.image)).decode() if wanted and outcome.image is not None else None,
+        image=base64.b64encode(image).decode() if image is not None else None,
     )

@@ -1,24 +1,29 @@
-"""Bytes of a stranger's image file to the pixels that the model takes, or an error with its HTTP status."""
+"""Bytes of a stranger's image file to the pixels that the model takes, or an error with its HTTP status.
 
+Imports no torch: it runs in small processes of its own.
+"""
+
+import resource
+from functools import cache
 from io import BytesIO
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from models.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
 from models.pixels import to_rgb, to_size
-from models.shapes import UInt8
 
+MEMORY_BYTES = 3 * 2**30  # what a decoding process may add to its own; 50 million pixels take about 1 GiB
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
 class Decoded(NamedTuple):
-    """The model's pixels, and the file's own width, height and Pillow mode."""
+    """The model's pixels [3, size, size], and the file's own width, height and Pillow mode."""
 
-    pixels: UInt8[Tensor, "3 size size"]
+    pixels: NDArray[np.uint8]
     width: int
     height: int
     mode: str
@@ -45,9 +50,11 @@ def decode(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooLargeError(f"the image has too many pixels; at most {max_pixels:,} are accepted") from error
+    except MemoryError as error:
+        raise TooLargeError("the image takes more memory to decode than it may") from error
     except Exception as error:  # Pillow's decoders raise nearly every kind of exception on damaged files
         raise UnprocessableError("the image is damaged or breaks off, and cannot be decoded") from error
-    pixels = torch.from_numpy(np.array(small)).permute(2, 0, 1).contiguous()
+    pixels = np.array(small).transpose(2, 0, 1).copy()
     return Decoded(pixels, width, height, mode, resized=(width, height) != (size, size))
 
 
@@ -58,3 +65,17 @@ def _is_accepted(payload: bytes) -> bool:
         or payload.startswith(b"\x89PNG\r\n\x1a\n")
         or (payload[:4] == b"RIFF" and payload[8:12] == b"WEBP")
     )
+
+
+def decode_within_memory(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
+    """`decode`, in a process that may take only so much memory; for processes that do nothing else."""
+    _limit_memory()
+    return decode(payload, size=size, max_pixels=max_pixels)
+
+
+@cache
+def _limit_memory() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = pages * resource.getpagesize() + MEMORY_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

@@ -1,205 +1,183 @@
-"""One thread that owns the model: it batches jobs that arrive together, and hands their outcomes back.
+"""The engine: models by id, one worker per device behind one bounded queue, and whether all of it is well.
 
-The event loop never runs model code, and a job's outcome does not depend on the jobs that shared its batch.
+The event loop never runs model code, and an image's outcome does not depend on the images that share its batch.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from models.checkpoint import Checkpoint
-from models.defended import DefendedClassifier, defend
-from models.errors import ConfigError, NotReadyError
-from models.reverse_attack import PRESETS, to_uint8
-from models.shapes import Float, UInt8
+from models.errors import ConfigError, NotFoundError, NotReadyError
+from service.job_queue import JobQueue
+from service.jobs import Job, Outcome
+from service.loaded import LoadedModel
+from service.metrics import Metrics
+from service.worker import Worker, warm_up
 
 log = logging.getLogger("unperturb.engine")
-
-
-class Outcome(NamedTuple):
-    """One image's scores (softmax) with and without purification, what the purifier did, and timings in ms.
-
-    Without purification `scores` and `unpurified_scores` are the same, and the rest of the purifier's fields None.
-    """
-
-    scores: Float[Tensor, " classes"]
-    unpurified_scores: Float[Tensor, " classes"]
-    image: UInt8[Tensor, "3 size size"] | None
-    loss_before: float | None
-    loss_after: float | None
-    linf: float | None
-    queue_ms: float
-    purify_ms: float
-    classify_ms: float
-
-
-@dataclass(eq=False)
-class Job:
-    """One image; `preset` None to classify it as it is."""
-
-    pixels: UInt8[Tensor, "3 size size"]
-    preset: str | None
-    seed: int
-    done: "asyncio.Future[Outcome]"
-    queued_at: float = field(default_factory=time.perf_counter)
+WATCH_EVERY_S = 0.1
 
 
 class Engine:
-    """The model behind a bounded queue; `start` it before submitting, `stop` it at the end."""
+    """Start it before submitting; `drain`, then `stop`, at the end.
+
+    on_failure is called, from a thread of the engine, when it can never serve again: a device has failed, or a worker
+    has not finished a step for `stall_s`. Everybody who waits has been answered with NotReadyError by then.
+    """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        model: LoadedModel,
         *,
-        device: torch.device,
+        devices: Sequence[torch.device],
         max_batch: int,
-        batch_wait_s: float,
         max_queue: int,
+        max_wait_s: float,
+        stall_s: float,
+        pad: bool,
+        threads: int,
+        metrics: Metrics,
+        on_failure: Callable[[str], None] | None = None,
     ) -> None:
-        self.checkpoint, self.device = checkpoint, device
-        self.max_batch, self.batch_wait_s = max_batch, batch_wait_s
-        self.defended: dict[str, DefendedClassifier] = {
-            name: defend(checkpoint, config) for name, config in PRESETS.items()
-        }
-        self.ready = threading.Event()
+        self.devices, self.max_batch, self.stall_s, self.pad = list(devices), max_batch, stall_s, pad
+        self.models: dict[str, LoadedModel] = {model.id: model}
+        self.default_id = model.id
+        self.queue = JobQueue(max_jobs=max_queue, max_wait_s=max_wait_s, workers=len(self.devices))
+        self.workers = [
+            Worker(
+                i, self.queue, [model], max_batch=max_batch, pad=pad, threads=threads, metrics=metrics,
+                on_failure=self.fail,
+            )
+            for i in range(len(self.devices))
+        ]  # fmt: skip
         self.failure: str | None = None
-        self.max_queue = max_queue
-        self._jobs: deque[Job] = deque()
-        self._stopping = False
-        self._changed = threading.Condition()  # guards the two above
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.draining = False
+        self.warm = threading.Event()
+        self._on_failure = on_failure
+        self._failing = threading.Lock()
+
+    @property
+    def not_ready(self) -> str | None:
+        """Why no request can be served now, or None."""
+        if self.failure is not None:
+            return f"the service has failed and must be restarted ({self.failure})"
+        if self.draining:
+            return "the service is stopping"
+        return None if self.warm.is_set() else "the model is still warming up"
 
     def start(self) -> None:
-        """Begin to warm up, then to work."""
-        self._thread.start()
+        """Warm up in the background, then serve."""
+        for worker in self.workers:
+            worker.thread.start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
-    def stop(self, timeout_s: float = 30.0) -> None:
-        """Take no more jobs, finish what is queued and end the thread."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify_all()
-        if self._thread.is_alive():
-            self._thread.join(timeout_s)
+    def drain(self) -> None:
+        """Take no more jobs; what is here is finished."""
+        self.draining = True
+        self.queue.close("the service is stopping")
 
-    async def submit(self, pixels: UInt8[Tensor, "3 size size"], *, preset: str | None, seed: int) -> Outcome:
-        """Purify (unless `preset` is None) and classify one image.
+    def stop(self, timeout_s: float) -> None:
+        """Drain, and wait at most `timeout_s` for what is in progress; what is left then is refused."""
+        self.drain()
+        ends_at = time.monotonic() + timeout_s
+        for worker in self.workers if self.failure is None else ():  # one that has stalled never ends
+            if worker.thread.is_alive():
+                worker.thread.join(max(0.0, ends_at - time.monotonic()))
+        self.queue.fail_all(NotReadyError("the service has stopped"))
 
-        Raises ConfigError for an unknown preset, NotReadyError before warm-up, when the queue is full, and at the end.
+    def model(self, id: str | None) -> LoadedModel:
+        """The model with that id, or the default one; NotFoundError lists the ids."""
+        found = self.models.get(self.default_id if id is None else id)
+        if found is None:
+            raise NotFoundError(f"model {id!r} is not loaded; {', '.join(sorted(self.models))} is")
+        return found
+
+    def add(self, model: LoadedModel) -> None:
+        """Warm a model up beside those that serve, then serve it, in place of one with the same id.
+
+        Requests that are in progress end on the model that they began with.
         """
-        if preset is not None and preset not in self.defended:
-            raise ConfigError(f"preset {preset!r} is not one of {', '.join(self.defended)}")
-        if not self.ready.is_set():
-            raise NotReadyError(self.failure or "the model is still warming up")
-        job = Job(pixels, preset, seed, asyncio.get_running_loop().create_future())
-        with self._changed:
-            if self._stopping:
-                raise NotReadyError("the service is stopping")
-            if len(self._jobs) >= self.max_queue:
-                raise NotReadyError(f"{self.max_queue} images are waiting already; try again shortly")
-            self._jobs.append(job)
-            self._changed.notify_all()
-        return await job.done
+        for replica in model.replicas:
+            warm_up(model, replica, max_batch=self.max_batch, pad=self.pad)
+        self.models = {**self.models, model.id: model}
 
-    def _work(self) -> None:
+    def remove(self, id: str) -> None:
+        """Serve a model no more; ConfigError for the default one."""
+        self.model(id)
+        if id == self.default_id:
+            raise ConfigError(f"model {id!r} is the default one; it can be replaced but not removed")
+        self.models = {name: model for name, model in self.models.items() if name != id}
+
+    def refuse_if_full(self) -> None:
+        """NotReadyError where not even one image could be taken now."""
+        if (reason := self.not_ready) is not None:
+            raise NotReadyError(reason)
+        self.queue.refuse_if_full(1)
+
+    async def submit(
+        self, model: LoadedModel, images: Sequence[Tensor], *, stage: str | None, seeds: Sequence[int],
+        deadline: float, wants_image: bool = False,
+    ) -> list[Outcome]:  # fmt: skip
+        """The outcomes of one request's images (uint8, or float32 in [0, 1]), each with its seed; all, or an error.
+
+        Raises NotReadyError where they cannot be taken, DeadlineError past `deadline` (time.monotonic's clock),
+        and what the model raised. Cancelling it frees the slots at the next step.
+        """
+        if not self.warm.is_set() or self.failure is not None:
+            raise NotReadyError(self.not_ready or "the service is not ready")
+        futures: list[asyncio.Future[Outcome]] = []
+        jobs = []
+        for image, seed in zip(images, seeds, strict=True):
+            future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            futures.append(future)
+            jobs.append(Job(model, image, stage, seed, deadline, partial(_resolve, future), wants_image))
+        self.queue.put(jobs)
         try:
-            self._warm_up()
-        except Exception:
-            log.exception("warm-up failed")
-            self.failure = "the model failed to warm up; see the service's log"
-            return
-        self.ready.set()
-        while (batch := self._next_batch()) is not None:
-            self._run(batch)
-        self.ready.clear()
+            return list(await asyncio.gather(*futures))
+        finally:
+            for job in jobs:
+                job.gone = True
 
-    def _warm_up(self) -> None:
-        """One image through every preset, so that the first request pays for no set-up."""
-        size = self.checkpoint.classifier.image_size
-        pixels = torch.zeros(1, 3, size, size, dtype=torch.uint8)
-        for name in self.defended:
-            started = time.perf_counter()
-            self._compute(pixels, torch.zeros(1, dtype=torch.int64), name)
-            log.info("warmed up preset %s in %.2f s", name, time.perf_counter() - started)
+    def fail(self, reason: str) -> None:
+        """Serve never again, answer everybody who waits, and say so once."""
+        with self._failing:
+            if self.failure is not None:
+                return
+            self.failure = reason
+        log.critical("the engine has failed: %s", reason)
+        self.queue.fail_all(NotReadyError("the service has failed and is restarting"))
+        if self._on_failure is not None:
+            self._on_failure(reason)
 
-    def _next_batch(self) -> list[Job] | None:
-        """The oldest job and those like it that are here or come within the wait; None when stopped and done."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._jobs or self._stopping)
-            if not self._jobs:
-                return None
-            preset = self._jobs[0].preset
-
-            def full() -> bool:
-                return self._stopping or sum(job.preset == preset for job in self._jobs) >= self.max_batch
-
-            self._changed.wait_for(full, timeout=self.batch_wait_s)
-            batch = [job for job in self._jobs if job.preset == preset][: self.max_batch]
-            taken = set(batch)
-            self._jobs = deque(job for job in self._jobs if job not in taken)
-        return batch
-
-    def _run(self, batch: list[Job]) -> None:
-        batch = [job for job in batch if not job.done.cancelled()]  # a client that has gone costs nothing
-        if not batch:
-            return
-        started = time.perf_counter()
-        try:
-            pixels = torch.stack([job.pixels for job in batch])
-            seeds = torch.tensor([job.seed for job in batch], dtype=torch.int64)
-            outcomes = self._compute(pixels, seeds, batch[0].preset)
-        except Exception as error:
-            log.exception("a batch of %d failed", len(batch))
-            for job in batch:
-                _deliver(job, error)
-            return
-        for job, outcome in zip(batch, outcomes, strict=True):
-            _deliver(job, outcome._replace(queue_ms=(started - job.queued_at) * 1000))
-
-    def _compute(self, pixels: Tensor, seeds: Tensor, preset: str | None) -> list[Outcome]:
-        """The outcomes of one batch; the only place that runs the model."""
-        x = pixels.to(self.device).float() / 255
-        seeds = seeds.to(self.device)
-        classifier = self.checkpoint.classifier
-        with torch.no_grad():
-            started = time.perf_counter()
-            if preset is None:
-                scores = classifier(x).softmax(1).cpu()
-                spent_ms = (time.perf_counter() - started) * 1000
-                return [Outcome(s, s, None, None, None, None, 0.0, 0.0, spent_ms) for s in scores]
-            defended = self.defended[preset]
-            image, trace = defended.purify(x, seed=seeds)
-            epsilon = defended.purifier.loop.epsilon
-            images = to_uint8(image, x, epsilon=epsilon).cpu()
-            before, after, linf = (v.tolist() for v in (trace.loss_before, trace.loss_after, trace.linf))
-            purify_ms = (time.perf_counter() - started) * 1000
-            started = time.perf_counter()
-            scores, unpurified = classifier(torch.cat((image, x))).softmax(1).cpu().chunk(2)
-            classify_ms = (time.perf_counter() - started) * 1000
-        return [
-            Outcome(scores[i], unpurified[i], images[i], before[i], after[i], linf[i], 0.0, purify_ms, classify_ms)
-            for i in range(len(x))
-        ]
+    def _watch(self) -> None:
+        while not self.draining and self.failure is None:
+            if all(worker.warm for worker in self.workers):
+                self.warm.set()
+            for worker in self.workers:
+                since = worker.stepping_since
+                if since is not None and time.monotonic() - since > self.stall_s:
+                    self.fail(f"worker {worker.number} has not finished a step for {self.stall_s:g} s")
+            time.sleep(WATCH_EVERY_S)
 
 
-def _deliver(job: Job, result: Outcome | Exception) -> None:
-    """Resolve the job's future on its own event loop, unless its client has gone."""
+def _resolve(future: "asyncio.Future[Outcome]", result: Outcome | Exception) -> None:
+    """Set the future on its own event loop, unless its client has gone; from any thread."""
 
     def resolve() -> None:
-        if job.done.done():
+        if future.done():
             return
         if isinstance(result, Exception):
-            job.done.set_exception(result)
+            future.set_exception(result)
         else:
-            job.done.set_result(result)
+            future.set_result(result)
 
     try:
-        job.done.get_loop().call_soon_threadsafe(resolve)
+        future.get_loop().call_soon_threadsafe(resolve)
     except RuntimeError:  # the loop has closed: nobody waits any more
         log.debug("an outcome came after its event loop had closed")

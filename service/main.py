@@ -1,4 +1,7 @@
-"""The command line: `unperturb serve | classify | purify | train | demo`."""
+"""The command line: `unperturb serve | classify | purify | train | demo | key`.
+
+What is heavy is imported by the command that needs it: the decoding processes import this module too.
+"""
 
 import json
 import os
@@ -7,22 +10,19 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-import uvicorn
 from pydantic import ValidationError
 
-from models import checkpoint
-from models.defended import DefendedClassifier, defend
 from models.errors import RequestError, UnperturbError
-from models.reverse_attack import preset as preset_named
-from models.reverse_attack import to_uint8
-from service.answer import png, top
-from service.decode import Decoded, decode
-from service.demo import SAMPLE, run_demo
-from service.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.checkpoint import Card
+    from models.defended import DefendedClassifier
+    from service.decode import Decoded
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Purify images by a reverse attack, and classify them."
@@ -43,7 +43,8 @@ def refusing(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except ValidationError as error:
-            faults = "; ".join(f"UNPERTURB_{str(e['loc'][0]).upper()}: {e['msg']}" for e in error.errors())
+            names = [f"UNPERTURB_{e['loc'][0]}: ".upper() if e["loc"] else "" for e in error.errors()]
+            faults = "; ".join(name + e["msg"] for name, e in zip(names, error.errors(), strict=True))
             typer.echo(f"unperturb: {faults}", err=True)
             raise typer.Exit(2) from error
         except UnperturbError as error:
@@ -62,16 +63,40 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N (UNPERTURB_DEVICE, auto)")] = None,
 ) -> None:
     """Start the HTTP service; every other setting is an environment variable UNPERTURB_…"""
+    from service import logs
     from service.app import create_app
+    from service.demo import SAMPLE
+    from service.server import Server
+    from service.settings import Settings
 
     given: dict[str, Any] = {"host": host, "port": port, "checkpoint": checkpoint, "device": device}
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
-    service = create_app(settings)
+    logs.set_up(level=settings.log_level, style=settings.log_format)
+    failed: list[str] = []
+    service = create_app(settings, on_failure=failed.append)
+    server = Server(service, settings, failed)
     url = f"http://{settings.host}:{settings.port}"
-    print(f"\n  serving  {url}   (model {service.state.engine.checkpoint.card.id} on {settings.torch_device})")
+    models, devices = service.state.engine.models, ", ".join(str(device) for device in settings.devices)
+    key = " -H 'Authorization: Bearer KEY'" if settings.keys.required else ""
+    print(f"\n  serving  {url}   (model {', '.join(models)} on {devices})")
     print(f"  docs     {url}/docs")
-    print(f"  try      curl -F image=@{os.path.relpath(SAMPLE)} '{url}/classify?top_k=3'\n", flush=True)
-    uvicorn.run(service, host=settings.host, port=settings.port, log_level=settings.log_level, access_log=False)
+    print(f"  try      curl{key} -F image=@{os.path.relpath(SAMPLE)} '{url}/classify?top_k=3'\n", flush=True)
+    server.run()
+    if failed:
+        os._exit(1)  # not sys.exit: a worker that hangs on its device would never be joined
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="whose key it is: letters, digits and . _ -")]) -> None:
+    """Make an API key, and the pair for UNPERTURB_API_KEYS or UNPERTURB_ADMIN_KEYS."""
+    from service.keys import PAIR, new_key
+
+    secret, pair = new_key(name)
+    if not PAIR.fullmatch(pair):
+        typer.echo(f"unperturb: the name {name!r} has signs other than letters, digits and . _ -", err=True)
+        raise typer.Exit(2)
+    print(f"key (for the client; it is shown only now):  {secret}")
+    print(f"pair (for the service's settings):           {pair}")
 
 
 @app.command()
@@ -86,6 +111,8 @@ def classify(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
 ) -> None:
     """Classify image files through the reverse attack."""
+    from service.answer import top
+
     defended, card, place = _load(checkpoint, preset, device)
     top_k = min(top_k, len(card.classes))
     failed = 0
@@ -121,6 +148,8 @@ def purify(
 ) -> None:
     """Write the purified image."""
     from models.checkpoint import write_whole
+    from models.reverse_attack import to_uint8
+    from service.answer import png
 
     defended, card, place = _load(checkpoint, preset, device)
     x = _batch(_read(file, card.architecture.image_size), place)
@@ -148,6 +177,8 @@ def demo(
     device: DeviceOption = "auto",
 ) -> None:
     """Attack an image, purify it, print the three predictions and write one picture of it all."""
+    from service.demo import SAMPLE, run_demo
+
     defended, card, place = _load(checkpoint, preset, device)
     x = _batch(_read(file or SAMPLE, card.architecture.image_size), place)
     for line in run_demo(defended, card, x, seed=seed, out=out):
@@ -163,19 +194,28 @@ def train(context: typer.Context) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "training", *context.args])
 
 
-def _load(name: str, preset: str, device: str) -> tuple[DefendedClassifier, checkpoint.Card, torch.device]:
+def _load(name: str, preset: str, device: str) -> "tuple[DefendedClassifier, Card, torch.device]":
+    from models import checkpoint, reverse_attack
+    from models.defended import defend
+    from service.settings import Settings
+
     settings = Settings(checkpoint=name, device=device)
-    config = preset_named(preset)
-    loaded = checkpoint.load(settings.checkpoint, device=settings.torch_device)
-    return defend(loaded, config), loaded.card, settings.torch_device
+    config, place = reverse_attack.preset(preset), settings.devices[0]
+    loaded = checkpoint.load(settings.checkpoint, device=place)
+    return defend(loaded, config), loaded.card, place
 
 
-def _read(file: Path, size: int) -> Decoded:
+def _read(file: Path, size: int) -> "Decoded":
+    from service.decode import decode
+    from service.settings import Settings
+
     return decode(file.read_bytes(), size=size, max_pixels=Settings().max_pixels)
 
 
-def _batch(decoded: Decoded, device: torch.device) -> torch.Tensor:
-    return decoded.pixels[None].to(device).float() / 255
+def _batch(decoded: "Decoded", device: "torch.device") -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(decoded.pixels)[None].to(device).float() / 255
 
 
 def _line(predictions: list[Any]) -> str:

@@ -2,17 +2,20 @@
 
 import logging
 from http import HTTPStatus
+from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from models.errors import ConfigError, RequestError
+from models.errors import CheckpointError, ConfigError, RequestError
 
 log = logging.getLogger("unperturb.service")
-RETRY_AFTER_S = "1"
+MEDIA_TYPE = "application/problem+json"
+CLIENT_CLOSED_REQUEST = 499  # the number that nginx gives a request whose client left
 
 
 class Problem(BaseModel):
@@ -25,16 +28,25 @@ class Problem(BaseModel):
     request_id: str
 
 
-def problem(request: Request, status: int, detail: str) -> JSONResponse:
-    """The answer of an error."""
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI of these errors."""
+    return {status: {"model": Problem, "content": {MEDIA_TYPE: {}}} for status in statuses}
+
+
+def problem(request: Request, status: int, detail: str, *, retry_after_s: int | None = None) -> JSONResponse:
+    """The answer of an error; under /v2/ with the member `error` that KServe's clients read."""
     body = Problem(
         title=HTTPStatus(status).phrase,
         status=status,
         detail=detail,
         request_id=request.scope.get("request_id", ""),
-    )
-    headers = {"Retry-After": RETRY_AFTER_S} if status == HTTPStatus.SERVICE_UNAVAILABLE else None
-    return JSONResponse(body.model_dump(), status, headers, media_type="application/problem+json")
+    ).model_dump()
+    if request.url.path.startswith("/v2/"):
+        body["error"] = detail
+    headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else {}
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status, headers, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:
@@ -42,13 +54,15 @@ def install(app: FastAPI) -> None:
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
-        return problem(request, error.status, str(error))
+        request.scope["rejected"] = type(error).__name__.removesuffix("Error")
+        return problem(request, error.status, str(error), retry_after_s=error.retry_after_s)
 
     async def out_of_range(request: Request, error: Exception) -> JSONResponse:
         return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
+        request.scope["rejected"] = "Invalid"
         faults = [f"{'.'.join(str(part) for part in e['loc'][1:])}: {e['msg']}" for e in error.errors()]
         return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(faults))
 
@@ -58,12 +72,15 @@ def install(app: FastAPI) -> None:
         answer.headers.update(error.headers or {})
         return answer
 
+    async def gone(request: Request, _: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # for the log alone: nobody reads it
+
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("request %s failed", request.scope.get("request_id"), exc_info=error)
+        log.error("request failed", exc_info=error, extra={"request_id": request.scope.get("request_id")})
         return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error; the service's log has it")
 
     for kind, handler in (
-        (RequestError, refused), (ConfigError, out_of_range), (RequestValidationError, invalid),
-        (HTTPException, http), (Exception, unexpected),
+        (RequestError, refused), (ConfigError, out_of_range), (CheckpointError, out_of_range),
+        (RequestValidationError, invalid), (HTTPException, http), (ClientDisconnect, gone), (Exception, unexpected),
     ):  # fmt: skip
         app.add_exception_handler(kind, handler)

@@ -1,14 +1,19 @@
 """Every setting of the service, from `UNPERTURB_…` environment variables, checked at start."""
 
-from typing import Annotated, Literal
+import ipaddress
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from models.reverse_attack import PRESETS
+from service.keys import PAIR, KeyRing
 
 Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Keys = Annotated[dict[str, str], NoDecode]
+MAX_BATCH = {"cpu": 8, "cuda": 64}
 
 
 class Settings(BaseSettings):
@@ -19,30 +24,57 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     checkpoint: str = Field(default="default", description="a shipped checkpoint's name, or a folder")
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(
+        default="auto", description="auto (every GPU, or the CPU), cpu, cuda, cuda:N, or several with commas"
+    )
     threads: Annotated[int, Field(ge=0)] = Field(default=0, description="torch's CPU threads; 0: torch's own choice")
     preset: str = Field(default="default", description="the purifier's preset where a request names none")
+
     max_body_bytes: Positive = 10_000_000
     max_pixels: Positive = 50_000_000
-    max_batch: Positive = Field(default=32, description="images in one batch on the device")
-    batch_wait_ms: Annotated[float, Field(ge=0, le=1000)] = Field(
-        default=3.0, description="longest wait for further images to share a batch"
+    max_images: Positive = Field(default=32, description="images in one request")
+    max_per_client: Positive = Field(default=64, description="one client's images in progress; past it 429")
+    max_in_progress: Positive = Field(
+        default=256, description="all clients' images in progress, from the request's head on; past it 503"
+    )
+    max_batch: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="slots on one device; 0: 8 on a CPU, 64 on a GPU"
     )
     max_queue: Positive = Field(default=256, description="images that may wait; past it 503")
+    max_wait_s: Seconds = Field(default=2.0, description="estimated work that may wait; past it 503")
+    timeout_s: Seconds = Field(default=30.0, description="a request's deadline; the header x-timeout-s shortens it")
+    header_timeout_s: Seconds = Field(default=10.0, description="for a request's head to arrive; then it is closed")
+    upload_timeout_s: Seconds = Field(default=15.0, description="for a request's body to arrive; past it 408")
+    decode_timeout_s: Seconds = Field(default=10.0, description="for one file to be decoded; past it 422")
+    decoders: Annotated[int, Field(ge=0)] = Field(default=0, description="decoding processes; 0: one per CPU core")
+    stall_s: Seconds = Field(default=60.0, description="without a finished step, after which the process gives up")
+    grace_s: Seconds = Field(default=20.0, description="from SIGTERM to the end, for what is in progress")
+    pad: Literal["auto", "always", "never"] = Field(
+        default="auto", description="fill batches up to powers of two; auto: on GPUs"
+    )
+
+    api_keys: Keys = Field(default_factory=dict, description="name:sha256 pairs with commas")
+    admin_keys: Keys = Field(default_factory=dict, description="the same, for POST /models")
+    authentication: Literal["auto", "on", "off"] = Field(
+        default="auto", description="whether an API key is needed; auto: on any address but loopback"
+    )
+    page: bool = Field(default=True, description="the page at / and POST /inspect, which attacks images on request")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
+    log_format: Literal["json", "text"] = "json"
 
     @field_validator("device")
     @classmethod
     def device_exists(cls, value: str) -> str:
         """Refuse a device that torch does not know or that is not here."""
-        if value == "auto":
-            return value
-        try:
-            device = torch.device(value)
-        except RuntimeError as error:
-            raise ValueError(f"{value!r} is not auto, cpu, cuda or cuda:N") from error
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(f"{value!r}: torch finds {torch.cuda.device_count()} CUDA device(s) here")
+        for name in () if value == "auto" else value.split(","):
+            try:
+                device = torch.device(name)
+            except RuntimeError as error:
+                raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N") from error
+            if device.type not in MAX_BATCH:
+                raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N")
+            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+                raise ValueError(f"{name!r}: torch finds {torch.cuda.device_count()} CUDA device(s) here")
         return value
 
     @field_validator("preset")
@@ -53,8 +85,54 @@ class Settings(BaseSettings):
             raise ValueError(f"{value!r} is not one of {', '.join(PRESETS)}")
         return value
 
+    @field_validator("api_keys", "admin_keys", mode="before")
+    @classmethod
+    def pairs(cls, value: Any) -> Any:  # noqa: ANN401
+        """`name:sha256,name:sha256` as a mapping; a value that is not is not shown, since it may be a key."""
+        if not isinstance(value, str):
+            return value
+        found = [PAIR.fullmatch(pair.strip()) for pair in value.split(",") if pair.strip()]
+        if None in found:
+            raise ValueError("not a list of name:sha256 pairs; `unperturb key NAME` makes one")
+        return {pair["name"]: pair["digest"] for pair in found if pair is not None}
+
+    @model_validator(mode="after")
+    def keys_where_needed(self) -> "Settings":
+        """Refuse to serve strangers without keys, unless told to by name."""
+        if self.keys.required and not (self.api_keys or self.admin_keys):
+            raise ValueError(
+                f"host {self.host!r} is not loopback, so clients need an API key, and none is set: put the pair that "
+                "`unperturb key NAME` prints into UNPERTURB_API_KEYS, or set UNPERTURB_AUTHENTICATION=off"
+            )
+        return self
+
     @property
-    def torch_device(self) -> torch.device:
-        """The device that the model runs on."""
-        name = self.device if self.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(name)
+    def keys(self) -> KeyRing:
+        """Who may do what."""
+        required = self.authentication == "on" or (self.authentication == "auto" and not is_loopback(self.host))
+        return KeyRing(self.api_keys, self.admin_keys, required)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """The devices that the model runs on, one worker each."""
+        if self.device != "auto":
+            return [torch.device(name) for name in self.device.split(",")]
+        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+    @property
+    def slots(self) -> int:
+        """Images in progress on one device."""
+        return self.max_batch or MAX_BATCH[self.devices[0].type]
+
+    @property
+    def pads(self) -> bool:
+        """Whether batches are filled up to powers of two."""
+        return self.pad == "always" or (self.pad == "auto" and self.devices[0].type == "cuda")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

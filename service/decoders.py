@@ -1,0 +1,42 @@
+"""Decoding in a bounded number of small processes: a file that hangs or crashes a decoder harms nothing else."""
+
+import asyncio
+import base64
+import os
+from functools import partial
+
+import anyio
+import anyio.to_process
+
+from models.errors import UnprocessableError
+from service.decode import Decoded, decode_within_memory
+
+DOT = base64.b64decode(  # a PNG of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
+
+
+class Decoders:
+    """At most `count` processes, each killed where one file takes it longer than `timeout_s`; for one event loop."""
+
+    def __init__(self, *, count: int, timeout_s: float) -> None:
+        self.count, self.timeout_s = count or os.cpu_count() or 1, timeout_s
+        self._free = asyncio.Semaphore(self.count)
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    async def start(self) -> None:
+        """Start every process, so that no request waits for one."""
+        self._limiter = anyio.CapacityLimiter(self.count)
+        await asyncio.gather(*(self.decode(DOT, size=8, max_pixels=1) for _ in range(self.count)))
+
+    async def decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
+        """What `decode.decode` gives or raises, and UnprocessableError where it takes too long or crashes."""
+        work = partial(decode_within_memory, payload, size=size, max_pixels=max_pixels)
+        async with self._free:  # waiting for a process is not the file's fault
+            try:
+                with anyio.fail_after(self.timeout_s):
+                    return await anyio.to_process.run_sync(work, cancellable=True, limiter=self._limiter)
+            except TimeoutError as error:
+                raise UnprocessableError(f"the image could not be decoded within {self.timeout_s:g} s") from error
+            except anyio.BrokenWorkerProcess as error:
+                raise UnprocessableError("the image is damaged: it crashed the decoder") from error

@@ -1,0 +1,87 @@
+"""POST /classify and POST /purify."""
+
+import time
+from functools import partial
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+
+from models.reverse_attack import PRESETS
+from service import problem
+from service.answer import Answer, Answers, answer, pixels, to_png
+from service.gateway import Gateway, Timeout, tensors
+from service.png16 import png16
+from service.routes.parameters import Classify, Purify
+from service.upload import body_schema
+
+
+class PurifyImage(Purify):
+    """And the form of the image."""
+
+    bits: Literal["8", "16"] = "8"
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The routes that take image files."""
+    routes = APIRouter(responses=problem.responses(400, 401, 408, 413, 415, 422, 429, 503, 504))
+    default = gateway.settings.preset
+
+    @routes.post(
+        "/classify", openapi_extra={"requestBody": body_schema(many=True)}, responses=problem.responses(404)
+    )  # fmt: skip
+    async def classify(
+        request: Request, query: Annotated[Classify, Query()], timeout_s: Timeout = None
+    ) -> Answer | Answers:
+        """Purify one image, or each of a list, classify it, and say what the purifier changed."""
+        with gateway.admit(request, timeout_s) as ticket:
+            upload = await gateway.read(ticket)
+            wanted = query.updated(upload.parameters)
+            model = gateway.engine.model(wanted.model)
+            top_k = wanted.classes(model)
+            preset = (wanted.preset or default) if wanted.purify == "always" else None
+            request.scope["preset"] = preset
+            with gateway.count(ticket, len(upload.files)):
+                read = time.perf_counter()
+                decoded = await gateway.decode(ticket, upload, model)
+                decode_ms = (time.perf_counter() - read) * 1000
+                outcomes = await gateway.run(
+                    ticket, model, tensors(decoded), stage=preset, seed=wanted.seed, wants_image=wanted.return_image
+                )
+            answers = [
+                answer(
+                    outcome, one, model, request_id=ticket.id, preset=preset, top_k=top_k,
+                    return_image=wanted.return_image, decode_ms=decode_ms, total_ms=ticket.spent_ms,
+                )
+                for outcome, one in zip(outcomes, decoded, strict=True)
+            ]  # fmt: skip
+        return Answers(request_id=ticket.id, answers=answers) if upload.many else answers[0]
+
+    @routes.post(
+        "/purify", response_class=Response, openapi_extra={"requestBody": body_schema(many=False)},
+        responses={200: {"content": {"image/png": {}}, "description": "The purified image"}, **problem.responses(404)},
+    )  # fmt: skip
+    async def purify(request: Request, query: Annotated[PurifyImage, Query()], timeout_s: Timeout = None) -> Response:
+        """The purified image itself, at the model's size, for a classifier of your own."""
+        with gateway.admit(request, timeout_s) as ticket:
+            upload = await gateway.read_one(ticket)
+            model = gateway.engine.model(query.model)
+            preset = request.scope["preset"] = query.preset or default
+            (decoded,) = await gateway.decode(ticket, upload, model)
+            (outcome,) = await gateway.run(
+                ticket, model, tensors([decoded]), stage=preset, seed=query.seed, wants_image=True
+            )
+        assert outcome.image is not None
+        epsilon = PRESETS[preset].loop.epsilon
+        as_png = png16 if query.bits == "16" else partial(to_png, received=pixels(decoded), epsilon=epsilon)
+        return Response(
+            as_png(outcome.image),
+            media_type="image/png",
+            headers={
+                "x-model-id": model.id,
+                "x-purification-linf": f"{outcome.linf:.6f}",
+                "x-loss-before": f"{outcome.loss_before:.6f}",
+                "x-loss-after": f"{outcome.loss_after:.6f}",
+            },
+        )
+
+    return routes

@@ -1,0 +1,97 @@
+"""Which models are served: listed for everybody, changed with an administrator's key."""
+
+import asyncio
+import dataclasses
+from functools import partial
+from typing import Annotated
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from models.errors import UnprocessableError
+from service import problem
+from service.gateway import Gateway
+from service.loaded import LoadedModel
+from service.threads import aside
+
+
+class Described(BaseModel):
+    """One model that is served."""
+
+    id: str
+    digest: str = Field(description="SHA-256 of the weights")
+    classes: int
+    image_size: int
+    default: bool
+
+
+class ToLoad(BaseModel):
+    """A checkpoint on the server's own disk."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str = Field(min_length=1, description="a shipped checkpoint's name, or a folder on the server")
+    id: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")] = Field(
+        None, description="to serve it under; the checkpoint's own where none is given. One in use is replaced"
+    )
+    digest: Annotated[str | None, Field(pattern=r"^[0-9a-f]{64}$")] = Field(
+        None, description="SHA-256 that the weights must have"
+    )
+    default: bool = Field(False, description="serve it where a request names no model")
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The models' routes."""
+    routes = APIRouter(tags=["models"])
+    engine, changing = gateway.engine, asyncio.Lock()
+
+    def described(model: LoadedModel) -> Described:
+        return Described(
+            id=model.id, digest=model.card.weights_sha256, classes=len(model.card.classes),
+            image_size=model.image_size, default=model.id == engine.default_id,
+        )  # fmt: skip
+
+    @routes.get("/models")
+    async def models() -> list[Described]:
+        """Every model that is served."""
+        return [described(model) for model in engine.models.values()]
+
+    @routes.get("/models/{id}", responses=problem.responses(404))
+    async def card(id: str) -> JSONResponse:
+        """A model's card: architecture, classes, data, training and measured figures."""
+        return JSONResponse(dataclasses.asdict(engine.model(id).card))
+
+    @routes.get("/model")
+    async def default_card() -> JSONResponse:
+        """The default model's card."""
+        return JSONResponse(dataclasses.asdict(engine.model(None).card))
+
+    @routes.post("/models", status_code=201, responses=problem.responses(401, 403, 422, 503))
+    async def load(request: Request, wanted: ToLoad) -> Described:
+        """Load a checkpoint and warm it up beside the others, then serve it.
+
+        Requests that are in progress on a model of the same id end on the one they began with.
+        """
+        gateway.keys.admin(request)
+        async with changing:
+            load = partial(LoadedModel, wanted.checkpoint, id=wanted.id, devices=engine.devices)
+            model = await asyncio.to_thread(aside, load)
+            if wanted.digest not in (None, model.card.weights_sha256):
+                raise UnprocessableError(
+                    f"checkpoint {wanted.checkpoint!r} has SHA-256 {model.card.weights_sha256}, not {wanted.digest}"
+                )
+            await asyncio.to_thread(aside, partial(engine.add, model))
+            if wanted.default:
+                engine.default_id = model.id
+            return described(model)
+
+    @routes.delete("/models/{id}", status_code=204, responses=problem.responses(401, 403, 404, 422))
+    async def unload(request: Request, id: str) -> Response:
+        """Serve a model no more; requests that are in progress on it are finished."""
+        gateway.keys.admin(request)
+        async with changing:
+            engine.remove(id)
+        return Response(status_code=204)
+
+    return routes

@@ -1,0 +1,122 @@
+"""The web page at /, and POST /inspect behind it: attack an image, purify it, and see what happened."""
+
+import base64
+from pathlib import Path
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel, Field
+from starlette.routing import Mount
+
+from models.reverse_attack import PRESETS, to_uint8
+from service import problem
+from service.answer import ModelName, Prediction, pixels, png, to_png, top
+from service.gateway import Gateway, Timeout, tensors
+from service.loaded import ATTACK, ATTACK_LOOP
+from service.routes.parameters import Purify
+from service.upload import body_schema
+
+PAGE = Path(__file__).resolve().parents[1] / "assets" / "page"
+POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'"
+
+
+class Inspect(Purify):
+    """And whether the image is attacked first."""
+
+    attack: bool = Field(False, description="PGD-10 at 8/255 on the bare classifier, away from its own prediction")
+
+
+class Seen(BaseModel):
+    """An image at one point of its way: a PNG in base64, and what the classifier says of it."""
+
+    image: str
+    predictions: list[Prediction]
+
+
+class Inspection(BaseModel):
+    """An image before and after an attack and its purification; distances in units of [0, 1]."""
+
+    request_id: str
+    model: ModelName
+    preset: str
+    original: Seen
+    attacked: Seen | None
+    purified: Seen
+    epsilon_attack: float
+    epsilon: float
+    linf: float
+    losses: list[float] = Field(description="InfoNCE before each step, each on views of its own")
+    loss_before: float = Field(description="InfoNCE of the image before purification, on views that no step used")
+    loss_after: float = Field(description="and after it, on the same views")
+    timings_ms: dict[str, float]
+
+
+def router(gateway: Gateway) -> APIRouter:
+    """The page, its files, and its one request."""
+    routes = APIRouter()
+
+    @routes.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(PAGE / "index.html", headers={"content-security-policy": POLICY})
+
+    @routes.post(
+        "/inspect", openapi_extra={"requestBody": body_schema(many=False)},
+        responses=problem.responses(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
+    )  # fmt: skip
+    async def inspect(request: Request, query: Annotated[Inspect, Query()], timeout_s: Timeout = None) -> Inspection:
+        """Attack an image (where asked to), purify it, and show every image, score and loss on the way."""
+        preset = request.scope["preset"] = query.preset or gateway.settings.preset
+        with gateway.admit(request, timeout_s) as ticket:
+            upload = await gateway.read_one(ticket)
+            model = gateway.engine.model(query.model)
+            (decoded,) = await gateway.decode(ticket, upload, model)
+            decode_ms = ticket.spent_ms
+            (image,) = tensors([decoded])
+            attack = None
+            if query.attack:
+                (attack,) = await gateway.run(ticket, model, [image], stage=ATTACK, seed=query.seed, wants_image=True)
+                assert attack.image is not None
+                image = to_uint8(attack.image[None], pixels(decoded)[None], epsilon=ATTACK_LOOP.epsilon)[0]
+            (outcome,) = await gateway.run(ticket, model, [image], stage=preset, seed=query.seed, wants_image=True)
+        assert outcome.image is not None
+        assert outcome.linf is not None
+        classes, count = model.card.classes, min(5, len(model.card.classes))
+        received = image.float() / 255
+        epsilon = PRESETS[preset].loop.epsilon
+        before = attack.unpurified_scores if attack is not None else outcome.unpurified_scores
+        return Inspection(
+            request_id=ticket.id,
+            model=ModelName(id=model.id, digest=model.card.weights_sha256),
+            preset=preset,
+            original=Seen(image=_base64(png(tensors([decoded])[0])), predictions=top(before, classes, count)),
+            attacked=Seen(image=_base64(png(image)), predictions=top(outcome.unpurified_scores, classes, count))
+            if attack is not None
+            else None,
+            purified=Seen(
+                image=_base64(to_png(outcome.image, received, epsilon=epsilon)),
+                predictions=top(outcome.scores, classes, count),
+            ),
+            epsilon_attack=ATTACK_LOOP.epsilon,
+            epsilon=epsilon,
+            linf=outcome.linf,
+            losses=list(outcome.losses),
+            loss_before=outcome.loss_before or 0.0,
+            loss_after=outcome.loss_after or 0.0,
+            timings_ms={
+                "decode": decode_ms,
+                **({"attack": attack.queue_ms + attack.purify_ms + attack.classify_ms} if attack is not None else {}),
+                "queue": outcome.queue_ms,
+                "purify": outcome.purify_ms,
+                "classify": outcome.classify_ms,
+                "total": ticket.spent_ms,
+            },
+        )
+
+    routes.routes.append(Mount("/page", StaticFiles(directory=PAGE), name="page"))
+    return routes
+
+
+def _base64(payload: bytes) -> str:
+    return base64.b64encode(payload).decode()

@@ -1,0 +1,56 @@
+"""What a request may ask for, in its query or in a JSON body."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from models.errors import UnprocessableError
+from models.reverse_attack import PRESETS
+from service.loaded import LoadedModel
+
+MAX_SEED = 2**63 - 1
+SHOWN = 5
+
+
+class Purify(BaseModel):
+    """Which model, and how its purifier runs; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="id of a loaded model; the default one where none is named")
+    preset: Annotated[str | None, Field(json_schema_extra={"enum": list(PRESETS)})] = Field(
+        None, description="of the purifier; the service's own default where none is named"
+    )
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the purifier's random views")
+
+    @field_validator("preset")
+    @classmethod
+    def preset_exists(cls, value: str | None) -> str | None:
+        """Refuse an unknown preset."""
+        if value is not None and value not in PRESETS:
+            raise ValueError(f"{value!r} is not one of {', '.join(PRESETS)}")
+        return value
+
+
+class Classify(Purify):
+    """And what the answer shows."""
+
+    purify: Literal["always", "never"] = Field("always", description="run the reverse attack first")
+    top_k: int | None = Field(None, ge=1, description="classes in the answer; 5, or all of fewer, where none is named")
+    return_image: bool = Field(False, description="put the purified image into the answer")
+
+    def updated(self, parameters: dict[str, Any]) -> "Classify":
+        """With those of a JSON body above those of the query."""
+        try:
+            return Classify.model_validate({**self.model_dump(exclude_unset=True), **parameters})
+        except ValidationError as error:
+            faults = [{**e, "loc": ("body", "parameters", *e["loc"])} for e in error.errors()]
+            raise RequestValidationError(faults) from error
+
+    def classes(self, model: LoadedModel) -> int:
+        """How many classes to show; UnprocessableError for more than there are."""
+        count = len(model.card.classes)
+        if self.top_k is not None and self.top_k > count:
+            raise UnprocessableError(f"top_k: {self.top_k} is more than the model's {count} classes")
+        return self.top_k or min(SHOWN, count)
