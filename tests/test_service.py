@@ -28,7 +28,7 @@ def settings(folder: Path, **changed: object) -> Settings:
 
 def wait_until_ready(client: TestClient) -> None:
     engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
-    assert engine.ready.wait(60)
+    assert engine.warm.wait(60)
 
 
 @pytest.fixture(scope="module")
