@@ -1,0 +1,124 @@
+"""`python benchmarks/load.py`: latency and rejections of the service against offered load, from 10% to 300% of capacity.
+
+Open-loop Poisson arrivals. The client runs on the same machine as the service and takes part of its CPU.
+"""
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import open_loop, results
+from models.checkpoint import write_whole
+from models.errors import ConfigError, UnperturbError
+from models.options import as_json, option, parse
+
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Offer the service more and more load."""
+
+    checkpoint: str = option("shipped name or folder", "default")
+    seconds: float = option("for each load", 20.0)
+    calibration_seconds: float = option("for the capacity, and half of it for the lone request", 20.0)
+    clients: int = option("of the closed loop that finds the capacity", 24)
+    seed: int = option("of the arrivals and images", 0)
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+    out: Path = option("result file; a plot is written beside it", results.FOLDER / "load.json")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if min(self.seconds, self.calibration_seconds) <= 0 or self.clients < 1:
+            raise ConfigError("seconds, calibration_seconds and clients must be above 0")
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The lone request, the capacity, and every load."""
+    files = open_loop.photos(64, seed=config.seed)
+    port = open_loop.free_port()
+    url, environment = f"http://127.0.0.1:{port}", {
+        "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device, "UNPERTURB_LOG_LEVEL": "warning",
+    }  # fmt: skip
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_loop.running(
+            open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
+        ),
+    ):
+        half = config.calibration_seconds / 2
+        alone = asyncio.run(
+            open_loop.saturate(url, ["/classify"], files, clients=1, seconds=half, seed=config.seed)
+        )  # fmt: skip
+        full = asyncio.run(
+            open_loop.saturate(
+                url, ["/classify"], files, clients=config.clients, seconds=config.calibration_seconds, seed=config.seed
+            )
+        )
+        solo_ms = statistics.median(one.seconds * 1000 for one in alone)
+        capacity = sum(one.status == 200 for one in full) / config.calibration_seconds
+        print(f"a lone request takes {solo_ms:.0f} ms; capacity {capacity:.1f} images/s", file=sys.stderr)
+        rows = []
+        for i, share in enumerate(SHARES):
+            sent = asyncio.run(
+                open_loop.offer(
+                    url, ["/classify"], files, rate=share * capacity, seconds=config.seconds, seed=config.seed + i
+                )
+            )
+            rows.append({"share": share, **open_loop.summary(sent, seconds=config.seconds)})
+            print(json.dumps(rows[-1]), file=sys.stderr)
+    best = max(row["goodput"] for row in rows)
+    at_80, at_300 = (next(row for row in rows if row["share"] == share) for share in (0.8, 3.0))
+    return {
+        "solo_ms": solo_ms,
+        "capacity": capacity,
+        "loads": rows,
+        "p99_at_80_over_solo": at_80["p99_ms"] / solo_ms,
+        "goodput_at_300_over_best": at_300["goodput"] / best,
+        "statuses": sorted({status for row in rows for status in row["statuses"]}),
+    }
+
+
+def plot(found: dict[str, Any]) -> bytes:
+    """Latency and goodput against offered load."""
+    from benchmarks.plots import COLOURS, _figure, _png
+
+    plt, figure, axes = _figure(8, 4.2)
+    shares = [row["share"] * 100 for row in found["loads"]]
+    for colour, name in zip(COLOURS, ("p50", "p95", "p99"), strict=False):
+        axes.plot(shares, [row[f"{name}_ms"] for row in found["loads"]], marker="o", color=colour, label=name)
+    axes.axhline(found["solo_ms"], color="#8b949e", linestyle=":", label="a lone request")
+    axes.set_xlabel("offered load, % of capacity")
+    axes.set_ylabel("latency of answered requests, ms")
+    axes.set_ylim(bottom=0)
+    other = axes.twinx()
+    other.plot(shares, [row["goodput"] for row in found["loads"]], color="#57606a", linestyle="--", label="goodput")
+    other.set_ylabel("answers a second (dashed)")
+    other.set_ylim(bottom=0)
+    other.spines[["top"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    return _png(plt, figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 2 for a bad option."""
+    config = parse(Config, sys.argv[1:] if arguments is None else arguments, program="load.py")
+    try:
+        found = measure(config)
+    except UnperturbError as error:
+        print(f"load.py: {error}", file=sys.stderr)
+        return 2
+    results.write(config.out, script="benchmarks/load.py", config=as_json(config), results=found)
+    write_whole(config.out.with_suffix(".png"), plot(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
