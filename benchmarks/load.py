@@ -1,4 +1,4 @@
-"""`python benchmarks/load.py`: latency and rejections of the service against offered load, from 10% to 300% of capacity.
+"""`python benchmarks/load.py`: latency and rejections against offered load, from 10% to 300% of capacity.
 
 Open-loop Poisson arrivals. The client runs on the same machine as the service and takes part of its CPU.
 """
@@ -64,6 +64,7 @@ def measure(config: Config) -> dict[str, Any]:
         )
         solo_ms = statistics.median(one.seconds * 1000 for one in alone)
         capacity = sum(one.status == 200 for one in full) / config.calibration_seconds
+        print(json.dumps(open_loop.summary(full, seconds=config.calibration_seconds)), file=sys.stderr)
         print(f"a lone request takes {solo_ms:.0f} ms; capacity {capacity:.1f} images/s", file=sys.stderr)
         rows = []
         for i, share in enumerate(SHARES):

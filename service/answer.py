@@ -3,7 +3,9 @@
 import base64
 from io import BytesIO
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
@@ -11,8 +13,8 @@ from torch import Tensor
 from models.reverse_attack import PRESETS, to_uint8
 from models.shapes import Float, UInt8
 from service.decode import Decoded
-from service.jobs import Outcome
-from service.loaded import LoadedModel
+from service.messages import Outcome
+from service.served import Model
 
 
 class ModelName(BaseModel):
@@ -97,7 +99,7 @@ class Answers(BaseModel):
 
 
 def answer(
-    outcome: Outcome, decoded: Decoded, model: LoadedModel, *,
+    outcome: Outcome, decoded: Decoded, model: Model, *,
     request_id: str, preset: str | None, top_k: int, return_image: bool, decode_ms: float, total_ms: float,
 ) -> Answer:  # fmt: skip
     """The answer for one image."""
@@ -107,7 +109,7 @@ def answer(
     size = model.image_size
     image = None
     if return_image and preset is not None and outcome.image is not None:
-        image = to_png(outcome.image, pixels(decoded), epsilon=PRESETS[preset].loop.epsilon)
+        image = to_png(torch.from_numpy(outcome.image), pixels(decoded), epsilon=PRESETS[preset].loop.epsilon)
     return Answer(
         request_id=request_id,
         model=ModelName(id=model.id, digest=card.weights_sha256),
@@ -132,12 +134,11 @@ def pixels(decoded: Decoded) -> Float[Tensor, "3 size size"]:
     return torch.from_numpy(decoded.pixels).float() / 255
 
 
-def top(scores: Float[Tensor, " classes"], classes: tuple[str, ...], k: int) -> list[Prediction]:
+def top(scores: NDArray[np.float32], classes: tuple[str, ...], k: int) -> list[Prediction]:
     """The `k` highest scores, highest first."""
-    values, indices = scores.topk(k)
     return [
-        Prediction(index=index, label=classes[index], score=min(1.0, value))
-        for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        Prediction(index=index, label=classes[index], score=min(1.0, float(scores[index])))
+        for index in np.argsort(-scores, kind="stable")[:k].tolist()
     ]
 
 

@@ -1,23 +1,22 @@
 """The FastAPI app: `create_app(settings)`."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import torch
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from service import problem, tracing
 from service.engine import Engine
 from service.gateway import Gateway
-from service.loaded import LoadedModel
 from service.metrics import Metrics
 from service.observe import Observe
 from service.routes import classify, health, kserve, models, page
 from service.settings import Settings
-from service.threads import aside
 from service.version import VERSION
+from service.worker import WorkerConfig
 
 
 def create_app(settings: Settings | None = None, *, on_failure: Callable[[str], None] | None = None) -> FastAPI:
@@ -28,26 +27,28 @@ def create_app(settings: Settings | None = None, *, on_failure: Callable[[str], 
     settings = settings or Settings()
     tracer = tracing.set_up()
     metrics = Metrics()
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // len(settings.devices))
     engine = Engine(
-        aside(lambda: LoadedModel(settings.checkpoint, id=None, devices=settings.devices)),
-        devices=settings.devices,
-        max_batch=settings.slots,
+        settings.checkpoint,
+        workers=[
+            WorkerConfig(str(device), settings.slots, settings.pads, threads, settings.log_level, settings.log_format)
+            for device in settings.devices
+        ],
         max_queue=settings.max_queue,
         max_wait_s=settings.max_wait_s,
         stall_s=settings.stall_s,
-        pad=settings.pads,
-        threads=settings.threads or torch.get_num_threads(),
         metrics=metrics,
         on_failure=on_failure,
     )
     metrics.watch(
-        queue_length=lambda: len(engine.queue), slots_in_use=lambda: engine.queue.in_slots, devices=engine.devices
+        queue_length=lambda: engine.waiting,
+        slots_in_use=lambda: engine.in_slots,
+        memory=lambda: {w.config.device: w.memory for w in engine.workers if w.config.device.startswith("cuda")},
     )
     gateway = Gateway(settings, engine, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        torch.set_num_threads(1)  # of this thread
         await gateway.decoders.start()
         engine.start()
         yield

@@ -41,7 +41,7 @@ def run_demo(
         ("attacked", result.unpurified_logits),
         ("purified", result.logits),
     ):
-        (best,) = top(logits[0].detach().softmax(0).cpu(), card.classes, 1)
+        (best,) = top(logits[0].detach().softmax(0).cpu().numpy(), card.classes, 1)
         answers.append(f"{name}: {best.label} {best.score:.0%}")
         yield answers[-1]
     _draw(x, attacked, result.image, result.trace.losses[:, 0], answers, out)

@@ -1,66 +1,89 @@
-"""The engine: models by id, one worker per device behind one bounded queue, and whether all of it is well.
+"""The engine: one worker per device behind one bounded queue, and whether all of it is well.
 
-The event loop never runs model code, and an image's outcome does not depend on the images that share its batch.
+An image's outcome does not depend on the images that share its batch.
 """
 
 import asyncio
+import itertools
 import logging
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass, field
+from typing import Any
 
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from models.errors import ConfigError, NotFoundError, NotReadyError
-from service.job_queue import JobQueue
-from service.jobs import Job, Outcome
-from service.loaded import LoadedModel
+from models.errors import CheckpointError, DeadlineError, NotReadyError
+from service.handle import WorkerHandle
+from service.messages import Failed, Gone, Load, Loaded, Outcome, Stepped, Unload, Work
 from service.metrics import Metrics
-from service.worker import Worker, warm_up
+from service.served import Model, Served
+from service.stages import passes
+from service.worker import WorkerConfig
 
 log = logging.getLogger("unperturb.engine")
 WATCH_EVERY_S = 0.1
 
 
-class Engine:
-    """Start it before submitting; `drain`, then `stop`, at the end.
+@dataclass(eq=False)
+class Job:
+    """One image on its way; `future` belongs to `loop`, and `worker` is who has it."""
 
-    on_failure is called, from a thread of the engine, when it can never serve again: a device has failed, or a worker
-    has not finished a step for `stall_s`. Everybody who waits has been answered with NotReadyError by then.
+    id: int
+    model: Model
+    image: NDArray[Any]
+    stage: str | None
+    seed: int
+    wants_image: bool
+    loop: asyncio.AbstractEventLoop
+    future: "asyncio.Future[Outcome]"
+    queued_at: float = field(default_factory=time.monotonic)
+    worker: WorkerHandle | None = None
+
+    def seconds(self) -> float:
+        """Estimated seconds of one device's time; what is in a slot is taken to be half done."""
+        return passes(self.stage) * self.model.seconds_per_pass * (0.5 if self.worker is not None else 1.0)
+
+    def answer(self, result: Outcome | Exception) -> None:
+        """Resolve the future, unless its client has gone; from any thread."""
+        try:
+            self.loop.call_soon_threadsafe(_resolve, self.future, result)
+        except RuntimeError:  # the loop has closed: nobody waits any more
+            log.debug("an outcome came after its event loop had closed")
+
+
+class Engine:
+    """Start it before submitting; `stop` it at the end.
+
+    slots:      images in progress on one device
+    max_queue:  images that may wait for a slot
+    max_wait_s: estimated seconds of work that may stand before a newcomer, waiting or in slots
+    stall_s:    for how long a worker that has work may say nothing
+    on_failure: called, from a thread, when it can never serve again; everybody who waits has been answered with
+                NotReadyError by then
     """
 
     def __init__(
-        self,
-        model: LoadedModel,
-        *,
-        devices: Sequence[torch.device],
-        max_batch: int,
-        max_queue: int,
-        max_wait_s: float,
-        stall_s: float,
-        pad: bool,
-        threads: int,
-        metrics: Metrics,
-        on_failure: Callable[[str], None] | None = None,
-    ) -> None:
-        self.devices, self.max_batch, self.stall_s, self.pad = list(devices), max_batch, stall_s, pad
-        self.models: dict[str, LoadedModel] = {model.id: model}
-        self.default_id = model.id
-        self.queue = JobQueue(max_jobs=max_queue, max_wait_s=max_wait_s, workers=len(self.devices))
-        self.workers = [
-            Worker(
-                i, self.queue, [model], max_batch=max_batch, pad=pad, threads=threads, metrics=metrics,
-                on_failure=self.fail,
-            )
-            for i in range(len(self.devices))
-        ]  # fmt: skip
+        self, name: str, *, workers: Sequence[WorkerConfig], max_queue: int, max_wait_s: float, stall_s: float,
+        metrics: Metrics, on_failure: Callable[[str], None] | None = None,
+        handle: Callable[..., WorkerHandle] = WorkerHandle,
+    ) -> None:  # fmt: skip
+        self.max_queue, self.max_wait_s, self.stall_s, self.metrics = max_queue, max_wait_s, stall_s, metrics
+        self._ids = itertools.count(1)
+        self.models = Served(name, self._let_go)
+        self.workers = [handle(config, self._heard) for config in workers]
         self.failure: str | None = None
         self.draining = False
         self.warm = threading.Event()
         self._on_failure = on_failure
-        self._failing = threading.Lock()
+        self._jobs: dict[int, Job] = {}  # all that are not answered
+        self._waiting: deque[Job] = deque()
+        self._changed = threading.Condition(threading.RLock())  # guards the two above, and what workers have
+
+    # -- its state -----------------------------------------------------------------------------------------------------
 
     @property
     def not_ready(self) -> str | None:
@@ -71,57 +94,106 @@ class Engine:
             return "the service is stopping"
         return None if self.warm.is_set() else "the model is still warming up"
 
-    def start(self) -> None:
-        """Warm up in the background, then serve."""
-        for worker in self.workers:
-            worker.thread.start()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+    @property
+    def not_ready_ever(self) -> bool:
+        """Whether it has ended, or is about to."""
+        return self.failure is not None or self.draining
 
-    def drain(self) -> None:
-        """Take no more jobs; what is here is finished."""
-        self.draining = True
-        self.queue.close("the service is stopping")
+    @property
+    def waiting(self) -> int:
+        """Images that wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def in_slots(self) -> int:
+        """Images that workers have."""
+        return sum(len(worker.busy) for worker in self.workers)
+
+    def start(self) -> None:
+        """Start the workers, warm up in the background, then serve."""
+        for worker in self.workers:
+            worker.start()
+        threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
 
     def stop(self, timeout_s: float) -> None:
-        """Drain, and wait at most `timeout_s` for what is in progress; what is left then is refused."""
-        self.drain()
-        ends_at = time.monotonic() + timeout_s
-        for worker in self.workers if self.failure is None else ():  # one that has stalled never ends
-            if worker.thread.is_alive():
-                worker.thread.join(max(0.0, ends_at - time.monotonic()))
-        self.queue.fail_all(NotReadyError("the service has stopped"))
+        """Take no more, and wait at most `timeout_s` for what is in progress; what is left then is refused."""
+        self.draining = True
+        with self._changed:
+            self._changed.wait_for(lambda: not self._jobs or self.failure is not None, timeout_s)
+        self._refuse_all(NotReadyError("the service has stopped"))
+        for worker in self.workers:
+            worker.hang_up(1.0 if self.failure is not None else 5.0)
 
-    def model(self, id: str | None) -> LoadedModel:
-        """The model with that id, or the default one; NotFoundError lists the ids."""
-        found = self.models.get(self.default_id if id is None else id)
-        if found is None:
-            raise NotFoundError(f"model {id!r} is not loaded; {', '.join(sorted(self.models))} is")
-        return found
+    def fail(self, reason: str) -> None:
+        """Serve never again, answer everybody who waits, and say so once."""
+        with self._changed:
+            if self.failure is not None or self.draining:
+                return
+            self.failure = reason
+            self._changed.notify_all()
+        log.critical("the engine has failed: %s", reason)
+        self._refuse_all(NotReadyError("the service has failed and is restarting"))
+        if self._on_failure is not None:
+            self._on_failure(reason)
 
-    def add(self, model: LoadedModel) -> None:
-        """Warm a model up beside those that serve, then serve it, in place of one with the same id.
+    # -- its models ----------------------------------------------------------------------------------------------------
 
-        Requests that are in progress end on the model that they began with.
+    def add(self, name: str, id: str | None, *, digest: str | None = None, default: bool = False) -> Model:
+        """Load a checkpoint and warm it up beside those that serve, then serve it, in place of one with the same id.
+
+        Requests that are in progress end on the model that they began with. Raises CheckpointError for one that cannot
+        be served or has another digest, NotReadyError where the service ends meanwhile.
         """
-        for replica in model.replicas:
-            warm_up(model, replica, max_batch=self.max_batch, pad=self.pad)
-        self.models = {**self.models, model.id: model}
+        model = self.models.check(name, id, digest=digest)
+        self._load(model)
+        self.models.put(model, default=default)
+        return model
 
-    def remove(self, id: str) -> None:
-        """Serve a model no more; ConfigError for the default one."""
-        self.model(id)
-        if id == self.default_id:
-            raise ConfigError(f"model {id!r} is the default one; it can be replaced but not removed")
-        self.models = {name: model for name, model in self.models.items() if name != id}
+    def _load(self, model: Model) -> None:
+        for worker in self.workers:
+            worker.say(Load(model.number, model.name, model.card.weights_sha256))
 
-    def refuse_if_full(self) -> None:
-        """NotReadyError where not even one image could be taken now."""
+        def loaded() -> bool:
+            return self.not_ready_ever or all(model.number in worker.loaded for worker in self.workers)
+
+        with self._changed:
+            self._changed.wait_for(loaded)
+            if self.not_ready_ever:
+                raise NotReadyError(self.not_ready or "the service is stopping")
+            found = [worker.loaded.pop(model.number) for worker in self.workers]
+        for one in found:
+            if one.refused is not None:
+                self._let_go(model)
+                raise CheckpointError(one.refused)
+            model.observe(one.seconds_per_pass)
+
+    def _let_go(self, model: Model) -> None:
+        for worker in self.workers:
+            worker.say(Unload(model.number))
+
+    def _warm_up(self) -> None:
+        try:
+            self._load(self.models.get(None))
+        except (CheckpointError, NotReadyError) as error:
+            self.fail(f"warm-up: {error}")
+            return
+        self.warm.set()
+        while not self.draining and self.failure is None:
+            time.sleep(WATCH_EVERY_S)
+            for worker in self.workers:
+                if worker.busy and time.monotonic() - worker.last_heard > self.stall_s:
+                    self.fail(f"worker {worker.config.device} has not finished a step for {self.stall_s:g} s")
+
+    # -- its queue -----------------------------------------------------------------------------------------------------
+
+    def refuse_if_full(self, images: int = 1) -> None:
+        """NotReadyError, with the seconds after which to try again, where so many images cannot be taken now."""
         if (reason := self.not_ready) is not None:
             raise NotReadyError(reason)
-        self.queue.refuse_if_full(1)
+        self._refuse_past_limits(images)
 
     async def submit(
-        self, model: LoadedModel, images: Sequence[Tensor], *, stage: str | None, seeds: Sequence[int],
+        self, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seeds: Sequence[int],
         deadline: float, wants_image: bool = False,
     ) -> list[Outcome]:  # fmt: skip
         """The outcomes of one request's images (uint8, or float32 in [0, 1]), each with its seed; all, or an error.
@@ -131,53 +203,116 @@ class Engine:
         """
         if not self.warm.is_set() or self.failure is not None:
             raise NotReadyError(self.not_ready or "the service is not ready")
-        futures: list[asyncio.Future[Outcome]] = []
-        jobs = []
-        for image, seed in zip(images, seeds, strict=True):
-            future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-            futures.append(future)
-            jobs.append(Job(model, image, stage, seed, deadline, partial(_resolve, future), wants_image))
-        self.queue.put(jobs)
+        loop = asyncio.get_running_loop()
+        jobs = [
+            Job(next(self._ids), model, image, stage, seed, wants_image, loop, loop.create_future())
+            for image, seed in zip(images, seeds, strict=True)
+        ]
+        with self._changed:
+            self._refuse_past_limits(len(jobs))
+            self._jobs.update((job.id, job) for job in jobs)
+            self._waiting.extend(jobs)
+            self._hand_out()
         try:
-            return list(await asyncio.gather(*futures))
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                return list(await asyncio.gather(*(job.future for job in jobs)))
+        except TimeoutError as error:
+            raise DeadlineError("the deadline passed before the answer was there") from error
         finally:
+            self._forget(jobs)
+
+    def _refuse_past_limits(self, images: int) -> None:
+        with self._changed:
+            ahead_s = sum(job.seconds() for job in self._jobs.values()) / len(self.workers)
+            if len(self._waiting) + images > self.max_queue:
+                raise NotReadyError(
+                    f"{len(self._waiting)} images are waiting, and at most {self.max_queue} may; try again",
+                    retry_after_s=max(1, math.ceil(ahead_s)),
+                )
+            if ahead_s > self.max_wait_s:
+                raise NotReadyError(
+                    f"the work ahead takes about {ahead_s:.1f} s, at most {self.max_wait_s:g} s may wait; try again",
+                    retry_after_s=max(1, math.ceil(ahead_s - self.max_wait_s)),
+                )
+
+    def _hand_out(self) -> None:
+        """Give waiting images to the workers with the most free slots; under the lock.
+
+        First come, first served, but images without steps overtake: they hold a slot for no longer than one step.
+        """
+        left: deque[Job] = deque()
+        for job in self._waiting:
+            worker = min(self.workers, key=lambda worker: len(worker.busy))
+            if len(worker.busy) >= worker.config.slots * (1 if job.stage is not None else 2):
+                left.append(job)
+                continue
+            job.worker = worker
+            worker.busy.add(job.id)
+            if len(worker.busy) == 1:
+                worker.last_heard = time.monotonic()
+            worker.say(
+                Work(job.id, job.model.number, job.image, job.stage, job.seed, job.wants_image, job.queued_at)
+            )  # fmt: skip
+        self._waiting = left
+
+    def _forget(self, jobs: Sequence[Job]) -> None:
+        """Nobody waits for these any more: take back those that are not answered."""
+        with self._changed:
             for job in jobs:
-                job.gone = True
+                if self._jobs.pop(job.id, None) is None:
+                    continue
+                if job.worker is None:
+                    self._waiting.remove(job)
+                else:
+                    job.worker.busy.discard(job.id)
+                    job.worker.say(Gone((job.id,)))
+            self._hand_out()
+            self._changed.notify_all()
 
-    def fail(self, reason: str) -> None:
-        """Serve never again, answer everybody who waits, and say so once."""
-        with self._failing:
-            if self.failure is not None:
-                return
-            self.failure = reason
-        log.critical("the engine has failed: %s", reason)
-        self.queue.fail_all(NotReadyError("the service has failed and is restarting"))
-        if self._on_failure is not None:
-            self._on_failure(reason)
+    def _heard(self, worker: WorkerHandle, message: Stepped | Loaded | Failed) -> None:
+        """From a worker's thread."""
+        match message:
+            case Failed(reason):
+                self.fail(f"worker {worker.config.device}: {reason}")
+            case Loaded(number):
+                with self._changed:
+                    worker.loaded[number] = message
+                    self._changed.notify_all()
+            case Stepped():
+                self._stepped(worker, message)
 
-    def _watch(self) -> None:
-        while not self.draining and self.failure is None:
-            if all(worker.warm for worker in self.workers):
-                self.warm.set()
+    def _stepped(self, worker: WorkerHandle, message: Stepped) -> None:
+        worker.memory = message.memory
+        with self._changed:
+            if message.seconds_per_pass is not None:
+                for model in {job.model for job in self._jobs.values() if job.model.number == message.model}:
+                    model.observe(message.seconds_per_pass)
+            answered = [(self._jobs.pop(id, None), result) for id, result in message.ended]
+            worker.busy.difference_update(id for id, _ in message.ended)
+            self._hand_out()
+            self._changed.notify_all()
+        for job, result in answered:
+            if job is not None:
+                job.answer(result)
+        if message.slots:
+            self.metrics.stepped(message.slots, message.seconds)
+
+    def _refuse_all(self, error: Exception) -> None:
+        with self._changed:
+            left = list(self._jobs.values())
+            self._jobs.clear()
+            self._waiting.clear()
             for worker in self.workers:
-                since = worker.stepping_since
-                if since is not None and time.monotonic() - since > self.stall_s:
-                    self.fail(f"worker {worker.number} has not finished a step for {self.stall_s:g} s")
-            time.sleep(WATCH_EVERY_S)
+                worker.busy.clear()
+            self._changed.notify_all()
+        for job in left:
+            job.answer(error)
 
 
 def _resolve(future: "asyncio.Future[Outcome]", result: Outcome | Exception) -> None:
-    """Set the future on its own event loop, unless its client has gone; from any thread."""
-
-    def resolve() -> None:
-        if future.done():
-            return
-        if isinstance(result, Exception):
-            future.set_exception(result)
-        else:
-            future.set_result(result)
-
-    try:
-        future.get_loop().call_soon_threadsafe(resolve)
-    except RuntimeError:  # the loop has closed: nobody waits any more
-        log.debug("an outcome came after its event loop had closed")
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

@@ -8,19 +8,18 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-import torch
 from fastapi import Header, Request
+from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
-from torch import Tensor
 
 from models.errors import DeadlineError, MalformedRequestError, RequestError
 from service.decode import Decoded
 from service.decoders import Decoders
 from service.engine import Engine
-from service.jobs import Outcome
 from service.limits import Limits
-from service.loaded import LoadedModel
+from service.messages import Outcome
 from service.metrics import Metrics
+from service.served import Model
 from service.settings import Settings
 from service.upload import Upload, read_images
 
@@ -101,7 +100,7 @@ class Gateway:
             raise MalformedRequestError("this route takes one image, as a field `image` or as the body itself")
         return upload
 
-    async def decode(self, ticket: Ticket, upload: Upload, model: LoadedModel) -> list[Decoded]:
+    async def decode(self, ticket: Ticket, upload: Upload, model: Model) -> list[Decoded]:
         """The pixels of every file, at the model's size; an error names which of several files it is."""
 
         async def one(i: int, payload: bytes) -> Decoded:
@@ -114,7 +113,7 @@ class Gateway:
         return await self._while_waited_for(ticket, "decode", every)
 
     async def run(
-        self, ticket: Ticket, model: LoadedModel, images: Sequence[Tensor], *, stage: str | None, seed: int,
+        self, ticket: Ticket, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seed: int,
         wants_image: bool = False,
     ) -> list[Outcome]:  # fmt: skip
         """Through the engine, each image with the seed."""
@@ -146,11 +145,6 @@ class Gateway:
             for pending in (task, watcher):
                 pending.cancel()
             await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-def tensors(decoded: Sequence[Decoded]) -> list[Tensor]:
-    """The pixels as the engine takes them."""
-    return [torch.from_numpy(one.pixels) for one in decoded]
 
 
 async def _gone(request: Request) -> None:

@@ -1,28 +1,29 @@
 """The slots of one model on one device, and the tick that takes each of them one step further."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from models.checkpoint import Checkpoint
 from models.continuous import Slots, Stage, features_of, step_together
-from models.errors import DeadlineError, UnprocessableError
-from service.jobs import Job, Outcome
-from service.loaded import ATTACK, LoadedModel, Replica, bucket, finish_passes, step_passes
+from models.errors import UnprocessableError
+from service.messages import Outcome, Work
+from service.stages import ATTACK, finish_passes, passes, stages_of, step_passes
 
 log = logging.getLogger("unperturb.engine")
 
 
 @dataclass(eq=False)
 class Slot:
-    """A job in progress: the image as received and as it is, the steps done, and the loss before each."""
+    """An image in progress: as received and as it is, the steps done, and the loss before each."""
 
-    job: Job
+    work: Work
     stage: Stage | None
     x0: Tensor
     x: Tensor
@@ -31,17 +32,25 @@ class Slot:
     step: int = 0
     velocity: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
+    gone: bool = False
 
     @property
     def finished(self) -> bool:
         """Whether its last step is done."""
         return self.stage is None or self.step >= self.stage.loop.steps
 
+    @property
+    def passes_left(self) -> int:
+        """Its work from here on, in images forward through the classifier."""
+        if self.stage is None:
+            return 1
+        return (self.stage.loop.steps - self.step) * step_passes(self.stage.rows) + finish_passes(self.stage.rows)
 
-class Done(NamedTuple):
-    """A job that has left its slot, and what came of it."""
 
-    job: Job
+class Ended(NamedTuple):
+    """An image that has left its slot, and what came of it."""
+
+    id: int
     result: Outcome | Exception
 
 
@@ -52,65 +61,57 @@ class Lane:
     fixed sizes need; without them padding only costs time.
     """
 
-    def __init__(self, replica: Replica, *, pad: bool) -> None:
-        self.replica, self.pad = replica, pad
+    def __init__(self, loaded: Checkpoint, device: torch.device, *, pad: bool) -> None:
+        self.classifier, self.stages, self.device, self.pad = loaded.classifier, stages_of(loaded), device, pad
+        self.image_size = loaded.classifier.image_size
         self.slots: list[Slot] = []
 
-    def admit(self, jobs: Iterable[Job]) -> list[Done]:
-        """Give each job a slot; those that cannot begin come back."""
-        began_at = time.perf_counter()
-        begun = []
-        for job in jobs:
-            stage = self.replica.stages[job.stage] if job.stage is not None else None
-            image = job.pixels(self.replica.device)
-            begun.append(Slot(job, stage, image, image, began_at))
+    def admit(self, works: Iterable[Work]) -> list[Ended]:
+        """Give each image a slot; those that cannot begin come back."""
+        begun = [self._slot(work) for work in works]
         failed = self._isolated(self._begin, begun)
-        refused = {done.job for done in failed}
-        self.slots += [slot for slot in begun if slot.job not in refused]
+        refused = {ended.id for ended in failed}
+        self.slots += [slot for slot in begun if slot.work.id not in refused]
         return failed
 
-    def tick(self) -> list[Done]:
+    def forget(self, ids: Iterable[int]) -> None:
+        """Free the slots of those that nobody waits for any more."""
+        gone = set(ids)
+        self.slots = [slot for slot in self.slots if slot.work.id not in gone]
+
+    def tick(self) -> list[Ended]:
         """One step for every slot, then the outcomes of those that have done their last."""
-        done = self._drop(lambda slot: slot.job.over, DeadlineError("the deadline passed before the last step"))
-        done += self._isolated(self._step, [slot for slot in self.slots if not slot.finished])
-        self._keep_all_but(done)
+        ended = self._isolated(self._step, [slot for slot in self.slots if not slot.finished])
+        self.forget(id for id, _ in ended)
+        outcomes: list[Ended] = []
         finished = [slot for slot in self.slots if slot.finished]
-        outcomes: list[Done] = []
-        done += self._isolated(lambda slots: outcomes.extend(self._finish(slots)), finished)
-        done += outcomes
-        self._keep_all_but(done)
-        return done
+        ended += self._isolated(lambda slots: outcomes.extend(self._finish(slots)), finished)
+        self.forget(slot.work.id for slot in finished)
+        return ended + outcomes
 
-    def drop_all(self, error: Exception) -> list[Done]:
-        """Empty every slot, with `error` for its job."""
-        return self._drop(lambda _: True, error)
-
-    def rehearse(self, model: LoadedModel, size: int) -> float:
+    def rehearse(self, size: int) -> float:
         """`size` black images through a step and the end of every stage; the seconds that a pass took."""
-        black = torch.zeros(3, model.image_size, model.image_size, dtype=torch.uint8)
-        started, passes = time.perf_counter(), 0
-        for stage in (None, *self.replica.stages):
-            jobs = [Job(model, black, stage, 0, math.inf, _ignore) for _ in range(size)]
-            failed = self.admit(jobs) + self.tick()
+        black = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
+        started, done = time.monotonic(), 0
+        for stage in (None, *self.stages):
+            ended = self.admit(Work(-i, 0, black, stage, 0, False, started) for i in range(size))
+            ended += self.tick()
+            done += sum(passes(stage) - slot.passes_left for slot in self.slots) or size
             for slot in self.slots:  # not all of its steps: they are alike
                 slot.step = slot.stage.loop.steps if slot.stage else 0
-            for _, result in (*failed, *self.tick()):
+            done += sum(slot.passes_left for slot in self.slots)
+            for _, result in (*ended, *self.tick()):
                 if isinstance(result, Exception):
                     raise result
-            found = self.replica.stages.get(stage or "")
-            passes += size * (step_passes(found) + finish_passes(found) if found else 1)
-        return (time.perf_counter() - started) / passes
+        return (time.monotonic() - started) / done
 
-    def _drop(self, wanted: Callable[[Slot], bool], error: Exception) -> list[Done]:
-        done = [Done(slot.job, error) for slot in self.slots if wanted(slot)]
-        self._keep_all_but(done)
-        return done
+    def _slot(self, work: Work) -> Slot:
+        image = torch.from_numpy(work.image).to(self.device)
+        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        stage = self.stages[work.stage] if work.stage is not None else None
+        return Slot(work, stage, image, image, time.monotonic())
 
-    def _keep_all_but(self, done: list[Done]) -> None:
-        gone = {result.job for result in done}
-        self.slots = [slot for slot in self.slots if slot.job not in gone]
-
-    def _isolated(self, work: Callable[[list[Slot]], None], slots: list[Slot]) -> list[Done]:
+    def _isolated(self, work: Callable[[list[Slot]], None], slots: list[Slot]) -> list[Ended]:
         """Do `work` on all slots together; where that fails, on each alone, so that only the guilty ones fail.
 
         `work` changes no slot unless it succeeds. A device that has failed is not a slot's fault, and is raised.
@@ -123,21 +124,21 @@ class Lane:
             raise
         except Exception as error:
             if len(slots) == 1:
-                log.exception("job failed")
-                return [Done(slots[0].job, error)]
+                log.exception("an image failed")
+                return [Ended(slots[0].work.id, error)]
             log.warning("a batch of %d failed (%s); its images are tried one at a time", len(slots), error)
-            return [done for slot in slots for done in self._isolated(work, [slot])]
+            return [ended for slot in slots for ended in self._isolated(work, [slot])]
         return []
 
     def _begin(self, slots: list[Slot]) -> None:
         """The first iterate, and the label that an attack leads away from: the one that the image has now."""
-        attacked = [slot for slot in slots if slot.job.stage == ATTACK]
+        attacked = [slot for slot in slots if slot.work.stage == ATTACK]
         labels: list[int] = []
         with torch.no_grad():
             if attacked:
-                labels = self.replica.classifier(torch.stack([slot.x0 for slot in attacked])).argmax(1).tolist()
+                labels = self.classifier(torch.stack([slot.x0 for slot in attacked])).argmax(1).tolist()
             first = [
-                (part, stage.loop.begin(_stack(part, "x0"), self._integers(slot.job.seed for slot in part)))
+                (part, stage.loop.begin(_stack(part, "x0"), self._integers(slot.work.seed for slot in part)))
                 for stage, part in _by_stage(slots)
             ]
         for slot, label in zip(attacked, labels, strict=True):
@@ -150,18 +151,17 @@ class Lane:
         parts = _by_stage(slots)
         states = [(stage, self._state(part)) for stage, part in parts]
         rows = sum(stage.rows * len(part) for stage, part in parts)
-        stepped = step_together(self.replica.classifier, states, pad_to=self._pad_to(rows))
-        for (stage, part), after in zip(parts, stepped, strict=True):
+        stepped = step_together(self.classifier, states, pad_to=self._pad_to(rows))
+        for (_, part), after in zip(parts, stepped, strict=True):
             for i, slot in enumerate(part):
                 slot.x = after.x[i]
                 slot.velocity = None if after.velocity is None else after.velocity[i]
                 slot.losses.append(after.losses[i])
                 slot.step += 1
-                slot.job.passes_left -= step_passes(stage)
 
-    def _finish(self, slots: list[Slot]) -> list[Done]:
+    def _finish(self, slots: list[Slot]) -> list[Ended]:
         """The losses before and after on new views, and both classifications, in one pass through the classifier."""
-        started = time.perf_counter()
+        started = time.monotonic()
         parts = _by_stage(slots)
         plain = [slot for slot in slots if slot.stage is None]
         ordered = [slot for _, part in parts for slot in part] + plain
@@ -173,49 +173,54 @@ class Lane:
                 images += [stage.inputs(states[-1], states[-1].x0), stage.inputs(states[-1], states[-1].x)]
             images += [_stack(ordered, "x0"), _stack(ordered, "x")]
             rows = sum(len(image) for image in images)
-            *features, before, after = features_of(self.replica.classifier, images, pad_to=self._pad_to(rows))
-            scores = self.replica.classifier.logits(torch.cat((before, after))).float().softmax(1)
+            *features, before, after = features_of(self.classifier, images, pad_to=self._pad_to(rows))
+            scores = self.classifier.logits(torch.cat((before, after))).float().softmax(1)
             losses = [
                 stage.loss_of(state, part).cpu()
                 for (stage, _), state, *pair in zip(parts, states, features[::2], features[1::2], strict=True)
                 for part in pair
             ]
             linf = (_stack(ordered, "x") - _stack(ordered, "x0")).abs().amax((1, 2, 3)).tolist()
-        unpurified, purified = scores.cpu().chunk(2)
+        unpurified, purified = scores.cpu().numpy().reshape(2, len(ordered), -1)
         loss_before = torch.cat(losses[::2]).tolist() if losses else []
         loss_after = torch.cat(losses[1::2]).tolist() if losses else []
-        now = time.perf_counter()
+        now = time.monotonic()
         done = []
         for i, slot in enumerate(ordered):
             outcome = Outcome(
-                purified[i], unpurified[i], queue_ms=(slot.began_at - slot.job.queued_at) * 1000,
+                purified[i], unpurified[i], queue_ms=(slot.began_at - slot.work.queued_at) * 1000,
                 purify_ms=(started - slot.began_at) * 1000 if slot.stage else 0.0,
                 classify_ms=(now - started) * 1000,
             )  # fmt: skip
             if slot.stage is not None:
                 outcome = outcome._replace(
-                    image=slot.x.cpu().clone() if slot.job.wants_image else None,
+                    image=slot.x.cpu().numpy().copy() if slot.work.wants_image else None,
                     losses=tuple(torch.stack(slot.losses).tolist()) if slot.losses else (),
                     loss_before=loss_before[i], loss_after=loss_after[i],
                     linf=linf[i],
                 )  # fmt: skip
-            done.append(Done(slot.job, _if_finite(outcome)))
+            done.append(Ended(slot.work.id, _if_finite(outcome)))
         return done
 
     def _state(self, slots: list[Slot]) -> Slots:
         velocity = _stack(slots, "velocity") if slots[0].velocity is not None else None
         return Slots(
             x0=_stack(slots, "x0"), x=_stack(slots, "x"), velocity=velocity,
-            seeds=self._integers(slot.job.seed for slot in slots),
+            seeds=self._integers(slot.work.seed for slot in slots),
             steps=self._integers(slot.step for slot in slots),
             labels=self._integers(slot.label for slot in slots),
         )  # fmt: skip
 
     def _integers(self, values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64).to(self.replica.device)
+        return torch.tensor(list(values), dtype=torch.int64).to(self.device)
 
     def _pad_to(self, rows: int) -> int:
         return bucket(rows) if self.pad else 0
+
+
+def bucket(rows: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, rows - 1).bit_length()
 
 
 def _by_stage(slots: list[Slot]) -> list[tuple[Stage, list[Slot]]]:
@@ -228,16 +233,11 @@ def _by_stage(slots: list[Slot]) -> list[tuple[Stage, list[Slot]]]:
     return list(parts.values())
 
 
-def _ignore(_: Outcome | Exception) -> None:
-    """Nobody waits for a rehearsal."""
-
-
 def _stack(slots: list[Slot], name: str) -> Tensor:
     return torch.stack([getattr(slot, name) for slot in slots])
 
 
 def _if_finite(outcome: Outcome) -> Outcome | Exception:
-    numbers = torch.cat((outcome.scores, outcome.unpurified_scores, torch.tensor(outcome.losses)))
-    if bool(numbers.isfinite().all()):
+    if np.isfinite(np.concatenate((outcome.scores, outcome.unpurified_scores, outcome.losses))).all():
         return outcome
     return UnprocessableError("the model's scores for this image are not finite numbers")

@@ -76,7 +76,7 @@ def serve(
     service = create_app(settings, on_failure=failed.append)
     server = Server(service, settings, failed)
     url = f"http://{settings.host}:{settings.port}"
-    models, devices = service.state.engine.models, ", ".join(str(device) for device in settings.devices)
+    models, devices = service.state.engine.models.by_id, ", ".join(str(device) for device in settings.devices)
     key = " -H 'Authorization: Bearer KEY'" if settings.keys.required else ""
     print(f"\n  serving  {url}   (model {', '.join(models)} on {devices})")
     print(f"  docs     {url}/docs")
@@ -124,8 +124,8 @@ def classify(
             failed += 1
             continue
         result = defended.classify(_batch(decoded, place), seed=seed)
-        predictions = top(result.logits[0].softmax(0).cpu(), card.classes, top_k)
-        before = top(result.unpurified_logits[0].softmax(0).cpu(), card.classes, top_k)
+        predictions = top(result.logits[0].softmax(0).cpu().numpy(), card.classes, top_k)
+        before = top(result.unpurified_logits[0].softmax(0).cpu().numpy(), card.classes, top_k)
         if as_json:
             record = {"predictions": predictions, "unpurified": before}
             shown = {name: [p.model_dump() for p in values] for name, values in record.items()}

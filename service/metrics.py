@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Iterable
 
-import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
-from service.jobs import Outcome
+from service.messages import Outcome
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -55,7 +54,7 @@ class Metrics:
         )
 
     def watch(
-        self, *, queue_length: Callable[[], int], slots_in_use: Callable[[], int], devices: Iterable[torch.device]
+        self, *, queue_length: Callable[[], int], slots_in_use: Callable[[], int], memory: Callable[[], dict[str, int]]
     ) -> None:
         """Read these at every scrape."""
         for name, help, read in (
@@ -63,7 +62,7 @@ class Metrics:
             ("unperturb_slots_in_use", "Images in slots", slots_in_use),
         ):
             Gauge(name, help, registry=self.registry).set_function(read)
-        self.registry.register(_DeviceMemory(devices))
+        self.registry.register(_DeviceMemory(memory))
 
     def stepped(self, slots: int, seconds: float) -> None:
         """A step of a batch was made."""
@@ -88,11 +87,11 @@ class Metrics:
 
 
 class _DeviceMemory(Collector):
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self.devices = sorted({str(device) for device in devices if device.type == "cuda"})
+    def __init__(self, memory: Callable[[], dict[str, int]]) -> None:
+        self.memory = memory
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         family = GaugeMetricFamily("unperturb_gpu_memory_bytes", "Memory in use by tensors", labels=["device"])
-        for device in self.devices:
-            family.add_metric([device], torch.cuda.memory_allocated(device))
+        for device, used in self.memory().items():
+            family.add_metric([device], used)
         yield family

@@ -1,106 +1,127 @@
-"""A thread that owns one device: it fills free slots from the queue between steps, and hands outcomes back."""
+"""A worker owns one device: `python -m service.worker FD …`, in a process of its own.
+
+Its Python does not wait for the web server's, nor the server for its steps; and whatever happens to its device, the
+server is there to answer everybody. It fills free slots between steps, and reports after each.
+"""
 
 import logging
-import threading
+import os
+import signal
+import sys
 import time
-from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import torch
 
-from models.errors import DeadlineError, NotReadyError
-from service.job_queue import JobQueue
-from service.jobs import Job
-from service.lane import Done, Lane
-from service.loaded import LoadedModel, Replica, bucket
-from service.metrics import Metrics
+from models import checkpoint
+from models.errors import CheckpointError
+from service import logs
+from service.lane import Ended, Lane, bucket
+from service.messages import Failed, Gone, Load, Loaded, Stepped, Unload, Work
 
-log = logging.getLogger("unperturb.engine")
+log = logging.getLogger("unperturb.worker")
 
 
-class Worker:
-    """Steps the slots of every model on its device, one model after the other.
+class WorkerConfig(NamedTuple):
+    """device, as torch names it; slots: images at a time; pad: see Lane; threads: torch's on the CPU; how it logs."""
 
-    number:     its place among the workers, and of its replica in every model
-    models:     to be warmed up before it is `warm`
-    threads:    torch's CPU threads in it
-    on_failure: called once, from this thread, with what broke
-    """
+    device: str
+    slots: int
+    pad: bool
+    threads: int
+    log_level: str
+    log_format: str
 
-    def __init__(
-        self, number: int, queue: JobQueue, models: list[LoadedModel], *, max_batch: int, pad: bool, threads: int,
-        metrics: Metrics, on_failure: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self.number, self.queue, self.models = number, queue, models
-        self.max_batch, self.pad, self.threads = max_batch, pad, threads
-        self.warm = False
-        self.metrics, self.on_failure = metrics, on_failure
-        self.stepping_since: float | None = None  # time.monotonic() of the tick that it is in
-        self._lanes: dict[LoadedModel, Lane] = {}
-        self.thread = threading.Thread(target=self._work, name=f"worker-{number}", daemon=True)
 
-    @property
-    def active(self) -> int:
-        """Slots in use."""
-        return sum(len(lane.slots) for lane in list(self._lanes.values()))
+def work(server: Connection, config: WorkerConfig) -> None:
+    """Serve until the server hangs up; a failure of the device is reported and ends it too."""
+    torch.set_num_threads(config.threads)
+    try:
+        _Worker(server, config).run()
+    except (EOFError, BrokenPipeError):
+        log.info("the server has hung up")
+    except Exception as error:
+        log.exception("the worker failed")
+        server.send(Failed(type(error).__name__))
 
-    def _work(self) -> None:
-        torch.set_num_threads(self.threads)
-        try:
-            for model in self.models:
-                warm_up(model, model.replicas[self.number], max_batch=self.max_batch, pad=self.pad)
-            self.warm = True
-            while (jobs := self.queue.take(self.max_batch - self.active, busy=self.active > 0)) is not None:
-                self.stepping_since = time.monotonic()
-                self._admit(jobs)
-                for model, lane in list(self._lanes.items()):
+
+class _Worker:
+    def __init__(self, server: Connection, config: WorkerConfig) -> None:
+        self.server, self.config, self.device = server, config, torch.device(config.device)
+        self.lanes: dict[int, Lane] = {}
+
+    def run(self) -> None:
+        while True:
+            self._read()
+            for model, lane in list(self.lanes.items()):
+                if lane.slots:
                     self._tick(model, lane)
-                    self.stepping_since = time.monotonic()
-                self.stepping_since = None
-        except Exception as error:
-            log.exception("worker %d failed", self.number)
-            for lane in self._lanes.values():
-                self._deliver(lane.drop_all(NotReadyError("the worker failed; the service is restarting")))
-            self.on_failure(f"worker {self.number}: {type(error).__name__}")
 
-    def _admit(self, jobs: list[Job]) -> None:
-        for job in jobs:
-            if job.over:
-                self._deliver([Done(job, DeadlineError("the deadline passed while the image was waiting"))])
-        by_model: dict[LoadedModel, list[Job]] = {}
-        for job in jobs:
-            if not job.over:
-                by_model.setdefault(job.model, []).append(job)
-        for model, wanted in by_model.items():
-            lane = self._lanes.setdefault(model, Lane(model.replicas[self.number], pad=self.pad))
-            self._deliver(lane.admit(wanted))
+    def _read(self) -> None:
+        """Everything that the server has said; waits for it where there is nothing else to do."""
+        new: dict[int, list[Work]] = {}
+        while self.server.poll(0 if new or any(lane.slots for lane in self.lanes.values()) else None):
+            match self.server.recv():
+                case Work() as one:
+                    new.setdefault(one.model, []).append(one)
+                case Gone(ids):
+                    new = {model: [one for one in works if one.id not in ids] for model, works in new.items()}
+                    for lane in self.lanes.values():
+                        lane.forget(ids)
+                case Load(model, name, digest):
+                    self._load(model, name, digest)
+                case Unload(model):
+                    self.lanes.pop(model, None)
+        for model, works in new.items():
+            if ended := self.lanes[model].admit(works):
+                self._report(model, 0, 0.0, None, ended)
 
-    def _tick(self, model: LoadedModel, lane: Lane) -> None:
-        steps = sum(not slot.finished for slot in lane.slots)
-        passes = sum(slot.job.passes_left for slot in lane.slots)
-        started = time.perf_counter()
-        done = lane.tick()
-        if lane.replica.device.type == "cuda":  # admission is between steps: launch no further than the device is
-            torch.cuda.synchronize(lane.replica.device)
-        seconds = time.perf_counter() - started
-        passes -= sum(slot.job.passes_left for slot in lane.slots)
-        if steps:
-            self.metrics.stepped(steps, seconds)
-            if 2 * steps >= self.max_batch:  # what full batches cost is what a newcomer behind them waits for
-                model.observe(seconds / max(passes, 1))
-        self._deliver(done)
-        if not lane.slots:
-            del self._lanes[model]
+    def _load(self, model: int, name: str, digest: str) -> None:
+        started, spent = time.monotonic(), 0.0
+        try:
+            loaded = checkpoint.load(name, device=self.device)
+            if loaded.card.weights_sha256 != digest:
+                raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
+            lane = Lane(loaded, self.device, pad=self.config.pad)
+            for size in sorted({bucket(n) for n in range(1, self.config.slots)} | {self.config.slots}):
+                spent = lane.rehearse(size)
+        except (CheckpointError, torch.OutOfMemoryError) as error:
+            self.server.send(Loaded(model, 0.0, str(error)))
+            return
+        self.lanes[model] = lane
+        log.info("warmed up %s on %s in %.1f s", loaded.card.id, self.device, time.monotonic() - started)
+        self.server.send(Loaded(model, spent))
 
-    def _deliver(self, done: list[Done]) -> None:
-        self.queue.finished(job for job, _ in done)
-        for job, result in done:
-            job.answer(result)
+    def _tick(self, model: int, lane: Lane) -> None:
+        before = sum(slot.passes_left for slot in lane.slots)
+        slots = sum(not slot.finished for slot in lane.slots)
+        started = time.monotonic()
+        ended = lane.tick()
+        if self.device.type == "cuda":  # admission is between steps: launch no further than the device is
+            torch.cuda.synchronize(self.device)
+        seconds = time.monotonic() - started
+        passes = before - sum(slot.passes_left for slot in lane.slots)
+        full = 2 * slots >= self.config.slots  # what full batches cost is what a newcomer behind them waits for
+        self._report(model, slots, seconds, seconds / passes if full and passes else None, ended)
+
+    def _report(
+        self, model: int, slots: int, seconds: float, seconds_per_pass: float | None, ended: list[Ended]
+    ) -> None:  # fmt: skip
+        memory = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        self.server.send(
+            Stepped(model, slots, seconds, seconds_per_pass, [(one.id, one.result) for one in ended], memory)
+        )
 
 
-def warm_up(model: LoadedModel, replica: Replica, *, max_batch: int, pad: bool) -> None:
-    """Every bucket through every stage, and what a pass costs in the fullest."""
-    started, lane, spent = time.perf_counter(), Lane(replica, pad=pad), 0.0
-    for size in sorted({bucket(n) for n in range(1, max_batch)} | {max_batch}):
-        spent = lane.rehearse(model, size)
-    model.observe(spent)
-    log.info("warmed up %s on %s in %.1f s", model.id, replica.device, time.perf_counter() - started)
+if __name__ == "__main__":
+    for _signal in (signal.SIGINT, signal.SIGTERM):  # the server ends it, when all is answered
+        signal.signal(_signal, signal.SIG_IGN)
+    _descriptor, _device, _slots, _pad, _threads, _level, _style = sys.argv[1:]
+    logs.set_up(level=_level, style=_style)
+    work(
+        Connection(int(_descriptor)),
+        WorkerConfig(_device, int(_slots), _pad == "True", int(_threads), _level, _style),
+    )
+    logging.shutdown()
+    os._exit(0)  # a broken device may hang in its own clean-up

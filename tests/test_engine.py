@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from service.jobs import Outcome
+from service.loaded import ATTACK, LoadedModel
 
 from models import checkpoint
 from models.defended import defend
@@ -16,9 +18,7 @@ from models.errors import ConfigError, DeadlineError, NotFoundError, NotReadyErr
 from models.reverse_attack import PRESETS
 from service import worker as worker_module
 from service.engine import Engine
-from service.jobs import Outcome
 from service.lane import Lane, Slot
-from service.loaded import ATTACK, LoadedModel
 from service.metrics import Metrics
 from tests.conftest import make_checkpoint
 

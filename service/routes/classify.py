@@ -4,12 +4,13 @@ import time
 from functools import partial
 from typing import Annotated, Literal
 
+import torch
 from fastapi import APIRouter, Query, Request, Response
 
 from models.reverse_attack import PRESETS
 from service import problem
 from service.answer import Answer, Answers, answer, pixels, to_png
-from service.gateway import Gateway, Timeout, tensors
+from service.gateway import Gateway, Timeout
 from service.png16 import png16
 from service.routes.parameters import Classify, Purify
 from service.upload import body_schema
@@ -36,16 +37,23 @@ def router(gateway: Gateway) -> APIRouter:
         with gateway.admit(request, timeout_s) as ticket:
             upload = await gateway.read(ticket)
             wanted = query.updated(upload.parameters)
-            model = gateway.engine.model(wanted.model)
-            top_k = wanted.classes(model)
             preset = (wanted.preset or default) if wanted.purify == "always" else None
             request.scope["preset"] = preset
-            with gateway.count(ticket, len(upload.files)):
+            with (
+                gateway.count(ticket, len(upload.files)),
+                gateway.engine.models.use(wanted.model) as model,
+            ):
+                top_k = wanted.classes(model)
                 read = time.perf_counter()
                 decoded = await gateway.decode(ticket, upload, model)
                 decode_ms = (time.perf_counter() - read) * 1000
                 outcomes = await gateway.run(
-                    ticket, model, tensors(decoded), stage=preset, seed=wanted.seed, wants_image=wanted.return_image
+                    ticket,
+                    model,
+                    [one.pixels for one in decoded],
+                    stage=preset,
+                    seed=wanted.seed,
+                    wants_image=wanted.return_image,
                 )
             answers = [
                 answer(
@@ -64,17 +72,17 @@ def router(gateway: Gateway) -> APIRouter:
         """The purified image itself, at the model's size, for a classifier of your own."""
         with gateway.admit(request, timeout_s) as ticket:
             upload = await gateway.read_one(ticket)
-            model = gateway.engine.model(query.model)
             preset = request.scope["preset"] = query.preset or default
-            (decoded,) = await gateway.decode(ticket, upload, model)
-            (outcome,) = await gateway.run(
-                ticket, model, tensors([decoded]), stage=preset, seed=query.seed, wants_image=True
-            )
+            with gateway.engine.models.use(query.model) as model:
+                (decoded,) = await gateway.decode(ticket, upload, model)
+                (outcome,) = await gateway.run(
+                    ticket, model, [decoded.pixels], stage=preset, seed=query.seed, wants_image=True
+                )
         assert outcome.image is not None
         epsilon = PRESETS[preset].loop.epsilon
         as_png = png16 if query.bits == "16" else partial(to_png, received=pixels(decoded), epsilon=epsilon)
         return Response(
-            as_png(outcome.image),
+            as_png(torch.from_numpy(outcome.image)),
             media_type="image/png",
             headers={
                 "x-model-id": model.id,

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
@@ -13,9 +12,9 @@ from pydantic import ValidationError
 from models.errors import MalformedRequestError, NotReadyError
 from service import problem
 from service.gateway import Gateway, Timeout
-from service.jobs import Outcome
-from service.loaded import LoadedModel
+from service.messages import Outcome
 from service.routes.parameters import Purify
+from service.served import Model
 from service.tensors import HEADER_LENGTH, INPUT, InferRequest, read_infer, write_infer
 from service.upload import read_within, too_many
 from service.version import VERSION
@@ -42,10 +41,10 @@ def _floats(values: list[Any]) -> NDArray[np.float32]:
 
 
 OUTPUTS: dict[str, Callable[[list[Outcome]], NDArray[Any]]] = {
-    "scores": lambda outcomes: torch.stack([o.scores for o in outcomes]).numpy(),
+    "scores": lambda outcomes: np.stack([o.scores for o in outcomes]),
     "label": lambda outcomes: np.array([int(o.scores.argmax()) for o in outcomes], dtype=np.int64),
-    "unpurified_scores": lambda outcomes: torch.stack([o.unpurified_scores for o in outcomes]).numpy(),
-    "purified": lambda outcomes: torch.stack([o.image for o in outcomes if o.image is not None]).numpy(),
+    "unpurified_scores": lambda outcomes: np.stack([o.unpurified_scores for o in outcomes]),
+    "purified": lambda outcomes: np.stack([o.image for o in outcomes if o.image is not None]),
     "loss_before": lambda outcomes: _floats([o.loss_before for o in outcomes]),
     "loss_after": lambda outcomes: _floats([o.loss_after for o in outcomes]),
     "linf": lambda outcomes: _floats([o.linf for o in outcomes]),
@@ -81,7 +80,7 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.get("/models/{id}/versions/1", include_in_schema=False)
     async def metadata(id: str) -> dict[str, Any]:
         """The model's inputs and outputs."""
-        model = gateway.engine.model(id)
+        model = gateway.engine.models.get(id)
         side, classes = model.image_size, len(model.card.classes)
         shapes = {
             "scores": [-1, classes], "unpurified_scores": [-1, classes], "purified": [-1, 3, side, side],
@@ -101,7 +100,7 @@ def router(gateway: Gateway) -> APIRouter:
     @routes.get("/models/{id}/versions/1/ready", include_in_schema=False)
     async def model_ready(id: str) -> dict[str, Any]:
         """Requests to this model are served."""
-        model = gateway.engine.model(id)
+        model = gateway.engine.models.get(id)
         if (reason := gateway.engine.not_ready) is not None:
             raise NotReadyError(reason)
         return {"name": model.id, "ready": True}
@@ -117,8 +116,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def infer(request: Request, id: str, timeout_s: Timeout = None) -> Response:
         """Purify and classify a tensor of images."""
         settings = gateway.settings
-        with gateway.admit(request, timeout_s) as ticket:
-            model = gateway.engine.model(id)
+        with gateway.admit(request, timeout_s) as ticket, gateway.engine.models.use(id) as model:
             body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
             asked, images = read_infer(body, request.headers.get(HEADER_LENGTH))
             wanted = _parameters(asked)
@@ -127,7 +125,7 @@ def router(gateway: Gateway) -> APIRouter:
             request.scope["preset"] = preset
             with gateway.count(ticket, len(images)):
                 outcomes = await gateway.run(
-                    ticket, model, list(torch.from_numpy(images)), stage=preset, seed=wanted.seed,
+                    ticket, model, list(images), stage=preset, seed=wanted.seed,
                     wants_image=any(output.name == "purified" for output in asked.outputs),
                 )  # fmt: skip
         names = [output.name for output in asked.outputs] or DEFAULT_OUTPUTS
@@ -148,7 +146,7 @@ def _parameters(asked: InferRequest) -> InferParameters:
 
 
 def _check(
-    asked: InferRequest, images: NDArray[Any], model: LoadedModel, *, purifying: bool, max_images: int
+    asked: InferRequest, images: NDArray[Any], model: Model, *, purifying: bool, max_images: int
 ) -> None:  # fmt: skip
     side = model.image_size
     if images.shape[2:] != (side, side):

@@ -2,18 +2,15 @@
 
 import asyncio
 import dataclasses
-from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from models.errors import UnprocessableError
 from service import problem
 from service.gateway import Gateway
-from service.loaded import LoadedModel
-from service.threads import aside
+from service.served import Model
 
 
 class Described(BaseModel):
@@ -46,26 +43,26 @@ def router(gateway: Gateway) -> APIRouter:
     routes = APIRouter(tags=["models"])
     engine, changing = gateway.engine, asyncio.Lock()
 
-    def described(model: LoadedModel) -> Described:
+    def described(model: Model) -> Described:
         return Described(
             id=model.id, digest=model.card.weights_sha256, classes=len(model.card.classes),
-            image_size=model.image_size, default=model.id == engine.default_id,
+            image_size=model.image_size, default=model.id == engine.models.default_id,
         )  # fmt: skip
 
     @routes.get("/models")
     async def models() -> list[Described]:
         """Every model that is served."""
-        return [described(model) for model in engine.models.values()]
+        return [described(model) for model in engine.models.by_id.values()]
 
     @routes.get("/models/{id}", responses=problem.responses(404))
     async def card(id: str) -> JSONResponse:
         """A model's card: architecture, classes, data, training and measured figures."""
-        return JSONResponse(dataclasses.asdict(engine.model(id).card))
+        return JSONResponse(dataclasses.asdict(engine.models.get(id).card))
 
     @routes.get("/model")
     async def default_card() -> JSONResponse:
         """The default model's card."""
-        return JSONResponse(dataclasses.asdict(engine.model(None).card))
+        return JSONResponse(dataclasses.asdict(engine.models.get(None).card))
 
     @routes.post("/models", status_code=201, responses=problem.responses(401, 403, 422, 503))
     async def load(request: Request, wanted: ToLoad) -> Described:
@@ -75,15 +72,9 @@ def router(gateway: Gateway) -> APIRouter:
         """
         gateway.keys.admin(request)
         async with changing:
-            load = partial(LoadedModel, wanted.checkpoint, id=wanted.id, devices=engine.devices)
-            model = await asyncio.to_thread(aside, load)
-            if wanted.digest not in (None, model.card.weights_sha256):
-                raise UnprocessableError(
-                    f"checkpoint {wanted.checkpoint!r} has SHA-256 {model.card.weights_sha256}, not {wanted.digest}"
-                )
-            await asyncio.to_thread(aside, partial(engine.add, model))
-            if wanted.default:
-                engine.default_id = model.id
+            model = await asyncio.to_thread(
+                engine.add, wanted.checkpoint, wanted.id, digest=wanted.digest, default=wanted.default
+            )
             return described(model)
 
     @routes.delete("/models/{id}", status_code=204, responses=problem.responses(401, 403, 404, 422))
@@ -91,7 +82,7 @@ def router(gateway: Gateway) -> APIRouter:
         """Serve a model no more; requests that are in progress on it are finished."""
         gateway.keys.admin(request)
         async with changing:
-            engine.remove(id)
+            engine.models.remove(id)
         return Response(status_code=204)
 
     return routes

@@ -4,6 +4,7 @@ import base64
 from pathlib import Path
 from typing import Annotated
 
+import torch
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
@@ -13,9 +14,9 @@ from starlette.routing import Mount
 from models.reverse_attack import PRESETS, to_uint8
 from service import problem
 from service.answer import ModelName, Prediction, pixels, png, to_png, top
-from service.gateway import Gateway, Timeout, tensors
-from service.loaded import ATTACK, ATTACK_LOOP
+from service.gateway import Gateway, Timeout
 from service.routes.parameters import Purify
+from service.stages import ATTACK, ATTACK_LOOP
 from service.upload import body_schema
 
 PAGE = Path(__file__).resolve().parents[1] / "assets" / "page"
@@ -68,34 +69,40 @@ def router(gateway: Gateway) -> APIRouter:
     async def inspect(request: Request, query: Annotated[Inspect, Query()], timeout_s: Timeout = None) -> Inspection:
         """Attack an image (where asked to), purify it, and show every image, score and loss on the way."""
         preset = request.scope["preset"] = query.preset or gateway.settings.preset
-        with gateway.admit(request, timeout_s) as ticket:
+        with gateway.admit(request, timeout_s) as ticket, gateway.engine.models.use(query.model) as model:
             upload = await gateway.read_one(ticket)
-            model = gateway.engine.model(query.model)
             (decoded,) = await gateway.decode(ticket, upload, model)
             decode_ms = ticket.spent_ms
-            (image,) = tensors([decoded])
+            received, image = pixels(decoded), torch.from_numpy(decoded.pixels)
             attack = None
             if query.attack:
-                (attack,) = await gateway.run(ticket, model, [image], stage=ATTACK, seed=query.seed, wants_image=True)
+                (attack,) = await gateway.run(
+                    ticket, model, [image.numpy()], stage=ATTACK, seed=query.seed, wants_image=True
+                )
                 assert attack.image is not None
-                image = to_uint8(attack.image[None], pixels(decoded)[None], epsilon=ATTACK_LOOP.epsilon)[0]
-            (outcome,) = await gateway.run(ticket, model, [image], stage=preset, seed=query.seed, wants_image=True)
+                attacked = torch.from_numpy(attack.image)
+                image = to_uint8(attacked[None], received[None], epsilon=ATTACK_LOOP.epsilon)[0]
+            (outcome,) = await gateway.run(
+                ticket, model, [image.numpy()], stage=preset, seed=query.seed, wants_image=True
+            )
         assert outcome.image is not None
         assert outcome.linf is not None
         classes, count = model.card.classes, min(5, len(model.card.classes))
-        received = image.float() / 255
+        start = image.float() / 255
         epsilon = PRESETS[preset].loop.epsilon
         before = attack.unpurified_scores if attack is not None else outcome.unpurified_scores
         return Inspection(
             request_id=ticket.id,
             model=ModelName(id=model.id, digest=model.card.weights_sha256),
             preset=preset,
-            original=Seen(image=_base64(png(tensors([decoded])[0])), predictions=top(before, classes, count)),
+            original=Seen(
+                image=_base64(png(torch.from_numpy(decoded.pixels))), predictions=top(before, classes, count)
+            ),
             attacked=Seen(image=_base64(png(image)), predictions=top(outcome.unpurified_scores, classes, count))
             if attack is not None
             else None,
             purified=Seen(
-                image=_base64(to_png(outcome.image, received, epsilon=epsilon)),
+                image=_base64(to_png(torch.from_numpy(outcome.image), start, epsilon=epsilon)),
                 predictions=top(outcome.scores, classes, count),
             ),
             epsilon_attack=ATTACK_LOOP.epsilon,

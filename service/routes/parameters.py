@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from models.errors import UnprocessableError
 from models.reverse_attack import PRESETS
-from service.loaded import LoadedModel
+from service.served import Model
 
 MAX_SEED = 2**63 - 1
 SHOWN = 5
@@ -48,7 +48,7 @@ class Classify(Purify):
             faults = [{**e, "loc": ("body", "parameters", *e["loc"])} for e in error.errors()]
             raise RequestValidationError(faults) from error
 
-    def classes(self, model: LoadedModel) -> int:
+    def classes(self, model: Model) -> int:
         """How many classes to show; UnprocessableError for more than there are."""
         count = len(model.card.classes)
         if self.top_k is not None and self.top_k > count:

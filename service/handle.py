@@ -1,0 +1,96 @@
+"""The server's end of a worker: its process, what it has in progress, and the threads that talk with it."""
+
+import contextlib
+import logging
+import multiprocessing
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from service.messages import Failed, Load, Loaded, Stepped, Unload, Work
+from service.worker import WorkerConfig
+
+log = logging.getLogger("unperturb.engine")
+Listener = Callable[["WorkerHandle", Stepped | Loaded | Failed], None]
+
+
+class WorkerHandle:
+    """Starts the worker; `heard` is called, from a thread, with everything that it says, and with Failed when it dies.
+
+    busy: ids of the images that it has been given and has not reported on; the engine's lock guards it.
+    """
+
+    def __init__(self, config: WorkerConfig, heard: Listener) -> None:
+        self.config, self.heard = config, heard
+        self.busy: set[int] = set()
+        self.memory = 0
+        self.last_heard = time.monotonic()
+        self.loaded: dict[int, Loaded] = {}  # answers to Load that nobody has read
+        self.process: subprocess.Popen[bytes] | None = None
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._connection: Connection | None = None
+        self._threads: list[threading.Thread] = []
+        self._hung_up = threading.Event()
+
+    def start(self) -> None:
+        """Start the process and the threads."""
+        self._connection, theirs = multiprocessing.Pipe()
+        self._host(theirs)
+        for target in (self._send, self._listen):
+            thread = threading.Thread(target=target, name=f"worker-{self.config.device}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def say(self, message: Work | Load | Unload | tuple[Any, ...]) -> None:
+        """Send a message, in turn, without waiting for it to be read."""
+        self._outbox.put(message)
+
+    def hang_up(self, timeout_s: float) -> None:
+        """End the worker; killed where it does not end by itself."""
+        self._hung_up.set()
+        self._outbox.put(None)
+        if self.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(timeout_s)
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+
+    def _host(self, theirs: Connection) -> None:
+        """Run the worker at the other end; tests run it in a thread."""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "service.worker", str(theirs.fileno()), *map(str, self.config)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+
+    def _send(self) -> None:
+        assert self._connection is not None
+        while (message := self._outbox.get()) is not None:
+            with contextlib.suppress(OSError):  # it has died; `_listen` says so
+                self._connection.send(message)
+        with contextlib.suppress(OSError):
+            self._connection.close()
+
+    def _listen(self) -> None:
+        assert self._connection is not None
+        reason = "its process has ended"
+        try:
+            while True:
+                message = self._connection.recv()
+                self.last_heard = time.monotonic()
+                if isinstance(message, Failed):
+                    reason = message.reason
+                    break
+                self.heard(self, message)
+        except (EOFError, OSError):
+            if self.process is not None and (status := self.process.poll()) is not None:
+                reason = f"its process has ended with status {status}"
+        if not self._hung_up.is_set():
+            self.heard(self, Failed(reason))

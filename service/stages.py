@@ -1,0 +1,35 @@
+"""What an image may go through, by name: a preset of the purifier, the page's attack, or nothing; and its cost."""
+
+from models.checkpoint import Checkpoint
+from models.continuous import CrossEntropyAttack, Purification, Stage
+from models.defended import reverse_attack_of
+from models.projected_gradient import ProjectedGradient
+from models.reverse_attack import PRESETS
+
+ATTACK = "attack"
+ATTACK_LOOP = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=10, start="uniform")
+BACKWARD = 2  # a pass backward costs about two forward
+
+
+def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
+    """Every stage of a checkpoint; CheckpointError where it has no head."""
+    purifiers = {name: Purification(reverse_attack_of(loaded, config)) for name, config in PRESETS.items()}
+    return {**purifiers, ATTACK: CrossEntropyAttack(loaded.classifier, ATTACK_LOOP)}
+
+
+def passes(stage: str | None) -> int:
+    """The work of one image, in images forward through the classifier."""
+    if stage is None:
+        return 1
+    loop, rows = (ATTACK_LOOP, 1) if stage == ATTACK else (PRESETS[stage].loop, PRESETS[stage].views)
+    return loop.steps * step_passes(rows) + finish_passes(rows)
+
+
+def step_passes(rows: int) -> int:
+    """The work of one step: every row forward and backward."""
+    return rows * (1 + BACKWARD)
+
+
+def finish_passes(rows: int) -> int:
+    """The work after the last step: the losses before and after, and both classifications."""
+    return 2 * rows + 2
