@@ -33,18 +33,24 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def uniform(
-    seeds: Int[Tensor, " batch"], step: int | Int[Tensor, " batch"], stream: int, count: int
+    seeds: Int[Tensor, " batch"],
+    step: int | Int[Tensor, " batch"],
+    stream: int | Int[Tensor, " batch"],
+    count: int,
 ) -> Float[Tensor, "batch count"]:
     """`count` float32 numbers in [0, 1) per image, a function of (seed, step, stream, place) only.
 
-    `step` is one number for all or one per image; `stream` keeps uses of one seed apart (a view's number, a start).
+    `step` is one number for all or one per image; `stream`, likewise, keeps uses of one seed apart (a view's number, a
+    start).
     """
     device = seeds.device
-    steps = torch.as_tensor(step, device=device, dtype=torch.int64).expand_as(seeds)[:, None]
+    steps, streams = (
+        torch.as_tensor(number, device=device, dtype=torch.int64).expand_as(seeds)[:, None] for number in (step, stream)
+    )
     blocks = torch.arange((count + 3) // 4, device=device)[None]  # 1 blocks
     zero = torch.zeros_like(blocks)
     words = philox(
-        (blocks, steps & _WORD, zero + stream, zero),
+        (blocks, steps & _WORD, streams, zero),
         ((seeds & _WORD)[:, None], ((seeds >> 32) & _WORD)[:, None]),
     )
     bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :count]

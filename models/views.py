@@ -67,9 +67,12 @@ class ViewParameters(NamedTuple):
 
 
 def draw(
-    policy: ViewPolicy, seeds: Int[Tensor, " batch"], step: int | Int[Tensor, " batch"], view: int
+    policy: ViewPolicy,
+    seeds: Int[Tensor, " batch"],
+    step: int | Int[Tensor, " batch"],
+    view: int | Int[Tensor, " batch"],
 ) -> ViewParameters:
-    """The parameters of one view, from Philox stream `view`; float32."""
+    """The parameters of one view of each image, from Philox stream `view`; float32."""
     u = philox.uniform(seeds, step, view, _DRAWS).unbind(1)
     area = policy.crop_area[0] + u[0] * (policy.crop_area[1] - policy.crop_area[0])
     low, high = (math.log(value) for value in policy.crop_ratio)
@@ -103,7 +106,11 @@ def make_views(
     policy: ViewPolicy,
 ) -> Float[Tensor, "batch views 3 h w"]:
     """`views` views of each image, in [0, 1]."""
-    return torch.stack([apply(x, draw(policy, seeds, step, view)) for view in range(views)], dim=1)
+    numbers = torch.arange(views, device=x.device).repeat(len(x))  # batch*views, an image's views together
+    if isinstance(step, Tensor):
+        step = step.repeat_interleave(views)
+    drawn = draw(policy, seeds.repeat_interleave(views), step, numbers)
+    return apply(x.repeat_interleave(views, dim=0), drawn).unflatten(0, (len(x), views))
 
 
 def apply(x: Float[Tensor, "batch 3 h w"], view: ViewParameters) -> Float[Tensor, "batch 3 h w"]:

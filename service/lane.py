@@ -169,8 +169,10 @@ class Lane:
         states: list[Slots] = []
         with torch.no_grad():
             for stage, part in parts:
-                states.append(self._state(part))
-                images += [stage.inputs(states[-1], states[-1].x0), stage.inputs(states[-1], states[-1].x)]
+                state = self._state(part)
+                states.append(state)
+                twice = Slots(*(torch.cat((one, one)) if one is not None else None for one in state))
+                images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
             images += [_stack(ordered, "x0"), _stack(ordered, "x")]
             rows = sum(len(image) for image in images)
             *features, before, after = features_of(self.classifier, images, pad_to=self._pad_to(rows))
