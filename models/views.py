@@ -110,7 +110,8 @@ def make_views(
     if isinstance(step, Tensor):
         step = step.repeat_interleave(views)
     drawn = draw(policy, seeds.repeat_interleave(views), step, numbers)
-    return apply(x.repeat_interleave(views, dim=0), drawn).unflatten(0, (len(x), views))
+    made: Tensor = apply(x.repeat_interleave(views, dim=0), drawn).unflatten(0, (len(x), views))
+    return made
 
 
 def apply(x: Float[Tensor, "batch 3 h w"], view: ViewParameters) -> Float[Tensor, "batch 3 h w"]:

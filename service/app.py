@@ -11,6 +11,7 @@ from fastapi.responses import RedirectResponse
 from service import problem, tracing
 from service.engine import Engine
 from service.gateway import Gateway
+from service.handle import WorkerHandle
 from service.metrics import Metrics
 from service.observe import Observe
 from service.routes import classify, health, kserve, models, page
@@ -19,10 +20,16 @@ from service.version import VERSION
 from service.worker import WorkerConfig
 
 
-def create_app(settings: Settings | None = None, *, on_failure: Callable[[str], None] | None = None) -> FastAPI:
+def create_app(
+    settings: Settings | None = None,
+    *,
+    on_failure: Callable[[str], None] | None = None,
+    handle: Callable[..., WorkerHandle] = WorkerHandle,
+) -> FastAPI:
     """The service; loads the checkpoint (CheckpointError says what is wrong with it), warms up after start.
 
-    on_failure is called, from a thread, when the service can never serve again and its process should be restarted.
+    on_failure is called, from a thread, when the service can never serve again and its process should be restarted;
+    handle hosts a worker.
     """
     settings = settings or Settings()
     tracer = tracing.set_up()
@@ -39,6 +46,7 @@ def create_app(settings: Settings | None = None, *, on_failure: Callable[[str], 
         stall_s=settings.stall_s,
         metrics=metrics,
         on_failure=on_failure,
+        handle=handle,
     )
     metrics.watch(
         queue_length=lambda: engine.waiting,

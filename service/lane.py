@@ -171,7 +171,7 @@ class Lane:
             for stage, part in parts:
                 state = self._state(part)
                 states.append(state)
-                twice = Slots(*(torch.cat((one, one)) if one is not None else None for one in state))
+                twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
                 images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
             images += [_stack(ordered, "x0"), _stack(ordered, "x")]
             rows = sum(len(image) for image in images)

@@ -139,14 +139,29 @@ def classify(
 @app.command()
 @refusing
 def purify(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG or WebP")],
-    out: Annotated[Path, typer.Option(help="PNG to write, at the model's size")],
+    file: Annotated[Path, typer.Argument(exists=True, help="image, folder of images, or Parquet file(s)")],
+    out: Annotated[Path, typer.Option(help="PNG to write, at the model's size; for many images, a folder")],
     checkpoint: CheckpointOption = "default",
     preset: PresetOption = "default",
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
+    column: Annotated[str, typer.Option(help="of Parquet: bytes, or a struct with bytes")] = "image",
+    chunk: Annotated[int, typer.Option(min=1, help="images to one part of the traces")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="images on the device at a time")] = 64,
+    by_ray: Annotated[bool, typer.Option("--ray", help="by Ray Data; --out must be seen by every node")] = False,
+    ray_actors: Annotated[int, typer.Option(min=1, help="each with a GPU or CPU core of its own")] = 1,
 ) -> None:
-    """Write the purified image."""
+    """Write the purified image; of a folder or Parquet, every image and its trace, going on where it was ended."""
+    if file.is_dir() or file.suffix.lower() == ".parquet":
+        from service.bulk import Job, run
+
+        job = Job(source=file, out=out, checkpoint=checkpoint, preset=preset, seed=seed, device=device, column=column,
+                  chunk=chunk, batch=batch)  # fmt: skip
+        count, failed = run(job, ray_actors=ray_actors if by_ray else 0)
+        print(f"{out}: {count} images, {failed} failed" + (f" (see status in {out / 'traces'})" if failed else ""))
+        if failed:
+            raise typer.Exit(1)
+        return
     from models.checkpoint import write_whole
     from models.reverse_attack import to_uint8
     from service.answer import png

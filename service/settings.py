@@ -13,7 +13,7 @@ from service.keys import PAIR, KeyRing
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Keys = Annotated[dict[str, str], NoDecode]
-MAX_BATCH = {"cpu": 8, "cuda": 64}
+MAX_BATCH = {"cpu": 16, "cuda": 64}
 
 
 class Settings(BaseSettings):
@@ -38,7 +38,7 @@ class Settings(BaseSettings):
         default=256, description="all clients' images in progress, from the request's head on; past it 503"
     )
     max_batch: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="slots on one device; 0: 8 on a CPU, 64 on a GPU"
+        default=0, description="slots on one device; 0: 16 on a CPU, 64 on a GPU"
     )
     max_queue: Positive = Field(default=256, description="images that may wait; past it 503")
     max_wait_s: Seconds = Field(default=2.0, description="estimated work that may wait; past it 503")

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import binascii
-import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -93,9 +92,9 @@ def too_large(max_bytes: int) -> TooLargeError:
     return TooLargeError(f"the body has more than {max_bytes:,} bytes; at most that many are accepted")
 
 
-def too_many(found: float, max_images: int) -> TooLargeError:
-    """The refusal of a list over the limit."""
-    shown = f"{found} images" if math.isfinite(found) else "too many images"
+def too_many(found: int | None, max_images: int) -> TooLargeError:
+    """The refusal of a list over the limit; None where it was not counted to its end."""
+    shown = f"{found} images" if found is not None else "more images"
     return TooLargeError(f"the request has {shown}; at most {max_images} are accepted")
 
 
@@ -128,7 +127,7 @@ async def _from_form(request: Request, max_bytes: int, max_images: int) -> Uploa
         raise too_large(max_bytes) from error
     except MultiPartException as error:
         if "Too many files" in error.message:
-            raise too_many(math.inf, max_images) from error
+            raise too_many(None, max_images) from error
         raise MalformedRequestError(f"the multipart form cannot be read: {error.message}") from error
     except KeyError as error:
         raise MalformedRequestError("the multipart form names no boundary in its content type") from error

@@ -39,7 +39,7 @@ def work(server: Connection, config: WorkerConfig) -> None:
     torch.set_num_threads(config.threads)
     try:
         _Worker(server, config).run()
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         log.info("the server has hung up")
     except Exception as error:
         log.exception("the worker failed")

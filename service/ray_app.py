@@ -1,0 +1,65 @@
+"""The same app under Ray Serve: `serve run service.ray_app:app` (the extra `ray`).
+
+A replica is one whole service: its own engine, limits and worker process, on a GPU of its own where there are GPUs.
+Ray routes, scales and restarts; what may wait, and for how long, is still decided by the engine. Settings are the
+service's own environment variables, and UNPERTURB_REPLICAS=2 or 1-8 (the least and the most; 1-4 by default).
+"""
+
+import os
+import re
+
+import torch
+from fastapi import FastAPI
+from ray import serve
+
+from models.errors import ConfigError
+from service import logs
+from service.app import create_app
+from service.settings import Settings
+
+TARGET_SHARE = 0.75  # of the slots: a replica is added when more requests than that are in progress on each
+
+
+def replicas(text: str) -> tuple[int, int]:
+    """The least and the most replicas; ConfigError for what is not N or N-M."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= least <= most:
+        raise ConfigError(f"UNPERTURB_REPLICAS={text!r} is not a number above 0, or two as in 1-8")
+    return least, most
+
+
+def build_app() -> FastAPI:
+    """The app of one replica, in its process; Ray shows it one GPU, or none."""
+    settings = Settings()
+    logs.set_up(level=settings.log_level, style=settings.log_format)
+    return create_app(settings, on_failure=_end)
+
+
+def _end(_: str) -> None:
+    """End the replica's process, which Ray then starts anew."""
+    os._exit(1)
+
+
+def build() -> serve.Application:
+    """The deployment; raises ValidationError or ConfigError for a bad setting, before anything is started."""
+    settings = Settings()
+    least, most = replicas(os.environ.get("UNPERTURB_REPLICAS", "1-4"))
+    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    deployment = serve.deployment(
+        serve.ingress(build_app)(),
+        name="unperturb",
+        max_ongoing_requests=max(2 * settings.slots, settings.max_in_progress),
+        ray_actor_options={"num_gpus": 1} if on_gpu else {"num_cpus": 1},
+        autoscaling_config={
+            "min_replicas": least,
+            "max_replicas": most,
+            "target_ongoing_requests": max(1.0, TARGET_SHARE * settings.slots),
+        },
+        health_check_period_s=2.0,
+        graceful_shutdown_timeout_s=settings.grace_s,
+    )
+    return deployment.bind()
+
+
+app = build()
