@@ -29,6 +29,7 @@ class Config:
     checkpoint: str = option("shipped name or folder", "default")
     seconds: float = option("for each load", 20.0)
     calibration_seconds: float = option("for the capacity, and half of it for the lone request", 20.0)
+    max_wait_s: float = option("the service's UNPERTURB_MAX_WAIT_S; 0 for its own default", 0.0)
     clients: int = option("of the closed loop that finds the capacity", 24)
     seed: int = option("of the arrivals and images", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
@@ -42,11 +43,13 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """The lone request, the capacity, and every load."""
-    files = open_loop.photos(64, seed=config.seed)
+    requests = [open_loop.Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
     port = open_loop.free_port()
     url, environment = f"http://127.0.0.1:{port}", {
         "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device, "UNPERTURB_LOG_LEVEL": "warning",
     }  # fmt: skip
+    if config.max_wait_s:
+        environment["UNPERTURB_MAX_WAIT_S"] = str(config.max_wait_s)
     with (
         tempfile.TemporaryDirectory() as folder,
         open_loop.running(
@@ -55,11 +58,11 @@ def measure(config: Config) -> dict[str, Any]:
     ):
         half = config.calibration_seconds / 2
         alone = asyncio.run(
-            open_loop.saturate(url, ["/classify"], files, clients=1, seconds=half, seed=config.seed)
+            open_loop.saturate(url, requests, clients=1, seconds=half, seed=config.seed)
         )  # fmt: skip
         full = asyncio.run(
             open_loop.saturate(
-                url, ["/classify"], files, clients=config.clients, seconds=config.calibration_seconds, seed=config.seed
+                url, requests, clients=config.clients, seconds=config.calibration_seconds, seed=config.seed
             )
         )
         solo_ms = statistics.median(one.seconds * 1000 for one in alone)
@@ -69,9 +72,7 @@ def measure(config: Config) -> dict[str, Any]:
         rows = []
         for i, share in enumerate(SHARES):
             sent = asyncio.run(
-                open_loop.offer(
-                    url, ["/classify"], files, rate=share * capacity, seconds=config.seconds, seed=config.seed + i
-                )
+                open_loop.offer(url, requests, rate=share * capacity, seconds=config.seconds, seed=config.seed + i)
             )
             rows.append({"share": share, **open_loop.summary(sent, seconds=config.seconds)})
             print(json.dumps(rows[-1]), file=sys.stderr)

@@ -28,13 +28,22 @@ REQUEST_TIMEOUT_S = 60.0
 BACK_OFF_S = 0.2
 
 
+class Prepared(NamedTuple):
+    """A request that can be sent: its path, body and content type, and what it is called in the figures."""
+
+    path: str
+    body: bytes
+    kind: str = "image/png"
+    name: str = ""
+
+
 class Sent(NamedTuple):
     """One request: when it left, how long its answer took in seconds, and the status (0 where there was none)."""
 
     at: float
     seconds: float
     status: int
-    path: str
+    name: str
 
 
 def photos(count: int, *, seed: int, side: int = 32) -> list[bytes]:
@@ -49,38 +58,32 @@ def photos(count: int, *, seed: int, side: int = 32) -> list[bytes]:
     return made
 
 
-async def offer(
-    url: str, paths: Sequence[str], files: Sequence[bytes], *, rate: float, seconds: float, seed: int
-) -> list[Sent]:  # fmt: skip
-    """POST files at Poisson arrivals of `rate` a second for `seconds`; paths and files are drawn for each."""
+async def offer(url: str, requests: Sequence[Prepared], *, rate: float, seconds: float, seed: int) -> list[Sent]:
+    """POST requests, drawn from those, at Poisson arrivals of `rate` a second for `seconds`."""
     generator, tasks, moment = random.Random(seed), [], 0.0
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+    async with client_session() as session:
         started = time.perf_counter()
         while (moment := moment + generator.expovariate(rate)) < seconds:
-            path, file = generator.choice(paths), generator.choice(files)
+            chosen = generator.choice(requests)
             if (ahead := started + moment - time.perf_counter()) > 0:
                 await asyncio.sleep(ahead)
-            tasks.append(asyncio.create_task(_post(session, url, path, file, moment)))
+            tasks.append(asyncio.create_task(post(session, url, chosen, moment)))
         return list(await asyncio.gather(*tasks))
 
 
-async def saturate(
-    url: str, paths: Sequence[str], files: Sequence[bytes], *, clients: int, seconds: float, seed: int
-) -> list[Sent]:  # fmt: skip
+async def saturate(url: str, requests: Sequence[Prepared], *, clients: int, seconds: float, seed: int) -> list[Sent]:
     """A closed loop of so many clients, which finds the capacity; with one client, the latency of a lone request."""
     ends_at = time.perf_counter() + seconds
 
     async def client(number: int) -> list[Sent]:
         generator, sent = random.Random(seed + number), []
         while (now := time.perf_counter()) < ends_at:
-            sent.append(await _post(session, url, generator.choice(paths), generator.choice(files), now))
+            sent.append(await post(session, url, generator.choice(requests), now))
             if sent[-1].status != 200:  # it is the server that is to be measured, not how fast it refuses
                 await asyncio.sleep(BACK_OFF_S)
         return sent
 
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    async with client_session() as session:
         return [one for found in await asyncio.gather(*(client(i) for i in range(clients))) for one in found]
 
 
@@ -98,13 +101,29 @@ def summary(sent: Sequence[Sent], *, seconds: float) -> dict[str, Any]:
     }
 
 
-async def _post(session: aiohttp.ClientSession, url: str, path: str, file: bytes, at: float) -> Sent:
+def client_session() -> aiohttp.ClientSession:
+    """A session of as many connections as it takes."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+    )
+
+
+async def burst(url: str, requests: Sequence[Prepared]) -> list[Sent]:
+    """All of the requests at once."""
+    async with client_session() as session:
+        return list(await asyncio.gather(*(post(session, url, request, 0.0) for request in requests)))
+
+
+async def post(session: aiohttp.ClientSession, url: str, request: Prepared, at: float) -> Sent:
+    """Send one request and read its answer."""
     started, status = time.perf_counter(), 0
     with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-        async with session.post(url + path, data=file, headers={"content-type": "image/png"}) as answer:
+        async with session.post(
+            url + request.path, data=request.body, headers={"content-type": request.kind}
+        ) as answer:  # fmt: skip
             await answer.read()
             status = answer.status
-    return Sent(at, time.perf_counter() - started, status, path)
+    return Sent(at, time.perf_counter() - started, status, request.name)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def build() -> serve.Application:
     settings = Settings()
     least, most = replicas(os.environ.get("UNPERTURB_REPLICAS", "1-4"))
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    deployment = serve.deployment(
+    deployment: serve.Deployment = serve.deployment(  # type: ignore[assignment]
         serve.ingress(build_app)(),
         name="unperturb",
         max_ongoing_requests=max(2 * settings.slots, settings.max_in_progress),

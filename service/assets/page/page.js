@@ -3,8 +3,8 @@
 
 const RAW_TYPES = ["image/png", "image/jpeg", "image/webp"];
 const KEY = "unperturb-api-key"; // in sessionStorage
-const [form, drop, file, preview, name, attack, preset, access, key, run, status, result] = [
-  "form", "drop", "file", "preview", "name", "attack", "preset", "access", "key", "run", "status", "result",
+const [form, drop, file, preview, name, hint, attack, preset, access, key, run, status, result] = [
+  "form", "drop", "file", "preview", "name", "hint", "attack", "preset", "access", "key", "run", "status", "result",
 ].map((id) => document.getElementById(id));
 
 let chosen = null; // the File
@@ -28,6 +28,7 @@ const capital = (word) => word[0].toUpperCase() + word.slice(1);
 function say(words, kind = "") {
   status.className = kind;
   status.textContent = words;
+  if (words) status.scrollIntoView({ block: "nearest" });
 }
 
 // ---- choosing an image
@@ -39,6 +40,7 @@ function choose(one) {
   preview.src = URL.createObjectURL(one);
   preview.hidden = false;
   name.textContent = one.name;
+  hint.textContent = "Choose another, or drop it here";
   result.hidden = true;
   say("");
 }

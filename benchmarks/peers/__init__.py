@@ -1,0 +1,1 @@
+"""Other servers around the same purifier, to be measured beside this project's own."""
