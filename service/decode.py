@@ -3,6 +3,7 @@
 Imports no torch: it runs in small processes of its own.
 """
 
+import ctypes
 import resource
 from functools import cache
 from io import BytesIO
@@ -17,6 +18,7 @@ from models.errors import MalformedRequestError, TooLargeError, UnprocessableErr
 from models.pixels import to_rgb, to_size
 
 MEMORY_BYTES = 3 * 2**30  # what a decoding process may add to its own; 50 million pixels take about 1 GiB
+KEPT_BYTES = 200 * 2**20
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 
@@ -68,9 +70,12 @@ def _is_accepted(payload: bytes) -> bool:
 
 
 def decode_within_memory(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
-    """`decode`, in a process that may take only so much memory; for processes that do nothing else."""
+    """`decode`, in a process that may take only so much memory, and keeps little; for processes that do nothing else."""
     _limit_memory()
-    return decode(payload, size=size, max_pixels=max_pixels)
+    try:
+        return decode(payload, size=size, max_pixels=max_pixels)
+    finally:
+        _give_back()
 
 
 @cache
@@ -79,3 +84,10 @@ def _limit_memory() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     limit = pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+
+def _give_back() -> None:
+    """A large image's memory, which glibc may keep (and is told to keep, for the sake of the model's steps)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    if pages * resource.getpagesize() > KEPT_BYTES and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
