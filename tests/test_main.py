@@ -1,19 +1,17 @@
 """The command line."""
 
 import json
-import socket
 import subprocess
 import sys
-import time
 from io import BytesIO
 from pathlib import Path
-from urllib.request import Request, urlopen
 
 import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from service.keys import digest
 from service.main import app
 from tests.test_service import photo
 
@@ -90,31 +88,8 @@ def test_train_is_the_training_module() -> None:
     assert "head" in done.stdout
 
 
-def test_python_m_service_serves_over_http_and_stops_on_sigterm(tiny_folder: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "service", "--port", str(port), "--checkpoint", str(tiny_folder), "--device", "cpu"],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                urlopen(f"{url}/readyz", timeout=5)
-                break
-            except OSError:
-                assert process.poll() is None, "the service ended"
-                assert time.monotonic() < deadline, "the service did not become ready"
-                time.sleep(0.1)
-        request = Request(f"{url}/classify?top_k=1", data=photo(), headers={"content-type": "image/png"})
-        with urlopen(request, timeout=60) as answer:
-            assert json.load(answer)["purification"]["applied"] is True
-    finally:
-        process.terminate()
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode in (0, -15)
-    assert f"{url}/docs" in printed
-    assert "curl -F image=@" in printed
+def test_key_prints_a_secret_and_the_pair_that_knows_it() -> None:
+    result = run(app, ["key", "ann"])
+    secret, pair = (line.split(":", 1)[1].strip() for line in result.output.splitlines())
+    assert pair == f"ann:{digest(secret)}"
+    assert run(app, ["key", "a b"]).exit_code == 2

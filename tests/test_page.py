@@ -25,6 +25,7 @@ from service.stages import ATTACK_LOOP
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEY = "the-key-of-the-tests"
 
+expect.set_options(timeout=20_000)  # a page shares the machine's cores with the service
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 
 
@@ -32,9 +33,16 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-
 def address(tiny_folder: Path) -> Iterator[str]:
     """Of the app, which asks for no key but refuses an unknown one."""
     keys = {"tester": digest(KEY)}
-    app = create_app(
-        Settings(checkpoint=str(tiny_folder), device="cpu", decoders=1, api_keys=keys, authentication="off")
+    settings = Settings(
+        checkpoint=str(tiny_folder),
+        device="cpu",
+        threads=1,
+        max_batch=1,
+        decoders=1,
+        api_keys=keys,
+        authentication="off",
     )
+    app = create_app(settings)
     server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -58,14 +66,16 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iterator[Page]:
     """The page in a context of its own; afterwards no request has left its origin, and no script has failed."""
-    context = browser.new_context(**getattr(request, "param", {}))
+    context = browser.new_context(**{"reduced_motion": "reduce", **getattr(request, "param", {})})
     asked: list[str] = []
     faults: list[str] = []
     context.on("request", lambda sent: asked.append(sent.url.removeprefix("blob:")))
     opened = context.new_page()
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.on("console", lambda message: faults.append(message.text) if "Security Policy" in message.text else None)
-    opened.goto(address)
+    answer = opened.goto(address)
+    assert answer is not None
+    assert "default-src 'none'" in answer.headers["content-security-policy"]  # whose violations would be faults
     yield opened
     context.close()
     assert asked
@@ -142,7 +152,7 @@ def test_attacked_file_is_shown_at_every_point_of_its_way(page: Page) -> None:
     assert list(answer["timings_ms"]) == time.get_by_role("rowheader").all_inner_texts()
     expect(time).to_contain_text(f"{answer['timings_ms']['total']:.1f} ms")
     details = card(page, "Details")
-    for fact in ("tiny", answer["model"]["digest"][:12], f"{answer['linf'] * 255:.3g}/255"):
+    for fact in ("tiny", "32 \u00d7 32", answer["model"]["digest"][:12], f"{answer['linf'] * 255:.3g}/255"):
         expect(details).to_contain_text(fact)
     labels = [answer[name]["predictions"][0]["label"] for name in ("original", "attacked", "purified")]
     for label in labels:
@@ -245,7 +255,7 @@ def test_unknown_key_opens_the_field_and_the_right_one_is_kept_for_the_tab(page:
 
 def test_answer_for_an_image_that_was_replaced_is_not_shown(page: Page) -> None:
     held: list[Route] = []
-    page.route("**/inspect?*", held.append)
+    page.route("**/inspect?*", lambda route: held.append(route))  # it answers no request
     page.locator("#file").set_input_files(photo())
     with page.expect_request("**/inspect?*"):
         page.get_by_role("button", name="Run").click()
@@ -258,9 +268,7 @@ def test_answer_for_an_image_that_was_replaced_is_not_shown(page: Page) -> None:
     expect(page.locator("#result")).to_be_hidden()
 
 
-@pytest.mark.parametrize(
-    "page", [{"viewport": {"width": 375, "height": 700}, "reduced_motion": "reduce"}], ids=["375 px"], indirect=True
-)
+@pytest.mark.parametrize("page", [{"viewport": {"width": 375, "height": 700}}], ids=["375 px"], indirect=True)
 def test_phone_needs_no_sideways_scrolling(page: Page) -> None:
     page.get_by_role("button", name="sample").click()
     page.get_by_label("Attack it first").check()

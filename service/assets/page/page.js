@@ -142,7 +142,7 @@ function show(answer, cards) {
 
 function verdict({ original, attacked, purified }) {
   const [before, between, after] = [original, attacked ?? original, purified].map((seen) => seen.predictions[0].label);
-  const purification = between === after ? "purification did not change it" : `purification changed it to ${after}`;
+  const purification = between === after ? "purification did not change that" : `purification changed that to ${after}`;
   if (!attacked) return `Classified as ${before}; ${purification}.`;
   if (before === between) return `Classified as ${before}, also after the attack; ${purification}.`;
   return `The attack changed ${before} to ${between}; ${purification}${after === before ? " again" : ""}.`;
@@ -157,7 +157,7 @@ async function draw(answer) {
     ...names.slice(1).map((one, i) => difference(one, names[i], pixels(images[i + 1]), pixels(images[i]))),
     losses(answer),
     card("Time", "time", table(Object.entries(answer.timings_ms).map(([part, ms]) => [part, `${ms.toFixed(1)} ms`]))),
-    card("Details", "last", table(details(answer))),
+    card("Details", "last", table(details(answer, images[0]))),
   ];
 }
 
@@ -236,7 +236,7 @@ function ticks(low, high) {
   return Array.from({ length: Math.floor(high / step) - first + 1 }, (_, i) => (first + i) * step);
 }
 
-function details(answer) {
+function details(answer, image) {
   const digest = html("code", { title: answer.model.digest }, answer.model.digest.slice(0, 12));
   return [
     ["model", answer.model.id],
@@ -244,6 +244,7 @@ function details(answer) {
     ["purifier", answer.preset],
     ["its largest change", `${levels(answer.linf)}, limit ${levels(answer.epsilon)}`],
     ...(answer.attacked ? [["attack", `limit ${levels(answer.epsilon_attack)}`]] : []),
+    ["image seen at", `${image.naturalWidth} × ${image.naturalHeight}`],
     ["request", html("code", {}, answer.request_id.slice(0, 12))],
   ];
 }

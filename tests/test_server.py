@@ -1,0 +1,113 @@
+"""The service as a process: slow clients, clients that leave, SIGTERM, and a worker that dies."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from benchmarks import hostile, open_loop
+from benchmarks.faults import Server, command, metric, tree
+from tests.test_engine import wait_until
+from tests.test_service import photo
+
+
+@pytest.fixture
+def server(tiny_folder: Path, tmp_path: Path) -> Iterator[Server]:
+    port = open_loop.free_port()
+    environment = {
+        "UNPERTURB_CHECKPOINT": str(tiny_folder), "UNPERTURB_DEVICE": "cpu", "UNPERTURB_HEADER_TIMEOUT_S": "1",
+        "UNPERTURB_UPLOAD_TIMEOUT_S": "1", "UNPERTURB_MAX_BATCH": "4", "UNPERTURB_MAX_WAIT_S": "60",
+    }  # fmt: skip
+    with open_loop.running(
+        open_loop.service(port), port=port, ready="/readyz", log=tmp_path / "log", environment=environment
+    ) as process:
+        yield Server(port, f"http://127.0.0.1:{port}", process)
+
+
+def post(url: str, path: str = "/classify?preset=published") -> int:
+    """The status of an answer."""
+    request = Request(url + path, data=photo(), headers={"content-type": "image/png"})
+    try:
+        with urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        return error.code
+
+
+def test_stalled_and_leaving_clients_cost_nothing_and_sigterm_drains(server: Server, tmp_path: Path) -> None:
+    ended = asyncio.run(hostile.stall(server.port, count=6, seconds=8.0))
+    assert ended == {"closed": 3, "HTTP/1.1 408 Request Timeout": 3}
+
+    steps = "unperturb_steps_total"
+    asyncio.run(hostile.leave_early(server.port, photo(), count=4, after_s=0.2))
+    wait_until(lambda: metric(server, "unperturb_slots_in_use") + metric(server, "unperturb_queue_length") == 0, 10)
+    done = metric(server, steps)
+    assert done < 4 * 40  # not all of their steps
+    time.sleep(0.2)
+    assert metric(server, steps) == done
+
+    with ThreadPoolExecutor(8) as pool:
+        sent = [pool.submit(post, server.url) for _ in range(8)]
+        wait_until(lambda: metric(server, "unperturb_slots_in_use") == 4, 10)
+        server.process.send_signal(signal.SIGTERM)
+        statuses = [one.result() for one in sent]
+    assert statuses == [200] * 8
+    assert server.process.wait(30) == 0
+    log = (tmp_path / "log").read_text()
+    assert f"{server.url}/docs" in log
+    assert "curl -F image=@" in log
+    for line in log.splitlines():
+        assert not line.startswith("Traceback"), line
+        if line.startswith("{"):
+            json.loads(line)
+
+
+def test_dead_worker_is_answered_for_and_ends_the_process_with_a_status(server: Server) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(post, server.url) for _ in range(4)]
+        wait_until(lambda: metric(server, "unperturb_slots_in_use") == 4, 10)
+        (worker,) = [pid for pid in tree(server.process.pid) if "service.worker" in command(pid)]
+        os.kill(worker, signal.SIGKILL)
+        assert [one.result() for one in sent] == [503] * 4
+    assert server.process.wait(30) == 1
+
+
+def test_crashed_decoder_answers_422_and_others_go_on(server: Server) -> None:
+    assert post(server.url) == 200
+    with ThreadPoolExecutor(2) as pool:
+        slow = hostile.bombs()["a PNG of 49 million black pixels"]
+        request = Request(f"{server.url}/classify?purify=never", data=slow, headers={"content-type": "image/png"})
+        sent = pool.submit(lambda: urlopen(request, timeout=60))
+        time.sleep(0.15)
+        busy = [pid for pid in tree(server.process.pid) if "anyio.to_process" in command(pid)]
+        for pid in busy:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(HTTPError) as refused:
+            sent.result()
+    assert refused.value.code == 422
+    assert "crashed the decoder" in json.load(refused.value)["detail"]
+    assert post(server.url) == 200
+
+
+def test_port_in_use_ends_the_start(tiny_folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run(
+            [
+                *open_loop.service(taken.getsockname()[1]), "--checkpoint", str(tiny_folder), "--device", "cpu",
+            ],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode not in (0, None)
+    assert "address already in use" in done.stderr
