@@ -257,6 +257,20 @@ def test_parquet_without_images_is_refused(
     assert not out.exists()
 
 
+def test_parquet_that_breaks_off_in_the_middle_ends_the_run_by_name(
+    tmp_path: Path, out: Path, payloads: list[bytes], tiny_folder: Path
+) -> None:
+    file = tmp_path / "one.parquet"
+    pq.write_table(pa.table({"image": payloads}), file, row_group_size=3, use_dictionary=False, compression="gzip")
+    second = pq.ParquetFile(file).metadata.row_group(1).column(0)
+    damaged = bytearray(file.read_bytes())
+    damaged[second.data_page_offset : second.data_page_offset + 200] = bytes(200)
+    file.write_bytes(damaged)
+    result = purify(file, out, tiny_folder, "--chunk", "2", "--batch", "2")
+    assert result.exit_code == 2
+    assert f"{file} cannot be read after row" in result.output
+
+
 def test_folder_that_cannot_be_a_source_or_target_is_refused(folder: Path, tmp_path: Path, tiny_folder: Path) -> None:
     empty, taken = tmp_path / "empty", tmp_path / "taken"
     empty.mkdir()
@@ -317,6 +331,7 @@ def test_memory_does_not_grow_with_the_number_of_images(
 
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 @pytest.mark.filterwarnings("ignore")  # Ray's own
+@pytest.mark.timeout(300)  # Ray takes half a minute to start, and more on a busy machine
 def test_ray_does_what_is_left_as_this_process_does(folder: Path, out: Path, tiny_folder: Path, tmp_path: Path) -> None:
     import ray
 

@@ -88,8 +88,8 @@ async function ask(signal) {
 
 function inWords(response, problem) {
   const after = response.headers.get("Retry-After");
-  const words = [`${problem.title ?? "The request failed"} (${response.status})`, problem.detail].filter(Boolean).join(": ");
-  return words + (after ? `. Try again in ${after} s.` : ".");
+  const title = `${problem.title ?? "The request failed"} (${response.status})`;
+  return [title, problem.detail].filter(Boolean).join(": ") + (after ? `. Try again in ${after} s.` : ".");
 }
 
 function askForKey() {
