@@ -9,8 +9,10 @@ from benchmarks.plots import all_plots
 from benchmarks.report import cells as texts_of
 from benchmarks.results import FOLDER
 from benchmarks.rows import load_runs, measured_row
+from benchmarks.service_tables import faults_table, load_table, side_by_side_table
 from models import checkpoint
 
+SERVICE = {"load": load_table, "side_by_side": side_by_side_table, "faults": faults_table}
 ROBUSTNESS = FOLDER / "robustness"
 PLOTS = {"Robust accuracy by attack": "by-attack.png", "Every attack": "every-attack.png"}
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -131,6 +133,9 @@ def render(text: str) -> str:
         "sweep": sweep_table(swept),
         "robustness": robustness_table(load_runs(ROBUSTNESS)),
     }
+    for name, make in SERVICE.items():
+        if (file := FOLDER / f"{name}.json").exists():
+            tables[name] = make(json.loads(file.read_text()))
     for name, table in tables.items():
         before, start, rest = text.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")

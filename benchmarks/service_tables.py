@@ -1,0 +1,94 @@
+"""The README's tables of the service, from the results of load.py, side_by_side.py and faults.py."""
+
+from typing import Any
+
+
+def load_table(record: dict[str, Any]) -> str:
+    """Latency and rejections against offered load."""
+    found, machine = record["results"], record["machine"]
+    where = f"{machine['cpu_threads']} CPU threads" if machine["device"] == "cpu" else machine["name"]
+    rows = [
+        f"| offered, of {found['capacity']:.0f} images/s; {where} | answered/s | refused | p50 ms | p95 ms | p99 ms |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| one request at a time | | | {found['solo_ms']:.0f} | | |",
+    ]
+    for row in found["loads"]:
+        cells = [
+            f"{row['share']:.0%}", f"{row['goodput']:.1f}", f"{row['rejected']:.1%}",
+            *(f"{row[f'p{p}_ms']:.0f}" for p in (50, 95, 99)),
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def side_by_side_table(record: dict[str, Any]) -> str:
+    """Three servers under the same arrivals; the mean of the rounds."""
+    found, config = record["results"], record["config"]
+    rows = [
+        f"| load, of {found['capacity']:.1f} images/s | server | answered within {config['within_s']:g} s, /s "
+        "| p99 of `default`, s | p99 of `published`, s | refused |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for load in config["loads"]:
+        for name, loads in found["servers"].items():
+            turns = loads[load]
+            p99s = []
+            for preset in ("default", "published"):
+                seen = [turn["presets"][preset]["p99_ms"] for turn in turns if preset in turn["presets"]]
+                known = [value for value in seen if value is not None]
+                p99s.append(f"{sum(known) / len(known) / 1000:.1f}" if known else "")
+            refused = sum(turn["rejected"] for turn in turns) / len(turns)
+            rows.append(
+                f"| {float(load):.0%} | {name} | {found['goodput_within'][name][load]:.1f} | {' | '.join(p99s)} "
+                f"| {refused:.0%} |"
+            )
+    return "\n".join(rows)
+
+
+def faults_table(record: dict[str, Any]) -> str:
+    """Each part and how it ended."""
+    found = record["results"]
+    rows = ["| fault | what was seen | well |", "| --- | --- | --- |"]
+    for name, words in WORDS.items():
+        if name in found:
+            rows.append(
+                f"| {name.replace('_', ' ')} | {words(found[name])} | {'yes' if found[name]['well'] else '**no**'} |"
+            )
+    return "\n".join(rows)
+
+
+def _counts(statuses: dict[str, int]) -> str:
+    named = {"0": "no answer"}
+    return ", ".join(f"{named.get(status, status)}: {count:,}" for status, count in statuses.items())
+
+
+def _mutated(part: dict[str, Any]) -> str:
+    return "; ".join(f"{kind}: {_counts(counts)}" for kind, counts in part["statuses"].items())
+
+
+def _bombs(part: dict[str, Any]) -> str:
+    slowest = max(row["slowest_s"] for row in part["bombs"].values())
+    seen = sorted({status for row in part["bombs"].values() for status in row["statuses"]})
+    return f"{len(part['bombs'])} kinds, four at once: {', '.join(seen)}; slowest {slowest:.1f} s"
+
+
+def _soak(part: dict[str, Any]) -> str:
+    growth = part["memory_growth_after_warm_up"]
+    return (
+        f"{part['minutes']:.0f} minutes at {part['offered']:.0f} images/s, over capacity: {_counts(part['statuses'])}; "
+        f"memory {growth:+.1%} after warm-up"
+    )
+
+
+WORDS = {
+    "killed": lambda part: f"worker killed under load: {_counts(part['statuses'])} (after its end); exit status "
+    f"{part['exit_status']}; started anew it answers",
+    "disconnects": lambda part: f"100 clients left beside 100 that stayed: {_counts(part['stayed']['statuses'])}; "
+    f"{part['images_left_over']:.0f} images left over",
+    "slow_loris": lambda part: f"200 stalled connections: {_counts(part['stalled'])}; others: "
+    f"{_counts(part['others']['statuses'])}",
+    "mutated": _mutated,
+    "bombs": _bombs,
+    "schemathesis": lambda part: f"{part['minutes']:.0f} minutes over the whole OpenAPI: {_counts(part['requests'])}",
+    "soak": _soak,
+}  # fmt: skip
