@@ -70,7 +70,7 @@ def _is_accepted(payload: bytes) -> bool:
 
 
 def decode_within_memory(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
-    """`decode`, in a process that may take only so much memory, and keeps little; for processes that do nothing else."""
+    """`decode`, in a process that does nothing else: it may take only so much memory, and keeps little of it."""
     _limit_memory()
     try:
         return decode(payload, size=size, max_pixels=max_pixels)

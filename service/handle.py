@@ -51,7 +51,7 @@ class WorkerHandle:
         self._outbox.put(message)
 
     def hang_up(self, timeout_s: float) -> None:
-        """End the worker; killed where it does not end by itself."""
+        """Tell the worker to end; it is killed where it does not."""
         self._hung_up.set()
         self._outbox.put(None)
         if self.process is not None:
@@ -72,11 +72,12 @@ class WorkerHandle:
 
     def _send(self) -> None:
         assert self._connection is not None
-        while (message := self._outbox.get()) is not None:
+        while True:
+            message = self._outbox.get()
             with contextlib.suppress(OSError):  # it has died; `_listen` says so
                 self._connection.send(message)
-        with contextlib.suppress(OSError):
-            self._connection.close()
+            if message is None:
+                return
 
     def _listen(self) -> None:
         assert self._connection is not None

@@ -71,6 +71,8 @@ class _Worker:
                         lane.forget(ids)
                 case Load(model, name, digest):
                     self._load(model, name, digest)
+                case None:
+                    raise EOFError
                 case Unload(model):
                     self.lanes.pop(model, None)
         for model, works in new.items():

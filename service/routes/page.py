@@ -20,7 +20,10 @@ from service.stages import ATTACK, ATTACK_LOOP
 from service.upload import body_schema
 
 PAGE = Path(__file__).resolve().parents[1] / "assets" / "page"
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'"
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 class Inspect(Purify):
@@ -60,7 +63,9 @@ def router(gateway: Gateway) -> APIRouter:
 
     @routes.get("/", include_in_schema=False)
     async def page() -> Response:
-        return FileResponse(PAGE / "index.html", headers={"content-security-policy": POLICY})
+        return FileResponse(
+            PAGE / "index.html", headers={"content-security-policy": POLICY, "x-content-type-options": "nosniff"}
+        )
 
     @routes.post(
         "/inspect", openapi_extra={"requestBody": body_schema(many=False)},
@@ -87,6 +92,8 @@ def router(gateway: Gateway) -> APIRouter:
             )
         assert outcome.image is not None
         assert outcome.linf is not None
+        assert outcome.loss_before is not None
+        assert outcome.loss_after is not None
         classes, count = model.card.classes, min(5, len(model.card.classes))
         start = image.float() / 255
         epsilon = PRESETS[preset].loop.epsilon
@@ -109,8 +116,8 @@ def router(gateway: Gateway) -> APIRouter:
             epsilon=epsilon,
             linf=outcome.linf,
             losses=list(outcome.losses),
-            loss_before=outcome.loss_before or 0.0,
-            loss_after=outcome.loss_after or 0.0,
+            loss_before=outcome.loss_before,
+            loss_after=outcome.loss_after,
             timings_ms={
                 "decode": decode_ms,
                 **({"attack": attack.queue_ms + attack.purify_ms + attack.classify_ms} if attack is not None else {}),
