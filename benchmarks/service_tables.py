@@ -25,9 +25,9 @@ def side_by_side_table(record: dict[str, Any]) -> str:
     """Three servers under the same arrivals; the mean of the rounds."""
     found, config = record["results"], record["config"]
     rows = [
-        f"| load, of {found['capacity']:.1f} images/s | server | answered within {config['within_s']:g} s, /s "
+        f"| load, of {found['capacity']:.1f} images/s | server | answered/s | within {config['within_s']:g} s, /s "
         "| p99 of `default`, s | p99 of `published`, s | refused |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for load in config["loads"]:
         for name, loads in found["servers"].items():
@@ -38,9 +38,10 @@ def side_by_side_table(record: dict[str, Any]) -> str:
                 known = [value for value in seen if value is not None]
                 p99s.append(f"{sum(known) / len(known) / 1000:.1f}" if known else "")
             refused = sum(turn["rejected"] for turn in turns) / len(turns)
+            answered = sum(turn["goodput"] for turn in turns) / len(turns)
             rows.append(
-                f"| {float(load):.0%} | {name} | {found['goodput_within'][name][load]:.1f} | {' | '.join(p99s)} "
-                f"| {refused:.0%} |"
+                f"| {float(load):.0%} | {name} | {answered:.1f} | {found['goodput_within'][name][load]:.1f} "
+                f"| {' | '.join(p99s)} | {refused:.0%} |"
             )
     return "\n".join(rows)
 

@@ -6,14 +6,13 @@ chunk. A part is written after its chunk's images, so a run that was killed goes
 
 import dataclasses
 import hashlib
-import importlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,111 +21,19 @@ from tqdm import tqdm
 from models import checkpoint, provenance
 from models.checkpoint import write_whole
 from models.defended import defend
-from models.errors import ConfigError, DataError, MalformedRequestError, RequestError
+from models.errors import ConfigError, MalformedRequestError, RequestError
 from models.reverse_attack import preset, to_uint8
 from service.answer import png, top
+from service.bulk_source import Folder, Item, ParquetRows, needed, open_source
 from service.decode import Decoded, decode
 from service.settings import Settings
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 THREADS = 4  # that decode; an image of the 50 million pixels that are accepted takes each of them about 1 GiB
-ROWS, BUFFER_BYTES = 16, 2**20  # of a Parquet file in memory at a time
 COLUMNS = {
     "name": "string", "status": "string", "label": "string", "score": "float32", "unpurified_label": "string",
     "unpurified_score": "float32", "loss_before": "float32", "loss_after": "float32", "linf": "float32",
     "l2": "float32", "losses": "list", "width": "int32", "height": "int32",
 }  # fmt: skip
-
-
-class Item(NamedTuple):
-    """One image: its name in the trace, its file under `out/images`, and where its bytes are (None: there are none)."""
-
-    name: str
-    png: str
-    origin: Path | bytes | None
-
-
-class Folder:
-    """The image files under a folder, by relative path; extensions are kept where two names differ in nothing else."""
-
-    kind, column = "folder", None
-
-    def __init__(self, root: Path, names: list[str]) -> None:
-        self.root, self.entries, self.count = root, names, len(names)
-        self.keep = len({Path(name).with_suffix("") for name in names}) < len(names)
-
-    def items(self, start: int, stop: int) -> Iterator[Item]:
-        """The images from `start` to `stop`."""
-        for name in self.entries[start:stop]:
-            yield Item(name, f"{name if self.keep else Path(name).with_suffix('')}.png", self.root / name)
-
-
-class ParquetRows:
-    """The rows of Parquet files, one after another; `column` holds bytes, or a struct with `bytes`."""
-
-    kind = "parquet"
-
-    def __init__(self, root: Path, names: list[str], column: str) -> None:
-        self.files, self.column = [root / name for name in names], column
-        self.rows = [self._check(file) for file in self.files]
-        self.entries = [f"{name}:{rows}" for name, rows in zip(names, self.rows, strict=True)]
-        self.count = sum(self.rows)
-        self._stream: Iterator[Item] = iter(())
-        self._at = -1  # where the stream is: chunks in order are read in one pass, whatever the row groups are
-
-    def items(self, start: int, stop: int) -> Iterator[Item]:
-        """The images from `start` to `stop`."""
-        if self._at != start:
-            self._stream = self._from(start)
-        self._at = -1
-        yield from islice(self._stream, stop - start)
-        self._at = stop
-
-    def _open(self, file: Path) -> Any:  # noqa: ANN401
-        parquet = needed("pyarrow.parquet", extra="parquet")
-        return parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
-
-    def _check(self, file: Path) -> int:
-        arrow = needed("pyarrow", extra="parquet")
-        try:
-            with self._open(file) as opened:
-                schema, rows = opened.schema_arrow, int(opened.metadata.num_rows)
-        except (arrow.ArrowException, OSError) as error:
-            raise DataError(f"{file} is not a readable Parquet file: {error}") from error
-        if self.column not in schema.names:
-            raise ConfigError(f"column {self.column!r} is not in {file}, which has {', '.join(schema.names)}")
-        kind = schema.field(self.column).type
-        if arrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-            kind = kind.field("bytes").type
-        if not (arrow.types.is_binary(kind) or arrow.types.is_large_binary(kind)):
-            raise ConfigError(f"column {self.column!r} of {file} holds {kind}, neither bytes nor a struct with bytes")
-        return rows
-
-    def _from(self, row: int) -> Iterator[Item]:
-        number, skip, arrow = row, row, needed("pyarrow", extra="parquet")
-        for file, rows in zip(self.files, self.rows, strict=True):
-            if skip >= rows:
-                skip -= rows
-                continue
-            try:
-                for payload in self._payloads(file, skip):
-                    yield Item(f"{number:08d}", f"{number:08d}.png", payload)
-                    number += 1
-            except (arrow.ArrowException, OSError) as error:
-                raise DataError(f"{file} cannot be read after row {number}: {error}") from error
-            skip = 0
-
-    def _payloads(self, file: Path, skip: int) -> Iterator[bytes | None]:
-        with self._open(file) as opened:
-            group = 0
-            while skip >= (rows := opened.metadata.row_group(group).num_rows):
-                skip, group = skip - rows, group + 1
-            left = range(group, opened.num_row_groups)
-            for batch in opened.iter_batches(ROWS, row_groups=left, columns=[self.column], use_threads=False):
-                taken = batch.column(0).slice(min(skip, len(batch)))
-                skip -= len(batch) - len(taken)
-                for cell in taken.to_pylist():
-                    yield cell["bytes"] if isinstance(cell, dict) else cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +134,7 @@ def run(job: Job, *, ray_actors: int = 0) -> tuple[int, int]:
     if ray_actors:
         needed("ray.data", extra="ray")
     job = dataclasses.replace(job, source=job.source.resolve(), out=job.out.resolve())
-    source = _open(job)
+    source = open_source(job.source, out=job.out, column=job.column)
     on_gpu = job.device.startswith("cuda") or (job.device == "auto" and torch.cuda.is_available())
     here = dataclasses.replace(job, device="cpu") if ray_actors and on_gpu else job  # leaves the GPUs to the actors
     worker = Worker(here, source)
@@ -246,32 +153,6 @@ def run(job: Job, *, ray_actors: int = 0) -> tuple[int, int]:
                 worker.run(chunk, bar.update)
     statuses = (parquet.ParquetFile(job.part(chunk)).read(["status"]).column(0).to_pylist() for chunk in sizes)
     return source.count, sum(status != "ok" for part in statuses for status in part)
-
-
-def needed(module: str, *, extra: str) -> Any:  # noqa: ANN401
-    """A module of an optional package; ConfigError says how to install it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        remedy = f"pip install 'unperturb[{extra}]'"
-        raise ConfigError(f"{module.split('.')[0]} is needed and is not installed: {remedy}") from error
-
-
-def _open(job: Job) -> Folder | ParquetRows:
-    root, tables = job.source, [job.source.name]
-    if root.is_file():
-        root, images = root.parent, []
-    else:
-        if job.out.is_relative_to(root):
-            raise ConfigError(f"--out {job.out} lies in {root}, whose images are read; choose a folder outside it")
-        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-        images, tables = ([n for n in names if n.lower().endswith(kind)] for kind in (SUFFIXES, ".parquet"))
-        if images and tables:
-            raise DataError(f"{root} holds both images ({images[0]}) and Parquet files ({tables[0]}); give one kind")
-    source = Folder(root, images) if images or not tables else ParquetRows(root, tables, job.column)
-    if not source.count:
-        raise DataError(f"{job.source} holds no image: neither {', '.join(SUFFIXES)} nor rows of a .parquet file")
-    return source
 
 
 def _pin(job: Job, source: Folder | ParquetRows, worker: Worker) -> None:

@@ -23,6 +23,7 @@ class Decoders:
         self.count, self.timeout_s = count or os.cpu_count() or 1, timeout_s
         self._free = asyncio.Semaphore(self.count)
         self._limiter: anyio.CapacityLimiter | None = None
+        self._tasks: set[asyncio.Task[Decoded]] = set()
 
     async def start(self) -> None:
         """Start every process, so that no request waits for one."""
@@ -30,7 +31,21 @@ class Decoders:
         await asyncio.gather(*(self.decode(DOT, size=8, max_pixels=1) for _ in range(self.count)))
 
     async def decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
-        """What `decode.decode` gives or raises, and UnprocessableError where it takes too long or crashes."""
+        """What `decode.decode` gives or raises, and UnprocessableError where it takes too long or crashes.
+
+        A file whose client has gone is decoded to its end: killing the process would cost more than it saves.
+        """
+        task = asyncio.create_task(self._decode(payload, size=size, max_pixels=max_pixels))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: "asyncio.Task[Decoded]") -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # has been seen, even where nobody waits
+
+    async def _decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
         work = partial(decode_within_memory, payload, size=size, max_pixels=max_pixels)
         async with self._free:  # waiting for a process is not the file's fault
             try:

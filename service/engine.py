@@ -11,48 +11,20 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
 
 from models.errors import CheckpointError, DeadlineError, NotReadyError
 from service.handle import WorkerHandle
+from service.jobs import Job
 from service.messages import Failed, Gone, Load, Loaded, Outcome, Stepped, Unload, Work
 from service.metrics import Metrics
 from service.served import Model, Served
-from service.stages import passes
 from service.worker import WorkerConfig
 
 log = logging.getLogger("unperturb.engine")
 WATCH_EVERY_S = 0.1
-
-
-@dataclass(eq=False)
-class Job:
-    """One image on its way; `future` belongs to `loop`, and `worker` is who has it."""
-
-    id: int
-    model: Model
-    image: NDArray[Any]
-    stage: str | None
-    seed: int
-    wants_image: bool
-    loop: asyncio.AbstractEventLoop
-    future: "asyncio.Future[Outcome]"
-    queued_at: float = field(default_factory=time.monotonic)
-    worker: WorkerHandle | None = None
-
-    def seconds(self) -> float:
-        """Estimated seconds of one device's time; what is in a slot is taken to be half done."""
-        return passes(self.stage) * self.model.seconds_per_pass * (0.5 if self.worker is not None else 1.0)
-
-    def answer(self, result: Outcome | Exception) -> None:
-        """Resolve the future, unless its client has gone; from any thread."""
-        try:
-            self.loop.call_soon_threadsafe(_resolve, self.future, result)
-        except RuntimeError:  # the loop has closed: nobody waits any more
-            log.debug("an outcome came after its event loop had closed")
 
 
 class Engine:
@@ -127,7 +99,7 @@ class Engine:
     def fail(self, reason: str) -> None:
         """Serve never again, answer everybody who waits, and say so once."""
         with self._changed:
-            if self.failure is not None or self.draining:
+            if self.failure is not None:
                 return
             self.failure = reason
             self._changed.notify_all()
@@ -175,7 +147,8 @@ class Engine:
         try:
             self._load(self.models.get(None))
         except (CheckpointError, NotReadyError) as error:
-            self.fail(f"warm-up: {error}")
+            if not self.draining:
+                self.fail(f"warm-up: {error}")
             return
         self.warm.set()
         while not self.draining and self.failure is None:
@@ -307,12 +280,3 @@ class Engine:
             self._changed.notify_all()
         for job in left:
             job.answer(error)
-
-
-def _resolve(future: "asyncio.Future[Outcome]", result: Outcome | Exception) -> None:
-    if future.done():
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
-    else:
-        future.set_result(result)

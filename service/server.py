@@ -34,6 +34,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                limit_concurrency=settings.max_connections,
                 timeout_graceful_shutdown=max(1, round(settings.grace_s)),
             )
         )

@@ -37,6 +37,7 @@ class Settings(BaseSettings):
     max_in_progress: Positive = Field(
         default=256, description="all clients' images in progress, from the request's head on; past it 503"
     )
+    max_connections: Positive = Field(default=2048, description="open connections; past it uvicorn's own plain 503")
     max_batch: Annotated[int, Field(ge=0)] = Field(
         default=0, description="slots on one device; 0: 16 on a CPU, 64 on a GPU"
     )

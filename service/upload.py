@@ -60,7 +60,8 @@ async def read_images(request: Request, *, max_bytes: int, max_images: int, time
         body = await read_within(request, max_bytes=max_bytes, timeout_s=timeout_s)
         return Upload([body], many=False, parameters={})
     if kind == "application/json":
-        return _from_json(await read_within(request, max_bytes=max_bytes, timeout_s=timeout_s), max_images)
+        body = await read_within(request, max_bytes=max_bytes, timeout_s=timeout_s)
+        return await asyncio.to_thread(_from_json, body, max_images)
     if kind == "multipart/form-data":
         async with _in_time(timeout_s):
             return await _from_form(request, max_bytes, max_images)

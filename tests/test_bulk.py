@@ -339,6 +339,7 @@ def test_memory_does_not_grow_with_the_number_of_images(
     assert len(traces(out)) == count
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed")
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 @pytest.mark.timeout(300)  # Ray takes half a minute to start, and more on a busy machine

@@ -1,5 +1,6 @@
 """The KServe v2 (Open Inference) protocol under /v2."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -118,7 +119,7 @@ def router(gateway: Gateway) -> APIRouter:
         settings = gateway.settings
         with gateway.admit(request, timeout_s) as ticket, gateway.engine.models.use(id) as model:
             body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
-            asked, images = read_infer(body, request.headers.get(HEADER_LENGTH))
+            asked, images = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
             wanted = _parameters(asked)
             _check(asked, images, model, purifying=wanted.purify == "always", max_images=settings.max_images)
             preset = (wanted.preset or settings.preset) if wanted.purify == "always" else None
