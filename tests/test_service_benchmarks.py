@@ -1,0 +1,111 @@
+"""The load, side-by-side and fault benchmarks: what they send, and how they count it."""
+
+import asyncio
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from aiohttp import web
+from PIL import Image
+
+from benchmarks import faults, hostile, load, open_loop, side_by_side
+from benchmarks.open_loop import Prepared, Sent
+from models.errors import ConfigError
+
+
+def test_summary_counts_by_status_and_takes_percentiles_of_the_good() -> None:
+    sent = [Sent(i / 10, 0.01 * (i + 1), 200, "a") for i in range(100)] + [Sent(0.0, 9.0, 503, "a")]
+    found = open_loop.summary(sent, seconds=10.0)
+    assert found["statuses"] == {"200": 100, "503": 1}
+    assert found["offered"] == 10.1
+    assert found["rejected"] == pytest.approx(1 / 101)
+    assert found["p50_ms"] == pytest.approx(np.percentile(np.arange(1, 101) * 10, 50))
+    assert found["goodput"] == pytest.approx(100 / max(one.at + one.seconds for one in sent))
+    assert open_loop.summary([], seconds=1.0)["p99_ms"] is None
+
+
+def test_arrivals_do_not_wait_for_answers_and_are_the_same_for_a_seed() -> None:
+    async def run() -> tuple[list[Sent], list[Sent], int]:
+        seen = 0
+
+        async def slow(request: web.Request) -> web.Response:
+            nonlocal seen
+            seen += 1
+            await request.read()
+            await asyncio.sleep(0.5)
+            return web.Response(status=503 if seen % 2 else 200)
+
+        server = web.Application()
+        server.router.add_post("/classify", slow)
+        runner = web.AppRunner(server)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", port := open_loop.free_port())
+        await site.start()
+        url, requests = f"http://127.0.0.1:{port}", [Prepared("/classify", b"x", name="one")]
+        first = await open_loop.offer(url, requests, rate=100.0, seconds=0.5, seed=3)
+        second = await open_loop.offer(url, requests, rate=100.0, seconds=0.5, seed=3)
+        await runner.cleanup()
+        return first, second, seen
+
+    first, second, seen = asyncio.run(run())
+    assert [one.at for one in first] == [one.at for one in second]
+    assert 30 <= len(first) <= 75  # 50 expected; a closed loop would send one
+    assert seen == 2 * len(first)
+    assert {one.status for one in first} == {200, 503}
+    assert all(one.seconds >= 0.5 for one in first)
+
+
+@pytest.mark.parametrize("kind", list(hostile.FORMATS))
+def test_damaged_files_differ_and_are_the_same_for_a_seed(kind: str) -> None:
+    files = list(hostile.mutated(kind, 50, seed=1))
+    assert files == list(hostile.mutated(kind, 50, seed=1))
+    assert len(set(files)) > 45
+    assert len({file[:3] for file in files}) == 1
+
+
+def test_bombs_are_small_and_claim_much() -> None:
+    files = hostile.bombs()
+    assert all(len(file) < 4_000_000 for file in files.values())
+    Image.MAX_IMAGE_PIXELS, before = None, Image.MAX_IMAGE_PIXELS
+    try:
+        sizes = [Image.open(io.BytesIO(file)).size for name, file in files.items() if "pixels" in name]
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+    assert min(width * height for width, height in sizes) >= 49_000_000
+
+
+@pytest.mark.parametrize(
+    ("config", "bad"),
+    [
+        (faults.Config, {"only": ("floods",)}),
+        (faults.Config, {"files": 0}),
+        (load.Config, {"seconds": 0.0}),
+        (side_by_side.Config, {"published": 11}),
+    ],
+    ids=str,
+)
+def test_bad_option_is_refused(config: type, bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        config(**bad)
+
+
+def test_processes_of_a_tree_are_found(tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    code = "import subprocess, sys, time; subprocess.Popen(['sleep', '30']); print('up', flush=True); time.sleep(30)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    found = faults.tree(process.pid)
+    try:
+        assert found[0] == process.pid
+        assert any("sleep" in faults.command(pid) for pid in found[1:])
+        assert faults.memory(process.pid) > 1
+    finally:
+        for pid in reversed(found):
+            os.kill(pid, 9)
+        process.wait()
+        process.stdout.close()
