@@ -150,9 +150,9 @@ def running(
             process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # what has outlived its parent would disturb the next
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        process.wait()
 
 
 def service(port: int) -> list[str]:
