@@ -33,25 +33,27 @@ class Decoders:
     async def decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
         """What `decode.decode` gives or raises, and UnprocessableError where it takes too long or crashes.
 
-        A file whose client has gone is decoded to its end: killing the process would cost more than it saves.
+        A file whose client goes while it waits for a process is never decoded; one that is being decoded is decoded to
+        its end, since killing the process would cost more than it saves.
         """
+        await self._free.acquire()  # waiting for a process is not the file's fault: it is not timed
         task = asyncio.create_task(self._decode(payload, size=size, max_pixels=max_pixels))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
 
     def _ended(self, task: "asyncio.Task[Decoded]") -> None:
+        self._free.release()
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # has been seen, even where nobody waits
 
     async def _decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
         work = partial(decode_within_memory, payload, size=size, max_pixels=max_pixels)
-        async with self._free:  # waiting for a process is not the file's fault
-            try:
-                with anyio.fail_after(self.timeout_s):
-                    return await anyio.to_process.run_sync(work, cancellable=True, limiter=self._limiter)
-            except TimeoutError as error:
-                raise UnprocessableError(f"the image could not be decoded within {self.timeout_s:g} s") from error
-            except anyio.BrokenWorkerProcess as error:
-                raise UnprocessableError("the image is damaged: it crashed the decoder") from error
+        try:
+            with anyio.fail_after(self.timeout_s):
+                return await anyio.to_process.run_sync(work, cancellable=True, limiter=self._limiter)
+        except TimeoutError as error:
+            raise UnprocessableError(f"the image could not be decoded within {self.timeout_s:g} s") from error
+        except anyio.BrokenWorkerProcess as error:
+            raise UnprocessableError("the image is damaged: it crashed the decoder") from error

@@ -25,6 +25,7 @@ from service.worker import WorkerConfig
 
 log = logging.getLogger("unperturb.engine")
 WATCH_EVERY_S = 0.1
+LOAD_TIMEOUT_S = 900.0
 
 
 class Engine:
@@ -61,7 +62,7 @@ class Engine:
     def not_ready(self) -> str | None:
         """Why no request can be served now, or None."""
         if self.failure is not None:
-            return f"the service has failed and must be restarted ({self.failure})"
+            return "the service has failed and must be restarted"
         if self.draining:
             return "the service is stopping"
         return None if self.warm.is_set() else "the model is still warming up"
@@ -92,9 +93,15 @@ class Engine:
         self.draining = True
         with self._changed:
             self._changed.wait_for(lambda: not self._jobs or self.failure is not None, timeout_s)
-        self._refuse_all(NotReadyError("the service has stopped"))
+        self.refuse_rest()
         for worker in self.workers:
-            worker.hang_up(1.0 if self.failure is not None else 5.0)
+            worker.hang_up()
+        for worker in self.workers:
+            worker.wait(1.0 if self.failure is not None else 5.0)
+
+    def refuse_rest(self) -> None:
+        """Answer everybody who still waits with NotReadyError: the time is over."""
+        self._refuse_all(NotReadyError("the service has stopped"))
 
     def fail(self, reason: str) -> None:
         """Serve never again, answer everybody who waits, and say so once."""
@@ -122,14 +129,17 @@ class Engine:
         return model
 
     def _load(self, model: Model) -> None:
-        for worker in self.workers:
-            worker.say(Load(model.number, model.name, model.card.weights_sha256))
+        with self._changed:
+            for worker in self.workers:
+                worker.loading.add(model.number)
+                worker.say(Load(model.number, model.name, model.card.weights_sha256))
 
         def loaded() -> bool:
             return self.not_ready_ever or all(model.number in worker.loaded for worker in self.workers)
 
         with self._changed:
-            self._changed.wait_for(loaded)
+            if not self._changed.wait_for(loaded, LOAD_TIMEOUT_S):
+                self.fail(f"model {model.id} was not loaded within {LOAD_TIMEOUT_S:g} s")
             if self.not_ready_ever:
                 raise NotReadyError(self.not_ready or "the service is stopping")
             found = [worker.loaded.pop(model.number) for worker in self.workers]
@@ -154,7 +164,9 @@ class Engine:
         while not self.draining and self.failure is None:
             time.sleep(WATCH_EVERY_S)
             for worker in self.workers:
-                if worker.busy and time.monotonic() - worker.last_heard > self.stall_s:
+                with self._changed:  # a large model's warm-up may take longer than a step
+                    silent_s = time.monotonic() - worker.last_heard if worker.busy and not worker.loading else 0.0
+                if silent_s > self.stall_s:
                     self.fail(f"worker {worker.config.device} has not finished a step for {self.stall_s:g} s")
 
     # -- its queue -----------------------------------------------------------------------------------------------------
@@ -174,7 +186,7 @@ class Engine:
         Raises NotReadyError where they cannot be taken, DeadlineError past `deadline` (time.monotonic's clock),
         and what the model raised. Cancelling it frees the slots at the next step.
         """
-        if not self.warm.is_set() or self.failure is not None:
+        if not self.warm.is_set():
             raise NotReadyError(self.not_ready or "the service is not ready")
         loop = asyncio.get_running_loop()
         jobs = [
@@ -182,6 +194,8 @@ class Engine:
             for image, seed in zip(images, seeds, strict=True)
         ]
         with self._changed:
+            if self.failure is not None:
+                raise NotReadyError(self.not_ready or "")
             self._refuse_past_limits(len(jobs))
             self._jobs.update((job.id, job) for job in jobs)
             self._waiting.extend(jobs)
@@ -211,21 +225,16 @@ class Engine:
     def _hand_out(self) -> None:
         """Give waiting images to the workers with the most free slots; under the lock.
 
-        First come, first served, but images without steps overtake: they hold a slot for no longer than one step.
+        First come, first served, of those with steps and of those without: these hold a slot for one step only.
         """
         left: deque[Job] = deque()
         for job in self._waiting:
             worker = min(self.workers, key=lambda worker: len(worker.busy))
-            if len(worker.busy) >= worker.config.slots * (1 if job.stage is not None else 2):
+            if not worker.has_room(job.stage):
                 left.append(job)
                 continue
             job.worker = worker
-            worker.busy.add(job.id)
-            if len(worker.busy) == 1:
-                worker.last_heard = time.monotonic()
-            worker.say(
-                Work(job.id, job.model.number, job.image, job.stage, job.seed, job.wants_image, job.queued_at)
-            )  # fmt: skip
+            worker.give(Work(job.id, job.model.number, job.image, job.stage, job.seed, job.wants_image, job.queued_at))
         self._waiting = left
 
     def _forget(self, jobs: Sequence[Job]) -> None:
@@ -237,7 +246,7 @@ class Engine:
                 if job.worker is None:
                     self._waiting.remove(job)
                 else:
-                    job.worker.busy.discard(job.id)
+                    job.worker.take_back([job.id])
                     job.worker.say(Gone((job.id,)))
             self._hand_out()
             self._changed.notify_all()
@@ -250,6 +259,8 @@ class Engine:
             case Loaded(number):
                 with self._changed:
                     worker.loaded[number] = message
+                    worker.loading.discard(number)
+                    worker.last_heard = time.monotonic()
                     self._changed.notify_all()
             case Stepped():
                 self._stepped(worker, message)
@@ -261,7 +272,7 @@ class Engine:
                 for model in {job.model for job in self._jobs.values() if job.model.number == message.model}:
                     model.observe(message.seconds_per_pass)
             answered = [(self._jobs.pop(id, None), result) for id, result in message.ended]
-            worker.busy.difference_update(id for id, _ in message.ended)
+            worker.take_back(id for id, _ in message.ended)
             self._hand_out()
             self._changed.notify_all()
         for job, result in answered:
@@ -276,7 +287,7 @@ class Engine:
             self._jobs.clear()
             self._waiting.clear()
             for worker in self.workers:
-                worker.busy.clear()
+                worker.take_back(worker.busy)
             self._changed.notify_all()
         for job in left:
             job.answer(error)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -22,12 +22,15 @@ Listener = Callable[["WorkerHandle", Stepped | Loaded | Failed], None]
 class WorkerHandle:
     """Starts the worker; `heard` is called, from a thread, with everything that it says, and with Failed when it dies.
 
-    busy: ids of the images that it has been given and has not reported on; the engine's lock guards it.
+    busy, staged: ids of the images that it has been given and has not reported on, and of those that have steps
+    loading:      models that it has been told to load; the engine's lock guards all three
     """
 
     def __init__(self, config: WorkerConfig, heard: Listener) -> None:
         self.config, self.heard = config, heard
         self.busy: set[int] = set()
+        self.staged: set[int] = set()
+        self.loading: set[int] = set()
         self.memory = 0
         self.last_heard = time.monotonic()
         self.loaded: dict[int, Loaded] = {}  # answers to Load that nobody has read
@@ -50,16 +53,40 @@ class WorkerHandle:
         """Send a message, in turn, without waiting for it to be read."""
         self._outbox.put(message)
 
-    def hang_up(self, timeout_s: float) -> None:
-        """Tell the worker to end; it is killed where it does not."""
+    def give(self, work: Work) -> None:
+        """One more image."""
+        if not self.busy:
+            self.last_heard = time.monotonic()  # its silence until now was no stall
+        self.busy.add(work.id)
+        if work.stage is not None:
+            self.staged.add(work.id)
+        self.say(work)
+
+    def has_room(self, stage: str | None) -> bool:
+        """Whether there is a slot for an image; those without steps have as many of their own."""
+        held = len(self.staged) if stage is not None else len(self.busy) - len(self.staged)
+        return held < self.config.slots
+
+    def take_back(self, ids: Iterable[int]) -> None:
+        """These are no longer its."""
+        ids = set(ids)
+        self.busy -= ids
+        self.staged -= ids
+
+    def hang_up(self) -> None:
+        """Tell the worker to end."""
         self._hung_up.set()
         self._outbox.put(None)
-        if self.process is not None:
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait for its process to end; it is killed where it does not, and left where not even that helps."""
+        if self.process is None:
+            return
+        for end in (self.process.kill, lambda: log.error("a worker on %s cannot be killed", self.config.device)):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout_s)
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait()
+                return
+            end()
 
     def _host(self, theirs: Connection) -> None:
         """Run the worker at the other end; tests run it in a thread."""

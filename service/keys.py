@@ -23,7 +23,7 @@ class KeyRing(NamedTuple):
     def user(self, request: HTTPConnection) -> str | None:
         """The name of the request's key, or None where none is needed; raises UnauthorizedError otherwise."""
         key = presented(request)
-        name = None if key is None else match(key, {**self.users, **self.admins})
+        name = None if key is None else match(key, self.users) or match(key, self.admins)
         if name is None and (self.required or key is not None):
             raise UnauthorizedError(
                 "no API key: send `Authorization: Bearer KEY`" if key is None else "the API key is not known here"

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -68,8 +68,16 @@ class Lane:
 
     def admit(self, works: Iterable[Work]) -> list[Ended]:
         """Give each image a slot; those that cannot begin come back."""
-        begun = [self._slot(work) for work in works]
-        failed = self._isolated(self._begin, begun)
+        begun: list[Slot] = []
+        failed: list[Ended] = []
+        for work in works:
+            try:
+                begun.append(self._slot(work))
+            except (RuntimeError, KeyError) as error:
+                if isinstance(error, torch.AcceleratorError):
+                    raise
+                failed.append(Ended(work.id, error))
+        failed += self._isolated(self._begin, begun)
         refused = {ended.id for ended in failed}
         self.slots += [slot for slot in begun if slot.work.id not in refused]
         return failed
@@ -89,11 +97,15 @@ class Lane:
         self.forget(slot.work.id for slot in finished)
         return ended + outcomes
 
-    def rehearse(self, size: int) -> float:
-        """`size` black images through a step and the end of every stage; the seconds that a pass took."""
+    def rehearse(self, size: int) -> Generator[None, None, float]:
+        """`size` black images through a step and the end of every stage, a stage for each `next`.
+
+        Returns the seconds that a pass took; raises what went wrong.
+        """
         black = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
-        started, done = time.monotonic(), 0
+        spent, done = 0.0, 0
         for stage in (None, *self.stages):
+            started = time.monotonic()
             ended = self.admit(Work(-i, 0, black, stage, 0, False, started) for i in range(size))
             ended += self.tick()
             done += sum(passes(stage) - slot.passes_left for slot in self.slots) or size
@@ -103,7 +115,9 @@ class Lane:
             for _, result in (*ended, *self.tick()):
                 if isinstance(result, Exception):
                     raise result
-        return (time.monotonic() - started) / done
+            spent += time.monotonic() - started
+            yield
+        return spent / done
 
     def _slot(self, work: Work) -> Slot:
         image = torch.from_numpy(work.image).to(self.device)

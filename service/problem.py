@@ -15,6 +15,7 @@ from models.errors import CheckpointError, ConfigError, RequestError
 
 log = logging.getLogger("unperturb.service")
 MEDIA_TYPE = "application/problem+json"
+FAULTS_SHOWN = 8
 CLIENT_CLOSED_REQUEST = 499  # the number that nginx gives a request whose client left
 
 
@@ -63,7 +64,7 @@ def install(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         request.scope["rejected"] = "Invalid"
-        faults = [f"{'.'.join(str(part) for part in e['loc'][1:])}: {e['msg']}" for e in error.errors()]
+        faults = [f"{'.'.join(str(part) for part in e['loc'][1:])}: {e['msg']}" for e in error.errors()[:FAULTS_SHOWN]]
         return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(faults))
 
     async def http(request: Request, error: Exception) -> JSONResponse:
@@ -77,7 +78,9 @@ def install(app: FastAPI) -> None:
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         log.error("request failed", exc_info=error, extra={"request_id": request.scope.get("request_id")})
-        return problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error; the service's log has it")
+        answer = problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error; the service's log has it")
+        answer.headers["x-request-id"] = request.scope.get("request_id", "")  # this one is sent outside of Observe
+        return answer
 
     for kind, handler in (
         (RequestError, refused), (ConfigError, out_of_range), (CheckpointError, out_of_range),

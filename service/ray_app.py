@@ -2,11 +2,13 @@
 
 A replica is one whole service: its own engine, limits and worker process, on a GPU of its own where there are GPUs.
 Ray routes, scales and restarts; what may wait, and for how long, is still decided by the engine. Settings are the
-service's own environment variables, and UNPERTURB_REPLICAS=2 or 1-8 (the least and the most; 1-4 by default).
+service's own environment variables, and UNPERTURB_REPLICAS=2 or 1-8 (the least and the most; 1-4 by default). POST
+/models changes one replica only: set UNPERTURB_CHECKPOINT instead.
 """
 
 import os
 import re
+import time
 
 import torch
 from fastapi import FastAPI
@@ -32,18 +34,26 @@ def replicas(text: str) -> tuple[int, int]:
 def build_app() -> FastAPI:
     """The app of one replica, in its process; Ray shows it one GPU, or none."""
     settings = Settings()
+    if settings.authentication == "auto":
+        settings = settings.model_copy(update={"authentication": "on"})
     logs.set_up(level=settings.log_level, style=settings.log_format)
     return create_app(settings, on_failure=_end)
 
 
 def _end(_: str) -> None:
-    """End the replica's process, which Ray then starts anew."""
+    """End the replica's process, which Ray then starts anew, once those who wait have been answered."""
+    time.sleep(1.0)
     os._exit(1)
 
 
 def build() -> serve.Application:
     """The deployment; raises ValidationError or ConfigError for a bad setting, before anything is started."""
     settings = Settings()
+    if settings.authentication == "auto" and not settings.api_keys:
+        raise ConfigError(
+            "Ray decides on which address it listens, so clients need an API key, and none is set: put the pair that "
+            "`unperturb key NAME` prints into UNPERTURB_API_KEYS, or set UNPERTURB_AUTHENTICATION=off"
+        )
     least, most = replicas(os.environ.get("UNPERTURB_REPLICAS", "1-4"))
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     deployment: serve.Deployment = serve.deployment(  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, settings: Settings, failed: list[str]) -> None:
         class Protocol(_Protocol):
-            header_timeout_s = settings.header_timeout_s
+            header_timeout_s, write_timeout_s = settings.header_timeout_s, settings.upload_timeout_s
+            max_connections = settings.max_connections
 
         super().__init__(
             uvicorn.Config(
@@ -34,16 +36,21 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                limit_concurrency=settings.max_connections,
-                timeout_graceful_shutdown=max(1, round(settings.grace_s)),
+                timeout_graceful_shutdown=round(settings.grace_s) + 2,
             )
         )
-        self.engine = app.state.engine
+        self.engine, self.grace_s = app.state.engine, settings.grace_s
         self.failed = failed
 
     async def on_tick(self, counter: int) -> bool:
         """Whether to end; uvicorn asks ten times a second."""
         return bool(self.failed) or await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's; what is in progress at the end of the grace period is refused in words."""
+        timer = asyncio.get_running_loop().call_later(self.grace_s, self.engine.refuse_rest)
+        await super().shutdown(sockets)
+        timer.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; a second signal ends at once."""
@@ -67,14 +74,31 @@ class Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection whose request's head does not arrive in time, the first one's or a later one's."""
+    """Closes a connection whose request's head does not arrive in time, the first one's or a later one's, or whose
+    client does not read its answer; and takes no more than so many.
+    """
 
     header_timeout_s: float
+    write_timeout_s: float
+    max_connections: int
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            transport.abort()
+            return
         self._expect_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -85,6 +109,8 @@ class _Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
         super().connection_lost(exc)
 
     def _in_request(self) -> bool:

@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     max_in_progress: Positive = Field(
         default=256, description="all clients' images in progress, from the request's head on; past it 503"
     )
-    max_connections: Positive = Field(default=2048, description="open connections; past it uvicorn's own plain 503")
+    max_connections: Positive = Field(default=2048, description="open connections; one more is closed at once")
     max_batch: Annotated[int, Field(ge=0)] = Field(
         default=0, description="slots on one device; 0: 16 on a CPU, 64 on a GPU"
     )
@@ -95,6 +95,9 @@ class Settings(BaseSettings):
         found = [PAIR.fullmatch(pair.strip()) for pair in value.split(",") if pair.strip()]
         if None in found:
             raise ValueError("not a list of name:sha256 pairs; `unperturb key NAME` makes one")
+        names = [pair["name"] for pair in found if pair is not None]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{max(names, key=names.count)!r} is named twice; each key needs a name of its own")
         return {pair["name"]: pair["digest"] for pair in found if pair is not None}
 
     @model_validator(mode="after")

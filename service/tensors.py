@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from models.errors import MalformedRequestError, UnprocessableError
+from service import json_body
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")
@@ -50,7 +51,7 @@ class InferRequest(BaseModel):
     id: str | None = None
     parameters: dict[str, Any] = Field(default_factory=dict)
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[OutputRequest] = Field(default_factory=list)
+    outputs: list[OutputRequest] = Field(default_factory=list, max_length=16)
 
 
 def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, NDArray[Any]]:
@@ -61,15 +62,20 @@ def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, ND
     if header_length is None:
         head, rest = body, b""
     else:
-        if not header_length.isdecimal() or not 0 < int(header_length) <= len(body):
+        if not header_length.isdecimal() or len(header_length) > 12 or not 0 < int(header_length) <= len(body):
             raise MalformedRequestError(f"{HEADER_LENGTH}: {header_length[:20]!r} is not a length within the body")
         head, rest = body[: int(header_length)], body[int(header_length) :]
     try:
-        request = InferRequest.model_validate_json(head)
+        request = InferRequest.model_validate(json_body.parse(head, unbounded="data"))
     except ValidationError as error:
         fault = error.errors()[0]
         raise MalformedRequestError(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}") from error
-    return request, _values(request.inputs[0], rest)
+    names = [output.name for output in request.outputs]
+    if len(set(names)) < len(names):
+        raise MalformedRequestError("an output is asked for twice")
+    values = _values(request.inputs[0], rest)
+    request.inputs[0].data = None  # a list of numbers is many times as large as the array
+    return request, values
 
 
 def _values(tensor: InputTensor, rest: bytes) -> NDArray[Any]:
@@ -108,7 +114,7 @@ def write_infer(
     """
     wanted = request.outputs or [OutputRequest(name=name) for name in default]
     everything_binary = bool(request.parameters.get("binary_data_output", False))
-    described, raw = [], b""
+    described, raw = [], []
     for output in wanted:
         values = outputs[output.name]
         datatype = next(name for name, dtype in DTYPES.items() if dtype == values.dtype)
@@ -116,7 +122,7 @@ def write_infer(
         if output.parameters.get("binary_data", everything_binary):
             payload = values.tobytes()
             entry["parameters"] = {"binary_data_size": len(payload)}
-            raw += payload
+            raw.append(payload)
         else:
             entry["data"] = values.reshape(-1).tolist()
         described.append(entry)
@@ -124,4 +130,4 @@ def write_infer(
     if request.id is not None:
         answer["id"] = request.id
     head = json.dumps(answer).encode()
-    return head + raw, len(head) if raw else None
+    return b"".join((head, *raw)), len(head) if raw else None

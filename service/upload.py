@@ -14,6 +14,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.errors import MalformedRequestError, TooLargeError, UnsupportedTypeError, UploadTimeoutError
+from service import json_body
 
 _BINARY = {"type": "string", "format": "binary"}
 
@@ -100,16 +101,15 @@ def too_many(found: int | None, max_images: int) -> TooLargeError:
 
 
 def _from_json(body: bytes, max_images: int) -> Upload:
+    value = json_body.parse(body)
+    if isinstance(value.get("inputs"), list) and len(value["inputs"]) > max_images:
+        raise too_many(len(value["inputs"]), max_images)
     try:
-        parsed = JsonBody.model_validate_json(body)
+        parsed = JsonBody.model_validate(value)
     except ValidationError as error:
-        if any(fault["type"] == "json_invalid" for fault in error.errors()):
-            raise MalformedRequestError("the body is not JSON") from error
         raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
     many = not isinstance(parsed.inputs, str)
     texts = parsed.inputs if isinstance(parsed.inputs, list) else [parsed.inputs]
-    if len(texts) > max_images:
-        raise too_many(len(texts), max_images)
     files = []
     for i, text in enumerate(texts):
         try:

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from service.lane import Ended, Lane, bucket
 from service.messages import Failed, Gone, Load, Loaded, Stepped, Unload, Work
 
 log = logging.getLogger("unperturb.worker")
+DONE = object()
 
 
 class WorkerConfig(NamedTuple):
@@ -50,6 +53,7 @@ class _Worker:
     def __init__(self, server: Connection, config: WorkerConfig) -> None:
         self.server, self.config, self.device = server, config, torch.device(config.device)
         self.lanes: dict[int, Lane] = {}
+        self.loading: deque[Iterator[None]] = deque()
 
     def run(self) -> None:
         while True:
@@ -57,11 +61,13 @@ class _Worker:
             for model, lane in list(self.lanes.items()):
                 if lane.slots:
                     self._tick(model, lane)
+            if self.loading and next(self.loading[0], DONE) is DONE:  # a piece at a time, between steps
+                self.loading.popleft()
 
     def _read(self) -> None:
         """Everything that the server has said; waits for it where there is nothing else to do."""
         new: dict[int, list[Work]] = {}
-        while self.server.poll(0 if new or any(lane.slots for lane in self.lanes.values()) else None):
+        while self.server.poll(0 if new or self._busy() else None):
             match self.server.recv():
                 case Work() as one:
                     new.setdefault(one.model, []).append(one)
@@ -70,16 +76,20 @@ class _Worker:
                     for lane in self.lanes.values():
                         lane.forget(ids)
                 case Load(model, name, digest):
-                    self._load(model, name, digest)
+                    self.loading.append(self._load(model, name, digest))
                 case None:
                     raise EOFError
                 case Unload(model):
                     self.lanes.pop(model, None)
         for model, works in new.items():
-            if ended := self.lanes[model].admit(works):
+            if works and (ended := self.lanes[model].admit(works)):
                 self._report(model, 0, 0.0, None, ended)
 
-    def _load(self, model: int, name: str, digest: str) -> None:
+    def _busy(self) -> bool:
+        return bool(self.loading) or any(lane.slots for lane in self.lanes.values())
+
+    def _load(self, model: int, name: str, digest: str) -> Iterator[None]:
+        """Load a checkpoint and warm it up, a piece for each `next`; a checkpoint's fault is its own alone."""
         started, spent = time.monotonic(), 0.0
         try:
             loaded = checkpoint.load(name, device=self.device)
@@ -87,9 +97,14 @@ class _Worker:
                 raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
             lane = Lane(loaded, self.device, pad=self.config.pad)
             for size in sorted({bucket(n) for n in range(1, self.config.slots)} | {self.config.slots}):
-                spent = lane.rehearse(size)
-        except (CheckpointError, torch.OutOfMemoryError) as error:
-            self.server.send(Loaded(model, 0.0, str(error)))
+                yield
+                spent = yield from lane.rehearse(size)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            log.exception("checkpoint %s cannot be served", name)
+            reason = str(error) if isinstance(error, CheckpointError) else f"it does not run: {error}"
+            self.server.send(Loaded(model, 0.0, reason))
             return
         self.lanes[model] = lane
         log.info("warmed up %s on %s in %.1f s", loaded.card.id, self.device, time.monotonic() - started)

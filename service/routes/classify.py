@@ -1,5 +1,6 @@
 """POST /classify and POST /purify."""
 
+import asyncio
 import time
 from functools import partial
 from typing import Annotated, Literal
@@ -55,13 +56,14 @@ def router(gateway: Gateway) -> APIRouter:
                     seed=wanted.seed,
                     wants_image=wanted.return_image,
                 )
-            answers = [
+            answers = await asyncio.to_thread(
+                lambda: [
                 answer(
                     outcome, one, model, request_id=ticket.id, preset=preset, top_k=top_k,
                     return_image=wanted.return_image, decode_ms=decode_ms, total_ms=ticket.spent_ms,
                 )
                 for outcome, one in zip(outcomes, decoded, strict=True)
-            ]  # fmt: skip
+            ])  # fmt: skip
         return Answers(request_id=ticket.id, answers=answers) if upload.many else answers[0]
 
     @routes.post(

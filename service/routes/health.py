@@ -19,7 +19,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def healthz() -> dict[str, str]:
         """The process can serve, now or after its warm-up; 503 when it must be restarted."""
         if gateway.engine.failure is not None:
-            raise NotReadyError(f"the service has failed and must be restarted ({gateway.engine.failure})")
+            raise NotReadyError(gateway.engine.not_ready or "")
         return {"status": "alive"}
 
     @routes.get("/readyz", responses=unavailable)

@@ -67,7 +67,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def live() -> dict[str, bool]:
         """The process can still serve."""
         if gateway.engine.failure is not None:
-            raise NotReadyError(gateway.engine.failure)
+            raise NotReadyError(gateway.engine.not_ready or "")
         return {"live": True}
 
     @routes.get("/health/ready", responses=problem.responses(503))
@@ -77,10 +77,11 @@ def router(gateway: Gateway) -> APIRouter:
             raise NotReadyError(reason)
         return {"ready": True}
 
-    @routes.get("/models/{id}", responses=not_found)
+    @routes.get("/models/{id}", responses={**not_found, **problem.responses(401)})
     @routes.get("/models/{id}/versions/1", include_in_schema=False)
-    async def metadata(id: str) -> dict[str, Any]:
+    async def metadata(request: Request, id: str) -> dict[str, Any]:
         """The model's inputs and outputs."""
+        gateway.keys.user(request)
         model = gateway.engine.models.get(id)
         side, classes = model.image_size, len(model.card.classes)
         shapes = {
@@ -130,7 +131,8 @@ def router(gateway: Gateway) -> APIRouter:
                     wants_image=any(output.name == "purified" for output in asked.outputs),
                 )  # fmt: skip
         names = [output.name for output in asked.outputs] or DEFAULT_OUTPUTS
-        payload, head = write_infer(asked, model.id, {n: OUTPUTS[n](outcomes) for n in names}, DEFAULT_OUTPUTS)
+        outputs = {name: OUTPUTS[name](outcomes) for name in names}
+        payload, head = await asyncio.to_thread(write_infer, asked, model.id, outputs, DEFAULT_OUTPUTS)
         if head is None:
             return Response(payload, media_type="application/json")
         return Response(payload, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})

@@ -5,12 +5,16 @@ import dataclasses
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from service import problem
+from service import json_body, problem
 from service.gateway import Gateway
 from service.served import Model
+from service.upload import read_within
+
+MAX_BYTES = 65_536
 
 
 class Described(BaseModel):
@@ -49,28 +53,46 @@ def router(gateway: Gateway) -> APIRouter:
             image_size=model.image_size, default=model.id == engine.models.default_id,
         )  # fmt: skip
 
-    @routes.get("/models")
-    async def models() -> list[Described]:
+    @routes.get("/models", responses=problem.responses(401))
+    async def models(request: Request) -> list[Described]:
         """Every model that is served."""
+        gateway.keys.user(request)
         return [described(model) for model in engine.models.by_id.values()]
 
-    @routes.get("/models/{id}", responses=problem.responses(404))
-    async def card(id: str) -> JSONResponse:
+    @routes.get("/models/{id}", responses=problem.responses(401, 404))
+    async def card(request: Request, id: str) -> JSONResponse:
         """A model's card: architecture, classes, data, training and measured figures."""
+        gateway.keys.user(request)
         return JSONResponse(dataclasses.asdict(engine.models.get(id).card))
 
-    @routes.get("/model")
-    async def default_card() -> JSONResponse:
+    @routes.get("/model", responses=problem.responses(401))
+    async def default_card(request: Request) -> JSONResponse:
         """The default model's card."""
+        gateway.keys.user(request)
         return JSONResponse(dataclasses.asdict(engine.models.get(None).card))
 
-    @routes.post("/models", status_code=201, responses=problem.responses(401, 403, 422, 503))
-    async def load(request: Request, wanted: ToLoad) -> Described:
+    @routes.post(
+        "/models",
+        status_code=201,
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": ToLoad.model_json_schema()}},
+            }
+        },
+        responses=problem.responses(400, 401, 403, 408, 413, 422, 503),
+    )
+    async def load(request: Request) -> Described:
         """Load a checkpoint and warm it up beside the others, then serve it.
 
         Requests that are in progress on a model of the same id end on the one they began with.
         """
         gateway.keys.admin(request)
+        body = await read_within(request, max_bytes=MAX_BYTES, timeout_s=gateway.settings.upload_timeout_s)
+        try:
+            wanted = ToLoad.model_validate(json_body.parse(body))
+        except ValidationError as error:
+            raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
         async with changing:
             model = await asyncio.to_thread(
                 engine.add, wanted.checkpoint, wanted.id, digest=wanted.digest, default=wanted.default
