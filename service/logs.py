@@ -9,6 +9,11 @@ from typing import Any
 _OWN = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
 
 
+def _extra(record: logging.LogRecord) -> dict[str, Any]:
+    """What was given as `extra`; Ray adds a private member to every record of its process."""
+    return {key: value for key, value in vars(record).items() if key not in _OWN and not key.startswith("_")}
+
+
 class JsonLines(logging.Formatter):
     """A record as one line of JSON, with what was given as `extra`."""
 
@@ -20,7 +25,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **{key: value for key, value in vars(record).items() if key not in _OWN},
+            **_extra(record),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -35,7 +40,7 @@ class Text(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """The line."""
-        extra = " ".join(f"{key}={value}" for key, value in vars(record).items() if key not in _OWN)
+        extra = " ".join(f"{key}={value}" for key, value in _extra(record).items())
         return f"{super().formatMessage(record)} {extra}".rstrip()
 
 

@@ -20,7 +20,7 @@ from models.reverse_attack import PRESETS
 from service.engine import Engine
 from service.handle import WorkerHandle
 from service.lane import Lane, Slot
-from service.messages import Outcome
+from service.messages import Outcome, Work
 from service.metrics import Metrics
 from service.stages import ATTACK, passes
 from service.worker import WorkerConfig, work
@@ -464,3 +464,52 @@ def test_models_are_added_warm_refused_and_removed_by_id(engines: Callable[..., 
         engine.add(str(tiny_folder), None, digest="0" * 64)
     with pytest.raises(CheckpointError, match="no/such"):
         engine.add("no/such", None)
+
+
+def test_checkpoint_that_does_not_run_is_refused_and_the_others_are_served(
+    engines: Callable[..., Engine], images: torch.Tensor, tmp_path: Path
+) -> None:
+    broken = make_checkpoint()
+    with torch.no_grad():
+        for parameter in broken.classifier.parameters():
+            parameter.mul_(1e30)
+    checkpoint.save(tmp_path, broken, half=False)
+    engine = engines(slots=2)
+    with pytest.raises(CheckpointError, match="does not run"):
+        engine.add(str(tmp_path), "broken")
+    assert engine.failure is None
+    assert list(engine.models.by_id) == ["tiny"]
+    assert one(engine, uint8(images)[0]).loss_before is not None
+
+
+def test_images_are_served_while_a_model_is_warmed_up(
+    engines: Callable[..., Engine], images: torch.Tensor, tiny_folder: Path
+) -> None:
+    engine = engines(slots=16)
+
+    async def both() -> tuple[int, bool]:
+        adding = asyncio.create_task(asyncio.to_thread(engine.add, str(tiny_folder), "second"))
+        served = 0
+        while not adding.done():
+            await submit(engine, uint8(images)[:1])
+            served += not adding.done()
+        return served, (await adding).id == "second"
+
+    served, added = asyncio.run(both())
+    assert served >= 2
+    assert added
+
+
+def test_images_without_steps_do_not_take_the_slots_of_those_with() -> None:
+    handle = WorkerHandle(WorkerConfig("cpu", 2, False, 1, "warning", "text"), lambda *_: None)
+    black = np.zeros((3, 8, 8), dtype=np.uint8)
+    for i in range(2):
+        handle.give(Work(i, 1, black, None, 0, False, 0.0))
+    assert not handle.has_room(None)
+    assert handle.has_room("default")
+    for i in range(2, 4):
+        handle.give(Work(i, 1, black, "default", 0, False, 0.0))
+    assert not handle.has_room("default")
+    handle.take_back([0, 2])
+    assert handle.has_room(None)
+    assert handle.has_room("default")

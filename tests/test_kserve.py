@@ -128,6 +128,7 @@ def request(**changed: Any) -> dict[str, Any]:
         (request(data=None), 400, "either"),
         (request(data=None, parameters={"binary_data_size": 4}), 400, "binary_data_size=4"),
         ({**request(), "outputs": [{"name": "logits"}]}, 400, "'logits' is not one of"),
+        ({**request(), "outputs": [{"name": "scores"}] * 2}, 400, "asked for twice"),
         ({**request(), "parameters": {"colour": 1}}, 422, "parameters.colour"),
         ({**request(), "parameters": {"purify": "never"}, "outputs": [{"name": "linf"}]}, 400, "'linf'"),
         ({"inputs": []}, 400, "inputs"),
@@ -141,7 +142,7 @@ def test_bad_tensor_is_refused_by_name(client: TestClient, body: dict[str, Any],
     assert message in answer.json()["error"]
 
 
-@pytest.mark.parametrize("length", ["x", "-1", "0", "99999999", "1e3"])
+@pytest.mark.parametrize("length", ["x", "-1", "0", "99999999", "1e3", "9" * 5000])
 def test_bad_header_length_is_refused(client: TestClient, length: str) -> None:
     answer = client.post(
         "/v2/models/tiny/infer", content=b"{}", headers={"inference-header-content-length": length}

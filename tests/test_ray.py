@@ -18,6 +18,7 @@ from models.errors import ConfigError
 from tests.test_service import photo
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'unperturb[ray]'")
+pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import sys, time
@@ -97,9 +98,13 @@ def test_replica_killed_under_load_loses_no_request_without_an_answer(
 
 @pytest.mark.parametrize("text", ["0", "3-2", "two", "1-", ""])
 def test_bad_number_of_replicas_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from service.ray_app import replicas
+    monkeypatch.setenv("UNPERTURB_AUTHENTICATION", "off")
+    from service.ray_app import build, replicas
 
     with pytest.raises(ConfigError, match="UNPERTURB_REPLICAS"):
         replicas(text)
     assert replicas("3") == (3, 3)
     assert replicas("1-8") == (1, 8)
+    monkeypatch.setenv("UNPERTURB_AUTHENTICATION", "auto")
+    with pytest.raises(ConfigError, match="UNPERTURB_API_KEYS"):
+        build()

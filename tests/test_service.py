@@ -303,6 +303,26 @@ def test_bad_json_is_refused_by_name(client: TestClient, body: Any, status: int,
     assert message in answer.json()["detail"]
 
 
+@pytest.mark.parametrize("path", ["/classify", "/v2/models/tiny/infer"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": [1] * 2000},
+        {"inputs": "", "parameters": {str(i): 1 for i in range(2000)}},
+        {"inputs": [], "outputs": [{"name": "scores"}] * 1000},
+        [[[]] * 1001],
+    ],
+    ids=["list", "parameters", "outputs", "no object"],
+)
+def test_json_of_too_many_members_is_refused_before_each_costs_an_error(
+    client: TestClient, path: str, body: Any
+) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    assert len(answer.text) < 1000
+    assert "more than 1,000 members" in answer.text or "not a JSON object" in answer.text
+
+
 def test_too_many_files_are_refused(client: TestClient) -> None:
     answer = client.post("/classify", files=[("images", photo())] * 33)
     assert answer.status_code == 413
@@ -407,6 +427,9 @@ def test_serving_strangers_without_keys_is_refused_unless_switched_off_by_name(h
 def test_keys_come_from_the_environment_and_a_key_in_their_place_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNPERTURB_API_KEYS", f"ann:{digest('a')}, bob:{digest('b')}")
     assert Settings().api_keys == {"ann": digest("a"), "bob": digest("b")}
+    monkeypatch.setenv("UNPERTURB_API_KEYS", f"ann:{digest('a')},ann:{digest('b')}")
+    with pytest.raises(ValidationError, match="'ann' is named twice"):
+        Settings()
     monkeypatch.setenv("UNPERTURB_API_KEYS", "ann:plain-secret")
     with pytest.raises(ValidationError, match="unperturb key NAME"):
         Settings()
@@ -438,6 +461,13 @@ def test_models_are_loaded_replaced_and_removed_by_an_administrator(
     assert client.delete("/models/tiny", headers=admin).status_code == 422
     assert client.delete("/models/other", headers=admin).status_code == 204
     assert client.post("/classify?model=other", files={"image": photo()}).status_code == 404
+
+
+def test_body_of_a_model_is_not_read_before_the_key_and_is_bounded(client: TestClient) -> None:
+    admin = {"authorization": "Bearer admin's"}
+    assert client.post("/models", content=b"x" * 100_000).status_code == 401
+    assert client.post("/models", content=b"x" * 100_000, headers=admin).status_code == 413
+    assert client.post("/models", content=b"x", headers=admin).status_code == 400
 
 
 def test_without_an_administrators_key_models_cannot_be_changed(tiny_folder: Path) -> None:
