@@ -90,6 +90,11 @@ def photo(seed: int = 0) -> FilePayload:
     return {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
 
 
+def use_sample(page: Page) -> None:
+    page.get_by_role("button", name="sample").click()
+    expect(page.locator("#name")).to_have_text("the sample drawing")  # it is fetched
+
+
 def press_run(page: Page) -> Any:
     """The service's answer, once the page has drawn it."""
     with page.expect_response("**/inspect?*") as response:
@@ -160,7 +165,7 @@ def test_attacked_file_is_shown_at_every_point_of_its_way(page: Page) -> None:
 
 
 def test_sample_without_an_attack_has_one_difference(page: Page) -> None:
-    page.get_by_role("button", name="sample").click()
+    use_sample(page)
     page.get_by_label("Purifier").select_option("published")
     answer = press_run(page)
     assert (answer["preset"], answer["attacked"]) == ("published", None)
@@ -229,7 +234,7 @@ def test_refused_file_and_no_file_are_told_in_words(page: Page) -> None:
 )
 def test_failure_is_told_in_words(page: Page, answer: dict[str, Any] | None, words: str) -> None:
     page.route("**/inspect?*", lambda route: route.abort() if answer is None else route.fulfill(**answer))
-    page.get_by_role("button", name="sample").click()
+    use_sample(page)
     page.get_by_role("button", name="Run").click()
     expect(page.get_by_role("status")).to_contain_text(words)
     page.unroute("**/inspect?*")
@@ -237,7 +242,7 @@ def test_failure_is_told_in_words(page: Page, answer: dict[str, Any] | None, wor
 
 
 def test_unknown_key_opens_the_field_and_the_right_one_is_kept_for_the_tab(page: Page) -> None:
-    page.get_by_role("button", name="sample").click()
+    use_sample(page)
     key, summary = page.locator("#key"), page.get_by_text("API key", exact=True)
     summary.click()
     key.fill("another")
@@ -248,7 +253,7 @@ def test_unknown_key_opens_the_field_and_the_right_one_is_kept_for_the_tab(page:
     expect(key).to_be_focused()
     key.fill(KEY)
     page.reload()
-    page.get_by_role("button", name="sample").click()
+    use_sample(page)
     with page.expect_request("**/inspect?*") as sent:
         press_run(page)
     assert sent.value.header_value("authorization") == f"Bearer {KEY}"
@@ -272,7 +277,7 @@ def test_answer_for_an_image_that_was_replaced_is_not_shown(page: Page) -> None:
 
 @pytest.mark.parametrize("page", [{"viewport": {"width": 375, "height": 700}}], ids=["375 px"], indirect=True)
 def test_phone_needs_no_sideways_scrolling(page: Page) -> None:
-    page.get_by_role("button", name="sample").click()
+    use_sample(page)
     page.get_by_label("Attack it first").check()
     press_run(page)
     assert page.evaluate("document.documentElement.scrollWidth") == 375
