@@ -314,6 +314,7 @@ def test_missing_package_is_named_with_its_remedy(
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "parquet"])
 def test_memory_does_not_grow_with_the_number_of_images(
     tmp_path: Path, out: Path, tiny_folder: Path, kind: str
