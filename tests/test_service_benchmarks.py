@@ -32,9 +32,10 @@ def test_arrivals_do_not_wait_for_answers_and_are_the_same_for_a_seed() -> None:
         async def slow(request: web.Request) -> web.Response:
             nonlocal seen
             seen += 1
+            status = 503 if seen % 2 else 200
             await request.read()
             await asyncio.sleep(0.5)
-            return web.Response(status=503 if seen % 2 else 200)
+            return web.Response(status=status)
 
         server = web.Application()
         server.router.add_post("/classify", slow)
@@ -53,7 +54,7 @@ def test_arrivals_do_not_wait_for_answers_and_are_the_same_for_a_seed() -> None:
     assert 30 <= len(first) <= 75  # 50 expected; a closed loop would send one
     assert seen == 2 * len(first)
     assert {one.status for one in first} == {200, 503}
-    assert all(one.seconds >= 0.5 for one in first)
+    assert all(one.seconds >= 0.45 for one in first)  # a timer may be a little early
 
 
 @pytest.mark.parametrize("kind", list(hostile.FORMATS))
