@@ -12,7 +12,6 @@ soak:         load over capacity for a long time, and the memory of all its proc
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import urlopen
 
+import psutil
 import torch
 
 from benchmarks import hostile, open_loop, results
@@ -97,8 +97,8 @@ def killed(config: Config) -> dict[str, Any]:
             open_loop.offer(server.url, pngs(config), rate=40.0, seconds=4.0, seed=config.seed)
         )  # fmt: skip
         await asyncio.sleep(2.0)
-        (worker,) = [pid for pid in tree(server.process.pid) if "service.worker" in command(pid)]
-        os.kill(worker, 9)
+        (worker,) = [one for one in tree(server.process.pid) if "service.worker" in one.cmdline()]
+        worker.kill()
         return await task
 
     with serving(config) as server:
@@ -283,28 +283,15 @@ def metric(server: Server, name: str) -> float:
     return next(float(line.split()[1]) for line in text_metrics(server) if line.startswith(f"{name} "))
 
 
-def tree(pid: int) -> list[int]:
+def tree(pid: int) -> list[psutil.Process]:
     """A process and all of its descendants."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    found = [pid]
-    for task in children.parent.parent.glob("*/children"):
-        for child in task.read_text().split():
-            found += tree(int(child))
-    return found
-
-
-def command(pid: int) -> str:
-    """A process's command line."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]
 
 
 def memory(pid: int) -> float:
     """MB of pages that no other process shares, over the process and its descendants."""
-    total = 0
-    for one in tree(pid):
-        lines = Path(f"/proc/{one}/smaps_rollup").read_text().splitlines()
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
-    return total / 1024
+    return float(sum(one.memory_full_info().uss for one in tree(pid)) / 2**20)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -43,6 +43,7 @@ def create_app(
         ],
         max_queue=settings.max_queue,
         max_wait_s=settings.max_wait_s,
+        usual=settings.preset,
         stall_s=settings.stall_s,
         metrics=metrics,
         on_failure=on_failure,

@@ -25,6 +25,7 @@ from service.worker import WorkerConfig
 
 log = logging.getLogger("unperturb.engine")
 WATCH_EVERY_S = 0.1
+PATIENCE = 2.0  # times its own time that a newcomer waits for others: three times in all
 LOAD_TIMEOUT_S = 900.0
 
 
@@ -33,18 +34,20 @@ class Engine:
 
     slots:      images in progress on one device
     max_queue:  images that may wait for a slot
-    max_wait_s: estimated seconds of work that may stand before a newcomer, waiting or in slots
+    max_wait_s: estimated seconds that all the others may add to a newcomer's own; None: twice its own, or those of one
+                image in stage `usual` where they are more
     stall_s:    for how long a worker that has work may say nothing
     on_failure: called, from a thread, when it can never serve again; everybody who waits has been answered with
                 NotReadyError by then
     """
 
     def __init__(
-        self, name: str, *, workers: Sequence[WorkerConfig], max_queue: int, max_wait_s: float, stall_s: float,
-        metrics: Metrics, on_failure: Callable[[str], None] | None = None,
+        self, name: str, *, workers: Sequence[WorkerConfig], max_queue: int, max_wait_s: float | None, usual: str,
+        stall_s: float, metrics: Metrics, on_failure: Callable[[str], None] | None = None,
         handle: Callable[..., WorkerHandle] = WorkerHandle,
     ) -> None:  # fmt: skip
-        self.max_queue, self.max_wait_s, self.stall_s, self.metrics = max_queue, max_wait_s, stall_s, metrics
+        self.max_queue, self.max_wait_s, self.usual = max_queue, max_wait_s, usual
+        self.stall_s, self.metrics = stall_s, metrics
         self._ids = itertools.count(1)
         self.models = Served(name, self._let_go)
         self.workers = [handle(config, self._heard) for config in workers]
@@ -147,7 +150,7 @@ class Engine:
             if one.refused is not None:
                 self._let_go(model)
                 raise CheckpointError(one.refused)
-            model.observe(one.seconds_per_pass)
+            model.cost = max(model.cost, one.cost, key=lambda cost: cost.per_pass_s)
 
     def _let_go(self, model: Model) -> None:
         for worker in self.workers:
@@ -171,18 +174,19 @@ class Engine:
 
     # -- its queue -----------------------------------------------------------------------------------------------------
 
-    def refuse_if_full(self, images: int = 1) -> None:
-        """NotReadyError, with the seconds after which to try again, where so many images cannot be taken now."""
+    def refuse_if_full(self, stage: str | None) -> None:
+        """NotReadyError, with the seconds after which to try again, where one more image cannot be taken now."""
         if (reason := self.not_ready) is not None:
             raise NotReadyError(reason)
-        self._refuse_past_limits(images)
+        self._refuse_past_limits(self.models.get(None), stage, 1)
 
     async def submit(
         self, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seeds: Sequence[int],
-        deadline: float, wants_image: bool = False,
+        deadline: float, wants_image: bool = False, begun: bool = False,
     ) -> list[Outcome]:  # fmt: skip
         """The outcomes of one request's images (uint8, or float32 in [0, 1]), each with its seed; all, or an error.
 
+        begun: work has been done for this request already, so that it is not refused for the work of others.
         Raises NotReadyError where they cannot be taken, DeadlineError past `deadline` (time.monotonic's clock),
         and what the model raised. Cancelling it frees the slots at the next step.
         """
@@ -196,7 +200,8 @@ class Engine:
         with self._changed:
             if self.failure is not None:
                 raise NotReadyError(self.not_ready or "")
-            self._refuse_past_limits(len(jobs))
+            if not begun:
+                self._refuse_past_limits(model, stage, len(jobs))
             self._jobs.update((job.id, job) for job in jobs)
             self._waiting.extend(jobs)
             self._hand_out()
@@ -208,18 +213,22 @@ class Engine:
         finally:
             self._forget(jobs)
 
-    def _refuse_past_limits(self, images: int) -> None:
+    def _refuse_past_limits(self, model: Model, stage: str | None, images: int) -> None:
+        """A request's own images are not held against it: alone it is taken whatever it costs."""
         with self._changed:
-            ahead_s = sum(job.seconds() for job in self._jobs.values()) / len(self.workers)
+            wait_s = sum(job.model.beside_s(job.stage, stage) for job in self._jobs.values()) / len(self.workers)
             if len(self._waiting) + images > self.max_queue:
                 raise NotReadyError(
                     f"{len(self._waiting)} images are waiting, and at most {self.max_queue} may; try again",
-                    retry_after_s=max(1, math.ceil(ahead_s)),
+                    retry_after_s=max(1, math.ceil(wait_s)),
                 )
-            if ahead_s > self.max_wait_s:
+            limit_s = self.max_wait_s
+            if limit_s is None:
+                limit_s = PATIENCE * max(model.alone_s(stage), model.alone_s(self.usual))
+            if wait_s > limit_s:
                 raise NotReadyError(
-                    f"the work ahead takes about {ahead_s:.1f} s, at most {self.max_wait_s:g} s may wait; try again",
-                    retry_after_s=max(1, math.ceil(ahead_s - self.max_wait_s)),
+                    f"images in progress would take about {wait_s:.2f} s, at most {limit_s:.2f} s may; try again",
+                    retry_after_s=max(1, math.ceil(wait_s - limit_s)),
                 )
 
     def _hand_out(self) -> None:
@@ -268,9 +277,9 @@ class Engine:
     def _stepped(self, worker: WorkerHandle, message: Stepped) -> None:
         worker.memory = message.memory
         with self._changed:
-            if message.seconds_per_pass is not None:
+            if message.pace is not None:
                 for model in {job.model for job in self._jobs.values() if job.model.number == message.model}:
-                    model.observe(message.seconds_per_pass)
+                    model.observe(message.pace)
             answered = [(self._jobs.pop(id, None), result) for id, result in message.ended]
             worker.take_back(id for id, _ in message.ended)
             self._hand_out()

@@ -60,8 +60,10 @@ class Gateway:
         self.limits = Limits(per_client=settings.max_per_client, total=settings.max_in_progress)
 
     @contextmanager
-    def admit(self, request: Request, timeout_s: float | None) -> Iterator[Ticket]:
+    def admit(self, request: Request, timeout_s: float | None, *, stage: str | None) -> Iterator[Ticket]:
         """Let one request in, counted as one image until its number is known (`count`).
+
+        stage: its images', as far as its head says
 
         Raises UnauthorizedError, TooManyRequestsError, and NotReadyError where the engine could not take it now: better
         before its body is read and decoded than after.
@@ -71,7 +73,7 @@ class Gateway:
         client = f"key {user}" if user is not None else (request.client.host if request.client else "unknown")
         request.scope["client_name"] = client
         deadline = time.monotonic() + min(timeout_s or math.inf, self.settings.timeout_s)
-        self.engine.refuse_if_full()
+        self.engine.refuse_if_full(stage)
         with self.limits.hold(client, 1):
             yield Ticket(request, client, deadline, started)
 
@@ -114,12 +116,13 @@ class Gateway:
 
     async def run(
         self, ticket: Ticket, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seed: int,
-        wants_image: bool = False,
+        wants_image: bool = False, begun: bool = False,
     ) -> list[Outcome]:  # fmt: skip
-        """Through the engine, each image with the seed."""
+        """Through the engine, each image with the seed; `begun` as Engine.submit has it."""
         work = self.engine.submit(
-            model, images, stage=stage, seeds=[seed] * len(images), deadline=ticket.deadline, wants_image=wants_image
-        )
+            model, images, stage=stage, seeds=[seed] * len(images), deadline=ticket.deadline, wants_image=wants_image,
+            begun=begun,
+        )  # fmt: skip
         outcomes = await self._while_waited_for(ticket, stage or "classify", work)
         for outcome in outcomes:
             self.metrics.answered(outcome, stage)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from service.handle import WorkerHandle
 from service.messages import Outcome
 from service.served import Model
-from service.stages import passes
 
 log = logging.getLogger("unperturb.engine")
 
@@ -30,10 +29,6 @@ class Job:
     future: "asyncio.Future[Outcome]"
     queued_at: float = field(default_factory=time.monotonic)
     worker: WorkerHandle | None = None
-
-    def seconds(self) -> float:
-        """Estimated seconds of one device's time; what is in a slot is taken to be half done."""
-        return passes(self.stage) * self.model.seconds_per_pass * (0.5 if self.worker is not None else 1.0)
 
     def answer(self, result: Outcome | Exception) -> None:
         """Resolve the future, unless its client has gone; from any thread."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from models.checkpoint import Checkpoint
 from models.continuous import Slots, Stage, features_of, step_together
 from models.errors import UnprocessableError
+from service.cost import Spent
 from service.messages import Outcome, Work
 from service.stages import ATTACK, finish_passes, passes, stages_of, step_passes
 
@@ -97,10 +98,10 @@ class Lane:
         self.forget(slot.work.id for slot in finished)
         return ended + outcomes
 
-    def rehearse(self, size: int) -> Generator[None, None, float]:
+    def rehearse(self, size: int) -> Generator[None, None, Spent]:
         """`size` black images through a step and the end of every stage, a stage for each `next`.
 
-        Returns the seconds that a pass took; raises what went wrong.
+        Returns what that took; raises what went wrong.
         """
         black = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
         spent, done = 0.0, 0
@@ -117,7 +118,7 @@ class Lane:
                     raise result
             spent += time.monotonic() - started
             yield
-        return spent / done
+        return Spent(1 + 2 * len(self.stages), done, spent)
 
     def _slot(self, work: Work) -> Slot:
         image = torch.from_numpy(work.image).to(self.device)
@@ -177,8 +178,8 @@ class Lane:
         """The losses before and after on new views, and both classifications, in one pass through the classifier."""
         started = time.monotonic()
         parts = _by_stage(slots)
-        plain = [slot for slot in slots if slot.stage is None]
-        ordered = [slot for _, part in parts for slot in part] + plain
+        staged = [slot for _, part in parts for slot in part]
+        ordered = staged + [slot for slot in slots if slot.stage is None]
         images: list[Tensor] = []
         states: list[Slots] = []
         with torch.no_grad():
@@ -187,17 +188,18 @@ class Lane:
                 states.append(state)
                 twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
                 images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
-            images += [_stack(ordered, "x0"), _stack(ordered, "x")]
+            images += [_stack(ordered, "x0"), *([_stack(staged, "x")] if staged else [])]
             rows = sum(len(image) for image in images)
-            *features, before, after = features_of(self.classifier, images, pad_to=self._pad_to(rows))
-            scores = self.classifier.logits(torch.cat((before, after))).float().softmax(1)
+            features = features_of(self.classifier, images, pad_to=self._pad_to(rows))
+            scores = self.classifier.logits(torch.cat(features[2 * len(parts) :])).float().softmax(1).cpu().numpy()
             losses = [
                 stage.loss_of(state, part).cpu()
-                for (stage, _), state, *pair in zip(parts, states, features[::2], features[1::2], strict=True)
+                for (stage, _), state, *pair in zip(parts, states, features[::2], features[1::2], strict=False)
                 for part in pair
             ]
-            linf = (_stack(ordered, "x") - _stack(ordered, "x0")).abs().amax((1, 2, 3)).tolist()
-        unpurified, purified = scores.cpu().numpy().reshape(2, len(ordered), -1)
+            linf = (_stack(staged, "x") - _stack(staged, "x0")).abs().amax((1, 2, 3)).tolist() if staged else []
+        unpurified = scores[: len(ordered)]
+        purified = np.concatenate((scores[len(ordered) :], unpurified[len(staged) :]))
         loss_before = torch.cat(losses[::2]).tolist() if losses else []
         loss_after = torch.cat(losses[1::2]).tolist() if losses else []
         now = time.monotonic()

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from service.cost import Cost
+
 
 class Outcome(NamedTuple):
     """One image's softmax scores after and before its stage, what the stage did, and timings in ms.
@@ -59,20 +61,23 @@ class Gone(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """From a worker: seconds of one image forward through the model in a full batch; or why it cannot serve it."""
+    """From a worker: what images cost on its device; or why it cannot serve the model."""
 
     model: int
-    seconds_per_pass: float
+    cost: Cost
     refused: str | None = None
 
 
 class Stepped(NamedTuple):
-    """From a worker, after each step: slots in use, its seconds, what has ended, and the device's memory in bytes."""
+    """From a worker, after each step: slots in use, its seconds, what has ended, and the device's memory in bytes.
+
+    pace: its seconds in multiples of what the model's cost foretold
+    """
 
     model: int
     slots: int
     seconds: float
-    seconds_per_pass: float | None
+    pace: float | None
     ended: list[tuple[int, Outcome | Exception]]
     memory: int
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from models import checkpoint
 from models.checkpoint import Card
 from models.errors import CheckpointError, ConfigError, NotFoundError
+from service.cost import Cost
 from service.stages import stages_of
 
 FOLLOW = 0.1  # of each new observation's distance from the estimate
@@ -18,15 +19,17 @@ FOLLOW = 0.1  # of each new observation's distance from the estimate
 class Model:
     """A model that is served under `id`; `number` tells two of one id apart.
 
-    seconds_per_pass: of one image forward through it in a full batch; measured in the warm-up, and followed.
-    users:            requests that have begun on it
+    cost:  of images on a device; measured in the warm-up
+    pace:  what work takes now, in multiples of its cost
+    users: requests that have begun on it
     """
 
     number: int
     id: str
     name: str
     card: Card
-    seconds_per_pass: float = 0.0
+    cost: Cost = Cost()
+    pace: float = 1.0
     users: int = 0
 
     @property
@@ -34,10 +37,17 @@ class Model:
         """Side of the images that it takes."""
         return self.card.architecture.image_size
 
-    def observe(self, seconds_per_pass: float) -> None:
-        """Follow what a pass takes."""
-        before = self.seconds_per_pass or seconds_per_pass
-        self.seconds_per_pass = before + FOLLOW * (seconds_per_pass - before)
+    def observe(self, pace: float) -> None:
+        """Follow what work takes."""
+        self.pace += FOLLOW * (pace - self.pace)
+
+    def alone_s(self, stage: str | None) -> float:
+        """Estimated seconds of one image that has a device for itself."""
+        return self.pace * self.cost.alone(stage)
+
+    def beside_s(self, other: str | None, stage: str | None) -> float:
+        """Estimated seconds that an image of this model in stage `other` adds to one in `stage` on the same device."""
+        return self.pace * self.cost.beside(other, stage)
 
 
 class Served:

@@ -19,10 +19,15 @@ def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
 
 def passes(stage: str | None) -> int:
     """The work of one image, in images forward through the classifier."""
+    steps, rows = shape(stage)
+    return steps * step_passes(rows) + finish_passes(rows) if steps else 1
+
+
+def shape(stage: str | None) -> tuple[int, int]:
+    """Its steps, and the images of one step of one image."""
     if stage is None:
-        return 1
-    loop, rows = (ATTACK_LOOP, 1) if stage == ATTACK else (PRESETS[stage].loop, PRESETS[stage].views)
-    return loop.steps * step_passes(rows) + finish_passes(rows)
+        return 0, 0
+    return (ATTACK_LOOP.steps, 1) if stage == ATTACK else (PRESETS[stage].loop.steps, PRESETS[stage].views)
 
 
 def step_passes(rows: int) -> int:

@@ -19,6 +19,7 @@ import torch
 from models import checkpoint
 from models.errors import CheckpointError
 from service import logs
+from service.cost import Cost
 from service.lane import Ended, Lane, bucket
 from service.messages import Failed, Gone, Load, Loaded, Stepped, Unload, Work
 
@@ -53,6 +54,7 @@ class _Worker:
     def __init__(self, server: Connection, config: WorkerConfig) -> None:
         self.server, self.config, self.device = server, config, torch.device(config.device)
         self.lanes: dict[int, Lane] = {}
+        self.costs: dict[int, Cost] = {}
         self.loading: deque[Iterator[None]] = deque()
 
     def run(self) -> None:
@@ -81,6 +83,7 @@ class _Worker:
                     raise EOFError
                 case Unload(model):
                     self.lanes.pop(model, None)
+                    self.costs.pop(model, None)
         for model, works in new.items():
             if works and (ended := self.lanes[model].admit(works)):
                 self._report(model, 0, 0.0, None, ended)
@@ -90,7 +93,7 @@ class _Worker:
 
     def _load(self, model: int, name: str, digest: str) -> Iterator[None]:
         """Load a checkpoint and warm it up, a piece for each `next`; a checkpoint's fault is its own alone."""
-        started, spent = time.monotonic(), 0.0
+        started = time.monotonic()
         try:
             loaded = checkpoint.load(name, device=self.device)
             if loaded.card.weights_sha256 != digest:
@@ -98,17 +101,21 @@ class _Worker:
             lane = Lane(loaded, self.device, pad=self.config.pad)
             for size in sorted({bucket(n) for n in range(1, self.config.slots)} | {self.config.slots}):
                 yield
-                spent = yield from lane.rehearse(size)
+                yield from lane.rehearse(size)
+            spent = []  # measured when all is warm
+            for size in (self.config.slots, 1, 1):
+                spent.append((yield from lane.rehearse(size)))
+            cost = Cost.between(min(spent[1:], key=lambda one: one.seconds), spent[0])
         except torch.AcceleratorError:
             raise
         except Exception as error:
             log.exception("checkpoint %s cannot be served", name)
             reason = str(error) if isinstance(error, CheckpointError) else f"it does not run: {error}"
-            self.server.send(Loaded(model, 0.0, reason))
+            self.server.send(Loaded(model, Cost(), reason))
             return
-        self.lanes[model] = lane
+        self.lanes[model], self.costs[model] = lane, cost
         log.info("warmed up %s on %s in %.1f s", loaded.card.id, self.device, time.monotonic() - started)
-        self.server.send(Loaded(model, spent))
+        self.server.send(Loaded(model, cost))
 
     def _tick(self, model: int, lane: Lane) -> None:
         before = sum(slot.passes_left for slot in lane.slots)
@@ -119,16 +126,14 @@ class _Worker:
             torch.cuda.synchronize(self.device)
         seconds = time.monotonic() - started
         passes = before - sum(slot.passes_left for slot in lane.slots)
-        full = 2 * slots >= self.config.slots  # what full batches cost is what a newcomer behind them waits for
-        self._report(model, slots, seconds, seconds / passes if full and passes else None, ended)
+        expected = self.costs[model].seconds(bool(slots) + bool(ended), passes)
+        self._report(model, slots, seconds, seconds / expected if expected else None, ended)
 
     def _report(
-        self, model: int, slots: int, seconds: float, seconds_per_pass: float | None, ended: list[Ended]
+        self, model: int, slots: int, seconds: float, pace: float | None, ended: list[Ended]
     ) -> None:  # fmt: skip
         memory = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        self.server.send(
-            Stepped(model, slots, seconds, seconds_per_pass, [(one.id, one.result) for one in ended], memory)
-        )
+        self.server.send(Stepped(model, slots, seconds, pace, [(one.id, one.result) for one in ended], memory))
 
 
 if __name__ == "__main__":

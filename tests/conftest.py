@@ -1,6 +1,8 @@
 """The small things that several tests need: a tiny checkpoint, images, an image folder."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,3 +96,19 @@ def write_image_folder(root: Path, *, train: int = 24, test: int = 6, size: int 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_image_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def engines(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
+    from tests.engines import starting  # what computes is tested without the service's packages, too
+
+    with starting(tiny_folder) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def client(tiny_folder: Path) -> Iterator[Any]:
+    from tests.serving import serving
+
+    with serving(tiny_folder) as opened:
+        yield opened

@@ -12,7 +12,7 @@ from models.defended import defend
 from models.reverse_attack import PRESETS
 from service.app import create_app
 from service.settings import Settings
-from tests.test_service import wait_until_ready
+from tests.serving import wait_until_ready
 from tests.test_training import classifier_arguments
 from training.__main__ import main as train
 

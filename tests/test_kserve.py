@@ -13,8 +13,8 @@ import uvicorn
 from fastapi.testclient import TestClient
 
 from service.app import create_app
-from tests.test_engine import ThreadHandle
-from tests.test_service import photo, settings, wait_until_ready
+from tests.engines import ThreadHandle
+from tests.serving import photo, settings, wait_until_ready
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from service.keys import digest
 from service.main import app
-from tests.test_service import photo
+from tests.serving import photo
 
 run = CliRunner().invoke
 

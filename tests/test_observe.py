@@ -12,8 +12,8 @@ from models.errors import ConfigError
 from service import tracing
 from service.app import create_app
 from service.logs import JsonLines, Text
-from tests.test_engine import ThreadHandle
-from tests.test_service import photo, settings, wait_until_ready
+from tests.engines import ThreadHandle
+from tests.serving import photo, settings, wait_until_ready
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.open_loop import free_port
 from models.errors import ConfigError
-from tests.test_service import photo
+from tests.serving import photo
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'unperturb[ray]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own

@@ -15,7 +15,7 @@ from benchmarks import readme
 from service.app import create_app
 from service.main import app
 from service.settings import Settings
-from tests.test_service import wait_until_ready
+from tests.serving import wait_until_ready
 from training.__main__ import COMMANDS
 from training.loop import RunConfig
 

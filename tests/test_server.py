@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,9 +15,9 @@ from urllib.request import Request, urlopen
 import pytest
 
 from benchmarks import hostile, open_loop
-from benchmarks.faults import Server, command, metric, tree
-from tests.test_engine import wait_until
-from tests.test_service import photo
+from benchmarks.faults import Server, metric, tree
+from tests.engines import wait_until
+from tests.serving import photo
 
 
 @pytest.fixture
@@ -77,8 +76,8 @@ def test_dead_worker_is_answered_for_and_ends_the_process_with_a_status(server: 
     with ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(post, server.url) for _ in range(4)]
         wait_until(lambda: metric(server, "unperturb_slots_in_use") == 4, 10)
-        (worker,) = [pid for pid in tree(server.process.pid) if "service.worker" in command(pid)]
-        os.kill(worker, signal.SIGKILL)
+        (worker,) = [one for one in tree(server.process.pid) if "service.worker" in one.cmdline()]
+        worker.kill()
         assert [one.result() for one in sent] == [503] * 4
     assert server.process.wait(30) == 1
 
@@ -90,9 +89,9 @@ def test_crashed_decoder_answers_422_and_others_go_on(server: Server) -> None:
         request = Request(f"{server.url}/classify?purify=never", data=slow, headers={"content-type": "image/png"})
         sent = pool.submit(lambda: urlopen(request, timeout=60))
         time.sleep(0.15)
-        busy = [pid for pid in tree(server.process.pid) if "anyio.to_process" in command(pid)]
-        for pid in busy:
-            os.kill(pid, signal.SIGKILL)
+        for one in tree(server.process.pid):
+            if "anyio.to_process" in one.cmdline():
+                one.kill()
         with pytest.raises(HTTPError) as refused:
             sent.result()
     assert refused.value.code == 422

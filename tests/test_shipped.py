@@ -14,7 +14,7 @@ from PIL import Image
 from models import checkpoint
 from service.app import create_app
 from service.settings import Settings
-from tests.test_service import wait_until_ready
+from tests.serving import wait_until_ready
 
 UNPACK = Path(__file__).parents[2] / "shared" / "data" / "unpack.py"
 real_images = pytest.mark.skipif(not UNPACK.is_file(), reason="the real CIFAR-10 images are not at ../shared/data")

@@ -35,10 +35,10 @@ def router(gateway: Gateway) -> APIRouter:
         request: Request, query: Annotated[Classify, Query()], timeout_s: Timeout = None
     ) -> Answer | Answers:
         """Purify one image, or each of a list, classify it, and say what the purifier changed."""
-        with gateway.admit(request, timeout_s) as ticket:
+        with gateway.admit(request, timeout_s, stage=query.stage(default)) as ticket:
             upload = await gateway.read(ticket)
             wanted = query.updated(upload.parameters)
-            preset = (wanted.preset or default) if wanted.purify == "always" else None
+            preset = wanted.stage(default)
             request.scope["preset"] = preset
             with (
                 gateway.count(ticket, len(upload.files)),
@@ -56,14 +56,13 @@ def router(gateway: Gateway) -> APIRouter:
                     seed=wanted.seed,
                     wants_image=wanted.return_image,
                 )
+            one_answer = partial(
+                answer, model=model, request_id=ticket.id, preset=preset, top_k=top_k,
+                return_image=wanted.return_image, decode_ms=decode_ms, total_ms=ticket.spent_ms,
+            )  # fmt: skip
             answers = await asyncio.to_thread(
-                lambda: [
-                answer(
-                    outcome, one, model, request_id=ticket.id, preset=preset, top_k=top_k,
-                    return_image=wanted.return_image, decode_ms=decode_ms, total_ms=ticket.spent_ms,
-                )
-                for outcome, one in zip(outcomes, decoded, strict=True)
-            ])  # fmt: skip
+                lambda: [one_answer(*pair) for pair in zip(outcomes, decoded, strict=True)]
+            )
         return Answers(request_id=ticket.id, answers=answers) if upload.many else answers[0]
 
     @routes.post(
@@ -72,9 +71,9 @@ def router(gateway: Gateway) -> APIRouter:
     )  # fmt: skip
     async def purify(request: Request, query: Annotated[PurifyImage, Query()], timeout_s: Timeout = None) -> Response:
         """The purified image itself, at the model's size, for a classifier of your own."""
-        with gateway.admit(request, timeout_s) as ticket:
+        preset = request.scope["preset"] = query.preset or default
+        with gateway.admit(request, timeout_s, stage=preset) as ticket:
             upload = await gateway.read_one(ticket)
-            preset = request.scope["preset"] = query.preset or default
             with gateway.engine.models.use(query.model) as model:
                 (decoded,) = await gateway.decode(ticket, upload, model)
                 (outcome,) = await gateway.run(
@@ -84,7 +83,7 @@ def router(gateway: Gateway) -> APIRouter:
         epsilon = PRESETS[preset].loop.epsilon
         as_png = png16 if query.bits == "16" else partial(to_png, received=pixels(decoded), epsilon=epsilon)
         return Response(
-            as_png(torch.from_numpy(outcome.image)),
+            await asyncio.to_thread(as_png, torch.from_numpy(outcome.image)),
             media_type="image/png",
             headers={
                 "x-model-id": model.id,

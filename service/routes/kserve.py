@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -14,7 +14,7 @@ from models.errors import MalformedRequestError, NotReadyError
 from service import problem
 from service.gateway import Gateway, Timeout
 from service.messages import Outcome
-from service.routes.parameters import Purify
+from service.routes.parameters import PurifyOrNot
 from service.served import Model
 from service.tensors import HEADER_LENGTH, INPUT, InferRequest, read_infer, write_infer
 from service.upload import read_within, too_many
@@ -30,10 +30,9 @@ BODY = {
 }
 
 
-class InferParameters(Purify):
-    """Of the request; the purifier's, and whether to run it."""
+class InferParameters(PurifyOrNot):
+    """Of the request; the purifier's, and the form of the outputs."""
 
-    purify: Literal["always", "never"] = "always"
     binary_data_output: bool = False
 
 
@@ -118,13 +117,15 @@ def router(gateway: Gateway) -> APIRouter:
     async def infer(request: Request, id: str, timeout_s: Timeout = None) -> Response:
         """Purify and classify a tensor of images."""
         settings = gateway.settings
-        with gateway.admit(request, timeout_s) as ticket, gateway.engine.models.use(id) as model:
+        with (
+            gateway.admit(request, timeout_s, stage=settings.preset) as ticket,
+            gateway.engine.models.use(id) as model,
+        ):
             body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
             asked, images = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
             wanted = _parameters(asked)
-            _check(asked, images, model, purifying=wanted.purify == "always", max_images=settings.max_images)
-            preset = (wanted.preset or settings.preset) if wanted.purify == "always" else None
-            request.scope["preset"] = preset
+            preset = request.scope["preset"] = wanted.stage(settings.preset)
+            _check(asked, images, model, purifying=preset is not None, max_images=settings.max_images)
             with gateway.count(ticket, len(images)):
                 outcomes = await gateway.run(
                     ticket, model, list(images), stage=preset, seed=wanted.seed,

@@ -1,5 +1,6 @@
 """The web page at /, and POST /inspect behind it: attack an image, purify it, and see what happened."""
 
+import asyncio
 import base64
 from pathlib import Path
 from typing import Annotated
@@ -10,12 +11,17 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 from starlette.routing import Mount
+from torch import Tensor
 
 from models.reverse_attack import PRESETS, to_uint8
+from models.shapes import UInt8
 from service import problem
 from service.answer import ModelName, Prediction, pixels, png, to_png, top
+from service.decode import Decoded
 from service.gateway import Gateway, Timeout
+from service.messages import Outcome
 from service.routes.parameters import Purify
+from service.served import Model
 from service.stages import ATTACK, ATTACK_LOOP
 from service.upload import body_schema
 
@@ -74,63 +80,72 @@ def router(gateway: Gateway) -> APIRouter:
     async def inspect(request: Request, query: Annotated[Inspect, Query()], timeout_s: Timeout = None) -> Inspection:
         """Attack an image (where asked to), purify it, and show every image, score and loss on the way."""
         preset = request.scope["preset"] = query.preset or gateway.settings.preset
-        with gateway.admit(request, timeout_s) as ticket, gateway.engine.models.use(query.model) as model:
+        with (
+            gateway.admit(request, timeout_s, stage=preset) as ticket,
+            gateway.engine.models.use(query.model) as model,
+        ):
             upload = await gateway.read_one(ticket)
             (decoded,) = await gateway.decode(ticket, upload, model)
             decode_ms = ticket.spent_ms
-            received, image = pixels(decoded), torch.from_numpy(decoded.pixels)
-            attack = None
+            image, attack = torch.from_numpy(decoded.pixels), None
             if query.attack:
                 (attack,) = await gateway.run(
-                    ticket, model, [image.numpy()], stage=ATTACK, seed=query.seed, wants_image=True
+                    ticket, model, [decoded.pixels], stage=ATTACK, seed=query.seed, wants_image=True
                 )
                 assert attack.image is not None
-                attacked = torch.from_numpy(attack.image)
+                attacked, received = torch.from_numpy(attack.image), pixels(decoded)
                 image = to_uint8(attacked[None], received[None], epsilon=ATTACK_LOOP.epsilon)[0]
             (outcome,) = await gateway.run(
-                ticket, model, [image.numpy()], stage=preset, seed=query.seed, wants_image=True
-            )
-        assert outcome.image is not None
-        assert outcome.linf is not None
-        assert outcome.loss_before is not None
-        assert outcome.loss_after is not None
-        classes, count = model.card.classes, min(5, len(model.card.classes))
-        start = image.float() / 255
-        epsilon = PRESETS[preset].loop.epsilon
-        before = attack.unpurified_scores if attack is not None else outcome.unpurified_scores
-        return Inspection(
-            request_id=ticket.id,
-            model=ModelName(id=model.id, digest=model.card.weights_sha256),
-            preset=preset,
-            original=Seen(
-                image=_base64(png(torch.from_numpy(decoded.pixels))), predictions=top(before, classes, count)
-            ),
-            attacked=Seen(image=_base64(png(image)), predictions=top(outcome.unpurified_scores, classes, count))
-            if attack is not None
-            else None,
-            purified=Seen(
-                image=_base64(to_png(torch.from_numpy(outcome.image), start, epsilon=epsilon)),
-                predictions=top(outcome.scores, classes, count),
-            ),
-            epsilon_attack=ATTACK_LOOP.epsilon,
-            epsilon=epsilon,
-            linf=outcome.linf,
-            losses=list(outcome.losses),
-            loss_before=outcome.loss_before,
-            loss_after=outcome.loss_after,
-            timings_ms={
-                "decode": decode_ms,
-                **({"attack": attack.queue_ms + attack.purify_ms + attack.classify_ms} if attack is not None else {}),
-                "queue": outcome.queue_ms,
-                "purify": outcome.purify_ms,
-                "classify": outcome.classify_ms,
-                "total": ticket.spent_ms,
-            },
-        )
+                ticket, model, [image.numpy()], stage=preset, seed=query.seed, wants_image=True,
+                begun=attack is not None,
+            )  # fmt: skip
+            return await asyncio.to_thread(
+                _inspection, model, preset, decoded, attack, image, outcome, request_id=ticket.id,
+                timings_ms={
+                    "decode": decode_ms,
+                    **({"attack": _total_ms(attack)} if attack is not None else {}),
+                    "queue": outcome.queue_ms, "purify": outcome.purify_ms, "classify": outcome.classify_ms,
+                    "total": ticket.spent_ms,
+                },
+            )  # fmt: skip
 
     routes.routes.append(Mount("/page", StaticFiles(directory=PAGE), name="page"))
     return routes
 
 
-def _base64(payload: bytes) -> str:
-    return base64.b64encode(payload).decode()
+def _total_ms(outcome: Outcome) -> float:
+    return outcome.queue_ms + outcome.purify_ms + outcome.classify_ms
+
+
+def _inspection(
+    model: Model, preset: str, decoded: Decoded, attack: Outcome | None, image: UInt8[Tensor, "3 size size"],
+    outcome: Outcome, *, request_id: str, timings_ms: dict[str, float],
+) -> Inspection:  # fmt: skip
+    """Every image, score and loss; `image` is the one that was purified."""
+    assert outcome.image is not None
+    assert outcome.linf is not None
+    assert outcome.loss_before is not None
+    assert outcome.loss_after is not None
+    classes, count = model.card.classes, min(5, len(model.card.classes))
+    epsilon = PRESETS[preset].loop.epsilon
+    purified = to_png(torch.from_numpy(outcome.image), image.float() / 255, epsilon=epsilon)
+    received = (outcome if attack is None else attack).unpurified_scores
+    return Inspection(
+        request_id=request_id,
+        model=ModelName(id=model.id, digest=model.card.weights_sha256),
+        preset=preset,
+        original=_seen(png(torch.from_numpy(decoded.pixels)), top(received, classes, count)),
+        attacked=None if attack is None else _seen(png(image), top(outcome.unpurified_scores, classes, count)),
+        purified=_seen(purified, top(outcome.scores, classes, count)),
+        epsilon_attack=ATTACK_LOOP.epsilon,
+        epsilon=epsilon,
+        linf=outcome.linf,
+        losses=list(outcome.losses),
+        loss_before=outcome.loss_before,
+        loss_after=outcome.loss_after,
+        timings_ms=timings_ms,
+    )
+
+
+def _seen(payload: bytes, predictions: list[Prediction]) -> Seen:
+    return Seen(image=base64.b64encode(payload).decode(), predictions=predictions)

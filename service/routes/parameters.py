@@ -33,10 +33,19 @@ class Purify(BaseModel):
         return value
 
 
-class Classify(Purify):
-    """And what the answer shows."""
+class PurifyOrNot(Purify):
+    """And whether it runs."""
 
     purify: Literal["always", "never"] = Field("always", description="run the reverse attack first")
+
+    def stage(self, default: str) -> str | None:
+        """The preset that its images go through, `default` where none is named; None without purification."""
+        return (self.preset or default) if self.purify == "always" else None
+
+
+class Classify(PurifyOrNot):
+    """And what the answer shows."""
+
     top_k: int | None = Field(None, ge=1, description="classes in the answer; 5, or all of fewer, where none is named")
     return_image: bool = Field(False, description="put the purified image into the answer")
 

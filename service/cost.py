@@ -1,0 +1,41 @@
+"""What images cost a device, in seconds, and so what those in progress cost a newcomer."""
+
+from typing import NamedTuple
+
+from service.stages import passes, shape, step_passes
+
+
+class Spent(NamedTuple):
+    """So many batches through the classifier, with so many images forward in them, took so many seconds."""
+
+    batches: int
+    passes: int
+    seconds: float
+
+
+class Cost(NamedTuple):
+    """A batch takes `per_batch_s` whatever its size, and `per_pass_s` more for each image forward in it."""
+
+    per_batch_s: float = 0.0
+    per_pass_s: float = 0.0
+
+    @classmethod
+    def between(cls, small: Spent, large: Spent) -> "Cost":
+        """The straight line through as many small batches and large ones."""
+        more = large.passes - small.passes
+        slope = (large.seconds - small.seconds) / more if more else small.seconds / small.passes
+        slope = min(max(slope, 0.0), small.seconds / small.passes)
+        return cls((small.seconds - slope * small.passes) / small.batches, slope)
+
+    def seconds(self, batches: int, passes: int) -> float:
+        """What so much work takes."""
+        return batches * self.per_batch_s + passes * self.per_pass_s
+
+    def alone(self, stage: str | None) -> float:
+        """What one image takes that has the device for itself."""
+        return self.seconds(shape(stage)[0] + 1, passes(stage))
+
+    def beside(self, other: str | None, stage: str | None) -> float:
+        """What an image in stage `other` adds to one in `stage`: they share each step until the first of them ends."""
+        (steps, rows), own_steps = shape(other), max(1, shape(stage)[0])
+        return self.per_pass_s * (passes(other) if steps <= own_steps else own_steps * step_passes(rows))
