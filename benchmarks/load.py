@@ -19,6 +19,7 @@ from models.checkpoint import write_whole
 from models.errors import ConfigError, UnperturbError
 from models.options import as_json, option, parse
 
+CLIENTS = (1, 2, 4, 8, 16, 32)  # of the closed loops; the best of them is the capacity
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
 
 
@@ -28,17 +29,16 @@ class Config:
 
     checkpoint: str = option("shipped name or folder", "default")
     seconds: float = option("for each load", 20.0)
-    calibration_seconds: float = option("for the capacity, and half of it for the lone request", 20.0)
+    calibration_seconds: float = option("for the lone request, and for each closed loop that finds the capacity", 10.0)
     max_wait_s: float = option("the service's UNPERTURB_MAX_WAIT_S; 0 for its own default", 0.0)
-    clients: int = option("of the closed loop that finds the capacity", 24)
     seed: int = option("of the arrivals and images", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("result file; a plot is written beside it", results.FOLDER / "load.json")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        if min(self.seconds, self.calibration_seconds) <= 0 or self.clients < 1:
-            raise ConfigError("seconds, calibration_seconds and clients must be above 0")
+        if min(self.seconds, self.calibration_seconds) <= 0:
+            raise ConfigError("seconds and calibration_seconds must be above 0")
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -56,18 +56,19 @@ def measure(config: Config) -> dict[str, Any]:
             open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
         ),
     ):
-        half = config.calibration_seconds / 2
-        alone = asyncio.run(
-            open_loop.saturate(url, requests, clients=1, seconds=half, seed=config.seed)
-        )  # fmt: skip
-        full = asyncio.run(
-            open_loop.saturate(
-                url, requests, clients=config.clients, seconds=config.calibration_seconds, seed=config.seed
+        loops = {
+            clients: asyncio.run(
+                open_loop.saturate(url, requests, clients=clients, seconds=config.calibration_seconds, seed=config.seed)
             )
-        )
-        solo_ms = statistics.median(one.seconds * 1000 for one in alone)
-        capacity = sum(one.status == 200 for one in full) / config.calibration_seconds
-        print(json.dumps(open_loop.summary(full, seconds=config.calibration_seconds)), file=sys.stderr)
+            for clients in CLIENTS
+        }
+        solo_ms = statistics.median(one.seconds * 1000 for one in loops[1])
+        closed = {
+            clients: sum(one.status == 200 for one in sent) / config.calibration_seconds
+            for clients, sent in loops.items()
+        }
+        capacity = max(closed.values())
+        print(f"closed loops: {closed}", file=sys.stderr)
         print(f"a lone request takes {solo_ms:.0f} ms; capacity {capacity:.1f} images/s", file=sys.stderr)
         rows = []
         for i, share in enumerate(SHARES):
@@ -81,6 +82,7 @@ def measure(config: Config) -> dict[str, Any]:
     return {
         "solo_ms": solo_ms,
         "capacity": capacity,
+        "closed_loops": closed,
         "loads": rows,
         "p99_at_80_over_solo": at_80["p99_ms"] / solo_ms,
         "goodput_at_300_over_best": at_300["goodput"] / best,
