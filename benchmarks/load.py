@@ -20,6 +20,7 @@ from models.errors import ConfigError, UnperturbError
 from models.options import as_json, option, parse
 
 CLIENTS = (1, 2, 4, 8, 16, 32)  # of the closed loops; the best of them is the capacity
+PAUSE_S = 0.2  # between lone requests: at low load a request meets a server that has been idle
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
 
 
@@ -56,20 +57,29 @@ def measure(config: Config) -> dict[str, Any]:
             open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
         ),
     ):
+        lone = asyncio.run(
+            open_loop.saturate(
+                url, requests, clients=1, seconds=config.calibration_seconds, seed=config.seed, pause_s=PAUSE_S
+            )
+        )
         loops = {
             clients: asyncio.run(
                 open_loop.saturate(url, requests, clients=clients, seconds=config.calibration_seconds, seed=config.seed)
             )
             for clients in CLIENTS
         }
-        solo_ms = statistics.median(one.seconds * 1000 for one in loops[1])
+        solo_ms, back_to_back_ms = (statistics.median(one.seconds * 1000 for one in sent) for sent in (lone, loops[1]))
         closed = {
             clients: sum(one.status == 200 for one in sent) / config.calibration_seconds
             for clients, sent in loops.items()
         }
         capacity = max(closed.values())
         print(f"closed loops: {closed}", file=sys.stderr)
-        print(f"a lone request takes {solo_ms:.0f} ms; capacity {capacity:.1f} images/s", file=sys.stderr)
+        print(
+            f"a lone request takes {solo_ms:.0f} ms, {back_to_back_ms:.0f} ms right after another; "
+            f"capacity {capacity:.1f} images/s",
+            file=sys.stderr,
+        )
         rows = []
         for i, share in enumerate(SHARES):
             sent = asyncio.run(
@@ -81,6 +91,7 @@ def measure(config: Config) -> dict[str, Any]:
     at_80, at_300 = (next(row for row in rows if row["share"] == share) for share in (0.8, 3.0))
     return {
         "solo_ms": solo_ms,
+        "back_to_back_ms": back_to_back_ms,
         "capacity": capacity,
         "closed_loops": closed,
         "loads": rows,

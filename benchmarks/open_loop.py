@@ -71,8 +71,13 @@ async def offer(url: str, requests: Sequence[Prepared], *, rate: float, seconds:
         return list(await asyncio.gather(*tasks))
 
 
-async def saturate(url: str, requests: Sequence[Prepared], *, clients: int, seconds: float, seed: int) -> list[Sent]:
-    """A closed loop of so many clients, which finds the capacity; with one client, the latency of a lone request."""
+async def saturate(
+    url: str, requests: Sequence[Prepared], *, clients: int, seconds: float, seed: int, pause_s: float = 0.0
+) -> list[Sent]:
+    """A closed loop of so many clients, which finds the capacity.
+
+    With one client that pauses between its requests, it finds the latency of a lone request to an idle server.
+    """
     ends_at = time.perf_counter() + seconds
 
     async def client(number: int) -> list[Sent]:
@@ -81,6 +86,7 @@ async def saturate(url: str, requests: Sequence[Prepared], *, clients: int, seco
             sent.append(await post(session, url, generator.choice(requests), now))
             if sent[-1].status != 200:  # it is the server that is to be measured, not how fast it refuses
                 await asyncio.sleep(BACK_OFF_S)
+            await asyncio.sleep(pause_s)
         return sent
 
     async with client_session() as session:

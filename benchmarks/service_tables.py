@@ -10,7 +10,8 @@ def load_table(record: dict[str, Any]) -> str:
     rows = [
         f"| offered, of {found['capacity']:.0f} images/s; {where} | answered/s | refused | p50 ms | p95 ms | p99 ms |",
         "| --- | --- | --- | --- | --- | --- |",
-        f"| one request at a time | | | {found['solo_ms']:.0f} | | |",
+        f"| one request to an idle server | | | {found['solo_ms']:.0f} | | |",
+        f"| one request right after another | | | {found['back_to_back_ms']:.0f} | | |",
     ]
     for row in found["loads"]:
         cells = [

@@ -15,6 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.errors import MalformedRequestError, TooLargeError, UnsupportedTypeError, UploadTimeoutError
 from service import json_body
+from service.schemas import inlined
 
 _BINARY = {"type": "string", "format": "binary"}
 
@@ -46,7 +47,7 @@ def body_schema(*, many: bool) -> dict[str, Any]:
     if many:
         properties["images"] = {"type": "array", "items": _BINARY, "description": "instead of `image`: several files"}
         del content["multipart/form-data"]["schema"]["required"]
-        content["application/json"] = {"schema": JsonBody.model_json_schema()}
+        content["application/json"] = {"schema": inlined(JsonBody)}
     return {"required": True, "content": content}
 
 

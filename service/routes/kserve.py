@@ -15,6 +15,7 @@ from service import problem
 from service.gateway import Gateway, Timeout
 from service.messages import Outcome
 from service.routes.parameters import PurifyOrNot
+from service.schemas import inlined
 from service.served import Model
 from service.tensors import HEADER_LENGTH, INPUT, InferRequest, read_infer, write_infer
 from service.upload import read_within, too_many
@@ -24,7 +25,7 @@ DEFAULT_OUTPUTS = ("scores", "label")
 BODY = {
     "required": True,
     "content": {
-        "application/json": {"schema": InferRequest.model_json_schema(ref_template="#/$defs/{model}")},
+        "application/json": {"schema": inlined(InferRequest)},
         "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
     },
 }

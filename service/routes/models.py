@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from service import json_body, problem
 from service.gateway import Gateway
+from service.schemas import inlined
 from service.served import Model
 from service.upload import read_within
 
@@ -77,7 +78,7 @@ def router(gateway: Gateway) -> APIRouter:
         openapi_extra={
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": ToLoad.model_json_schema()}},
+                "content": {"application/json": {"schema": inlined(ToLoad)}},
             }
         },
         responses=problem.responses(400, 401, 403, 408, 413, 422, 503),
