@@ -29,7 +29,7 @@ class Config:
     """Offer the service more and more load."""
 
     checkpoint: str = option("shipped name or folder", "default")
-    seconds: float = option("for each load", 20.0)
+    seconds: float = option("for each load", 30.0)
     calibration_seconds: float = option("for the lone request, and for each closed loop that finds the capacity", 10.0)
     max_wait_s: float = option("the service's UNPERTURB_MAX_WAIT_S; 0 for its own default", 0.0)
     seed: int = option("of the arrivals and images", 0)

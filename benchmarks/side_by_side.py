@@ -30,6 +30,7 @@ class Config:
     max_batch: int = option("largest batch of every server", 16)
     loads: tuple[str, ...] = option("shares of this service's capacity; may be given several times", ("0.7", "1.5"))
     seconds: float = option("for each load", 30.0)
+    max_wait_s: float = option("this service's UNPERTURB_MAX_WAIT_S; the peers take everything in", 2.0)
     within_s: float = option("an answer counts towards goodput if it comes within so many seconds", 5.0)
     rounds: int = option("times that each server is measured, in turn", 2)
     seed: int = option("of the arrivals and images", 0)
@@ -88,6 +89,7 @@ def measure(config: Config) -> dict[str, Any]:
             environment = {
                 "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device,
                 "UNPERTURB_MAX_BATCH": str(config.max_batch), "UNPERTURB_LOG_LEVEL": "warning",
+                "UNPERTURB_MAX_WAIT_S": str(config.max_wait_s),
                 "PEER_CHECKPOINT": config.checkpoint, "PEER_MAX_BATCH": str(config.max_batch),
                 "PYTHONPATH": str(open_loop.ROOT),
             }  # fmt: skip

@@ -25,7 +25,7 @@ from service.worker import WorkerConfig
 
 log = logging.getLogger("unperturb.engine")
 WATCH_EVERY_S = 0.1
-PATIENCE = 2.0  # times its own time that a newcomer waits for others: three times in all
+PATIENCE = 1.5  # times its own time that others may add to a newcomer's: with what comes on top, below three in all
 LOAD_TIMEOUT_S = 900.0
 
 
@@ -34,8 +34,8 @@ class Engine:
 
     slots:      images in progress on one device
     max_queue:  images that may wait for a slot
-    max_wait_s: estimated seconds that all the others may add to a newcomer's own; None: twice its own, or those of one
-                image in stage `usual` where they are more
+    max_wait_s: estimated seconds that all the others may add to a newcomer's own; None: one and a half times its own, or those
+                of one image in stage `usual` where they are more
     stall_s:    for how long a worker that has work may say nothing
     on_failure: called, from a thread, when it can never serve again; everybody who waits has been answered with
                 NotReadyError by then

@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     max_wait_s: Seconds | None = Field(
         default=None,
         description="estimated seconds that those in progress may add to a newcomer's own; past it 503; "
-        "by default twice what one image takes alone",
+        "by default one and a half times what one image takes alone",
     )
     timeout_s: Seconds = Field(default=30.0, description="a request's deadline; the header x-timeout-s shortens it")
     header_timeout_s: Seconds = Field(default=10.0, description="for a request's head to arrive; then it is closed")

@@ -62,7 +62,7 @@ def test_queue_is_bounded_by_work(
     asyncio.run(fill())
 
 
-def test_by_default_newcomer_waits_for_twice_its_own_time(
+def test_by_default_newcomer_waits_for_little_more_than_its_own_time(
     engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, pixels = engines(max_wait_s=None), uint8(images)
