@@ -31,7 +31,7 @@ class Config:
     checkpoint: str = option("shipped name or folder", "default")
     seconds: float = option("for each load", 30.0)
     calibration_seconds: float = option("for the lone request, and for each closed loop that finds the capacity", 10.0)
-    max_wait_s: float = option("the service's UNPERTURB_MAX_WAIT_S; 0 for its own default", 0.0)
+    patience: float = option("the service's UNPERTURB_PATIENCE; 0 for its own default", 0.0)
     seed: int = option("of the arrivals and images", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("result file; a plot is written beside it", results.FOLDER / "load.json")
@@ -49,8 +49,8 @@ def measure(config: Config) -> dict[str, Any]:
     url, environment = f"http://127.0.0.1:{port}", {
         "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device, "UNPERTURB_LOG_LEVEL": "warning",
     }  # fmt: skip
-    if config.max_wait_s:
-        environment["UNPERTURB_MAX_WAIT_S"] = str(config.max_wait_s)
+    if config.patience:
+        environment["UNPERTURB_PATIENCE"] = str(config.patience)
     with (
         tempfile.TemporaryDirectory() as folder,
         open_loop.running(

@@ -1,5 +1,7 @@
 """The README's tables of the service, from the results of load.py, side_by_side.py and faults.py."""
 
+import statistics
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -26,24 +28,23 @@ def side_by_side_table(record: dict[str, Any]) -> str:
     """Three servers under the same arrivals; the mean of the rounds."""
     found, config = record["results"], record["config"]
     rows = [
-        f"| load, of {found['capacity']:.1f} images/s | server | answered/s | within {config['within_s']:g} s, /s "
-        "| p99 of `default`, s | p99 of `published`, s | refused |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| load, of {found['capacity']:.1f} images/s | server | work/s | work within {config['within_s']:g} s, /s "
+        "| p99 of `default`, s | of `published`, s | refused of `default` | of `published` |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for load in config["loads"]:
         for name, loads in found["servers"].items():
             turns = loads[load]
-            p99s = []
-            for preset in ("default", "published"):
-                seen = [turn["presets"][preset]["p99_ms"] for turn in turns if preset in turn["presets"]]
-                known = [value for value in seen if value is not None]
-                p99s.append(f"{sum(known) / len(known) / 1000:.1f}" if known else "")
-            refused = sum(turn["rejected"] for turn in turns) / len(turns)
-            answered = sum(turn["goodput"] for turn in turns) / len(turns)
-            rows.append(
-                f"| {float(load):.0%} | {name} | {answered:.1f} | {found['goodput_within'][name][load]:.1f} "
-                f"| {' | '.join(p99s)} | {refused:.0%} |"
-            )
+            cells = [f"{_mean(turn[key] for turn in turns):.1f}" for key in ("work", "work_within")]
+            presets = [
+                [turn["presets"][preset] for turn in turns if preset in turn["presets"]]
+                for preset in ("default", "published")
+            ]
+            for seen in presets:
+                known = [one["p99_ms"] / 1000 for one in seen if one["p99_ms"] is not None]
+                cells.append(f"{_mean(known):.1f}" if known else "")
+            cells += [f"{_mean(one['rejected'] for one in seen):.0%}" if seen else "" for seen in presets]
+            rows.append(f"| {float(load):.0%} | {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -57,6 +58,10 @@ def faults_table(record: dict[str, Any]) -> str:
                 f"| {name.replace('_', ' ')} | {words(found[name])} | {'yes' if found[name]['well'] else '**no**'} |"
             )
     return "\n".join(rows)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
 
 
 def _counts(statuses: dict[str, int]) -> str:

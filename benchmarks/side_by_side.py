@@ -19,6 +19,10 @@ from benchmarks import open_loop, results
 from benchmarks.open_loop import Prepared, Sent
 from models.errors import ConfigError
 from models.options import as_json, option, parse
+from models.reverse_attack import PRESETS
+
+Servers = dict[str, dict[str, list[dict[str, Any]]]]  # by name, by load, a summary for each round
+MEASURES = ("goodput", "goodput_within", "work", "work_within")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +34,10 @@ class Config:
     max_batch: int = option("largest batch of every server", 16)
     loads: tuple[str, ...] = option("shares of this service's capacity; may be given several times", ("0.7", "1.5"))
     seconds: float = option("for each load", 30.0)
-    max_wait_s: float = option("this service's UNPERTURB_MAX_WAIT_S; the peers take everything in", 2.0)
-    within_s: float = option("an answer counts towards goodput if it comes within so many seconds", 5.0)
+    within_s: float = option(
+        "an answer counts towards goodput if it comes within so many seconds; this service's UNPERTURB_TIMEOUT_S", 5.0
+    )
+    patience: float = option("this service's UNPERTURB_PATIENCE; the peers take everything in", 1000.0)
     rounds: int = option("times that each server is measured, in turn", 2)
     seed: int = option("of the arrivals and images", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
@@ -63,12 +69,26 @@ def servers(config: Config, port: int) -> dict[str, tuple[list[str], str, str]]:
     }
 
 
+def work(preset: str) -> float:
+    """What an image costs, in images of the preset `default`: its rows forward and (twice that) backward."""
+
+    def rows(name: str) -> int:
+        config = PRESETS[name]
+        return 3 * config.loop.steps * config.views + 2 * config.views + 2
+
+    return rows(preset) / rows("default")
+
+
 def figures(sent: list[Sent], config: Config) -> dict[str, Any]:
     """The summary, of all and by preset, and the goodput within the limit."""
-    good = [one for one in sent if one.status == 200 and one.seconds <= config.within_s]
+    summary = open_loop.summary(sent, seconds=config.seconds)
+    good = [one for one in sent if one.status == 200]
+    lasted_s = len(good) / summary["goodput"] if good else config.seconds
     return {
-        **open_loop.summary(sent, seconds=config.seconds),
-        "goodput_within": len(good) / config.seconds,
+        **summary,
+        "goodput_within": sum(one.seconds <= config.within_s for one in good) / config.seconds,
+        "work": sum(work(one.name) for one in good) / lasted_s,
+        "work_within": sum(work(one.name) for one in good if one.seconds <= config.within_s) / config.seconds,
         "presets": {
             name: open_loop.summary([one for one in sent if one.name == name], seconds=config.seconds)
             for name in sorted({one.name for one in sent})
@@ -79,9 +99,7 @@ def figures(sent: list[Sent], config: Config) -> dict[str, Any]:
 def measure(config: Config) -> dict[str, Any]:
     """The capacity of this service, then every server under every load, `rounds` times in turn."""
     capacity = 0.0
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {
-        name: {load: [] for load in config.loads} for name in servers(config, 0)
-    }
+    found: Servers = {name: {load: [] for load in config.loads} for name in servers(config, 0)}
     for turn in range(config.rounds):
         for name in found:
             port = open_loop.free_port()
@@ -89,7 +107,7 @@ def measure(config: Config) -> dict[str, Any]:
             environment = {
                 "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device,
                 "UNPERTURB_MAX_BATCH": str(config.max_batch), "UNPERTURB_LOG_LEVEL": "warning",
-                "UNPERTURB_MAX_WAIT_S": str(config.max_wait_s),
+                "UNPERTURB_PATIENCE": str(config.patience), "UNPERTURB_TIMEOUT_S": str(config.within_s),
                 "PEER_CHECKPOINT": config.checkpoint, "PEER_MAX_BATCH": str(config.max_batch),
                 "PYTHONPATH": str(open_loop.ROOT),
             }  # fmt: skip
@@ -111,20 +129,17 @@ def measure(config: Config) -> dict[str, Any]:
                     row = figures(sent, config)
                     found[name][load].append(row)
                     print(f"{turn} {name} {load}: {json.dumps(row)}", file=sys.stderr, flush=True)
+    return {"capacity": capacity, "servers": found, "times_the_peers": {key: times(found, key) for key in MEASURES}}
+
+
+def times(found: Servers, key: str) -> dict[str, dict[str, float]]:
+    """This service's mean over the rounds, in multiples of each peer's, by load."""
     mean = {
-        name: {load: sum(row["goodput_within"] for row in rows) / len(rows) for load, rows in loads.items()}
+        name: {load: sum(row[key] for row in rows) / len(rows) for load, rows in loads.items()}
         for name, loads in found.items()
     }
-    return {
-        "capacity": capacity,
-        "servers": found,
-        "goodput_within": mean,
-        "times_the_peers": {
-            name: {load: mean["unperturb"][load] / max(value, 1e-9) for load, value in loads.items()}
-            for name, loads in mean.items()
-            if name != "unperturb"
-        },
-    }
+    own = mean.pop("unperturb")
+    return {name: {load: own[load] / max(value, 1e-9) for load, value in loads.items()} for name, loads in mean.items()}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,7 +42,7 @@ def create_app(
             for device in settings.devices
         ],
         max_queue=settings.max_queue,
-        max_wait_s=settings.max_wait_s,
+        patience=settings.patience,
         usual=settings.preset,
         stall_s=settings.stall_s,
         metrics=metrics,

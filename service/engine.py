@@ -25,7 +25,6 @@ from service.worker import WorkerConfig
 
 log = logging.getLogger("unperturb.engine")
 WATCH_EVERY_S = 0.1
-PATIENCE = 1.5  # times its own time that others may add to a newcomer's: with what comes on top, below three in all
 LOAD_TIMEOUT_S = 900.0
 
 
@@ -34,19 +33,19 @@ class Engine:
 
     slots:      images in progress on one device
     max_queue:  images that may wait for a slot
-    max_wait_s: estimated seconds that all the others may add to a newcomer's own; None: one and a half times its own, or those
-                of one image in stage `usual` where they are more
+    patience:   how many times its own time others may add to a newcomer's, as estimated; where one image in stage
+                `usual` takes longer, that is its time here
     stall_s:    for how long a worker that has work may say nothing
     on_failure: called, from a thread, when it can never serve again; everybody who waits has been answered with
                 NotReadyError by then
     """
 
     def __init__(
-        self, name: str, *, workers: Sequence[WorkerConfig], max_queue: int, max_wait_s: float | None, usual: str,
+        self, name: str, *, workers: Sequence[WorkerConfig], max_queue: int, patience: float, usual: str,
         stall_s: float, metrics: Metrics, on_failure: Callable[[str], None] | None = None,
         handle: Callable[..., WorkerHandle] = WorkerHandle,
     ) -> None:  # fmt: skip
-        self.max_queue, self.max_wait_s, self.usual = max_queue, max_wait_s, usual
+        self.max_queue, self.patience, self.usual = max_queue, patience, usual
         self.stall_s, self.metrics = stall_s, metrics
         self._ids = itertools.count(1)
         self.models = Served(name, self._let_go)
@@ -178,7 +177,7 @@ class Engine:
         """NotReadyError, with the seconds after which to try again, where one more image cannot be taken now."""
         if (reason := self.not_ready) is not None:
             raise NotReadyError(reason)
-        self._refuse_past_limits(self.models.get(None), stage, 1)
+        self._refuse_past_limits(self.models.get(None), stage, 1, math.inf)
 
     async def submit(
         self, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seeds: Sequence[int],
@@ -201,7 +200,7 @@ class Engine:
             if self.failure is not None:
                 raise NotReadyError(self.not_ready or "")
             if not begun:
-                self._refuse_past_limits(model, stage, len(jobs))
+                self._refuse_past_limits(model, stage, len(jobs), deadline - time.monotonic())
             self._jobs.update((job.id, job) for job in jobs)
             self._waiting.extend(jobs)
             self._hand_out()
@@ -213,7 +212,7 @@ class Engine:
         finally:
             self._forget(jobs)
 
-    def _refuse_past_limits(self, model: Model, stage: str | None, images: int) -> None:
+    def _refuse_past_limits(self, model: Model, stage: str | None, images: int, left_s: float) -> None:
         """A request's own images are not held against it: alone it is taken whatever it costs."""
         with self._changed:
             wait_s = sum(job.model.beside_s(job.stage, stage) for job in self._jobs.values()) / len(self.workers)
@@ -222,9 +221,8 @@ class Engine:
                     f"{len(self._waiting)} images are waiting, and at most {self.max_queue} may; try again",
                     retry_after_s=max(1, math.ceil(wait_s)),
                 )
-            limit_s = self.max_wait_s
-            if limit_s is None:
-                limit_s = PATIENCE * max(model.alone_s(stage), model.alone_s(self.usual))
+            alone_s = model.alone_s(stage)
+            limit_s = min(self.patience * max(alone_s, model.alone_s(self.usual)), max(0.0, left_s - alone_s))
             if wait_s > limit_s:
                 raise NotReadyError(
                     f"images in progress would take about {wait_s:.2f} s, at most {limit_s:.2f} s may; try again",

@@ -37,7 +37,6 @@ class WorkerHandle:
         self.process: subprocess.Popen[bytes] | None = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._connection: Connection | None = None
-        self._threads: list[threading.Thread] = []
         self._hung_up = threading.Event()
 
     def start(self) -> None:
@@ -45,9 +44,7 @@ class WorkerHandle:
         self._connection, theirs = multiprocessing.Pipe()
         self._host(theirs)
         for target in (self._send, self._listen):
-            thread = threading.Thread(target=target, name=f"worker-{self.config.device}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            threading.Thread(target=target, name=f"worker-{self.config.device}", daemon=True).start()
 
     def say(self, message: Work | Load | Unload | tuple[Any, ...]) -> None:
         """Send a message, in turn, without waiting for it to be read."""

@@ -42,10 +42,8 @@ class Settings(BaseSettings):
         default=0, description="slots on one device; 0: 16 on a CPU, 64 on a GPU"
     )
     max_queue: Positive = Field(default=256, description="images that may wait; past it 503")
-    max_wait_s: Seconds | None = Field(
-        default=None,
-        description="estimated seconds that those in progress may add to a newcomer's own; past it 503; "
-        "by default one and a half times what one image takes alone",
+    patience: Annotated[float, Field(gt=0, le=1e6)] = Field(
+        default=1.5, description="how many times its own time others may add to a newcomer's, as estimated; past it 503"
     )
     timeout_s: Seconds = Field(default=30.0, description="a request's deadline; the header x-timeout-s shortens it")
     header_timeout_s: Seconds = Field(default=10.0, description="for a request's head to arrive; then it is closed")

@@ -40,10 +40,10 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
 
     def make(*, slots: int = 8, pad: bool = False, workers: int = 1, **changed: Any) -> Engine:
         settings = {
-            "max_queue": 64, "max_wait_s": 1e9, "usual": "default", "stall_s": 60.0, "metrics": Metrics(),
+            "max_queue": 64, "patience": 1e9, "usual": "default", "stall_s": 60.0, "metrics": Metrics(),
             "handle": ThreadHandle, **changed,
         }  # fmt: skip
-        configs = [WorkerConfig("cpu", slots, pad, 2, "warning", "text")] * workers
+        configs = [WorkerConfig("cpu", slots, pad, torch.get_num_threads(), "warning", "text")] * workers
         engine = Engine(str(tiny_folder), workers=configs, **settings)
         made.append(engine)
         engine.start()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -17,7 +18,8 @@ from tests.test_decode import encode
 
 
 def settings(folder: Path, **changed: object) -> Settings:
-    return Settings(**{"checkpoint": str(folder), "device": "cpu", **changed})  # type: ignore[arg-type]
+    values = {"checkpoint": str(folder), "device": "cpu", "threads": torch.get_num_threads(), **changed}
+    return Settings(**values)  # type: ignore[arg-type]
 
 
 def wait_until_ready(client: TestClient) -> None:

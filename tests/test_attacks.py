@@ -88,17 +88,18 @@ def test_linear_classifier_is_broken_exactly_where_the_closed_form_says(threat: 
 
 @pytest.mark.parametrize("threat", [Threat(norm="linf", epsilon=1 / 255), Threat(norm="l2", epsilon=0.05)], ids=str)
 def test_reported_accuracy_of_a_linear_classifier_is_the_exact_one(threat: Threat, tmp_path: Path) -> None:
-    scene = linear_scene(threat, n=50)
+    scene = linear_scene(threat, n=16)
     architecture = Architecture(name="linear", num_classes=2, image_size=8)
     subject = Checkpoint(
         Card(id="linear", architecture=architecture, classes=("0", "1"), data={}, training={}), scene.classifier
     )
-    plan = Plan(dataset="cifar10", threat=threat, budget=BUDGETS["fast"], attacks=attacks.FAST, chunk=20)
+    plan = Plan(dataset="cifar10", threat=threat, budget=BUDGETS["fast"], attacks=attacks.FAST, chunk=16)
     data = EvaluationSet(scene.x, scene.labels, "generated", str(threat))
     found = Evaluation(
         subject, lambda counted: NoPurifier(counted.classifier), data, plan, folder=tmp_path, device=torch.device("cpu")
     ).run()
     exact = exactly_robust(scene)
+    assert 0 < exact.float().mean() < 1
     assert found["figures"]["worst_case"]["accuracy"] == exact.double().mean().item()
     assert found["outcomes"]["bpda-apgd-ce"] == exact.int().tolist()
 

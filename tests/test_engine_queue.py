@@ -43,7 +43,7 @@ def test_queue_is_bounded_by_count_and_refuses_a_list_as_a_whole(
 def test_queue_is_bounded_by_work(
     engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, pixels = engines(max_wait_s=10.0), uint8(images)
+    engine, pixels = engines(patience=1 / 3, usual="published"), uint8(images)
     go = hold_steps(monkeypatch)
 
     async def fill() -> None:
@@ -62,10 +62,10 @@ def test_queue_is_bounded_by_work(
     asyncio.run(fill())
 
 
-def test_by_default_newcomer_waits_for_little_more_than_its_own_time(
+def test_patience_is_in_multiples_of_a_newcomers_own_time(
     engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, pixels = engines(max_wait_s=None), uint8(images)
+    engine, pixels = engines(patience=1.5), uint8(images)
     go = hold_steps(monkeypatch)
 
     async def fill() -> None:
@@ -80,6 +80,26 @@ def test_by_default_newcomer_waits_for_little_more_than_its_own_time(
         await asyncio.sleep(0.02)
         go.set()
         await asyncio.gather(*waiting)
+
+    asyncio.run(fill())
+
+
+def test_newcomer_that_others_would_make_late_is_refused(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pixels = engines(), uint8(images)
+    go = hold_steps(monkeypatch)
+
+    async def fill() -> None:
+        engine.models.get(None).cost = Cost(per_pass_s=10 / passes("default"))
+        waiting = [asyncio.create_task(submit(engine, [pixels[0]], timeout_s=1))]  # alone it is taken
+        await asyncio.sleep(0)
+        with pytest.raises(NotReadyError, match=r"about 10\.00 s, at most [45]\.\d\d s may"):
+            await submit(engine, [pixels[0]], timeout_s=15)
+        waiting.append(asyncio.create_task(submit(engine, [pixels[0]], timeout_s=30)))
+        await asyncio.sleep(0.02)
+        go.set()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
     asyncio.run(fill())
 

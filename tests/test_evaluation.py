@@ -218,18 +218,23 @@ def test_classifier_that_returns_nan_is_refused_before_any_attack(images: Tensor
         )  # fmt: skip
 
 
-def test_apgd_is_as_strong_as_the_reference_implementation(gratings_net: ImageClassifier, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("n", "seeds", "tolerance"), [(48, 1, 0.05), pytest.param(256, 3, 0.01, marks=pytest.mark.slow)]
+)
+def test_apgd_is_as_strong_as_the_reference_implementation(
+    gratings_net: ImageClassifier, tmp_path: Path, n: int, seeds: int, tolerance: float
+) -> None:
     from pyautoattack.autopgd_base import APGDAttack
 
-    data = broken_defenses.evaluation_set(256)
+    data = broken_defenses.evaluation_set(n)
     threat = Threat(norm="linf", epsilon=6 / 255)
     plan = replace(
-        PLAN, threat=threat, chunk=256, attacks=("autoattack", "bpda-apgd-ce", "bpda-apgd-dlr", "square"),
+        PLAN, threat=threat, chunk=n, attacks=("autoattack", "bpda-apgd-ce", "bpda-apgd-dlr", "square"),
         budget=replace(BUDGETS["fast"], apgd_steps=50, targets=3, square_queries=200),
     )  # fmt: skip
     found = evaluate(gratings_net, NoPurifier, data, tmp_path, plan)
     ours, theirs = [], []
-    for seed in range(3):  # one random start is worth a point by itself
+    for seed in range(seeds):  # one random start is worth a point by itself
         attack = APGDAttack(
             gratings_net, n_iter=50, n_restarts=1, eps=threat.epsilon, norm="Linf", seed=seed, device="cpu", eot_iter=1,
             rho=0.75,
@@ -238,7 +243,7 @@ def test_apgd_is_as_strong_as_the_reference_implementation(gratings_net: ImageCl
         theirs.append(float(gratings_net(points).argmax(1).eq(data.labels).float().mean()))
         again = replace(plan, seed=seed, attacks=("bpda-apgd-ce",))
         ours.append(accuracies(evaluate(gratings_net, NoPurifier, data, tmp_path, again))["bpda-apgd-ce"])
-    assert 0.05 < sum(theirs) / 3 < 0.95
-    assert abs(sum(ours) - sum(theirs)) / 3 <= 0.01
+    assert 0.05 < sum(theirs) / seeds < 0.95
+    assert abs(sum(ours) - sum(theirs)) / seeds <= tolerance
     own = [all(row) for row in zip(*(found["outcomes"][name] for name in plan.attacks[1:]), strict=True)]
-    assert sum(own) / len(own) <= accuracies(found)["autoattack"] + 0.01
+    assert sum(own) / len(own) <= accuracies(found)["autoattack"] + tolerance

@@ -56,7 +56,7 @@ def cluster(tiny_folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     port = free_port()
     environment = {
         **os.environ, "UNPERTURB_CHECKPOINT": str(tiny_folder), "UNPERTURB_DEVICE": "cpu", "UNPERTURB_REPLICAS": "2",
-        "UNPERTURB_THREADS": "1", "UNPERTURB_MAX_WAIT_S": "60", "UNPERTURB_AUTHENTICATION": "off",
+        "UNPERTURB_THREADS": "1", "UNPERTURB_PATIENCE": "1000", "UNPERTURB_AUTHENTICATION": "off",
         "UNPERTURB_MAX_BATCH": "4", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
     process = subprocess.Popen(

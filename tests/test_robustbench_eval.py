@@ -69,11 +69,19 @@ def test_each_model_and_purifier_is_one_result_file_with_what_made_it(
     assert str(tiny_folder) not in json.dumps(found)
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("times", "attacks"),
+    [
+        (1, "noise,bpda-apgd-ce,intermediate"),
+        pytest.param(
+            10, "noise,bpda-apgd-ce,bpda-apgd-dlr,intermediate,unrolled,rays", marks=pytest.mark.slow, id="often"
+        ),
+    ],
+)
 def test_killed_at_random_moments_it_ends_with_the_same_files(
-    tiny_folder: Path, image_folder: Path, tmp_path: Path, times: int
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, times: int, attacks: str
 ) -> None:
-    more = ("--attacks", "noise,bpda-apgd-ce,bpda-apgd-dlr,intermediate,unrolled,rays", "--purifier", "reverse-attack")
+    more = ("--attacks", attacks, "--purifier", "reverse-attack")
     assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "undisturbed", *more)) == 0
     command = [sys.executable, str(SCRIPT), *arguments(tiny_folder, image_folder, tmp_path / "killed", *more)]
     chance, kills = random.Random(0), 0
@@ -181,7 +189,10 @@ def test_corruptions_are_generated_from_local_images_and_say_so(
     tiny_folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("imagecorruptions", exc_type=ImportError)
-    more = ("--threat-model", "corruptions", "--purifier", "none", "--purifier", "reverse-attack:steps=1")
+    more = (
+        "--threat-model", "corruptions", "--purifier", "none", "--purifier", "reverse-attack:steps=1",
+        "--n-examples", "4", "--chunk", "2",
+    )  # fmt: skip
     assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
     for record in records(tmp_path / "out").values():
         found = record["results"]

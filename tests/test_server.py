@@ -25,7 +25,8 @@ def server(tiny_folder: Path, tmp_path: Path) -> Iterator[Server]:
     port = open_loop.free_port()
     environment = {
         "UNPERTURB_CHECKPOINT": str(tiny_folder), "UNPERTURB_DEVICE": "cpu", "UNPERTURB_HEADER_TIMEOUT_S": "1",
-        "UNPERTURB_UPLOAD_TIMEOUT_S": "1", "UNPERTURB_MAX_BATCH": "4", "UNPERTURB_MAX_WAIT_S": "60",
+        "UNPERTURB_UPLOAD_TIMEOUT_S": "1", "UNPERTURB_MAX_BATCH": "4", "UNPERTURB_PATIENCE": "1000",
+        "UNPERTURB_THREADS": "1",
     }  # fmt: skip
     with open_loop.running(
         open_loop.service(port), port=port, ready="/readyz", log=tmp_path / "log", environment=environment

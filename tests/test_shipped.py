@@ -22,7 +22,7 @@ real_images = pytest.mark.skipif(not UNPACK.is_file(), reason="the real CIFAR-10
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
-    with TestClient(create_app(Settings(device="cpu", max_wait_s=1000.0, timeout_s=1000.0))) as opened:
+    with TestClient(create_app(Settings(device="cpu", patience=1e6, timeout_s=1000.0))) as opened:
         wait_until_ready(opened)
         yield opened
 
