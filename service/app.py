@@ -25,11 +25,12 @@ def create_app(
     *,
     on_failure: Callable[[str], None] | None = None,
     handle: Callable[..., WorkerHandle] = WorkerHandle,
+    warm_first: bool = False,
 ) -> FastAPI:
     """The service; loads the checkpoint (CheckpointError says what is wrong with it), warms up after start.
 
     on_failure is called, from a thread, when the service can never serve again and its process should be restarted;
-    handle hosts a worker.
+    handle hosts a worker; warm_first ends the app's start-up only after the warm-up, for a router that asks no /readyz.
     """
     settings = settings or Settings()
     tracer = tracing.set_up()
@@ -60,6 +61,8 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await gateway.decoders.start()
         engine.start()
+        while warm_first and not engine.warm.is_set() and engine.failure is None:
+            await asyncio.sleep(0.1)
         yield
         await asyncio.to_thread(engine.stop, settings.grace_s)
         if tracer is not None:

@@ -42,7 +42,7 @@ def build_app() -> FastAPI:
         changed["authentication"] = "on"
     settings = settings.model_copy(update=changed)
     logs.set_up(level=settings.log_level, style=settings.log_format)
-    return create_app(settings, on_failure=_end)
+    return create_app(settings, on_failure=_end, warm_first=True)
 
 
 def _end(_: str) -> None:
