@@ -111,6 +111,7 @@ def test_deadline_frees_the_slot_between_steps_and_is_checked_in_the_queue(
     go = hold_steps(monkeypatch)
 
     async def expire() -> list[Any]:
+        engine.models.get(None).cost = Cost()  # so that none is refused for what it would take
         in_slots = [asyncio.create_task(submit(engine, [pixels[0]], "published", timeout_s=0.2)) for _ in range(2)]
         await asyncio.sleep(0)
         assert engine.in_slots == 2
