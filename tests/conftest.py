@@ -1,6 +1,5 @@
 """The small things that several tests need: a tiny checkpoint, images, an image folder."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from models.defended import DefendedClassifier
 from models.projected_gradient import RAMP, ProjectedGradient
 from models.reverse_attack import ReverseAttack, ReverseAttackConfig
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 CLASSES = ("blue", "green", "red")
 SMALL = Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu")

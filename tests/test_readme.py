@@ -39,7 +39,7 @@ def test_tables_are_those_of_the_result_files() -> None:
 def test_curl_example_shows_what_the_service_answers() -> None:
     (block,) = blocks("console")
     shown = json.loads(block.partition("\n")[2])
-    with TestClient(create_app(Settings(device="cpu"))) as client:
+    with TestClient(create_app(Settings(device="cpu", threads=1, max_batch=2))) as client:
         wait_until_ready(client)
         sample = (ROOT / "service" / "assets" / "sample.png").read_bytes()
         answer = client.post("/classify?top_k=3", files={"image": sample}).json()

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -225,3 +226,24 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 def test_missing_checkpoint_is_refused_before_serving() -> None:
     with pytest.raises(CheckpointError, match="no/such"):
         create_app(Settings(checkpoint="no/such", device="cpu"))
+
+
+def test_every_reference_of_the_openapi_description_leads_somewhere(client: TestClient) -> None:
+    described = client.get("/openapi.json").json()
+    references: list[str] = []
+
+    def collect(part: Any) -> None:
+        if isinstance(part, dict):
+            references.extend(value for key, value in part.items() if key == "$ref" and isinstance(value, str))
+        for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+            collect(inner)
+
+    collect(described)
+    assert references
+    for reference in references:
+        found = described
+        for name in reference.removeprefix("#/").split("/"):
+            assert name in found, reference
+            found = found[name]
+    body = described["paths"]["/v2/models/{id}/infer"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert "datatype" in body["properties"]["inputs"]["items"]["properties"]
