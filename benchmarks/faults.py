@@ -124,7 +124,7 @@ def disconnects(config: Config) -> dict[str, Any]:
         await leaving
         return sent
 
-    with serving(config) as server:
+    with serving(config, UNPERTURB_PATIENCE="1000") as server:
         sent = asyncio.run(run(server))
         time.sleep(1.0)
         left = metric(server, "unperturb_slots_in_use") + metric(server, "unperturb_queue_length")
@@ -143,7 +143,7 @@ def slow_loris(config: Config) -> dict[str, Any]:
         sent = await open_loop.offer(server.url, pngs(config), rate=5.0, seconds=10.0, seed=config.seed)
         return await stalled, sent
 
-    with serving(config) as server:
+    with serving(config, UNPERTURB_PATIENCE="1000") as server:
         ended, sent = asyncio.run(run(server))
     return {
         "stalled": dict(ended), "others": open_loop.summary(sent, seconds=10.0),

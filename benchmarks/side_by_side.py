@@ -83,12 +83,13 @@ def figures(sent: list[Sent], config: Config) -> dict[str, Any]:
     """The summary, of all and by preset, and the goodput within the limit."""
     summary = open_loop.summary(sent, seconds=config.seconds)
     good = [one for one in sent if one.status == 200]
+    in_time = [one for one in good if one.seconds <= config.within_s]
     lasted_s = len(good) / summary["goodput"] if good else config.seconds
     return {
         **summary,
-        "goodput_within": sum(one.seconds <= config.within_s for one in good) / config.seconds,
+        "goodput_within": len(in_time) / (config.seconds + config.within_s),  # the last may come so late
         "work": sum(work(one.name) for one in good) / lasted_s,
-        "work_within": sum(work(one.name) for one in good if one.seconds <= config.within_s) / config.seconds,
+        "work_within": sum(work(one.name) for one in in_time) / (config.seconds + config.within_s),
         "presets": {
             name: open_loop.summary([one for one in sent if one.name == name], seconds=config.seconds)
             for name in sorted({one.name for one in sent})
@@ -108,8 +109,8 @@ def measure(config: Config) -> dict[str, Any]:
                 "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device,
                 "UNPERTURB_MAX_BATCH": str(config.max_batch), "UNPERTURB_LOG_LEVEL": "warning",
                 "UNPERTURB_PATIENCE": str(config.patience), "UNPERTURB_TIMEOUT_S": str(config.within_s),
-                "PEER_CHECKPOINT": config.checkpoint, "PEER_MAX_BATCH": str(config.max_batch),
-                "PYTHONPATH": str(open_loop.ROOT),
+                "PEER_CHECKPOINT": config.checkpoint, "PEER_DEVICE": config.device,
+                "PEER_MAX_BATCH": str(config.max_batch), "PYTHONPATH": str(open_loop.ROOT),
             }  # fmt: skip
             url, prepared = f"http://127.0.0.1:{port}", requests(config, path)
             with (

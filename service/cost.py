@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from service.stages import passes, shape, step_passes
 
+LEAST = 0.01  # of a lone image's pass: timings are noisy, and work that costs nothing would have no bound
+
 
 class Spent(NamedTuple):
     """So many batches through the classifier, with so many images forward in them, took so many seconds."""
@@ -24,7 +26,8 @@ class Cost(NamedTuple):
         """The straight line through as many small batches and large ones."""
         more = large.passes - small.passes
         slope = (large.seconds - small.seconds) / more if more else small.seconds / small.passes
-        slope = min(max(slope, 0.0), small.seconds / small.passes)
+        alone = small.seconds / small.passes
+        slope = min(max(slope, LEAST * alone), alone)
         return cls((small.seconds - slope * small.passes) / small.batches, slope)
 
     def seconds(self, batches: int, passes: int) -> float:
@@ -35,7 +38,11 @@ class Cost(NamedTuple):
         """What one image takes that has the device for itself."""
         return self.seconds(shape(stage)[0] + 1, passes(stage))
 
-    def beside(self, other: str | None, stage: str | None) -> float:
-        """What an image in stage `other` adds to one in `stage`: they share each step until the first of them ends."""
+    def beside(self, other: str | None, stage: str | None, *, together: bool = True) -> float:
+        """What an image in stage `other` adds to one in `stage`: they share each step until the first of them ends.
+
+        together: in the same batches; another model's are batches of their own
+        """
         (steps, rows), own_steps = shape(other), max(1, shape(stage)[0])
-        return self.per_pass_s * (passes(other) if steps <= own_steps else own_steps * step_passes(rows))
+        shared = passes(other) if steps <= own_steps else own_steps * step_passes(rows)
+        return self.seconds(0 if together else min(steps, own_steps), shared)

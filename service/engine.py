@@ -149,7 +149,7 @@ class Engine:
             if one.refused is not None:
                 self._let_go(model)
                 raise CheckpointError(one.refused)
-            model.cost = max(model.cost, one.cost, key=lambda cost: cost.per_pass_s)
+        model.cost = max((one.cost for one in found), key=lambda cost: cost.alone(self.usual))
 
     def _let_go(self, model: Model) -> None:
         for worker in self.workers:
@@ -173,11 +173,17 @@ class Engine:
 
     # -- its queue -----------------------------------------------------------------------------------------------------
 
-    def refuse_if_full(self, stage: str | None) -> None:
-        """NotReadyError, with the seconds after which to try again, where one more image cannot be taken now."""
+    def refuse_if_full(self, model: Model | None, stage: str | None) -> None:
+        """NotReadyError, with the seconds after which to try again, where one more image cannot be taken now.
+
+        model: None where it is not known yet which model and stage it will be
+        """
         if (reason := self.not_ready) is not None:
             raise NotReadyError(reason)
-        self._refuse_past_limits(self.models.get(None), stage, 1, math.inf)
+        with self._changed:
+            self._refuse_past_count(stage, 1)
+            if model is not None:
+                self._refuse_past_patience(model, stage, math.inf)
 
     async def submit(
         self, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seeds: Sequence[int],
@@ -200,7 +206,8 @@ class Engine:
             if self.failure is not None:
                 raise NotReadyError(self.not_ready or "")
             if not begun:
-                self._refuse_past_limits(model, stage, len(jobs), deadline - time.monotonic())
+                self._refuse_past_count(stage, len(jobs))
+                self._refuse_past_patience(model, stage, deadline - time.monotonic())
             self._jobs.update((job.id, job) for job in jobs)
             self._waiting.extend(jobs)
             self._hand_out()
@@ -212,22 +219,34 @@ class Engine:
         finally:
             self._forget(jobs)
 
-    def _refuse_past_limits(self, model: Model, stage: str | None, images: int, left_s: float) -> None:
-        """A request's own images are not held against it: alone it is taken whatever it costs."""
-        with self._changed:
-            wait_s = sum(job.model.beside_s(job.stage, stage) for job in self._jobs.values()) / len(self.workers)
-            if len(self._waiting) + images > self.max_queue:
-                raise NotReadyError(
-                    f"{len(self._waiting)} images are waiting, and at most {self.max_queue} may; try again",
-                    retry_after_s=max(1, math.ceil(wait_s)),
-                )
-            alone_s = model.alone_s(stage)
-            limit_s = min(self.patience * max(alone_s, model.alone_s(self.usual)), max(0.0, left_s - alone_s))
-            if wait_s > limit_s:
-                raise NotReadyError(
-                    f"images in progress would take about {wait_s:.2f} s, at most {limit_s:.2f} s may; try again",
-                    retry_after_s=max(1, math.ceil(wait_s - limit_s)),
-                )
+    def _ahead_s(self, model: Model | None, stage: str | None) -> float:
+        """Estimated seconds that those in progress add to a newcomer: all they take, where it finds no free slot."""
+        full = all(worker.room(stage) <= 0 for worker in self.workers)
+        return sum(
+            job.model.beside_s(job.stage, job.stage if full else stage, model or job.model)
+            for job in self._jobs.values()
+        ) / len(self.workers)
+
+    def _refuse_past_count(self, stage: str | None, images: int) -> None:
+        """Under the lock."""
+        room = sum(worker.room(stage) for worker in self.workers)
+        if len(self._waiting) + max(0, images - room) > self.max_queue:
+            raise NotReadyError(
+                f"{len(self._waiting)} images are waiting, and at most {self.max_queue} may; try again",
+                retry_after_s=max(1, math.ceil(self._ahead_s(None, stage))),
+            )
+
+    def _refuse_past_patience(self, model: Model, stage: str | None, left_s: float) -> None:
+        """For what others would add; a request's own images are not held against it. Under the lock."""
+        wait_s, alone_s = self._ahead_s(model, stage), model.alone_s(stage)
+        limit_s = self.patience * max(alone_s, model.alone_s(self.usual))
+        if alone_s < left_s:  # otherwise it would be late with nobody beside it, too
+            limit_s = min(limit_s, left_s - alone_s)
+        if wait_s > limit_s:
+            raise NotReadyError(
+                f"images in progress would take about {wait_s:.2f} s, at most {limit_s:.2f} s may; try again",
+                retry_after_s=max(1, math.ceil(wait_s - limit_s)),
+            )
 
     def _hand_out(self) -> None:
         """Give waiting images to the workers with the most free slots; under the lock.
@@ -237,7 +256,7 @@ class Engine:
         left: deque[Job] = deque()
         for job in self._waiting:
             worker = min(self.workers, key=lambda worker: len(worker.busy))
-            if not worker.has_room(job.stage):
+            if worker.room(job.stage) <= 0:
                 left.append(job)
                 continue
             job.worker = worker

@@ -60,10 +60,12 @@ class Gateway:
         self.limits = Limits(per_client=settings.max_per_client, total=settings.max_in_progress)
 
     @contextmanager
-    def admit(self, request: Request, timeout_s: float | None, *, stage: str | None) -> Iterator[Ticket]:
+    def admit(
+        self, request: Request, timeout_s: float | None, told: tuple[str | None, str | None] | None
+    ) -> Iterator[Ticket]:
         """Let one request in, counted as one image until its number is known (`count`).
 
-        stage: its images', as far as its head says
+        told: the model's id and the images' stage, where the request's head says which
 
         Raises UnauthorizedError, TooManyRequestsError, and NotReadyError where the engine could not take it now: better
         before its body is read and decoded than after.
@@ -73,7 +75,9 @@ class Gateway:
         client = f"key {user}" if user is not None else (request.client.host if request.client else "unknown")
         request.scope["client_name"] = client
         deadline = time.monotonic() + min(timeout_s or math.inf, self.settings.timeout_s)
-        self.engine.refuse_if_full(stage)
+        id, stage = told or (None, self.settings.preset)
+        models = self.engine.models
+        self.engine.refuse_if_full(models.by_id.get(id or models.default_id) if told else None, stage)
         with self.limits.hold(client, 1):
             yield Ticket(request, client, deadline, started)
 

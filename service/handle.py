@@ -59,10 +59,9 @@ class WorkerHandle:
             self.staged.add(work.id)
         self.say(work)
 
-    def has_room(self, stage: str | None) -> bool:
-        """Whether there is a slot for an image; those without steps have as many of their own."""
-        held = len(self.staged) if stage is not None else len(self.busy) - len(self.staged)
-        return held < self.config.slots
+    def room(self, stage: str | None) -> int:
+        """Free slots for images in a stage; those without steps have as many of their own."""
+        return self.config.slots - (len(self.staged) if stage is not None else len(self.busy) - len(self.staged))
 
     def take_back(self, ids: Iterable[int]) -> None:
         """These are no longer its."""

@@ -3,8 +3,8 @@
 A replica is one whole service: its own engine, limits and worker process, on a GPU of its own where there are GPUs.
 Ray routes, scales and restarts; what may wait, and for how long, is still decided by the engine. Settings are the
 service's own environment variables, and UNPERTURB_REPLICAS=2 or 1-8 (the least and the most; 1-4 by default). Since Ray
-counts the requests in progress, not those refused, UNPERTURB_PATIENCE is 10 where it is not set. POST /models changes
-one replica only: set UNPERTURB_CHECKPOINT instead.
+counts the requests in progress, not those refused, UNPERTURB_PATIENCE is twice the slots where it is not set. POST
+/models changes one replica only: set UNPERTURB_CHECKPOINT instead.
 """
 
 import os
@@ -21,7 +21,6 @@ from service import logs
 from service.app import create_app
 from service.settings import Settings
 
-PATIENCE = 10.0  # with the service's own there would seldom be as many in progress as the next line waits for
 TARGET_SHARE = 0.75  # of the slots: a replica is added when more requests than that are in progress on each
 
 
@@ -37,7 +36,7 @@ def replicas(text: str) -> tuple[int, int]:
 def build_app() -> FastAPI:
     """The app of one replica, in its process; Ray shows it one GPU, or none."""
     settings = Settings()
-    changed: dict[str, Any] = {} if "patience" in settings.model_fields_set else {"patience": PATIENCE}
+    changed: dict[str, Any] = {} if "patience" in settings.model_fields_set else {"patience": 2.0 * settings.slots}
     if settings.authentication == "auto":
         changed["authentication"] = "on"
     settings = settings.model_copy(update=changed)

@@ -12,6 +12,7 @@ from models.errors import CheckpointError, ConfigError, NotFoundError
 from service.cost import Cost
 from service.stages import stages_of
 
+FARTHEST = 10.0  # times faster or slower than foretold
 FOLLOW = 0.1  # of each new observation's distance from the estimate
 
 
@@ -38,16 +39,16 @@ class Model:
         return self.card.architecture.image_size
 
     def observe(self, pace: float) -> None:
-        """Follow what work takes."""
-        self.pace += FOLLOW * (pace - self.pace)
+        """Follow what work takes; one step that hung tells little of the next."""
+        self.pace += FOLLOW * (min(max(pace, 1 / FARTHEST), FARTHEST) - self.pace)
 
     def alone_s(self, stage: str | None) -> float:
         """Estimated seconds of one image that has a device for itself."""
         return self.pace * self.cost.alone(stage)
 
-    def beside_s(self, other: str | None, stage: str | None) -> float:
-        """Estimated seconds that an image of this model in stage `other` adds to one in `stage` on the same device."""
-        return self.pace * self.cost.beside(other, stage)
+    def beside_s(self, other: str | None, stage: str | None, model: "Model") -> float:
+        """Estimated seconds that one of its images, in stage `other`, adds to one of `model` in `stage`."""
+        return self.pace * self.cost.beside(other, stage, together=model is self)
 
 
 class Served:

@@ -51,13 +51,23 @@ def body_schema(*, many: bool) -> dict[str, Any]:
     return {"required": True, "content": content}
 
 
+def media_type(request: Request) -> str:
+    """Of the body, without its parameters."""
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def is_json(request: Request) -> bool:
+    """Whether the body is JSON."""
+    return media_type(request) == "application/json"
+
+
 async def read_images(request: Request, *, max_bytes: int, max_images: int, timeout_s: float) -> Upload:
     """The images of a request's body.
 
     Raises TooLargeError past `max_bytes` of body (as announced, or as they come) or `max_images`, UploadTimeoutError
     past `timeout_s`, UnsupportedTypeError for a body of no known form, MalformedRequestError for a broken one.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    kind = media_type(request)
     if kind.startswith("image/"):
         body = await read_within(request, max_bytes=max_bytes, timeout_s=timeout_s)
         return Upload([body], many=False, parameters={})

@@ -127,7 +127,8 @@ class _Worker:
         seconds = time.monotonic() - started
         passes = before - sum(slot.passes_left for slot in lane.slots)
         expected = self.costs[model].seconds(bool(slots) + bool(ended), passes)
-        self._report(model, slots, seconds, seconds / expected if expected else None, ended)
+        failed = any(isinstance(one.result, Exception) for one in ended)  # its other steps were not done
+        self._report(model, slots, seconds, seconds / expected if expected and not failed else None, ended)
 
     def _report(
         self, model: int, slots: int, seconds: float, pace: float | None, ended: list[Ended]

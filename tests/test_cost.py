@@ -2,8 +2,10 @@
 
 import pytest
 
+from models.checkpoint import read_card, resolve
 from models.reverse_attack import PRESETS
 from service.cost import Cost, Spent
+from service.served import Model
 from service.stages import ATTACK, passes, shape
 
 STAGES = [None, ATTACK, *PRESETS]
@@ -39,6 +41,21 @@ def test_equal_images_add_all_of_their_passes(stage: str | None) -> None:
 @pytest.mark.parametrize("other", STAGES)
 def test_other_image_adds_no_more_than_its_own_passes(stage: str | None, other: str | None) -> None:
     assert 0 < Cost(0.0, 1.0).beside(other, stage) <= passes(other)
+
+
+def test_another_models_images_cost_batches_of_their_own() -> None:
+    cost = Cost(per_batch_s=10.0, per_pass_s=1.0)
+    steps = PRESETS["default"].loop.steps
+    assert cost.beside("published", "default", together=False) == cost.beside("published", "default") + 10 * steps
+
+
+def test_one_step_that_hung_does_not_change_the_pace_for_long() -> None:
+    model = Model(1, "a", "a", read_card(resolve("default")))
+    model.observe(1e6)
+    assert 1 < model.pace < 2
+    for _ in range(100):
+        model.observe(1e-6)
+    assert 0.1 <= model.pace < 0.11
 
 
 def test_long_neighbour_adds_only_the_steps_that_are_shared() -> None:

@@ -113,11 +113,11 @@ def test_images_without_steps_do_not_take_the_slots_of_those_with() -> None:
     black = np.zeros((3, 8, 8), dtype=np.uint8)
     for i in range(2):
         handle.give(Work(i, 1, black, None, 0, False, 0.0))
-    assert not handle.has_room(None)
-    assert handle.has_room("default")
+    assert handle.room(None) == 0
+    assert handle.room("default") == 2
     for i in range(2, 4):
         handle.give(Work(i, 1, black, "default", 0, False, 0.0))
-    assert not handle.has_room("default")
+    assert handle.room("default") == 0
     handle.take_back([0, 2])
-    assert handle.has_room(None)
-    assert handle.has_room("default")
+    assert handle.room(None) == 1
+    assert handle.room("default") == 1

@@ -81,7 +81,7 @@ def test_stopping_finishes_what_is_here_and_takes_no_more(engines: Callable[...,
         while not engine.draining:
             await asyncio.sleep(0.001)
         with pytest.raises(NotReadyError, match="stopping"):
-            engine.refuse_if_full("default")
+            engine.refuse_if_full(None, "default")
         found = await task
         await stopping
         return found

@@ -20,7 +20,7 @@ class Model:
     """The shipped checkpoint behind both presets."""
 
     def __init__(self) -> None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(os.environ.get("PEER_DEVICE", "cpu"))
         loaded = checkpoint.load(os.environ.get("PEER_CHECKPOINT", "default"), device=device)
         self.device, self.size = device, loaded.classifier.image_size
         self.defended: dict[str, DefendedClassifier] = {

@@ -14,7 +14,7 @@ from service.answer import Answer, Answers, answer, pixels, to_png
 from service.gateway import Gateway, Timeout
 from service.png16 import png16
 from service.routes.parameters import Classify, Purify
-from service.upload import body_schema
+from service.upload import body_schema, is_json
 
 
 class PurifyImage(Purify):
@@ -35,7 +35,8 @@ def router(gateway: Gateway) -> APIRouter:
         request: Request, query: Annotated[Classify, Query()], timeout_s: Timeout = None
     ) -> Answer | Answers:
         """Purify one image, or each of a list, classify it, and say what the purifier changed."""
-        with gateway.admit(request, timeout_s, stage=query.stage(default)) as ticket:
+        told = None if is_json(request) else (query.model, query.stage(default))  # JSON has parameters of its own
+        with gateway.admit(request, timeout_s, told) as ticket:
             upload = await gateway.read(ticket)
             wanted = query.updated(upload.parameters)
             preset = wanted.stage(default)
@@ -72,7 +73,7 @@ def router(gateway: Gateway) -> APIRouter:
     async def purify(request: Request, query: Annotated[PurifyImage, Query()], timeout_s: Timeout = None) -> Response:
         """The purified image itself, at the model's size, for a classifier of your own."""
         preset = request.scope["preset"] = query.preset or default
-        with gateway.admit(request, timeout_s, stage=preset) as ticket:
+        with gateway.admit(request, timeout_s, (query.model, preset)) as ticket:
             upload = await gateway.read_one(ticket)
             with gateway.engine.models.use(query.model) as model:
                 (decoded,) = await gateway.decode(ticket, upload, model)

@@ -119,7 +119,7 @@ def router(gateway: Gateway) -> APIRouter:
         """Purify and classify a tensor of images."""
         settings = gateway.settings
         with (
-            gateway.admit(request, timeout_s, stage=settings.preset) as ticket,
+            gateway.admit(request, timeout_s, None) as ticket,
             gateway.engine.models.use(id) as model,
         ):
             body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))

@@ -81,7 +81,7 @@ def router(gateway: Gateway) -> APIRouter:
         """Attack an image (where asked to), purify it, and show every image, score and loss on the way."""
         preset = request.scope["preset"] = query.preset or gateway.settings.preset
         with (
-            gateway.admit(request, timeout_s, stage=preset) as ticket,
+            gateway.admit(request, timeout_s, (query.model, preset)) as ticket,
             gateway.engine.models.use(query.model) as model,
         ):
             upload = await gateway.read_one(ticket)
