@@ -102,7 +102,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def plot(found: dict[str, Any]) -> bytes:
-    """Latency and goodput against offered load."""
+    """Latency, and the share that is refused, against offered load."""
     from benchmarks.plots import COLOURS, _figure, _png
 
     plt, figure, axes = _figure(8, 4.2)
@@ -114,9 +114,9 @@ def plot(found: dict[str, Any]) -> bytes:
     axes.set_ylabel("latency of answered requests, ms")
     axes.set_ylim(bottom=0)
     other = axes.twinx()
-    other.plot(shares, [row["goodput"] for row in found["loads"]], color="#57606a", linestyle="--", label="goodput")
-    other.set_ylabel("answers a second (dashed)")
-    other.set_ylim(bottom=0)
+    other.plot(shares, [row["rejected"] * 100 for row in found["loads"]], color="#57606a", linestyle="--")
+    other.set_ylabel("refused, % (dashed)")
+    other.set_ylim(0, 100)
     other.spines[["top"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
     return _png(plt, figure)

@@ -9,10 +9,13 @@ from benchmarks.plots import all_plots
 from benchmarks.report import cells as texts_of
 from benchmarks.results import FOLDER
 from benchmarks.rows import load_runs, measured_row
-from benchmarks.service_tables import faults_table, load_table, side_by_side_table
+from benchmarks.service_tables import bulk_line, faults_table, load_table, side_by_side_table
 from models import checkpoint
 
-SERVICE = {"load": load_table, "load_patient": load_table, "side_by_side": side_by_side_table, "faults": faults_table}
+SERVICE = {
+    "load": load_table, "load_patient": load_table, "side_by_side": side_by_side_table, "faults": faults_table,
+    "bulk_memory": bulk_line,
+}  # fmt: skip
 ROBUSTNESS = FOLDER / "robustness"
 PLOTS = {"Robust accuracy by attack": "by-attack.png", "Every attack": "every-attack.png"}
 README = Path(__file__).resolve().parents[1] / "README.md"

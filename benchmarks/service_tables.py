@@ -21,6 +21,11 @@ def load_table(record: dict[str, Any]) -> str:
             *(f"{row[f'p{p}_ms']:.0f}" for p in (50, 95, 99)),
         ]  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
+    rows += [
+        "",
+        f"At 80% p99 is {found['p99_at_80_over_solo']:.1f} times the request to an idle server; at 300% goodput is "
+        f"{found['goodput_at_300_over_best']:.0%} of the best row's; statuses: {', '.join(found['statuses'])}.",
+    ]
     return "\n".join(rows)
 
 
@@ -58,6 +63,16 @@ def faults_table(record: dict[str, Any]) -> str:
                 f"| {name.replace('_', ' ')} | {words(found[name])} | {'yes' if found[name]['well'] else '**no**'} |"
             )
     return "\n".join(rows)
+
+
+def bulk_line(record: dict[str, Any]) -> str:
+    """The memory of a bulk run."""
+    found = record["results"]
+    return (
+        f"{found['count']:,} images in one process (`python benchmarks/bulk_memory.py`): "
+        f"{found['rss_after_first_chunk_mib']:,.0f} MiB of resident memory after the first {record['config']['chunk']}, "
+        f"{found['peak_rss_mib']:,.0f} MiB at most."
+    )
 
 
 def _mean(values: Iterable[float]) -> float:
