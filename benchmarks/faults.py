@@ -207,7 +207,7 @@ def schemathesis(config: Config) -> dict[str, Any]:
             [
                 str(Path(sys.executable).parent / "schemathesis"), "--config-file", str(settings), "run",
                 f"{server.url}/openapi.json", "--seed", str(config.seed), "--max-time", str(math.ceil(seconds)),
-                "--header", f"Authorization: Bearer {key}", "--no-color", "--checks",
+                "--request-timeout", "60", "--header", f"Authorization: Bearer {key}", "--no-color", "--checks",
                 "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
             ],
             capture_output=True, text=True, check=False, timeout=seconds + 600, cwd=folder,

@@ -70,7 +70,7 @@ def bulk_line(record: dict[str, Any]) -> str:
     found = record["results"]
     return (
         f"{found['count']:,} images in one process (`python benchmarks/bulk_memory.py`): "
-        f"{found['rss_after_first_chunk_mib']:,.0f} MiB of resident memory after the first {record['config']['chunk']}, "
+        f"{found['rss_after_first_chunk_mib']:,.0f} MiB of memory after the first {record['config']['chunk']}, "
         f"{found['peak_rss_mib']:,.0f} MiB at most."
     )
 
