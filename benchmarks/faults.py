@@ -31,6 +31,7 @@ import torch
 
 from benchmarks import hostile, open_loop, results
 from benchmarks.open_loop import Prepared, Sent
+from models import provenance
 from models.errors import ConfigError
 from models.options import as_json, option, parse
 
@@ -302,7 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = json.loads(config.out.read_text())["results"] if config.out.exists() else {}
     for name in config.only or PARTS:
         started = time.monotonic()
-        found[name] = PARTS[name](config)
+        found[name] = {**PARTS[name](config), "commit": provenance.commit()}
         print(f"{name}: {'well' if found[name]['well'] else 'NOT WELL'}, {time.monotonic() - started:.0f} s",
               file=sys.stderr, flush=True)  # fmt: skip
         results.write(config.out, script="benchmarks/faults.py", config=as_json(config), results=found)
