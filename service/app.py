@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from service import problem, tracing
+from service.admission import Admission
 from service.engine import Engine
 from service.gateway import Gateway
 from service.handle import WorkerHandle
@@ -42,9 +43,7 @@ def create_app(
             WorkerConfig(str(device), settings.slots, settings.pads, threads, settings.log_level, settings.log_format)
             for device in settings.devices
         ],
-        max_queue=settings.max_queue,
-        patience=settings.patience,
-        usual=settings.preset,
+        admission=Admission(settings.max_queue, settings.patience, settings.preset),
         stall_s=settings.stall_s,
         metrics=metrics,
         on_failure=on_failure,

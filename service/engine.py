@@ -16,6 +16,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from models.errors import CheckpointError, DeadlineError, NotReadyError
+from service.admission import Admission
 from service.handle import WorkerHandle
 from service.jobs import Job
 from service.messages import Failed, Gone, Load, Loaded, Outcome, Stepped, Unload, Work
@@ -31,22 +32,18 @@ LOAD_TIMEOUT_S = 900.0
 class Engine:
     """Start it before submitting; `stop` it at the end.
 
-    slots:      images in progress on one device
-    max_queue:  images that may wait for a slot
-    patience:   how many times its own time others may add to a newcomer's, as estimated; where one image in stage
-                `usual` takes longer, that is its time here
+    admission:  which requests are let in
     stall_s:    for how long a worker that has work may say nothing
     on_failure: called, from a thread, when it can never serve again; everybody who waits has been answered with
                 NotReadyError by then
     """
 
     def __init__(
-        self, name: str, *, workers: Sequence[WorkerConfig], max_queue: int, patience: float, usual: str,
-        stall_s: float, metrics: Metrics, on_failure: Callable[[str], None] | None = None,
+        self, name: str, *, workers: Sequence[WorkerConfig], admission: Admission, stall_s: float,
+        metrics: Metrics, on_failure: Callable[[str], None] | None = None,
         handle: Callable[..., WorkerHandle] = WorkerHandle,
     ) -> None:  # fmt: skip
-        self.max_queue, self.patience, self.usual = max_queue, patience, usual
-        self.stall_s, self.metrics = stall_s, metrics
+        self.admission, self.stall_s, self.metrics = admission, stall_s, metrics
         self._ids = itertools.count(1)
         self.models = Served(name, self._let_go)
         self.workers = [handle(config, self._heard) for config in workers]
@@ -149,7 +146,7 @@ class Engine:
             if one.refused is not None:
                 self._let_go(model)
                 raise CheckpointError(one.refused)
-        model.cost = max((one.cost for one in found), key=lambda cost: cost.alone(self.usual))
+        model.cost = max((one.cost for one in found), key=lambda cost: cost.alone(self.admission.usual))
 
     def _let_go(self, model: Model) -> None:
         for worker in self.workers:
@@ -181,9 +178,7 @@ class Engine:
         if (reason := self.not_ready) is not None:
             raise NotReadyError(reason)
         with self._changed:
-            self._refuse_past_count(stage, 1)
-            if model is not None:
-                self._refuse_past_patience(model, stage, math.inf)
+            self._refuse(model, stage, 1, math.inf)
 
     async def submit(
         self, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seeds: Sequence[int],
@@ -206,8 +201,7 @@ class Engine:
             if self.failure is not None:
                 raise NotReadyError(self.not_ready or "")
             if not begun:
-                self._refuse_past_count(stage, len(jobs))
-                self._refuse_past_patience(model, stage, deadline - time.monotonic())
+                self._refuse(model, stage, len(jobs), deadline - time.monotonic())
             self._jobs.update((job.id, job) for job in jobs)
             self._waiting.extend(jobs)
             self._hand_out()
@@ -219,34 +213,12 @@ class Engine:
         finally:
             self._forget(jobs)
 
-    def _ahead_s(self, model: Model | None, stage: str | None) -> float:
-        """Estimated seconds that those in progress add to a newcomer: all they take, where it finds no free slot."""
-        full = all(worker.room(stage) <= 0 for worker in self.workers)
-        return sum(
-            job.model.beside_s(job.stage, job.stage if full else stage, model or job.model)
-            for job in self._jobs.values()
-        ) / len(self.workers)
-
-    def _refuse_past_count(self, stage: str | None, images: int) -> None:
+    def _refuse(self, model: Model | None, stage: str | None, images: int, left_s: float) -> None:
         """Under the lock."""
-        room = sum(worker.room(stage) for worker in self.workers)
-        if len(self._waiting) + max(0, images - room) > self.max_queue:
-            raise NotReadyError(
-                f"{len(self._waiting)} images are waiting, and at most {self.max_queue} may; try again",
-                retry_after_s=max(1, math.ceil(self._ahead_s(None, stage))),
-            )
-
-    def _refuse_past_patience(self, model: Model, stage: str | None, left_s: float) -> None:
-        """For what others would add; a request's own images are not held against it. Under the lock."""
-        wait_s, alone_s = self._ahead_s(model, stage), model.alone_s(stage)
-        limit_s = self.patience * max(alone_s, model.alone_s(self.usual))
-        if alone_s < left_s:  # otherwise it would be late with nobody beside it, too
-            limit_s = min(limit_s, left_s - alone_s)
-        if wait_s > limit_s:
-            raise NotReadyError(
-                f"images in progress would take about {wait_s:.2f} s, at most {limit_s:.2f} s may; try again",
-                retry_after_s=max(1, math.ceil(wait_s - limit_s)),
-            )
+        jobs = self._jobs.values()
+        self.admission.refuse_past_count(self.workers, jobs, waiting=self.waiting, stage=stage, images=images)
+        if model is not None:
+            self.admission.refuse_past_patience(self.workers, jobs, model=model, stage=stage, left_s=left_s)
 
     def _hand_out(self) -> None:
         """Give waiting images to the workers with the most free slots; under the lock.

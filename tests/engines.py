@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from models import checkpoint
+from service.admission import Admission
 from service.engine import Engine
 from service.handle import WorkerHandle
 from service.lane import Lane, Slot
@@ -38,13 +39,14 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
     """Makes warm engines, and stops them at the end."""
     made: list[Engine] = []
 
-    def make(*, slots: int = 8, pad: bool = False, workers: int = 1, **changed: Any) -> Engine:
-        settings = {
-            "max_queue": 64, "patience": 1e9, "usual": "default", "stall_s": 60.0, "metrics": Metrics(),
-            "handle": ThreadHandle, **changed,
-        }  # fmt: skip
+    def make(
+        *, slots: int = 8, pad: bool = False, workers: int = 1, max_queue: int = 64, patience: float = 1e9,
+        usual: str = "default", **changed: Any,
+    ) -> Engine:  # fmt: skip
+        admission = Admission(max_queue, patience, usual)
+        settings = {"stall_s": 60.0, "metrics": Metrics(), "handle": ThreadHandle, **changed}
         configs = [WorkerConfig("cpu", slots, pad, torch.get_num_threads(), "warning", "text")] * workers
-        engine = Engine(str(tiny_folder), workers=configs, **settings)
+        engine = Engine(str(tiny_folder), workers=configs, admission=admission, **settings)
         made.append(engine)
         engine.start()
         wait_until(lambda: engine.warm.is_set() or engine.failure is not None)
