@@ -24,6 +24,7 @@ from models.backbones import Architecture, build
 from models.classifier import ImageClassifier
 from models.contrastive import NegativesBank, ProjectionHead
 from models.errors import CheckpointError, ConfigError
+from models.readout import ReadoutCard, SoftNeighbours, attach, blank_readout
 
 SCHEMA_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"
@@ -54,6 +55,7 @@ class Card:
     training: dict[str, Any]
     head: HeadCard | None = None
     bank_size: int = 0
+    readout: ReadoutCard = field(default_factory=ReadoutCard)
     head_training: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
@@ -85,22 +87,13 @@ def save(folder: Path, checkpoint: Checkpoint, *, half: bool = True) -> Card:
 
     Weights are stored as float16 with `half`. Raises CheckpointError for weights that are not finite as stored.
     """
-    tensors: dict[str, Tensor] = {}
-    for part, module in _parts(checkpoint):
-        for key, value in module.state_dict().items():
-            stored = value.detach().to("cpu", torch.float16 if half and value.is_floating_point() else value.dtype)
-            if not bool(stored.isfinite().all()):
-                raise CheckpointError(f"{part}.{key} is not finite as {stored.dtype}; it was not saved to {folder}")
-            tensors[f"{part}.{key}"] = stored.contiguous()
-    payload = save_tensors(tensors)
+    digest = write_weights(folder / WEIGHTS, dict(_parts(checkpoint)), half=half)
     card = dataclasses.replace(
         checkpoint.card,
         bank_size=0 if checkpoint.bank is None else len(checkpoint.bank.labels),
         made_by={"commit": provenance.commit(), "versions": provenance.versions()},
-        weights_sha256=hashlib.sha256(payload).hexdigest(),
+        weights_sha256=digest,
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / WEIGHTS, payload)
     write_card(folder, card)
     return card
 
@@ -124,14 +117,45 @@ def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
     """
     folder = resolve(name)
     card = read_card(folder)
-    file = folder / WEIGHTS
+    empty = _empty(card, folder / CARD)
+    read_weights(folder / WEIGHTS, card.weights_sha256, dict(_parts(empty)))
+    for _, module in _parts(empty):
+        module.eval().requires_grad_(False).to(device)
+    banks = [] if empty.bank is None else [empty.bank.embeddings]
+    if isinstance(readout := getattr(empty.classifier, "linear", None), SoftNeighbours):
+        banks.append(readout.bank)
+    for bank in banks:  # float16 storage leaves lengths that are only nearly 1
+        bank.copy_(nn.functional.normalize(bank, dim=1))
+    return empty
+
+
+def write_weights(file: Path, parts: dict[str, nn.Module], *, half: bool = True) -> str:
+    """Write the parts' tensors as safetensors, floats as float16 with `half`; the file's SHA-256.
+
+    Raises CheckpointError for weights that are not finite as stored.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part, module in parts.items():
+        for key, value in module.state_dict().items():
+            stored = value.detach().to("cpu", torch.float16 if half and value.is_floating_point() else value.dtype)
+            if not bool(stored.isfinite().all()):
+                raise CheckpointError(f"{part}.{key} is not finite as {stored.dtype}; it was not saved to {file}")
+            tensors[f"{part}.{key}"] = stored.contiguous()
+    payload = save_tensors(tensors)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, payload)
+    return hashlib.sha256(payload).hexdigest()
+
+
+def read_weights(file: Path, digest: str, parts: dict[str, nn.Module]) -> None:
+    """Fill the parts with the tensors of a file of that SHA-256; CheckpointError names what is wrong with it."""
     try:
         payload = file.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256(payload).hexdigest()
-    if digest != card.weights_sha256:
-        raise CheckpointError(f"{file} has SHA-256 {digest}, its card says {card.weights_sha256}; fetch it again")
+    found = hashlib.sha256(payload).hexdigest()
+    if found != digest:
+        raise CheckpointError(f"{file} has SHA-256 {found}, its card says {digest}; fetch it again")
     try:
         tensors = load_tensors(payload)
     except SafetensorError as error:
@@ -139,15 +163,10 @@ def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
     for key, value in tensors.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise CheckpointError(f"{file}: {key} holds values that are not finite")
-    empty = _empty(card, folder / CARD)
-    expected = {f"{part}.{key}": v for part, module in _parts(empty) for key, v in module.state_dict().items()}
+    expected = {f"{part}.{key}": v for part, module in parts.items() for key, v in module.state_dict().items()}
     _same_layout(file, expected, tensors)
-    for part, module in _parts(empty):
+    for part, module in parts.items():
         module.load_state_dict({key: tensors[f"{part}.{key}"] for key in module.state_dict()})
-        module.eval().requires_grad_(False).to(device)
-    if empty.bank is not None:  # float16 storage leaves lengths that are only nearly 1
-        empty.bank.embeddings.copy_(nn.functional.normalize(empty.bank.embeddings, dim=1))
-    return empty
 
 
 def read_card(folder: Path) -> Card:
@@ -165,6 +184,11 @@ def read_card(folder: Path) -> Card:
     values["architecture"] = Architecture(**_tuples(_known(Architecture, raw.get("architecture"), file)))
     if raw.get("head") is not None:
         values["head"] = HeadCard(**_known(HeadCard, raw["head"], file))
+    if "readout" in raw:
+        try:
+            values["readout"] = ReadoutCard(**_known(ReadoutCard, raw["readout"], file))
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: {error}") from error
     card = Card(**_tuples(values))
     if len(card.classes) != card.architecture.num_classes:
         raise CheckpointError(f"{file} names {len(card.classes)} classes for {card.architecture.num_classes} outputs")
@@ -181,6 +205,9 @@ def _empty(card: Card, file: Path) -> Checkpoint:
     head = bank = None
     try:
         classifier = build(card.architecture, weights=False)
+        readout = blank_readout(card.readout, feature_dim=classifier.feature_dim, num_classes=classifier.num_classes)
+        if readout is not None:
+            attach(classifier, readout)
         if card.head is not None:
             head = ProjectionHead(
                 feature_dim=classifier.feature_dim,

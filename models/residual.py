@@ -61,7 +61,7 @@ class PreActResNet(ImageClassifier):
                 channels = width
         self.blocks = nn.Sequential(*layers)
         self.norm = nn.BatchNorm2d(channels)
-        self.linear = nn.Linear(channels, num_classes)
+        self.linear: nn.Module = nn.Linear(channels, num_classes)
         self.activation = activation
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

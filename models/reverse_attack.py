@@ -75,6 +75,8 @@ class ReverseAttack(Purifier):
         self.head, self.bank, self.config = head.eval(), bank, config
         if config.negatives.count > len(bank.labels):
             raise ConfigError(f"negatives.count={config.negatives.count} of a bank of {len(bank.labels)}")
+        self.thresholds: Tensor | None
+        self.register_buffer("thresholds", config.negatives.thresholds(bank.embeddings), persistent=False)
 
     def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
         """The InfoNCE loss of each image, on new views at every step."""
@@ -99,7 +101,7 @@ class ReverseAttack(Purifier):
         """InfoNCE of each image from the features of its `inputs`."""
         config, negatives = self.config, self.bank.embeddings
         embeddings = self.head(features).view(len(seeds), config.views, -1)  # batch views dim
-        keep = config.negatives.keep(embeddings, negatives, seeds)
+        keep = config.negatives.keep(embeddings, negatives, seeds, self.thresholds)
         return info_nce(embeddings, negatives, temperature=config.temperature, keep=keep)
 
 

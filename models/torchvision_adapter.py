@@ -29,7 +29,8 @@ class TorchvisionClassifier(ImageClassifier):
         )
         self.register_buffer("mean", torch.tensor(architecture.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(architecture.std).view(1, 3, 1, 1))
-        self.body, self.linear, self.dropout = body, linear, nn.Dropout(dropout)
+        self.linear: nn.Module = linear
+        self.body, self.dropout = body, nn.Dropout(dropout)
 
     def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
         """Pooled activations before the last linear layer; `x` in [0, 1]."""

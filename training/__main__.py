@@ -7,10 +7,16 @@ from models.errors import UnperturbError
 from models.options import parse
 from training.classifier import ClassifierConfig, train_classifier
 from training.head import HeadConfig, train_head
+from training.knn import KnnConfig, make_knn
+from training.linear import LinearConfig, train_linear
+from training.pretrain import PretrainConfig, pretrain
 
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "classifier": (ClassifierConfig, train_classifier),
     "head": (HeadConfig, train_head),
+    "pretrain": (PretrainConfig, pretrain),
+    "linear": (LinearConfig, train_linear),
+    "knn": (KnnConfig, make_knn),
 }
 
 

@@ -1,7 +1,7 @@
 """The classifier's training losses: natural, PGD (Madry et al. 2018), TRADES (Zhang et al. 2019).
 
-Each maps a batch to its loss and the images whose logits it trained on; the attack is the one loop, with BatchNorm in
-eval mode.
+Each first crafts the images that it trains on, by the one loop with BatchNorm in eval mode, then computes its loss by
+any forward pass that it is given: the model's own, or one with other weights.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.attack import cross_entropy, evaluating, kl_divergence
-from models.classifier import ImageClassifier
+from models.attack import Classify, cross_entropy, evaluating, kl_divergence
 from models.projected_gradient import ProjectedGradient
 from models.shapes import Float, Int
 
-Method = Literal["natural", "pgd", "trades"]
+Objective = Literal["natural", "pgd", "trades"]
+Fit = Callable[[Tensor], Tensor]  # logits [batch, classes] -> the mean loss towards the batch's targets
 
 
 class Outcome(NamedTuple):
@@ -27,52 +27,58 @@ class Outcome(NamedTuple):
     logits: Float[Tensor, "batch classes"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Adversary:
-    """The attack of a training step, and the loss around it."""
+class Batch(NamedTuple):
+    """Images in [0, 1], labels, seeds, and the images' numbers in the training set."""
 
-    attack: ProjectedGradient
-    label_smoothing: float
-    beta: float  # TRADES: weight of the KL term
-
-
-Batch = tuple[Tensor, Tensor, Tensor]  # images in [0, 1], labels, seeds
+    x: Tensor
+    labels: Tensor
+    seeds: Tensor
+    indices: Tensor
 
 
-def natural(model: ImageClassifier, batch: Batch, adversary: Adversary) -> Outcome:
-    """Cross-entropy on the images as they are."""
-    x, labels, _ = batch
-    logits = model(x)
-    return Outcome(_smoothed(logits, labels, adversary), logits)
+@dataclass(frozen=True)
+class Method:
+    """craft: model, batch, attack -> the images to train on; loss: forward, batch, those images, fit, β -> outcome."""
+
+    craft: Callable[[nn.Module, Batch, ProjectedGradient], Tensor]
+    loss: Callable[[Classify, Batch, Tensor, Fit, float], Outcome]
 
 
-def pgd(model: ImageClassifier, batch: Batch, adversary: Adversary) -> Outcome:
-    """Cross-entropy on attacked images; one step with a random start is Wong et al. 2020 (FGSM-RS)."""
-    x, labels, seeds = batch
+def smoothed(labels: Int[Tensor, " batch"], label_smoothing: float) -> Fit:
+    """Cross-entropy towards smoothed labels."""
+    return lambda logits: F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+
+
+def _as_they_are(model: nn.Module, batch: Batch, attack: ProjectedGradient) -> Tensor:
+    return batch.x
+
+
+def _away_from_labels(model: nn.Module, batch: Batch, attack: ProjectedGradient) -> Tensor:
     with evaluating(model):
-        attacked = adversary.attack.run(x, cross_entropy(model, labels), seeds=seeds).image
-    logits = model(attacked)
-    return Outcome(_smoothed(logits, labels, adversary), logits)
+        return attack.run(batch.x, cross_entropy(model, batch.labels), seeds=batch.seeds).image
 
 
-def trades(model: ImageClassifier, batch: Batch, adversary: Adversary) -> Outcome:
-    """Clean cross-entropy + β · KL(clean prediction || attacked prediction), the attack raising that KL (eq. 5)."""
-    x, labels, seeds = batch
+def _away_from_predictions(model: nn.Module, batch: Batch, attack: ProjectedGradient) -> Tensor:
     with evaluating(model):
         with torch.no_grad():
-            clean = model(x)
-        attacked = adversary.attack.run(x, kl_divergence(model, clean), seeds=seeds).image
-    logits, attacked_logits = model(torch.cat((x, attacked))).chunk(2)
+            clean = model(batch.x)
+        return attack.run(batch.x, kl_divergence(model, clean), seeds=batch.seeds).image
+
+
+def _on_crafted(forward: Classify, batch: Batch, crafted: Tensor, fit: Fit, beta: float) -> Outcome:
+    logits = forward(crafted)
+    return Outcome(fit(logits), logits)
+
+
+def _clean_and_gap(forward: Classify, batch: Batch, crafted: Tensor, fit: Fit, beta: float) -> Outcome:
+    """Clean cross-entropy + β · KL(clean prediction || attacked prediction) (eq. 5)."""
+    logits, attacked_logits = forward(torch.cat((batch.x, crafted))).chunk(2)
     gap = F.kl_div(attacked_logits.float().log_softmax(1), logits.float().softmax(1), reduction="batchmean")
-    return Outcome(_smoothed(logits, labels, adversary) + adversary.beta * gap, attacked_logits)
+    return Outcome(fit(logits) + beta * gap, attacked_logits)
 
 
-def _smoothed(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], adversary: Adversary) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, label_smoothing=adversary.label_smoothing)
-
-
-METHODS: dict[str, Callable[[ImageClassifier, Batch, Adversary], Outcome]] = {
-    "natural": natural,
-    "pgd": pgd,
-    "trades": trades,
+METHODS: dict[str, Method] = {
+    "natural": Method(_as_they_are, _on_crafted),
+    "pgd": Method(_away_from_labels, _on_crafted),  # one step with a random start is Wong et al. 2020 (FGSM-RS)
+    "trades": Method(_away_from_predictions, _clean_and_gap),
 }

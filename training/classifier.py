@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models import checkpoint
-from models.attack import correct, pgd, wilson
+from models.attack import Classify, correct, pgd, wilson
 from models.backbones import (
     CIFAR10_MEAN,
     CIFAR10_STD,
@@ -25,20 +25,19 @@ from models.errors import ConfigError
 from models.options import option
 from models.projected_gradient import ProjectedGradient
 from training import data, loop, world
-from training.adversarial import METHODS, Adversary, Method
+from training.adversarial import METHODS, Batch, Fit, Objective, smoothed
 from training.augment import pad_crop_flip
 from training.loop import RunConfig
+from training.self_adaptive import AdaptiveTargets
+from training.weight_perturbation import at_worst_weights
+from training.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(RunConfig):
-    """Train a classifier: natural, PGD or TRADES."""
+class SupervisedConfig(RunConfig):
+    """What every run with labels has."""
 
-    arch: str = option("architecture (see models/backbones.py)", "preact_resnet18")
-    activation: str = option("relu, silu, gelu, softplus, or native: as published", "native")
-    image_size: int = option("side of the images in pixels", 32)
-    pretrained: bool = option("start from torchvision's ImageNet weights", False)
-    method: Method = option("training loss", "trades")
+    method: Objective = option("training loss", "trades")
     epsilon: float = option("attack radius, L-infinity", 8 / 255)
     attack_steps: int = option("steps of the training attack", 10)
     attack_step_size: float = option("step size of the training attack", 2 / 255)
@@ -46,59 +45,157 @@ class ClassifierConfig(RunConfig):
     label_smoothing: float = option("label smoothing", 0.1)
     pad: int = option("pixels of padding before the random crop", 4)
     held_out: int = option("training images kept back to choose the epoch by PGD-10", 1000)
+    test_images: int = option("test images to measure on, the first ones; 0 for all", 0)
     id: str = option("name on the checkpoint's card", "classifier")
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 1 or self.attack_steps < 1:
+            raise ConfigError(f"label_smoothing={self.label_smoothing}, attack_steps={self.attack_steps}: out of range")
 
-class ClassifierTask:
-    """The loop's task for METHODS."""
 
-    def __init__(self, config: ClassifierConfig, model: ImageClassifier, train: data.Split, held: data.Split) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(SupervisedConfig):
+    """Train a classifier: natural, PGD or TRADES."""
+
+    arch: str = option("architecture (see models/backbones.py)", "preact_resnet18")
+    activation: str = option("relu, silu, gelu, softplus, or native: as published", "native")
+    image_size: int = option("side of the images in pixels", 32)
+    pretrained: bool = option("start from torchvision's ImageNet weights", False)
+    self_adaptive_from: int | None = option("epoch from which self-adaptive targets move (default: never)", None)
+    self_adaptive_momentum: float = option("of self-adaptive targets", 0.9)
+    weight_perturbation: float = option("gamma of adversarial weight perturbation; 0 for none", 0.0)
+    labelled: float = option("share of the training images whose labels are used", 1.0)
+    self_supervised_weight: float = option("of NT-Xent on all training images (S4L); 0 for none", 0.0)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        super().__post_init__()
+        if not (0 < self.labelled <= 1 and self.self_supervised_weight >= 0 and self.weight_perturbation >= 0):
+            raise ConfigError(
+                f"labelled={self.labelled}, self_supervised_weight={self.self_supervised_weight}, "
+                f"weight_perturbation={self.weight_perturbation}: out of range"
+            )
+        if not 0 <= self.self_adaptive_momentum < 1 or (self.self_adaptive_from or 0) < 0:
+            raise ConfigError(
+                f"self_adaptive_momentum={self.self_adaptive_momentum}, self_adaptive_from={self.self_adaptive_from}: "
+                "out of range"
+            )
+
+
+class SupervisedTask:
+    """The loop's task for METHODS, on the classifier that `model` is."""
+
+    memory: nn.Module
+
+    def __init__(self, config: SupervisedConfig, model: nn.Module, train: data.Split, held: data.Split) -> None:
         self.config, self.model, self.train, self.held = config, model, train, held
         self.images = len(train.labels)
-        self.adversary = Adversary(
-            attack=ProjectedGradient(
-                direction="ascend", epsilon=config.epsilon, step_size=config.attack_step_size,
-                steps=config.attack_steps, start="uniform",
-            ),
-            label_smoothing=config.label_smoothing,
-            beta=config.beta,
+        self.memory = nn.Module()
+        self.attack = ProjectedGradient(
+            direction="ascend", epsilon=config.epsilon, step_size=config.attack_step_size,
+            steps=config.attack_steps, start="uniform",
         )  # fmt: skip
+
+    def batch(self, indices: Tensor, epoch: int) -> Batch:
+        """Those training images, augmented by draws of their own."""
+        draw = torch.Generator().manual_seed((self.config.seed * 1000 + epoch) * 1_000_003 + int(indices[0]))
+        x = pad_crop_flip(self.train.images[indices], pad=self.config.pad, generator=draw)
+        seeds = (self.config.seed * 1000 + epoch) * (1 << 32) + indices
+        return Batch(x, self.train.labels[indices], seeds, indices)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss on a batch of augmented images, and its accuracy."""
         self.model.train()
-        draw = torch.Generator().manual_seed((self.config.seed * 1000 + epoch) * 1_000_003 + int(indices[0]))
-        x = pad_crop_flip(self.train.images[indices], pad=self.config.pad, generator=draw)
-        labels = self.train.labels[indices]
-        seeds = (self.config.seed * 1000 + epoch) * (1 << 32) + indices
-        outcome = METHODS[self.config.method](self.model, (x, labels, seeds), self.adversary)
-        return outcome.loss, {"accuracy": outcome.logits.detach().argmax(1).eq(labels).float().mean()}
+        return self.supervised(self.model, self.batch(indices, epoch), epoch)
+
+    def supervised(self, model: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's loss of a classifier, and its accuracy."""
+        method = METHODS[self.config.method]
+        crafted = method.craft(model, batch, self.attack)
+        forward = self.forward_pass(model, batch, crafted)
+        outcome = method.loss(forward, batch, crafted, self.fit(batch, epoch), self.config.beta)
+        return outcome.loss, {"accuracy": outcome.logits.detach().argmax(1).eq(batch.labels).float().mean()}
+
+    def fit(self, batch: Batch, epoch: int) -> Fit:
+        """What the logits of a batch are fitted to."""
+        return smoothed(batch.labels, self.config.label_smoothing)
+
+    def forward_pass(self, model: nn.Module, batch: Batch, crafted: Tensor) -> Classify:
+        """The forward pass that the loss is computed by."""
+        return model
+
+    def classifier_of(self, model: nn.Module) -> nn.Module:
+        """The classifier within what is trained."""
+        return model
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """Clean and PGD-10 accuracy on the held-out training images."""
+        """Clean accuracy on the held-out training images, and but for natural training PGD-10 accuracy."""
+        classifier = self.classifier_of(averaged)
+        natural = self.config.method == "natural"
         with loop.autocast(self.config, self.held.images.device):
-            figures = measure(averaged, self.held, epsilon=self.config.epsilon, steps=10)
-        score = figures["clean_accuracy"] if self.config.method == "natural" else figures["pgd_accuracy"]
-        return {name: figures[name] for name in ("clean_accuracy", "pgd_accuracy")} | {"score": score}
+            figures = measure(classifier, self.held, epsilon=self.config.epsilon, steps=0 if natural else 10)
+        shown = ("clean_accuracy",) if natural else ("clean_accuracy", "pgd_accuracy")
+        return {name: figures[name] for name in shown} | {"score": figures[shown[-1]]}
+
+
+class ClassifierTask(SupervisedTask):
+    """A whole classifier, with self-adaptive targets and weight perturbation where they are asked for."""
+
+    config: ClassifierConfig
+
+    def __init__(
+        self, config: ClassifierConfig, model: ImageClassifier, train: data.Split, held: data.Split, here: World
+    ) -> None:
+        super().__init__(config, model, train, held)
+        if config.self_adaptive_from is not None:
+            self.memory = AdaptiveTargets(
+                train.labels, num_classes=model.num_classes, momentum=config.self_adaptive_momentum,
+                warmup_epochs=config.self_adaptive_from, world=here,
+            )  # fmt: skip
+
+    def fit(self, batch: Batch, epoch: int) -> Fit:
+        """Self-adaptive targets, or the labels."""
+        if isinstance(self.memory, AdaptiveTargets):
+            return self.memory.fit(batch.indices, epoch)
+        return super().fit(batch, epoch)
+
+    def forward_pass(self, model: nn.Module, batch: Batch, crafted: Tensor) -> Classify:
+        """At the worst weights nearby, or at the weights."""
+        if not self.config.weight_perturbation:
+            return model
+        method, plain = METHODS[self.config.method], super().fit(batch, 0)
+        return at_worst_weights(
+            model, lambda forward: method.loss(forward, batch, crafted, plain, self.config.beta).loss,
+            gamma=self.config.weight_perturbation,
+        )  # fmt: skip
 
 
 def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int, batch: int = 250) -> dict[str, Any]:
-    """Clean and PGD accuracy (random start, steps of a quarter of epsilon) on a split, with n and 95% intervals."""
+    """Clean and PGD accuracy (random start, steps of a quarter of epsilon) on a split, with n and 95% intervals.
+
+    With no steps, clean accuracy alone.
+    """
     model.eval()
     clean: list[bool] = []
     robust: list[bool] = []
     for indices in torch.arange(len(split.labels)).split(batch):
         x, labels = split.images[indices].float() / 255, split.labels[indices]
         clean += correct(model, x, labels)
+        if not steps:
+            continue
         attacked = pgd(
             model, x, labels, epsilon=epsilon, step_size=epsilon / 4, steps=steps, seeds=indices.to(x.device)
         )
         robust += correct(model, attacked, labels)
-    before, after = wilson(sum(clean), len(clean)), wilson(sum(robust), len(robust))
+    before = wilson(sum(clean), len(clean))
+    figures = {"n": before.n, "clean_accuracy": before.value, "clean_interval": [before.low, before.high]}
+    if not steps:
+        return figures
+    after = wilson(sum(robust), len(robust))
     return {
-        "n": before.n,
-        "clean_accuracy": before.value,
-        "clean_interval": [before.low, before.high],
+        **figures,
         "pgd_accuracy": after.value,
         "pgd_interval": [after.low, after.high],
         "pgd": {
@@ -115,8 +212,6 @@ def train_classifier(config: ClassifierConfig) -> None:
     """Train, choose the epoch on held-out training images, write OUT/checkpoint, and test that once."""
     here = world.join(config.device)
     dataset = data.load(config.data, image_size=config.image_size, cache=config.cache)
-    if not 0 <= config.label_smoothing < 1 or config.attack_steps < 1:
-        raise ConfigError(f"label_smoothing={config.label_smoothing}, attack_steps={config.attack_steps}: out of range")
     large = config.arch in TORCHVISION
     architecture = Architecture(
         name=config.arch, num_classes=len(dataset.classes), image_size=config.image_size, activation=config.activation,
@@ -124,28 +219,42 @@ def train_classifier(config: ClassifierConfig) -> None:
     )  # fmt: skip
     torch.manual_seed(config.seed)
     model = build(architecture, pretrained=config.pretrained).to(here.device)
-    kept, held = data.hold_out(dataset.train, config.held_out, seed=config.seed)
-    task = ClassifierTask(config, model, data.resident(kept, here.device), data.resident(held, here.device))
+    kept, held = data.training_images(
+        dataset.train, images=config.images, held_out=config.held_out, seed=config.seed
+    )  # fmt: skip
+    labelled = max(1, round(config.labelled * len(kept.labels)))
+    if config.labelled < 1:  # those whose labels are used come first
+        order = torch.randperm(len(kept.labels), generator=torch.Generator().manual_seed(config.seed + 2))
+        kept = data.Split(kept.images[order], kept.labels[order])
+    if not config.self_supervised_weight:
+        kept = data.Split(kept.images[:labelled], kept.labels[:labelled])
+    train, held = data.resident(kept, here.device), data.resident(held, here.device)
+    if config.self_supervised_weight:
+        from training.semi_supervised import SemiSupervisedTask  # which extends what is here
+
+        task: ClassifierTask = SemiSupervisedTask(config, model, train, held, here, labelled=labelled)
+    else:
+        task = ClassifierTask(config, model, train, held, here)
     fitted = loop.fit(task, config, here)
     if here.rank == 0:
-        assert isinstance(fitted.model, ImageClassifier)
+        classifier = task.classifier_of(fitted.model)
+        assert isinstance(classifier, ImageClassifier)
         card = Card(
             id=config.id, architecture=architecture, classes=dataset.classes,
-            data={
-                "name": dataset.name, "sha256": dataset.digest, "train_images": len(dataset.train.labels),
-                "held_out_of_train": config.held_out, "test_images": len(dataset.test.labels),
-            },
+            data={**data.described(dataset, kept), "held_out_of_train": config.held_out, "labelled": labelled},
             training={**loop.comparable(config), "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures},
         )  # fmt: skip
         out = config.out / "checkpoint"
-        checkpoint.save(out, Checkpoint(card, fitted.model))
-        report(out, data.resident(dataset.test, here.device), config)
+        checkpoint.save(out, Checkpoint(card, classifier))
+        report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)
     world.leave(here)
 
 
-def report(folder: Path, test: data.Split, config: ClassifierConfig) -> None:
-    """Measure the checkpoint as stored on the test images, once, and write the figures on its card."""
-    saved = checkpoint.load(folder, device=test.images.device)
-    figures = measure(saved.classifier, test, epsilon=config.epsilon, steps=20)
+def report(folder: Path, test: data.Split, *, epsilon: float, images: int, device: torch.device) -> None:
+    """Measure the checkpoint as stored on the first `images` test images (0: all), once; the figures go on its card."""
+    count = images or len(test.labels)
+    test = data.resident(data.Split(test.images[:count], test.labels[:count]), device)
+    saved = checkpoint.load(folder, device=device)
+    figures = measure(saved.classifier, test, epsilon=epsilon, steps=20)
     checkpoint.write_card(folder, dataclasses.replace(saved.card, figures={"test": figures}))
     print(f"{folder}: clean {figures['clean_accuracy']:.2%}, PGD-20 {figures['pgd_accuracy']:.2%} (n = {figures['n']})")

@@ -74,6 +74,17 @@ def hold_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
     return Split(split.images[kept], split.labels[kept]), Split(split.images[held], split.labels[held])
 
 
+def training_images(train: Split, *, images: int, held_out: int, seed: int) -> tuple[Split, Split]:
+    """The training images to use, `images` of them (0 for all), and `held_out` others to choose by."""
+    kept, held = hold_out(train, held_out, seed=seed)
+    if not images:
+        return kept, held
+    if images > len(kept.labels):
+        raise DataError(f"images={images}, but {len(kept.labels)} training images are left beside held_out={held_out}")
+    order = torch.randperm(len(kept.labels), generator=torch.Generator().manual_seed(seed + 1))[:images].sort().values
+    return Split(kept.images[order], kept.labels[order]), held
+
+
 def read_folder(folder: Path, classes: tuple[str, ...], *, image_size: int, cache: Path) -> Split:
     """One split from `folder/<class>/*`, sorted by file name within and across classes."""
     files: list[tuple[str, int, Path]] = []
@@ -158,3 +169,14 @@ def resident(split: Split, device: torch.device) -> Split:
         raise DataError(
             f"{len(split.labels)} images ({size:.1f} GiB) do not fit on {device}; use smaller images"
         ) from error
+
+
+def described(dataset: DataSet, train: Split) -> dict[str, object]:
+    """What a checkpoint's card says of the data that it was trained on."""
+    return {
+        "name": dataset.name,
+        "sha256": dataset.digest,
+        "train_images": len(dataset.train.labels),
+        "used_of_train": len(train.labels),
+        "test_images": len(dataset.test.labels),
+    }

@@ -19,15 +19,16 @@ from models.contrastive import NegativesBank, ProjectionHead, in_batch_negatives
 from models.errors import ConfigError
 from models.options import option
 from models.shapes import Bool, Float
-from models.views import ViewPolicy, make_views
+from models.views import ViewPolicy
 from training import data, loop, world
-from training.loop import RunConfig
+from training.contrast import Batch, Contrast, ContrastConfig, Queue
+from training.encoder import Encoder, bank_of
 
 VALIDATION_BATCH = 250
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadConfig(RunConfig):
+class HeadConfig(ContrastConfig):
     """Train the InfoNCE head of a frozen classifier, and build its bank of negatives."""
 
     classifier: str = option("checkpoint folder, shipped name, or robustbench:<Name>[:<dataset>:<threat>]")
@@ -40,26 +41,15 @@ class HeadConfig(RunConfig):
     embedding_dim: int = option("length of an embedding", 16)
     temperature: float = option("InfoNCE temperature", 0.2)
     views: int = option("views of each image", 2)
-    queue: int = option("embeddings of earlier batches kept as further negatives (empty after a resume)", 0)
-    bank_size: int = option("training images whose embeddings are stored as negatives", 2000)
-    held_out: int = option("training images kept back to choose the epoch by their InfoNCE loss", 1000)
+    queue: int = option("embeddings of earlier batches kept as further negatives", 0)
+    adversarial: bool = option("a further view of each image by RoCL's instance-wise attack on the head", False)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         super().__post_init__()
-        for name, least in (
-            ("hidden", 1),
-            ("embedding_dim", 2),
-            ("views", 2),
-            ("queue", 0),
-            ("bank_size", 1),
-        ):
+        for name, least in (("views", 2), ("queue", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.temperature <= 0:
-            raise ConfigError(f"temperature={self.temperature} must be above 0")
-        if self.batch_size < 2:
-            raise ConfigError("batch_size=1 leaves no negative in the batch; it must be at least 2")
 
 
 class HeadTask:
@@ -73,53 +63,46 @@ class HeadTask:
         train: data.Split,
         held: data.Split,
     ) -> None:
-        self.config, self.classifier, self.model, self.train, self.held = (
-            config,
-            classifier,
-            head,
-            train,
-            held,
-        )
+        self.config, self.classifier, self.model, self.train, self.held = config, classifier, head, train, held
         self.images = len(train.labels)
-        self.policy = ViewPolicy()
-        self.queue = torch.zeros(0, config.embedding_dim, device=train.images.device)
+        self.contrast = Contrast(config, self.images, train.images.device, policy=ViewPolicy())
+        self.memory = Queue(config.queue, config.embedding_dim, self.contrast.false_negatives, train.images.device)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean InfoNCE loss of a batch, and how often a view's nearest of all is a view of the same image."""
         self.model.train()
         seeds = (self.config.seed * 1000 + epoch) * (1 << 32) + indices
-        embeddings = self._embed(self.model, self.train, indices, seeds)
-        negatives, keep = self._negatives(embeddings)
-        losses = info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep)
-        if self.config.queue:
-            self.queue = torch.cat((embeddings.detach().flatten(0, 1), self.queue))[: self.config.queue]
-        return losses.mean(), {"accuracy": _retrieval(embeddings.detach(), negatives.detach(), keep)}
+        batch = Batch(self.train.images[indices], indices, seeds, self.train.labels[indices], epoch)
+        encoder = Encoder(self.classifier, self.model)
+        views = self.contrast.views(batch, self.config.views)
+        if self.config.adversarial:
+            attacked = self.contrast.attacked(encoder, views[:, 0], views[:, 1], seeds)
+            views = torch.cat((views, attacked[:, None]), dim=1)
+        embeddings = self._embed(self.model, views)
+        found = self.contrast.nt_xent(embeddings, batch, queue=self.memory.filled_part())
+        self.memory.push(embeddings.detach().flatten(0, 1), batch.labels.repeat_interleave(views.shape[1]))
+        negatives, keep = in_batch_negatives(embeddings.detach())
+        return found.loss, {**found.figures, "accuracy": _retrieval(embeddings.detach(), negatives, keep)}
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
         """InfoNCE and retrieval accuracy on held-out training images, in batches of the same size."""
         losses, accuracies = [], []
         with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
             for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(VALIDATION_BATCH):
-                embeddings = self._embed(averaged, self.held, indices, indices)
+                batch = Batch(self.held.images[indices], indices, indices, self.held.labels[indices], 0)
+                embeddings = self._embed(averaged, self.contrast.views(batch, self.config.views))
                 negatives, keep = in_batch_negatives(embeddings)
                 losses.append(info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep).mean())
                 accuracies.append(_retrieval(embeddings, negatives, keep))
         loss, accuracy = (float(torch.stack(values).mean()) for values in (losses, accuracies))
         return {"loss": loss, "accuracy": accuracy, "score": -loss}
 
-    def _embed(self, head: nn.Module, split: data.Split, indices: Tensor, seeds: Tensor) -> Tensor:
-        x = split.images[indices].float() / 255
-        views = make_views(x, seeds=seeds, step=0, views=self.config.views, policy=self.policy)
+    def _embed(self, head: nn.Module, views: Tensor) -> Float[Tensor, "batch views dim"]:
+        """The classifier has no gradient to be computed, the head has."""
         with torch.no_grad():
             features = self.classifier.features(views.flatten(0, 1))
         embeddings: Tensor = head(features).float()
-        return embeddings.view(len(x), self.config.views, -1)  # batch views dim
-
-    def _negatives(self, embeddings: Tensor) -> tuple[Tensor, Tensor]:
-        """In-batch negatives and the queue's, with the mask of those that count for each image."""
-        negatives, keep = in_batch_negatives(embeddings)
-        queued = torch.ones(len(keep), len(self.queue), dtype=torch.bool, device=keep.device)
-        return torch.cat((negatives, self.queue)), torch.cat((keep, queued), dim=1)
+        return embeddings.view(*views.shape[:2], -1)
 
 
 def _retrieval(
@@ -131,21 +114,6 @@ def _retrieval(
     first, second = embeddings[:, 0], embeddings[:, 1]
     nearest = (first @ negatives.T).masked_fill(~keep, -2).amax(1)
     return ((first * second).sum(1) > nearest).float().mean()
-
-
-def build_bank(
-    classifier: ImageClassifier, head: nn.Module, train: data.Split, *, size: int, seed: int
-) -> NegativesBank:
-    """Embeddings of `size` random training images as they are (no augmentation), float32."""
-    if size > len(train.labels):
-        raise ConfigError(f"bank_size={size} is over the {len(train.labels)} training images")
-    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))[:size]
-    parts = []
-    with torch.no_grad(), evaluating(head):
-        for indices in order.split(VALIDATION_BATCH):
-            x = train.images[indices.to(train.images.device)].float() / 255
-            parts.append(head(classifier.features(x)))
-    return NegativesBank(torch.cat(parts), train.labels[order.to(train.labels.device)])
 
 
 def train_head(config: HeadConfig) -> None:
@@ -168,12 +136,15 @@ def train_head(config: HeadConfig) -> None:
     head = ProjectionHead(
         feature_dim=base.classifier.feature_dim, hidden=config.hidden, embedding_dim=config.embedding_dim
     ).to(here.device)
-    kept, held = data.hold_out(dataset.train, config.held_out, seed=config.seed)
+    kept, held = data.training_images(
+        dataset.train, images=config.images, held_out=config.held_out, seed=config.seed
+    )  # fmt: skip
     task = HeadTask(config, base.classifier, head, data.resident(kept, here.device), data.resident(held, here.device))
     fitted = loop.fit(task, config, here)
     if here.rank == 0:
         assert isinstance(fitted.model, ProjectionHead)
-        bank = build_bank(base.classifier, fitted.model, task.train, size=config.bank_size, seed=config.seed)
+        encoder = Encoder(base.classifier, fitted.model)
+        bank = NegativesBank(*bank_of(encoder, task.train, size=config.bank_size, seed=config.seed))
         card = dataclasses.replace(
             base.card,
             head=HeadCard(

@@ -34,6 +34,7 @@ class RunConfig:
 
     data: str = option("cifar10, cifar100, or a folder with train/<class>/* and test/<class>/*")
     out: Path = option("folder of the run: state, log, checkpoint")
+    images: int = option("training images to use, a random subset; 0 for all", 0)
     epochs: int = option("passes over the training images", 60)
     batch_size: int = option("images a step, over all processes", 128)
     lr: float = option("peak learning rate", 0.2)
@@ -56,6 +57,8 @@ class RunConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not (self.lr > 0 and self.weight_decay >= 0 and 0 <= self.momentum < 1):
             raise ConfigError(f"lr={self.lr}, weight_decay={self.weight_decay}, momentum={self.momentum}: out of range")
+        if self.images < 0:
+            raise ConfigError(f"images={self.images} is below 0")
         if not (0 <= self.ema < 1 and 0 <= self.warmup < 1):
             raise ConfigError(f"ema={self.ema} and warmup={self.warmup} must be in [0, 1)")
 
@@ -68,7 +71,12 @@ class Task(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """What is trained."""
+        """What is trained, where it asks for a gradient."""
+        ...
+
+    @property
+    def memory(self) -> nn.Module:
+        """What else a resumed run needs: kept with the run's state, neither trained nor averaged."""
         ...
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -76,7 +84,7 @@ class Task(Protocol):
         ...
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """Figures on held-out training images; "score" chooses the epoch (higher is better)."""
+        """Figures on held-out training images; "score" chooses the epoch (higher is better), without it the last is."""
         ...
 
 
@@ -114,16 +122,20 @@ def fit(task: Task, config: RunConfig, world: World) -> Fitted:
         )
     config.out.mkdir(parents=True, exist_ok=True)
     worlds.same_weights(world, task.model)
+    worlds.same_weights(world, task.memory)
     optimizer = _optimizer(task.model, config)
     average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-    parts: dict[str, Any] = {"model": task.model, "optimizer": optimizer, "average": average}
+    parts: dict[str, Any] = {
+        "model": task.model, "memory": task.memory, "optimizer": optimizer, "average": average
+    }  # fmt: skip
     done, best = _resume(config, parts)
     _probe(task, config, world)
     for epoch in range(done, config.epochs):
         figures = _epoch(task, config, world, optimizer, average, epoch, steps)
         if world.rank == 0:
             figures |= {f"held_out_{k}": v for k, v in task.validate(average.module).items()}
-            if best is None or figures["held_out_score"] > best["figures"]["held_out_score"]:
+            score = figures.get("held_out_score", math.inf)
+            if best is None or score == math.inf or score > best["figures"]["held_out_score"]:
                 weights = {key: value.detach().clone() for key, value in average.module.state_dict().items()}
                 best = {"epoch": epoch + 1, "figures": figures, "weights": weights}
             with (config.out / LOG).open("a") as log:
@@ -182,17 +194,18 @@ def _show(bar: Any, sums: dict[str, Tensor], n: int, config: RunConfig, epoch: i
 
 
 def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+        return torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+        trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
     )  # fmt: skip
 
 
 def _probe(task: Task, config: RunConfig, world: World) -> None:
     """One whole step whose effects are undone: memory that is too small shows now, not in epoch 7."""
-    buffers = [(b, b.detach().clone()) for b in task.model.buffers()]
+    buffers = [(b, b.detach().clone()) for b in (*task.model.buffers(), *task.memory.buffers())]
     try:
         with autocast(config, world.device):
             loss, _ = task.loss(torch.arange(config.batch_size // world.size, device=world.device), 0, 0)

@@ -62,6 +62,16 @@ def same_weights(world: World, model: nn.Module) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def gather(world: World, tensor: Tensor) -> Tensor:
+    """Every process's tensor (all of one shape), one after another along the first side; without gradient."""
+    tensor = tensor.detach().contiguous()
+    if world.size == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world.size)]
+    dist.all_gather(parts, tensor)
+    return torch.cat(parts)
+
+
 def wait(world: World) -> None:
     """Until every process is here."""
     if world.size > 1:

@@ -1,0 +1,90 @@
+"""What contrastive training trains: a backbone and its projector, as one module; and its checkpoint."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from models import checkpoint
+from models.attack import evaluating
+from models.backbones import Architecture, build
+from models.checkpoint import Card, Checkpoint, HeadCard
+from models.classifier import ImageClassifier
+from models.contrastive import NegativesBank, ProjectionHead
+from models.errors import ConfigError
+from models.readout import NoReadout, ReadoutCard, attach
+from models.shapes import Float
+from training import data
+
+BATCH = 250
+
+
+class Encoder(nn.Module):
+    """Images in [0, 1] -> features of the backbone -> unit embeddings of the projector."""
+
+    def __init__(self, backbone: ImageClassifier, projector: ProjectionHead) -> None:
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+
+    def features(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch features"]:
+        """The backbone's, as a readout sees them."""
+        return self.backbone.features(x)
+
+    def forward(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"]:
+        """Embeddings of unit length."""
+        return cast(Tensor, self.projector(self.features(x)).float())
+
+
+def fresh(architecture: Architecture, head: HeadCard) -> Encoder:
+    """An encoder with random weights, in training mode."""
+    backbone = build(architecture)
+    attach(backbone, NoReadout())
+    projector = ProjectionHead(
+        feature_dim=backbone.feature_dim, hidden=head.hidden, embedding_dim=head.embedding_dim
+    )  # fmt: skip
+    return Encoder(backbone, projector).train()
+
+
+def reopened(name: str, *, dataset: data.DataSet, head: HeadCard) -> tuple[Encoder, Checkpoint]:
+    """The encoder of a checkpoint, to be trained on; with its projector where that has the wanted shape.
+
+    Raises ConfigError where the checkpoint's images are of another size than the data set's.
+    """
+    found = checkpoint.load(name)
+    if found.card.architecture.image_size != dataset.train.images.shape[-1]:
+        raise ConfigError(f"{name} takes images of {found.card.architecture.image_size} pixels, not those of the data")
+    attach(found.classifier, NoReadout())
+    projector = found.head
+    if projector is None or found.card.head is None or (head.hidden, head.embedding_dim) != (
+        found.card.head.hidden, found.card.head.embedding_dim
+    ):  # fmt: skip
+        projector = ProjectionHead(
+            feature_dim=found.classifier.feature_dim, hidden=head.hidden, embedding_dim=head.embedding_dim
+        )
+    return Encoder(found.classifier, projector).train().requires_grad_(True), found
+
+
+def bank_of(encoder: nn.Module, train: data.Split, *, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What `encoder` makes of `size` random training images as they are [size, dim] float32, and their labels."""
+    if not 0 < size <= len(train.labels):
+        raise ConfigError(f"bank_size={size} is not in 1 to {len(train.labels)}, the number of training images")
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))[:size]
+    order = order.to(train.images.device)
+    parts = []
+    with torch.no_grad(), evaluating(encoder):
+        for indices in order.split(BATCH):
+            parts.append(encoder(train.images[indices].float() / 255).float())
+    return torch.cat(parts), train.labels[order]
+
+
+def finished(
+    encoder: Encoder, train: data.Split, dataset: data.DataSet, *, id: str, architecture: Architecture, head: HeadCard,
+    bank_size: int, seed: int, training: dict[str, Any],
+) -> Checkpoint:  # fmt: skip
+    """The checkpoint of a trained encoder: no readout yet; its projector and a bank, with which it can purify."""
+    embeddings, labels = bank_of(encoder, train, size=bank_size, seed=seed)
+    card = Card(
+        id=id, architecture=architecture, classes=dataset.classes, data=data.described(dataset, train),
+        training=training, head=head, readout=ReadoutCard(kind="none"),
+    )  # fmt: skip
+    return Checkpoint(card, encoder.backbone, encoder.projector, NegativesBank(embeddings, labels))

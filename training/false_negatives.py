@@ -1,0 +1,89 @@
+"""Which negatives are of the anchor's own kind, and so are left out (Gupta et al., AAAI 2023, arXiv 2207.10862).
+
+A tenth of a batch of CIFAR-10 is of the anchor's class; pushing it away makes contrastive features fragile.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.errors import ConfigError
+from models.shapes import Bool, Float, Int
+
+Kind = Literal["keep", "top", "quantile", "labels"]
+
+
+class Found(NamedTuple):
+    """Which negatives count for each anchor, and how many of those left out are of its class, with counts to divide by:
+    precision = hits / dropped, recall = hits / of_class.
+    """
+
+    keep: Bool[Tensor, "batch negatives"]
+    hits: Tensor
+    dropped: Tensor
+    of_class: Tensor
+    possible: Tensor
+
+
+class FalseNegatives(nn.Module):
+    """A detector; what it has learned is in its buffers.
+
+    "keep":     none is left out
+    "top":      the share `fraction` of each anchor's negatives that is most similar to it (arXiv 2011.11765, sec. 3.2)
+    "quantile": those above the anchor's own threshold, which follows the 1 - `fraction` quantile of its similarities
+                over the whole training set by stochastic steps on the pinball loss (GloFND, ICML 2025)
+    "labels":   those of the anchor's class: an oracle for comparisons, which makes the training no longer label-free
+    """
+
+    threshold: Tensor
+    seen: Tensor
+
+    def __init__(self, kind: Kind, *, images: int, fraction: float, rate: float = 0.05) -> None:
+        super().__init__()
+        if not 0 < fraction < 1:
+            raise ConfigError(f"fraction={fraction} of the negatives must be in (0, 1)")
+        self.kind, self.fraction, self.rate = kind, fraction, rate
+        self.register_buffer("threshold", torch.zeros(images))
+        self.register_buffer("seen", torch.zeros(images, dtype=torch.bool))
+
+    def find(
+        self,
+        similarity: Float[Tensor, "batch negatives"],
+        others: Bool[Tensor, "batch negatives"],
+        same: Bool[Tensor, "batch negatives"],
+        indices: Int[Tensor, " batch"],
+        *,
+        active: bool = True,
+    ) -> Found:
+        """The mask of negatives that count, at least one for each anchor.
+
+        similarity: cosine of anchor and negative; others: the negatives that are not the anchor itself; same: those of
+        its class (used by the oracle, and to report precision); indices: the anchors' numbers in the training set.
+        With `active` off, thresholds are learned but nothing is left out.
+        """
+        similarity = similarity.detach()
+        drop = torch.zeros_like(others)
+        if self.kind == "labels":
+            drop = same & others
+        elif self.kind == "top":
+            count = round(self.fraction * int(others.sum(1).min()))
+            ranked = similarity.masked_fill(~others, -2)
+            drop = torch.zeros_like(others).scatter(1, ranked.topk(count, dim=1).indices, True)
+        elif self.kind == "quantile":
+            drop = (similarity > self._learned(similarity, others, indices)[:, None]) & others
+        least = similarity.masked_fill(~others, 2).argmin(1, keepdim=True)
+        drop = drop.scatter(1, least, False)
+        keep = others & ~drop if active else others
+        return Found(keep, (drop & same & others).sum(), drop.sum(), (same & others).sum(), others.sum())
+
+    def _learned(self, similarity: Tensor, others: Tensor, indices: Tensor) -> Tensor:
+        """Each anchor's threshold, after one step; its first is the quantile of its first batch."""
+        count = torch.round(self.fraction * others.sum(1)).long().clamp(min=1)
+        ranked = similarity.masked_fill(~others, -2).sort(1, descending=True).values
+        first = ranked.gather(1, (count[:, None] - 1))[:, 0]
+        known = torch.where(self.seen[indices], self.threshold[indices], first)
+        above = ((similarity > known[:, None]) & others).sum(1) / others.sum(1)
+        known = known - self.rate * (self.fraction - above)
+        self.threshold[indices], self.seen[indices] = known.to(self.threshold.dtype), True
+        return known

@@ -1,0 +1,85 @@
+"""`python -m training knn`: an encoder's checkpoint -> a classifier by soft k nearest neighbours; nothing is trained.
+
+Its scores, and so its gradients, are those of models/readout.py: a classifier like any other, to serve and to attack.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import checkpoint
+from models.checkpoint import Checkpoint
+from models.errors import ConfigError
+from models.options import option
+from models.readout import ReadoutCard, SoftNeighbours, attach
+from training import data, world
+from training.classifier import report
+from training.encoder import bank_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnConfig:
+    """Make a nearest-neighbour classifier of an encoder."""
+
+    encoder: str = option("checkpoint folder or shipped name")
+    data: str = option("cifar10, cifar100, or a folder with train/<class>/* and test/<class>/*")
+    out: Path = option("folder for the checkpoint")
+    neighbours: int = option("images that vote; 0 for the whole bank", 75)
+    temperature: float = option("of the votes", 0.07)
+    bank: int = option("training images in the bank, random ones; 0 for all", 0)
+    epsilon: float = option("radius of the attack that it is measured by, L-infinity", 8 / 255)
+    test_images: int = option("test images to measure on, the first ones; 0 for all", 0)
+    seed: int = option("of the bank", 0)
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+    id: str = option("name on the checkpoint's card", "knn")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        for name in ("neighbours", "bank", "test_images"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} is below 0")
+
+
+class _Features(nn.Module):
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier.features(x)  # type: ignore[operator,no-any-return]
+
+
+def make_knn(config: KnnConfig) -> None:
+    """Fill the bank, write OUT/checkpoint, and test that once: clean and under PGD-20."""
+    here = world.join(config.device)
+    base = checkpoint.load(config.encoder, device=here.device)
+    dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    train = data.resident(dataset.train, here.device)
+    size = config.bank or len(train.labels)
+    features, labels = bank_of(_Features(base.classifier), train, size=size, seed=config.seed)
+    classifier = base.classifier
+    classifier.num_classes = len(dataset.classes)
+    card = ReadoutCard(kind="knn", neighbours=config.neighbours, bank_size=size, temperature=config.temperature)
+    attach(
+        classifier,
+        SoftNeighbours(
+            features, labels, num_classes=len(dataset.classes), neighbours=config.neighbours,
+            temperature=config.temperature,
+        ),
+    )  # fmt: skip
+    made = dataclasses.replace(
+        base.card, id=config.id, classes=dataset.classes, readout=card, figures={},
+        architecture=dataclasses.replace(base.card.architecture, num_classes=len(dataset.classes)),
+        data=data.described(dataset, train),
+        training={
+            "method": "knn", "seed": config.seed, "encoder_sha256": base.card.weights_sha256,
+            "encoder_training": base.card.training,
+        },
+    )  # fmt: skip
+    out = config.out / "checkpoint"
+    checkpoint.save(out, Checkpoint(made, classifier, base.head, base.bank))
+    report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)
