@@ -22,11 +22,13 @@ from benchmarks.counting import CountingClassifier
 from benchmarks.evaluation_data import EvaluationSet
 from benchmarks.figures import CLEAN, summarise
 from benchmarks.showing import show
-from benchmarks.units import Unit, Units, code_digest, digest_of
+from benchmarks.units import Unit, Units, code_digest
 from models import provenance
 from models.checkpoint import Checkpoint
 from models.defended import DefendedClassifier, seeds_of
 from models.errors import ConfigError
+from models.generator import load as load_generator
+from models.provenance import digest_of
 from models.purifier import NoPurifier, Purifier
 
 RESUBMITTED, RESUBMISSIONS = "resubmitted", 10
@@ -39,6 +41,7 @@ class Plan:
 
     shard: (number from 0, count): every count-th chunk of `chunk` images, from the number on
     panel: images that the record shows
+    generator: folder of the noise generator for the attack of that name
     """
 
     dataset: str
@@ -49,6 +52,7 @@ class Plan:
     chunk: int = 128
     shard: tuple[int, int] = (0, 1)
     panel: int = 6
+    generator: Path | None = None
 
     def chunks(self, n: int) -> list[Tensor]:
         """The image numbers of every chunk of this shard."""
@@ -78,6 +82,10 @@ class Evaluation:
         if not plan.chunks(len(data.labels)):
             raise ConfigError(f"shard {plan.shard[0] + 1}/{plan.shard[1]} of {len(data.labels)} images is empty")
         self._check_logits()
+        self.generator, noise = None, None
+        if plan.generator is not None:
+            self.generator, card = load_generator(plan.generator, device=device)
+            noise = card.weights_sha256
         self.randomised = self._is_randomised()
         common = {
             "data": data.digest, "seed": plan.seed, "chunk": plan.chunk, "threat": dataclasses.asdict(plan.threat),
@@ -88,7 +96,7 @@ class Evaluation:
         self.units = Units(
             folder,
             {**common, "budget": dataclasses.asdict(plan.budget), "defended": digest_of(purifier),
-             "purifier": describe(purifier), "warm": AUTOATTACK in self.names},
+             "purifier": describe(purifier), "warm": AUTOATTACK in self.names, "generator": noise},
         )  # fmt: skip
 
     def _check_logits(self) -> None:
@@ -165,7 +173,7 @@ class Evaluation:
             defended=self.defended, x=self.data.images[indices].to(self.device),
             labels=self.data.labels[indices].to(self.device),
             seeds=((self.plan.seed << 24) + indices).to(self.device), threat=self.plan.threat,
-            budget=self.plan.budget, served_seed=SERVED_SEED,
+            budget=self.plan.budget, served_seed=SERVED_SEED, generator=self.generator,
         )  # fmt: skip
 
         def get(name: str, compute: Callable[[], Unit], units: Units = self.units) -> Unit:

@@ -22,11 +22,11 @@ from benchmarks.corruptions import CorruptionRun
 from benchmarks.estimate import announce
 from benchmarks.evaluation import Evaluation, Plan
 from benchmarks.evaluation_data import EvaluationSet, load_images
-from benchmarks.units import digest_of
 from models import checkpoint
 from models.checkpoint import Checkpoint
 from models.errors import ConfigError, UnperturbError
 from models.options import as_json, option, parse
+from models.provenance import digest_of
 from models.purifiers import build_purifier
 from models.robustbench_adapter import foreign_checkpoint, parse_name
 
@@ -49,6 +49,7 @@ class Config:
     data: Path | None = option("folder of class folders or .npz file; default: RobustBench's own loader", None)
     n_examples: int = option("test images, the first ones", 1000)
     attacks: str = option("all, fast, or names between commas", "all")
+    generator: Path | None = option("folder of a noise generator (python -m training generator), as an attack", None)
     budget: Literal["fast", "standard", "full"] = option("steps, restarts and draws of the attacks", "standard")
     seed: int = option("of the attacks' own draws", 0)
     chunk: int = option("images attacked together: the batch, and what is lost at most when a run is killed", 128)
@@ -69,17 +70,21 @@ class Config:
 
     def plan(self) -> Plan:
         """The plan of every run."""
+        chosen = () if self.threat_model == "corruptions" else attacks.chosen(self.attacks)
+        if (attacks.GENERATOR in chosen) != (self.generator is not None):
+            raise ConfigError(f"attacks={self.attacks!r}: the attack `generator` and --generator FOLDER go together")
         norm: Literal["linf", "l2"] = "l2" if self.threat_model == "L2" else "linf"
         epsilon = EPSILON.get(self.threat_model, 8 / 255) if self.epsilon is None else self.epsilon
         return Plan(
             dataset=self.dataset,
             threat=Threat(norm=norm, epsilon=epsilon),
             budget=BUDGETS[self.budget],
-            attacks=() if self.threat_model == "corruptions" else attacks.chosen(self.attacks),
+            attacks=chosen,
             seed=self.seed,
             chunk=self.chunk,
             shard=self._shard(),
             panel=self.panel,
+            generator=self.generator,
         )
 
     def _shard(self) -> tuple[int, int]:
@@ -174,7 +179,8 @@ def run_all(config: Config) -> list[Path]:
             "shard": f"{plan.shard[0] + 1}/{plan.shard[1]}",
         }
         settings = {**as_json(config), "model": model, "purifier": purifier}
-        settings.pop("data")
+        for place in ("data", "generator"):
+            settings.pop(place)
         results.write(file, script="benchmarks/robustbench_eval.py", config=settings, results={**described, **found})
         files.append(file)
         print(f"{file}: {run.headline(found)}", flush=True)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from models.checkpoint import write_whole
 
@@ -55,15 +55,6 @@ def _read(file: Path) -> Unit:
     with np.load(file, allow_pickle=False) as stored:
         fields: dict[str, Any] = {key: torch.from_numpy(stored[key]) for key in stored.files if key != "rest"}
         return Unit(**fields, **json.loads(str(stored["rest"])))
-
-
-def digest_of(module: nn.Module) -> str:
-    """SHA-256 over a module's parameters and buffers, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def code_digest() -> str:

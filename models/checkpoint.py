@@ -180,13 +180,13 @@ def read_card(folder: Path) -> Card:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(f"{file} is not a card of schema version {SCHEMA_VERSION}")
-    values = dict(_known(Card, raw, file))
-    values["architecture"] = Architecture(**_tuples(_known(Architecture, raw.get("architecture"), file)))
+    values = dict(known_fields(Card, raw, file))
+    values["architecture"] = Architecture(**_tuples(known_fields(Architecture, raw.get("architecture"), file)))
     if raw.get("head") is not None:
-        values["head"] = HeadCard(**_known(HeadCard, raw["head"], file))
+        values["head"] = HeadCard(**known_fields(HeadCard, raw["head"], file))
     if "readout" in raw:
         try:
-            values["readout"] = ReadoutCard(**_known(ReadoutCard, raw["readout"], file))
+            values["readout"] = ReadoutCard(**known_fields(ReadoutCard, raw["readout"], file))
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}") from error
     card = Card(**_tuples(values))
@@ -236,7 +236,7 @@ def _same_layout(file: Path, expected: dict[str, Tensor], found: dict[str, Tenso
         raise CheckpointError(f"{file} {'; '.join(sorted(faults)[:3])}{more}")
 
 
-def _known(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
+def known_fields(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
     """`raw` as keyword arguments of a dataclass: no unknown key, none missing, plain values of the right type."""
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: {kind.__name__} is not an object")

@@ -49,12 +49,18 @@ class DefendedClassifier(nn.Module):
 
     def forward(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] = 0) -> Tensor:
         """Class scores of the purified images; differentiable with respect to `x` where gradients are on."""
+        return cast(Tensor, self.classifier(self.purified(x, seed=seed)))
+
+    def purified(
+        self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] = 0
+    ) -> Float[Tensor, "batch 3 h w"]:
+        """The purified images, with the gradient that an attacker sees."""
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
         unrolled = wants_gradient and self.gradient == "unrolled"
         purified = self.purifier.descend(x, seeds=seeds_of(seed, x), unrolled=unrolled).image
         if wants_gradient and not unrolled:
             purified = x + (purified - x).detach()
-        return cast(Tensor, self.classifier(purified))
+        return purified
 
     def purify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor = 0) -> Purified:
         """The purified images and their trace."""

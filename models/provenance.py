@@ -1,9 +1,13 @@
-"""What made an artefact: package versions, and the commit where the code is a checkout."""
+"""What made an artefact: package versions, and the commit where the code is a checkout; a module's digest."""
 
+import hashlib
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
+
+import torch
+from torch import nn
 
 RECORDED = ("torch", "torchvision", "numpy", "pillow", "safetensors", "robustbench", "pyautoattack")
 
@@ -32,3 +36,12 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changed else "")
+
+
+def digest_of(module: nn.Module) -> str:
+    """SHA-256 over a module's parameters and buffers, by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

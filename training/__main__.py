@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from models.errors import UnperturbError
 from models.options import parse
 from training.classifier import ClassifierConfig, train_classifier
+from training.generator import GeneratorConfig, train_generator
 from training.head import HeadConfig, train_head
 from training.knn import KnnConfig, make_knn
 from training.linear import LinearConfig, train_linear
@@ -17,6 +18,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "pretrain": (PretrainConfig, pretrain),
     "linear": (LinearConfig, train_linear),
     "knn": (KnnConfig, make_knn),
+    "generator": (GeneratorConfig, train_generator),
 }
 
 

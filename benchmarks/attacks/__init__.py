@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
-from benchmarks.attacks import adaptive, black_box, controls
+from benchmarks.attacks import adaptive, black_box, controls, label_free
 from benchmarks.attacks.scene import Budget, Scene
 from models.errors import ConfigError
+from models.instance_attack import DISTANCES
 
 
 @dataclass(frozen=True)
@@ -56,19 +58,30 @@ ATTACKS: dict[str, Attack] = {
         adaptive=True,
     ),
 }  # fmt: skip
+GENERATOR = "generator"
+# Run where they are named; `all` is what the headline is of.
+BY_NAME: dict[str, Attack] = {
+    **{
+        f"instance-{distance}": Attack(partial(label_free.instance, distance=distance), lambda b: (b.adaptive_steps, 2))
+        for distance in DISTANCES
+    },
+    GENERATOR: Attack(label_free.generated, lambda b: (0, 0)),
+}
 FRESH_ATTACKS = ("bpda-apgd-ce-fresh", "bpda-apgd-dlr-fresh")
 NAMES = (AUTOATTACK, TRANSFER, *ATTACKS)
+ATTACKS |= BY_NAME
+KNOWN = (AUTOATTACK, TRANSFER, *ATTACKS)
 FAST = (AUTOATTACK, TRANSFER, "noise", "bpda-apgd-ce", "bpda-apgd-dlr")
 
 
 def chosen(text: str) -> tuple[str, ...]:
     """`all`, `fast`, or names between commas, in the order in which they run; ConfigError lists the names."""
     wanted = {"all": NAMES, "fast": FAST}.get(text) or tuple(part.strip() for part in text.split(",") if part.strip())
-    unknown = [name for name in wanted if name not in NAMES]
+    unknown = [name for name in wanted if name not in KNOWN]
     if unknown or not wanted:
-        raise ConfigError(f"attacks={text!r}: choose all, fast, or names of {', '.join(NAMES)}")
+        raise ConfigError(f"attacks={text!r}: choose all, fast, or names of {', '.join(KNOWN)}")
     needed = {*wanted, AUTOATTACK} if TRANSFER in wanted else set(wanted)
-    return tuple(name for name in NAMES if name in needed)
+    return tuple(name for name in KNOWN if name in needed)
 
 
 def applies(name: str, *, purifies: bool) -> bool:

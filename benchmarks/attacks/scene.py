@@ -11,6 +11,7 @@ from torch import Tensor
 from models.classifier import ImageClassifier
 from models.defended import DefendedClassifier, seeds_of
 from models.errors import ConfigError
+from models.generator import NoiseGenerator
 from models.projected_gradient import ProjectedGradient
 from models.purifier import NoPurifier
 from models.shapes import Bool, Float, Int
@@ -82,6 +83,7 @@ class Scene:
     seeds:       per image, of the attack's own draws; a function of the image's place in the data set
     served_seed: the seed that the service purifies with; the attacker knows it
     known:       adversarial images of the static classifier (the clean image where there is none), to start from
+    generator:   a trained generator of noise, where the run has one
     """
 
     defended: DefendedClassifier
@@ -92,6 +94,7 @@ class Scene:
     budget: Budget
     served_seed: int = 0
     known: Tensor | None = None
+    generator: NoiseGenerator | None = None
 
     @property
     def purifies(self) -> bool:

@@ -1,0 +1,192 @@
+"""`python benchmarks/systems.py --data cifar10`: train and measure every system of the field's root papers.
+
+Each arm (benchmarks/systems_plan.py) is `python -m training …`, once per seed, and one JSON file of results. The same
+command goes on where it was killed: a finished seed is not run again, a begun one resumes after its last epoch.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import results
+from benchmarks.systems_measures import MEASURES, Subject
+from benchmarks.systems_plan import SCALES, Arm, ScaleName, arms
+from models import provenance
+from models.checkpoint import CARD
+from models.errors import ConfigError, UnperturbError
+from models.options import as_json, option, parse
+from training import data
+
+NAMES_IT = {"head": "classifier", "generator": "classifier"}  # how a command calls the checkpoint that it needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train and measure every system of the field's root papers."""
+
+    data: str = option("cifar10, or a folder with train/<class>/* and test/<class>/*", "cifar10")
+    transfer_data: str = option("cifar100, or such a folder, to which encoders are transferred", "cifar100")
+    scale: ScaleName = option("small: minutes an arm on a CPU core; full: a GPU", "small")
+    arm: tuple[str, ...] = option("an arm's name, or the beginning of several; may be repeated (default: all)", ())
+    seeds: int = option("at most so many seeds of each arm", 3)
+    jobs: int = option("arms at a time", 1)
+    runs: Path = option("folder for states, logs and checkpoints", Path("runs/systems"))
+    out: Path = option("folder for the result files", results.FOLDER / "systems")
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        known = arms(SCALES[self.scale])
+        for start in self.arm:
+            if not any(name.startswith(start) for name in known):
+                raise ConfigError(f"arm {start!r} is not one of {', '.join(known)}")
+
+
+class Campaign:
+    """The arms that are wanted, what is known of them already, and what is being run."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.arms = config, arms(SCALES[config.scale])
+        self.wanted = [name for name in self.arms if not config.arm or name.startswith(config.arm)]
+        self.datasets: dict[str, data.DataSet] = {}
+        self.running: dict[tuple[str, int], Future[None]] = {}
+
+    def run(self) -> None:
+        """Every arm that has no result yet, after those that it needs."""
+        with ThreadPoolExecutor(self.config.jobs) as pool:
+            for seed in range(self.config.seeds):
+                for name in self.wanted:
+                    if seed < self.arms[name].seeds and not self.known(name, seed):
+                        self._submit(pool, name, seed)
+            for future in self.running.values():
+                future.result()
+
+    def known(self, name: str, seed: int) -> bool:
+        """Whether the arm's file has that seed, made by the same options."""
+        file = self.config.out / f"{name}.json"
+        if not file.exists():
+            return False
+        found = json.loads(file.read_text())["results"]
+        return self._same(name, found) and str(seed) in found["seeds"]
+
+    def _same(self, name: str, found: dict[str, Any]) -> bool:
+        return bool(found["scale"] == self.config.scale and found["options"] == self.chain(name))
+
+    def chain(self, name: str) -> dict[str, Any]:
+        """The arm's command and options, and those of the arms that it needs."""
+        arm = self.arms[name]
+        own = {"command": arm.command, **arm.options}
+        return {name: own} if arm.needs is None else {**self.chain(arm.needs), name: own}
+
+    def _submit(self, pool: ThreadPoolExecutor, name: str, seed: int) -> None:
+        """What it needs is submitted first, so that it is never waited for by all threads at once."""
+        arm = self.arms[name]
+        if (name, seed) in self.running:
+            return
+        if arm.needs is not None:
+            self._submit(pool, arm.needs, seed)
+        self.running[name, seed] = pool.submit(self._one, name, seed)
+
+    def _one(self, name: str, seed: int) -> None:
+        arm = self.arms[name]
+        if arm.needs is not None:
+            self.running[arm.needs, seed].result()
+        run = self.folder(name, seed)
+        if arm.command and not (run / "checkpoint" / CARD).exists():
+            print(f"{name}, seed {seed}: training", flush=True)
+            self._train(name, arm, seed, run)
+        trained = run if arm.command or arm.needs is None else self.folder(arm.needs, seed)
+        if self.known(name, seed):
+            return
+        torch.set_num_threads(self._threads())
+        subject = Subject(
+            trained / "checkpoint", trained, self._dataset(arm), SCALES[self.config.scale].test_images,
+            torch.device(self.config.device),
+        )  # fmt: skip
+        started = time.perf_counter()
+        figures = {measure: MEASURES[measure](subject) for measure in arm.measures}
+        self._record(name, seed, {
+            "commit": provenance.commit(), "training": _cost(run), "figures": figures,
+            "measured_in_s": round(time.perf_counter() - started, 1),
+        })  # fmt: skip
+        print(f"{name}, seed {seed}: done", flush=True)
+
+    def folder(self, name: str, seed: int) -> Path:
+        """Where an arm's run is."""
+        return self.config.runs / self.config.scale / name / str(seed)
+
+    def _dataset(self, arm: Arm) -> data.DataSet:
+        source = self.config.transfer_data if arm.options.get("data") else self.config.data
+        if source not in self.datasets:
+            self.datasets[source] = data.load(source, image_size=32)
+        return self.datasets[source]
+
+    def _threads(self) -> int:
+        return max(1, (os.cpu_count() or 1) // self.config.jobs)
+
+    def _train(self, name: str, arm: Arm, seed: int, run: Path) -> None:
+        options = {**arm.options, "data": self.config.transfer_data if "data" in arm.options else self.config.data}
+        if arm.needs is not None:
+            options[NAMES_IT.get(arm.command, "encoder")] = str(self.folder(arm.needs, seed) / "checkpoint")
+        options |= {"seed": str(seed), "out": str(run), "device": self.config.device, "id": name}
+        if arm.command == "head":
+            options.pop("id")
+        command = [sys.executable, "-m", "training", arm.command]
+        for key, value in options.items():
+            command += [f"--{key}"] if value == "" else [f"--{key}", value]
+        run.mkdir(parents=True, exist_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads())}
+        root = Path(__file__).resolve().parents[1]
+        with (run / "output.txt").open("a") as output:
+            done = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=root, check=False)
+        if done.returncode:
+            tail = (run / "output.txt").read_text()[-500:]
+            raise ConfigError(f"{name}, seed {seed}: training ended with status {done.returncode}: …{tail}")
+
+    def _record(self, name: str, seed: int, found: dict[str, Any]) -> None:
+        """Add the seed to the arm's file; what other options made is dropped."""
+        file = self.config.out / f"{name}.json"
+        seeds: dict[str, Any] = {}
+        if file.exists():
+            before = json.loads(file.read_text())["results"]
+            seeds = before["seeds"] if self._same(name, before) else {}
+        seeds[str(seed)] = found
+        settings = {k: v for k, v in as_json(self.config).items() if k not in ("data", "transfer_data", "runs", "arm")}
+        results.write(
+            file, script="benchmarks/systems.py", config=settings,
+            results={"scale": self.config.scale, "options": self.chain(name), "seeds": dict(sorted(seeds.items()))},
+        )  # fmt: skip
+
+
+def _cost(run: Path) -> dict[str, Any]:
+    """Seconds of the training, epochs, and images an epoch."""
+    log = run / "log.jsonl"
+    if not log.exists():
+        return {}
+    entries = {entry["epoch"]: entry for entry in map(json.loads, log.read_text().splitlines())}
+    return {"seconds": round(sum(entry["seconds"] for entry in entries.values()), 1), "epochs": max(entries)}
+
+
+def main(arguments: list[str]) -> int:
+    """Run, or say what is wrong."""
+    try:
+        Campaign(parse(Config, arguments, program="benchmarks/systems.py")).run()
+    except UnperturbError as error:
+        print(f"benchmarks/systems.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

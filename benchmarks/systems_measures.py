@@ -1,0 +1,141 @@
+"""The measurements of benchmarks/systems.py: a trained arm's folder -> figures, as JSON-ready values."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import results
+from models import checkpoint, philox
+from models.attack import correct, pgd
+from models.contrastive import NegativePolicy, in_batch_negatives
+from models.instance_attack import DISTANCES, away_from
+from models.projected_gradient import ProjectedGradient
+from training import data
+
+EPSILON = 8 / 255
+RADII = (2, 4, 8)  # of 255
+CHUNK = 250
+NOISE = 0x4015E
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint folder, the folder of the training run (its log), the data, and how many test images to use."""
+
+    folder: Path
+    run: Path
+    dataset: data.DataSet
+    n: int
+    device: torch.device
+
+    def test(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Images in [0, 1], labels and numbers, in chunks."""
+        count = self.n or len(self.dataset.test.labels)
+        numbers = torch.arange(count)
+        return [
+            (
+                self.dataset.test.images[some].to(self.device).float() / 255,
+                self.dataset.test.labels[some].to(self.device),
+                some.to(self.device),
+            )
+            for some in numbers.split(CHUNK)
+        ]
+
+
+def _log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test(subject: Subject) -> dict[str, Any]:
+    """What the trainer measured, once, on the test images: clean and PGD-20 at 8/255."""
+    return dict(checkpoint.read_card(subject.folder).figures["test"])
+
+
+def radii(subject: Subject) -> dict[str, Any]:
+    """Clean accuracy, and that under PGD-20 at several radii, the classifier's own gradient."""
+    classifier = checkpoint.load(subject.folder, device=subject.device).classifier
+    right: dict[str, list[bool]] = {}
+    for x, labels, numbers in subject.test():
+        right.setdefault("clean", []).extend(correct(classifier, x, labels))
+        for radius in RADII:
+            epsilon = radius / 255
+            moved = pgd(classifier, x, labels, epsilon=epsilon, step_size=epsilon / 4, steps=20, seeds=numbers)
+            right.setdefault(f"pgd-{radius}/255", []).extend(correct(classifier, moved, labels))
+    return {name: results.accuracy(values) for name, values in right.items()}
+
+
+def instance(subject: Subject) -> dict[str, Any]:
+    """Accuracy under the label-free attacks of an encoder's features, and under noise of the same size.
+
+    The attack knows neither labels nor the readout. 20 steps of 2/255 within 8/255.
+    """
+    classifier = checkpoint.load(subject.folder, device=subject.device).classifier
+    loop = ProjectedGradient(direction="ascend", epsilon=EPSILON, step_size=2 / 255, steps=20, start="uniform")
+    right: dict[str, list[bool]] = {}
+    for x, labels, numbers in subject.test():
+        right.setdefault("clean", []).extend(correct(classifier, x, labels))
+        right.setdefault("noise", []).extend(correct(classifier, noisy(x, numbers), labels))
+        with torch.no_grad():
+            targets = classifier.features(x)
+        unit = torch.nn.functional.normalize(targets, dim=1)
+        negatives, others = in_batch_negatives(unit[:, None])
+        for distance in DISTANCES:
+            objective = away_from(classifier.features, targets, distance=distance, negatives=negatives, keep=others)
+            moved = loop.run(x, objective, seeds=numbers).image
+            right.setdefault(distance, []).extend(correct(classifier, moved, labels))
+    return {name: results.accuracy(values) for name, values in right.items()}
+
+
+def noisy(x: Tensor, seeds: Tensor, *, epsilon: float = EPSILON) -> Tensor:
+    """Random signs of size epsilon."""
+    return (x + epsilon * (philox.uniform(seeds, 0, NOISE, x[0].numel()).view_as(x) - 0.5).sign()).clamp(0, 1)
+
+
+def detector(subject: Subject) -> dict[str, Any]:
+    """Precision and recall of the detector in the last epoch of training, and of the policies on the stored bank."""
+    last = _log(subject.run)[-1]
+    figures: dict[str, Any] = {"training": {name: last[name] for name in ("precision", "recall", "chance")}}
+    loaded = checkpoint.load(subject.folder, device=subject.device)
+    assert loaded.head is not None
+    assert loaded.bank is not None
+    for kind in ("drop-similar", "quantile"):
+        policy = NegativePolicy(kind=kind, fraction=0.1)
+        thresholds = policy.thresholds(loaded.bank.embeddings)
+        hits = dropped = of_class = possible = 0
+        for x, labels, numbers in subject.test():
+            with torch.no_grad():
+                embeddings = loaded.head(loaded.classifier.features(x))[:, None]
+            keep = policy.keep(embeddings, loaded.bank.embeddings, numbers, thresholds)
+            assert keep is not None
+            same = labels[:, None] == loaded.bank.labels
+            hits += int((~keep & same).sum())
+            dropped += int((~keep).sum())
+            of_class += int(same.sum())
+            possible += same.numel()
+        figures[f"bank, {kind}"] = {
+            "precision": hits / max(dropped, 1), "recall": hits / of_class, "chance": of_class / possible
+        }  # fmt: skip
+    return figures
+
+
+def overfitting(subject: Subject) -> dict[str, Any]:
+    """Robust accuracy on held-out training images at the best and at the last epoch (mean of the last three)."""
+    curve = [entry["held_out_pgd_accuracy"] for entry in _log(subject.run)]
+    smooth = [sum(curve[max(0, i - 2) : i + 1]) / len(curve[max(0, i - 2) : i + 1]) for i in range(len(curve))]
+    best = max(smooth)
+    return {"best": best, "best_epoch": smooth.index(best) + 1, "last": smooth[-1], "gap": best - smooth[-1],
+            "curve": curve}  # fmt: skip
+
+
+MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
+    "test": test,
+    "radii": radii,
+    "instance": instance,
+    "detector": detector,
+    "overfitting": overfitting,
+}
