@@ -36,8 +36,6 @@ def away_from(
 
     `mse`, `l1` and `cos` have no gradient at the target itself: start at random in the ball.
     """
-    if distance not in DISTANCES:
-        raise ConfigError(f"distance={distance!r} is not one of {', '.join(DISTANCES)}")
     if distance == "sim" and negatives is None:
         raise ConfigError("distance=sim needs negatives")
     targets = targets.detach().float()

@@ -1,5 +1,7 @@
 """The trainer from the command line, on a small image folder whose classes are colours."""
 
+import copy
+import dataclasses
 import json
 import os
 import signal
@@ -8,18 +10,25 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models import checkpoint
 from models.attack import evaluating
 from models.backbones import Architecture, build
 from models.projected_gradient import ProjectedGradient
-from training.__main__ import main
-from training.adversarial import METHODS, Adversary
+from tests.conftest import make_checkpoint
+from training.__main__ import COMMANDS, main
+from training.adversarial import METHODS, Batch, Method, smoothed
 from training.classifier import ClassifierConfig
-from training.head import HeadConfig
 from training.loop import LOG, STATE, learning_rate
+from training.self_adaptive import AdaptiveTargets
+from training.weight_perturbation import at_worst_weights
+from training.world import World
+
+HERE = World(0, 1, torch.device("cpu"))
 
 SMALL = ["--arch", "wide_resnet_10_1", "--activation", "silu", "--batch-size", "12", "--held-out", "9", "--lr", "0.05",
          "--ema", "0.8", "--attack-steps", "1", "--attack-step-size", "10/255", "--device", "cpu"]  # fmt: skip
@@ -158,10 +167,10 @@ def test_bad_argument_is_refused_with_its_name(
 def test_memory_too_small_is_refused_before_the_first_epoch(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def too_large(*_: object) -> None:
+    def too_large(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(METHODS, "trades", too_large)
+    monkeypatch.setitem(METHODS, "trades", Method(too_large, METHODS["trades"].loss))
     assert main(classifier_arguments(image_folder, tmp_path / "run")) == 2
     assert "batch_size=12 does not fit into the memory of cpu" in capsys.readouterr().err
 
@@ -170,13 +179,12 @@ def test_memory_too_small_is_refused_before_the_first_epoch(
 def test_attack_of_a_training_step_leaves_batchnorm_and_mode_alone(method: str) -> None:
     model = build(Architecture(name="wide_resnet_10_1", num_classes=3)).train()
     norm = model.get_submodule("norm")
-    adversary = Adversary(
-        attack=ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=2, start="uniform"),
-        label_smoothing=0.0, beta=1.0,
-    )  # fmt: skip
-    batch = (torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), torch.arange(4))
+    attack = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=2, start="uniform")
+    numbers = torch.arange(4)
+    batch = Batch(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), numbers, numbers)
     before = int(norm.get_buffer("num_batches_tracked"))
-    METHODS[method](model, batch, adversary).loss.backward()
+    crafted = METHODS[method].craft(model, batch, attack)
+    METHODS[method].loss(model, batch, crafted, smoothed(batch.labels, 0.0), 1.0).loss.backward()
     assert int(norm.get_buffer("num_batches_tracked")) == before + 1  # one pass in training mode
     assert norm.training
 
@@ -195,10 +203,97 @@ def test_trades_is_the_sum_of_its_two_terms() -> None:
     model = build(Architecture(name="wide_resnet_10_1", num_classes=3))
     attack = ProjectedGradient(direction="ascend", epsilon=0.1, step_size=0.1, steps=0, start="uniform")
     x, labels, seeds = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), torch.arange(4)
-    found = METHODS["trades"](model, (x, labels, seeds), Adversary(attack=attack, label_smoothing=0.0, beta=3.0)).loss
+    batch = Batch(x, labels, seeds, seeds)
+    trades = METHODS["trades"]
+    crafted = trades.craft(model, batch, attack)
+    found = trades.loss(model, batch, crafted, smoothed(labels, 0.0), 3.0).loss
     p, q = model(x).softmax(1), model(attack.begin(x, seeds)).softmax(1)
     expected = -p[torch.arange(4), labels].log().mean() + 3 * (p * (p / q).log()).sum(1).mean()
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_self_adaptive_targets_follow_the_predictions_in_numpy() -> None:
+    """Huang et al. 2020, algorithm 1."""
+    labels, momentum = torch.tensor([0, 2, 1, 1]), 0.9
+    adaptive = AdaptiveTargets(labels, num_classes=3, momentum=momentum, warmup_epochs=1, world=HERE)
+    rows, logits = torch.tensor([2, 0]), torch.randn(2, 3)
+    p = logits.double().softmax(1).numpy()
+    one_hot = np.eye(3)[labels.numpy()]
+    for epoch, targets in ((0, one_hot[[2, 0]]), (1, momentum * one_hot[[2, 0]] + (1 - momentum) * p)):
+        found = float(adaptive.fit(rows, epoch)(logits))
+        weights = targets.max(1)
+        expected = (weights * -(targets * np.log(p)).sum(1)).sum() / weights.sum()
+        assert abs(found - expected) < 1e-5
+    assert torch.equal(adaptive.targets[[1, 3]], torch.eye(3)[labels[[1, 3]]])  # not in the batch
+
+
+def test_weight_perturbation_raises_the_loss_by_gamma_and_leaves_the_weights(images: torch.Tensor) -> None:
+    """Wu et al. 2020, eq. 10, against a copy whose weights are moved by hand."""
+    model = build(Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu")).train()
+    labels = torch.arange(8) % 3
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    moved = copy.deepcopy(model)
+    loss = F.cross_entropy(moved(images), labels)
+    layers = {name: value for name, value in moved.named_parameters() if value.ndim > 1}
+    with torch.no_grad():
+        for value, slope in zip(layers.values(), torch.autograd.grad(loss, list(layers.values())), strict=True):
+            value.add_(0.01 * value.norm() * slope / slope.norm())
+    forward = at_worst_weights(model, lambda run: F.cross_entropy(run(images), labels), gamma=0.01)
+    found = F.cross_entropy(forward(images), labels)
+    assert torch.allclose(found, F.cross_entropy(moved(images), labels), atol=1e-4)
+    assert found > loss
+    found.backward()
+    for name, value in model.named_parameters():
+        assert torch.equal(value, weights[name])
+        assert value.grad is not None
+    assert int(model.get_submodule("norm").get_buffer("num_batches_tracked")) == 1
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        ["--self-adaptive-from", "2", "--method", "pgd"],
+        ["--self-adaptive-from", "0", "--method", "trades"],
+        ["--weight-perturbation", "5e-3", "--method", "trades"],
+        ["--labelled", "0.34", "--method", "natural"],
+        ["--labelled", "0.34", "--self-supervised-weight", "1", "--method", "natural"],
+        ["--images", "40"],
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_switch_of_the_classifier_learns(switches: list[str], image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(classifier_arguments(image_folder, out, *switches, "--epochs", "8", "--test-images", "15")) == 0
+    card = checkpoint.load(out / "checkpoint").card
+    assert card.figures["test"]["clean_accuracy"] > 0.55
+    assert card.figures["test"]["n"] == 15
+    assert card.data["labelled"] == (21 if "--labelled" in switches else 40 if "--images" in switches else 63)
+
+
+def test_resumed_self_adaptive_run_has_its_targets(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = classifier_arguments(image_folder, out, "--self-adaptive-from", "0", "--method", "natural")
+    assert main([*arguments, "--epochs", "2"]) == 0
+    state = torch.load(out / STATE, weights_only=True)
+    targets = state["parts"]["memory"]["targets"]
+    assert targets.shape == (63, 3)
+    assert ((targets.amax(1) < 1).sum()) > 50  # they have moved
+    assert torch.allclose(targets.sum(1), torch.ones(63), atol=1e-5)
+
+
+def test_adversarial_head_learns_on_attacked_views(image_folder: Path, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "base", make_checkpoint(head=False))
+    out = tmp_path / "head"
+    arguments = ["head", "--classifier", str(tmp_path / "base"), "--data", str(image_folder), "--out", str(out),
+                 "--cache", str(tmp_path), "--batch-size", "21", "--epochs", "3", "--held-out", "9", "--bank-size",
+                 "30", "--hidden", "16", "--embedding-dim", "8", "--adversarial", "--attack-steps", "2",
+                 "--false-negatives", "top", "--device", "cpu"]  # fmt: skip
+    assert main(arguments) == 0
+    loaded = checkpoint.load(out / "checkpoint")
+    assert loaded.card.head_training["adversarial"]
+    log = read_log(out)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert "precision" in log[-1]
 
 
 def test_one_cycle_rises_to_the_peak_and_falls_to_zero() -> None:
@@ -213,10 +308,10 @@ def test_one_cycle_rises_to_the_peak_and_falls_to_zero() -> None:
 
 
 def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, config in (("classifier", ClassifierConfig), ("head", HeadConfig)):
+    for command, (config, _) in COMMANDS.items():
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0
         text = capsys.readouterr().out
-        for name in config.__dataclass_fields__:
+        for name in (field.name for field in dataclasses.fields(config)):
             assert f"--{name.replace('_', '-')}" in text
