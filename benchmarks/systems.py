@@ -26,6 +26,7 @@ from models.options import as_json, option, parse
 from training import data
 
 NAMES_IT = {"head": "classifier", "generator": "classifier"}  # how a command calls the checkpoint that it needs
+MADE = {"generator": "generator"}  # the folder that a command writes, where it is not "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,30 +90,34 @@ class Campaign:
         own = {"command": arm.command, **arm.options}
         return {name: own} if arm.needs is None else {**self.chain(arm.needs), name: own}
 
+    def seed_of(self, name: str, seed: int) -> int:
+        """The seed of an arm that another of `seed` needs: its last, where it has fewer."""
+        return min(seed, self.arms[name].seeds - 1)
+
     def _submit(self, pool: ThreadPoolExecutor, name: str, seed: int) -> None:
         """What it needs is submitted first, so that it is never waited for by all threads at once."""
         arm = self.arms[name]
         if (name, seed) in self.running:
             return
         if arm.needs is not None:
-            self._submit(pool, arm.needs, seed)
+            self._submit(pool, arm.needs, self.seed_of(arm.needs, seed))
         self.running[name, seed] = pool.submit(self._one, name, seed)
 
     def _one(self, name: str, seed: int) -> None:
         arm = self.arms[name]
         if arm.needs is not None:
-            self.running[arm.needs, seed].result()
+            self.running[arm.needs, self.seed_of(arm.needs, seed)].result()
         run = self.folder(name, seed)
-        if arm.command and not (run / "checkpoint" / CARD).exists():
+        if arm.command and not (run / MADE.get(arm.command, "checkpoint") / CARD).exists():
             print(f"{name}, seed {seed}: training", flush=True)
             self._train(name, arm, seed, run)
-        trained = run if arm.command or arm.needs is None else self.folder(arm.needs, seed)
+        trained = run if arm.command or arm.needs is None else self.folder(arm.needs, self.seed_of(arm.needs, seed))
         if self.known(name, seed):
             return
         torch.set_num_threads(self._threads())
         subject = Subject(
-            trained / "checkpoint", trained, self._dataset(arm), SCALES[self.config.scale].test_images,
-            torch.device(self.config.device),
+            trained / MADE.get(arm.command, "checkpoint"), trained, self._dataset(arm), self.config.data,
+            SCALES[self.config.scale], torch.device(self.config.device),
         )  # fmt: skip
         started = time.perf_counter()
         figures = {measure: MEASURES[measure](subject) for measure in arm.measures}
@@ -138,7 +143,9 @@ class Campaign:
     def _train(self, name: str, arm: Arm, seed: int, run: Path) -> None:
         options = {**arm.options, "data": self.config.transfer_data if "data" in arm.options else self.config.data}
         if arm.needs is not None:
-            options[NAMES_IT.get(arm.command, "encoder")] = str(self.folder(arm.needs, seed) / "checkpoint")
+            options[NAMES_IT.get(arm.command, "encoder")] = str(
+                self.folder(arm.needs, self.seed_of(arm.needs, seed)) / "checkpoint"
+            )
         options |= {"seed": str(seed), "out": str(run), "device": self.config.device, "id": name}
         if arm.command == "head":
             options.pop("id")

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
+from benchmarks.robustbench_eval import Config as EvalConfig
+from benchmarks.robustbench_eval import run_all
+from benchmarks.systems_plan import Scale
 from models import checkpoint, philox
 from models.attack import correct, pgd
 from models.contrastive import NegativePolicy, in_batch_negatives
+from models.generator import load as load_generator
 from models.instance_attack import DISTANCES, away_from
+from models.options import parse
 from models.projected_gradient import ProjectedGradient
+from models.provenance import digest_of
 from training import data
 
 EPSILON = 8 / 255
@@ -25,17 +31,18 @@ NOISE = 0x4015E
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint folder, the folder of the training run (its log), the data, and how many test images to use."""
+    """A checkpoint folder, the folder of the training run (its log), the data and its source, scale and device."""
 
     folder: Path
     run: Path
     dataset: data.DataSet
-    n: int
+    source: str
+    scale: Scale
     device: torch.device
 
     def test(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images in [0, 1], labels and numbers, in chunks."""
-        count = self.n or len(self.dataset.test.labels)
+        count = self.scale.test_images or len(self.dataset.test.labels)
         numbers = torch.arange(count)
         return [
             (
@@ -132,10 +139,45 @@ def overfitting(subject: Subject) -> dict[str, Any]:
             "curve": curve}  # fmt: skip
 
 
+def generator(subject: Subject) -> dict[str, Any]:
+    """Accuracy as it is, under the generator's noise and under random noise of that size; the classifier's digests."""
+    made, card = load_generator(subject.folder, device=subject.device)
+    classifier = checkpoint.load(str(card.training["classifier"]), device=subject.device).classifier
+    right: dict[str, list[bool]] = {}
+    for x, labels, numbers in subject.test():
+        with torch.no_grad():
+            attacked = made(x)
+        shown = {"clean": x, "noise": noisy(x, numbers, epsilon=made.epsilon), "generator": attacked}
+        for name, images in shown.items():
+            right.setdefault(name, []).extend(correct(classifier, images, labels))
+    same = card.classifier_sha256[0] == card.classifier_sha256[1] == digest_of(classifier)
+    return {**{name: results.accuracy(values) for name, values in right.items()}, "classifier_unchanged": same}
+
+
+def harness(subject: Subject) -> dict[str, Any]:
+    """The reverse attack with the run's head, by benchmarks/robustbench_eval.py: transfer and worst case."""
+    out = subject.run / "harness"
+    arguments = ["--model", str(subject.folder), "--purifier", "reverse-attack", "--attacks", HARNESS_ATTACKS,
+                 "--out", str(out), "--device", str(subject.device), "--panel", "0"]  # fmt: skip
+    if Path(subject.source).exists():
+        arguments += ["--data", subject.source]
+    for key, value in subject.scale.harness.items():
+        arguments += [f"--{key}", value]
+    (file,) = run_all(parse(EvalConfig, arguments, program="benchmarks/robustbench_eval.py"))
+    found = json.loads(file.read_text())["results"]
+    shown = {
+        name: found["figures"]["attacks"][name] for name in found["outcomes"] if name in found["figures"]["attacks"]
+    }
+    return {**shown, "worst_case": found["figures"]["worst_case"], "outcomes": found["outcomes"]}
+
+
+HARNESS_ATTACKS = "autoattack,transfer,noise,bpda-apgd-ce,bpda-apgd-dlr,bpda-contrastive,unrolled"
 MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "test": test,
     "radii": radii,
     "instance": instance,
     "detector": detector,
     "overfitting": overfitting,
+    "generator": generator,
+    "harness": harness,
 }

@@ -38,7 +38,7 @@ class Scale:
     overfitting: Options  # few images, many epochs
     labels: Options  # S4L
     generator: Options
-    generator_classifier: Options
+    frozen: Options  # the classifier that the generator attacks
     head: Options
     harness: Options
     test_images: int
@@ -68,10 +68,10 @@ SCALES: dict[str, Scale] = {
             "lr": "0.05", "method": "natural", "held-out": "250", "label-smoothing": "0", "ema": "0.9",
         },
         generator={"images": "5000", "epochs": "5", "held-out": "250"},
-        generator_classifier={"images": "0", "epochs": "6", "batch-size": "128", "held-out": "250"},
-        head={"images": "5000", "epochs": "6", "batch-size": "250", "held-out": "500", "attack-steps": "3",
-              "attack-step-size": "4/255"},
-        harness={"n-examples": "64", "budget": "fast"},
+        frozen={"images": "5000", "epochs": "20", "batch-size": "64", "lr": "0.05", "ema": "0.9", "held-out": "250"},
+        head={"images": "5000", "epochs": "4", "batch-size": "250", "held-out": "500", "attack-steps": "2",
+              "attack-step-size": "6/255"},
+        harness={"n-examples": "128", "budget": "fast"},
         test_images=1000,
     ),
     "full": Scale(
@@ -88,7 +88,7 @@ SCALES: dict[str, Scale] = {
         },
         labels={"arch": "preact_resnet18", "labelled": "0.1", "method": "natural"},
         generator={"epochs": "10"},
-        generator_classifier={"epochs": "100"},
+        frozen={"epochs": "100"},
         head={"epochs": "20"},
         harness={"n-examples": "1000", "budget": "standard"},
         test_images=0,
@@ -151,6 +151,19 @@ def arms(scale: Scale) -> dict[str, Arm]:
         command="linear", options={**readout, "method": "pgd", "attack-steps": "3", "attack-step-size": "4/255",
                                    "epochs": "5"}, needs="rocl",
     )  # fmt: skip
+    made["efficientnet"] = Arm(
+        command="classifier",
+        options={**scale.frozen, **tested, "arch": "efficientnet_b0", "method": "natural"},
+        seeds=1,
+    )
+    made["efficientnet-dense"] = Arm(
+        command="linear", options={**readout, "hidden": "256"}, needs="efficientnet", seeds=1
+    )
+    made["generator"] = Arm(
+        command="generator", options={**scale.generator, **tested}, needs="efficientnet-dense", measures=("generator",)
+    )
+    for name, more in (("head-plain", {}), ("head-robust", {"adversarial": ""})):
+        made[name] = Arm(command="head", options={**scale.head, **more, "classifier": "default"}, measures=("harness",))
     for name in ("simclr", "rocl"):
         made[f"{name}-transfer"] = Arm(command="linear", options={**readout, "data": "cifar100"}, needs=name)
     return made

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks import attacks
-from benchmarks.attacks import adaptive, black_box, controls
+from benchmarks.attacks import adaptive, black_box, controls, label_free
 from benchmarks.attacks.apgd import apgd, checkpoints
 from benchmarks.attacks.autoattack import autoattack
 from benchmarks.attacks.scene import BUDGETS, Budget, Judged, Scene, Threat, cross_entropy_loss, dlr_loss
@@ -20,7 +20,9 @@ from models.checkpoint import Card, Checkpoint
 from models.classifier import ImageClassifier
 from models.defended import DefendedClassifier
 from models.errors import ConfigError
+from models.generator import NoiseGenerator
 from models.hedge import Hedge
+from models.instance_attack import DISTANCES, Distance
 from models.projected_gradient import Descent
 from models.purifier import NoPurifier, Purifier
 from tests.conftest import make_defended
@@ -163,7 +165,36 @@ def tiny_scene(images: Tensor, threat: Threat, defended: DefendedClassifier | No
     defended = defended or make_defended()
     with torch.no_grad():
         labels = defended(images, seed=0).argmax(1)
-    return Scene(defended=defended, x=images, labels=labels, seeds=torch.arange(8), threat=threat, budget=TINY)
+    return Scene(
+        defended=defended, x=images, labels=labels, seeds=torch.arange(8), threat=threat, budget=TINY,
+        generator=NoiseGenerator(width=8, epsilon=8 / 255),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_instance_attack_moves_the_purified_features_further_than_noise(images: Tensor, distance: Distance) -> None:
+    scene = tiny_scene(images, THREATS[0])
+    moved = []
+    with torch.no_grad():
+        for x in (scene.x, controls.noise(scene), label_free.instance(scene, distance)):
+            features = scene.classifier.features(scene.defended.purified(x, seed=0))
+            moved.append(torch.nn.functional.normalize(features, dim=1))
+    by_noise, by_attack = ((x - moved[0]).norm(dim=1).mean() for x in moved[1:])
+    assert by_attack > 1.5 * by_noise
+
+
+def test_one_image_alone_can_be_attacked_without_labels(images: Tensor) -> None:
+    scene = tiny_scene(images, THREATS[0]).select(torch.tensor([3]))
+    assert label_free.instance(scene, "sim").isfinite().all()
+
+
+def test_generator_is_scaled_to_the_ball_and_asked_for_where_it_is_missing(images: Tensor) -> None:
+    scene = tiny_scene(images, Threat(norm="linf", epsilon=0.2))
+    assert scene.generator is not None
+    expected = (images + 0.2 * scene.generator.noise(images)).clamp(0, 1)
+    assert torch.allclose(label_free.generated(scene), expected, atol=1e-6)
+    with pytest.raises(ConfigError, match="--generator"):
+        label_free.generated(replace(scene, generator=None))
 
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)

@@ -15,10 +15,11 @@ import torch
 from benchmarks import corruptions, report, robustbench_eval
 from benchmarks.evaluation_data import load_images, wordnet_ids
 from benchmarks.rows import load_runs, published_rows
-from models import checkpoint
+from models import checkpoint, generator
 from models.backbones import Architecture, build
 from models.checkpoint import Card, Checkpoint
 from models.errors import DataError
+from models.generator import GeneratorCard, NoiseGenerator
 from tests.conftest import CLASSES
 
 SCRIPT = Path(robustbench_eval.__file__)
@@ -67,6 +68,21 @@ def test_each_model_and_purifier_is_one_result_file_with_what_made_it(
     assert none["not_applicable"] == ["unrolled"]
     assert str(tmp_path) not in json.dumps(found)
     assert str(tiny_folder) not in json.dumps(found)
+
+
+def test_label_free_attacks_and_a_generator_are_run_by_name(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = GeneratorCard(id="g", epsilon=8 / 255, width=8, classifier_sha256=("", ""))
+    generator.save(tmp_path / "g", NoiseGenerator(width=8, epsilon=8 / 255), card)
+    named = ("--attacks", "instance-cos,instance-sim,generator", "--purifier", "reverse-attack:steps=2")
+    with_it = arguments(tiny_folder, image_folder, tmp_path / "out", *named, "--generator", str(tmp_path / "g"))
+    assert robustbench_eval.main(with_it) == 0
+    (record,) = records(tmp_path / "out").values()
+    assert {"instance-cos", "instance-sim", "generator"} <= record["results"]["outcomes"].keys()
+    assert str(tmp_path) not in json.dumps(record)
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *named)) == 2
+    assert "--generator FOLDER" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
