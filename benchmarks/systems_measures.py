@@ -24,7 +24,7 @@ from models.provenance import digest_of
 from training import data
 
 EPSILON = 8 / 255
-RADII = (2, 4, 8)  # of 255
+RADII = (2, 8)  # of 255
 CHUNK = 250
 NOISE = 0x4015E
 

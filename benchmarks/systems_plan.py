@@ -67,9 +67,10 @@ SCALES: dict[str, Scale] = {
             "arch": "wide_resnet_10_1", "activation": "silu", "images": "5000", "labelled": "0.1", "batch-size": "100",
             "lr": "0.05", "method": "natural", "held-out": "250", "label-smoothing": "0", "ema": "0.9",
         },
-        generator={"images": "5000", "epochs": "5", "held-out": "250"},
+        generator={"images": "5000", "epochs": "5", "held-out": "250", "width": "16"},
         frozen={"images": "5000", "epochs": "20", "batch-size": "64", "lr": "0.05", "ema": "0.9", "held-out": "250"},
-        head={"images": "5000", "epochs": "4", "batch-size": "250", "held-out": "500", "attack-steps": "2",
+        head={"classifier": "default", "images": "5000", "epochs": "4", "batch-size": "250", "held-out": "500",
+              "attack-steps": "2",
               "attack-step-size": "6/255"},
         harness={"n-examples": "128", "budget": "fast"},
         test_images=1000,
@@ -89,7 +90,7 @@ SCALES: dict[str, Scale] = {
         labels={"arch": "preact_resnet18", "labelled": "0.1", "method": "natural"},
         generator={"epochs": "10"},
         frozen={"epochs": "100"},
-        head={"epochs": "20"},
+        head={"classifier": "default", "epochs": "20"},
         harness={"n-examples": "1000", "budget": "standard"},
         test_images=0,
     ),
@@ -100,6 +101,7 @@ def arms(scale: Scale) -> dict[str, Arm]:
     """Every arm by name, those that others need first."""
     contrast, tuned = scale.contrast, {**scale.contrast, **scale.fine_tuning}
     tested = {"test-images": str(scale.test_images)}
+    untested = {"test-images": "1"}  # what is measured at several radii instead
     readout = {**scale.readout, **tested}
     made: dict[str, Arm] = {}
 
@@ -111,11 +113,11 @@ def arms(scale: Scale) -> dict[str, Arm]:
             command="pretrain", options={**base, "method": method, **more}, needs=needs, measures=measures, seeds=seeds
         )
         made[f"{name}-linear"] = Arm(
-            command="linear", options=readout, needs=name, measures=("test", "radii"), seeds=seeds
+            command="linear", options={**readout, **untested}, needs=name, measures=("radii",), seeds=seeds
         )
 
     def neighbours(name: str, encoder: str) -> None:
-        options = {"bank": str(scale.bank), "test-images": "1"}  # measured at several radii instead
+        options = {"bank": str(scale.bank), **untested}
         made[name] = Arm(command="knn", options=options, needs=encoder, measures=("radii",))
 
     def supervised(name: str, base: Options, more: Options, *, measures: tuple[str, ...] = ("test",)) -> None:
@@ -157,13 +159,13 @@ def arms(scale: Scale) -> dict[str, Arm]:
         seeds=1,
     )
     made["efficientnet-dense"] = Arm(
-        command="linear", options={**readout, "hidden": "256"}, needs="efficientnet", seeds=1
+        command="linear", options={**readout, **untested, "hidden": "256"}, needs="efficientnet", seeds=1
     )
     made["generator"] = Arm(
         command="generator", options={**scale.generator, **tested}, needs="efficientnet-dense", measures=("generator",)
     )
     for name, more in (("head-plain", {}), ("head-robust", {"adversarial": ""})):
-        made[name] = Arm(command="head", options={**scale.head, **more, "classifier": "default"}, measures=("harness",))
+        made[name] = Arm(command="head", options={**scale.head, **more}, measures=("harness",))
     for name in ("simclr", "rocl"):
         made[f"{name}-transfer"] = Arm(command="linear", options={**readout, "data": "cifar100"}, needs=name)
     return made

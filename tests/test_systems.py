@@ -1,0 +1,147 @@
+"""The runner of the systems: every arm at a tiny scale, resumed, and the README's table of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import systems, systems_plan, systems_table
+from benchmarks.systems_plan import SCALES, Scale, arms
+
+NET = {"arch": "wide_resnet_10_1", "epochs": "2", "batch-size": "21", "held-out": "9"}
+TINY = Scale(
+    contrast={**NET, "hidden": "16", "embedding-dim": "8", "attack-steps": "1", "bank-size": "30"},
+    fine_tuning={"epochs": "1"},
+    readout={"epochs": "2", "batch-size": "21", "held-out": "9"},
+    bank=63,
+    supervised=NET,
+    overfitting={**NET, "epochs": "4", "method": "pgd", "attack-steps": "1"},
+    labels={"arch": "wide_resnet_10_1", "batch-size": "6", "held-out": "9", "labelled": "0.34", "method": "natural"},
+    generator={"epochs": "1", "batch-size": "21", "held-out": "9", "width": "8"},
+    frozen={**NET, "epochs": "1"},
+    head={
+        "classifier": "default",
+        "epochs": "1",
+        "batch-size": "21",
+        "held-out": "9",
+        "attack-steps": "1",
+        "bank-size": "30",
+    },
+    harness={"n-examples": "4", "budget": "fast"},
+    test_images=18,
+)
+
+
+def arguments(data: Path, folder: Path, *more: str) -> list[str]:
+    return ["--data", str(data), "--transfer-data", str(data), "--out", str(folder / "results"), "--device", "cpu",
+            "--runs", str(folder / "runs"), "--seeds", "1", *more]  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SCALES, "small", TINY)
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    return {file.stem: json.loads(file.read_text()) for file in (folder / "results").glob("*.json")}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_arms_are_trained_measured_and_written_after_what_they_need(image_folder: Path, tmp_path: Path) -> None:
+    wanted = ("--arm", "simclr-linear", "--arm", "simclr-instance", "--arm", "silu")
+    assert systems.main(arguments(image_folder, tmp_path, *wanted)) == 0
+    found = results_of(tmp_path)
+    assert found.keys() == {"simclr", "simclr-linear", "simclr-instance", "silu"}
+    one = found["simclr-linear"]["results"]
+    assert list(one["options"]) == ["simclr", "simclr-linear"]
+    assert one["seeds"]["0"]["figures"]["radii"]["clean"]["n"] == 18
+    assert one["seeds"]["0"]["training"]["epochs"] == 2
+    instance = found["simclr-instance"]["results"]["seeds"]["0"]["figures"]["instance"]
+    assert instance.keys() == {"clean", "noise", "sim", "mse", "l1", "cos"}
+    assert len(found["silu"]["results"]["seeds"]["0"]["figures"]["overfitting"]["curve"]) == 4
+    assert str(tmp_path) not in json.dumps(found)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_finished_seed_is_not_run_again_and_other_options_are(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = arguments(image_folder, tmp_path, "--arm", "natural-knn")
+    assert systems.main(wanted) == 0
+    assert "natural, seed 0: training" in capsys.readouterr().out
+    before = results_of(tmp_path)
+    assert systems.main(wanted) == 0
+    assert capsys.readouterr().out == ""
+    assert results_of(tmp_path) == before
+    monkeypatch.setitem(SCALES, "small", Scale(**{**vars(TINY), "bank": 40, "supervised": {**NET, "epochs": "1"}}))
+    assert systems.main([*wanted, "--runs", str(tmp_path / "other")]) == 0
+    assert results_of(tmp_path)["natural-knn"]["results"]["options"]["natural-knn"]["bank"] == "40"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_failed_training_is_said_with_its_reason(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SCALES, "small", Scale(**{**vars(TINY), "supervised": {**NET, "batch-size": "1000"}}))
+    assert systems.main(arguments(image_folder, tmp_path, "--arm", "natural")) == 2
+    assert "batch_size=1000 is over" in capsys.readouterr().err
+
+
+def test_unknown_arm_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert systems.main(["--arm", "magic"]) == 2
+    assert "magic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_option_of_the_plan_is_one_of_its_command(scale: str) -> None:
+    from models.options import parse
+    from training.__main__ import COMMANDS
+
+    for name, arm in arms(SCALES[scale]).items():
+        if not arm.command:
+            continue
+        options = {**arm.options, "data": "x", "out": "x"}
+        if arm.needs is not None:
+            options[systems.NAMES_IT.get(arm.command, "encoder")] = "x"
+        words = [word for key, value in options.items() for word in ([f"--{key}", value] if value else [f"--{key}"])]
+        config = parse(COMMANDS[arm.command][0], words, program=name)
+        assert config is not None
+
+
+def test_arms_that_are_compared_share_their_schedule() -> None:
+    known = arms(SCALES["small"])
+    for one, other, differing in (
+        ("simclr", "rocl", {"method"}),
+        ("simclr", "moco", {"method"}),
+        ("simclr", "simclr-top", {"false-negatives"}),
+        ("silu", "relu", {"activation"}),
+        ("silu", "self-adaptive", {"self-adaptive-from"}),
+        ("head-plain", "head-robust", {"adversarial"}),
+    ):
+        a, b = known[one].options, known[other].options
+        assert {key for key in a.keys() | b.keys() if a.get(key) != b.get(key)} == differing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_arm_runs_and_every_system_has_its_row(
+    image_folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = Scale(**{**vars(TINY), "head": {**TINY.head, "classifier": str(tiny_folder)}})
+    monkeypatch.setitem(SCALES, "small", scale)
+    assert systems.main(arguments(image_folder, tmp_path, "--jobs", "2")) == 0
+    assert results_of(tmp_path).keys() == systems_plan.arms(scale).keys()
+    table = systems_table.systems_table(tmp_path / "results")
+    assert "not run" not in table
+    assert len(table.splitlines()) == 2 + len(systems_table.ROWS)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_table_says_what_was_not_run(image_folder: Path, tmp_path: Path) -> None:
+    assert systems.main(arguments(image_folder, tmp_path, "--arm", "silu", "--arm", "relu", "--seeds", "2")) == 0
+    table = systems_table.systems_table(tmp_path / "results").splitlines()
+    assert sum("not run" in row for row in table) == len(systems_table.ROWS) - 1
+    (row,) = [row for row in table if row.startswith("| smooth activations")]
+    assert "2 seeds; all images, 4 epochs" in row
+    assert "SiLU ≥ ReLU" in row
