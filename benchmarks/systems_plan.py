@@ -33,7 +33,7 @@ class Scale:
     contrast: Options  # of pre-training
     fine_tuning: Options  # of what goes on from a pre-trained encoder
     readout: Options
-    bank: int  # of the kNN classifier
+    knn: Options
     supervised: Options
     overfitting: Options  # few images, many epochs
     labels: Options  # S4L
@@ -53,7 +53,7 @@ SCALES: dict[str, Scale] = {
         },
         fine_tuning={"epochs": "8"},
         readout={"images": "5000", "epochs": "50", "held-out": "250"},
-        bank=5000,
+        knn={"bank": "5000"},
         supervised={
             "arch": "wide_resnet_10_1", "activation": "silu", "images": "5000", "epochs": "20", "batch-size": "128",
             "lr": "0.1", "held-out": "250", "label-smoothing": "0", "ema": "0.9",
@@ -81,7 +81,7 @@ SCALES: dict[str, Scale] = {
         },
         fine_tuning={"epochs": "50"},
         readout={"epochs": "100"},
-        bank=0,
+        knn={},
         supervised={"arch": "preact_resnet18", "epochs": "60"},
         overfitting={
             "arch": "preact_resnet18", "epochs": "120", "schedule": "cosine", "method": "pgd", "attack-steps": "10",
@@ -117,7 +117,7 @@ def arms(scale: Scale) -> dict[str, Arm]:
         )
 
     def neighbours(name: str, encoder: str) -> None:
-        options = {"bank": str(scale.bank), **untested}
+        options = {**scale.knn, **untested}
         made[name] = Arm(command="knn", options=options, needs=encoder, measures=("radii",))
 
     def supervised(name: str, base: Options, more: Options, *, measures: tuple[str, ...] = ("test",)) -> None:

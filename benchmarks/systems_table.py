@@ -34,6 +34,15 @@ class Found:
             found.append(float(value["accuracy"] if isinstance(value, dict) else value))
         return found
 
+    def sizes(self) -> list[int]:
+        """The number of test images of every measurement."""
+        measures = [
+            measure for arm in self.arms.values() for seed in arm["seeds"].values()
+            for measure in seed["figures"].values()
+        ]  # fmt: skip
+        cells = [cell for measure in measures for cell in (measure, *measure.values()) if isinstance(cell, dict)]
+        return [cell["n"] for cell in cells if "n" in cell]
+
     def budget(self, arms: tuple[str, ...]) -> str:
         """Seeds, images, epochs and minutes of the arm, and of those that it goes on from."""
         arm = self.arms[arms[0]]
@@ -168,7 +177,8 @@ def _false_negatives(found: Found) -> Row:
     means = [statistics.mean(values) for values in robust.values()]
     order = means[0] <= max(means[1:3]) <= means[3]
     measured = f"{'; '.join(parts + bank)}; robust linear accuracy at 2/255, plain / top / quantile / oracle: "
-    verdict = f"precision ≥ 3 times chance ({max(ratios):.1f}): {said(max(ratios) >= 3, direction=max(ratios) > 1)}; plain ≤ detector ≤ oracle: "
+    precise = said(max(ratios) >= 3, direction=max(ratios) > 1)
+    verdict = f"precision ≥ 3 times chance ({max(ratios):.1f}): {precise}; plain ≤ detector ≤ oracle: "
     return Row(
         "false-negative removal", measured + " / ".join(spread(values) for values in robust.values()),
         ("simclr-top",), verdict + said(order),
@@ -252,10 +262,7 @@ ROWS: dict[str, Callable[[Found], Row]] = {
 def systems_table(folder: Path) -> str:
     """One row a system; a system whose results are not all there is named as missing."""
     found = Found(folder)
-    n = max(
-        cell["n"] for arm in found.arms.values() for seed in arm["seeds"].values()
-        for measure in seed["figures"].values() for cell in measure.values() if isinstance(cell, dict) and "n" in cell
-    )  # fmt: skip
+    n = max(found.sizes(), default=0)
     rows = [
         f"| accuracies in %, mean ± standard deviation over seeds, n = {n:,} | measured | budget of a seed | shows |",
         "| --- | --- | --- | --- |",

@@ -44,15 +44,18 @@ class ReadoutCard:
             raise ConfigError(f"temperature={self.temperature} must be at least {COLDEST}")
 
 
+MAKE_ONE = (
+    "is an encoder without a classifier; make one with python -m training linear --encoder FOLDER …, "
+    "or python -m training knn --encoder FOLDER …"
+)  # fmt: skip
+
+
 class NoReadout(nn.Module):
     """Stands where nothing has been trained to classify."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Refuses: CheckpointError with what to run."""
-        raise CheckpointError(
-            "this checkpoint is an encoder without a classifier; make one with "
-            "python -m training linear --encoder FOLDER …, or python -m training knn --encoder FOLDER …"
-        )
+        raise CheckpointError(f"this checkpoint {MAKE_ONE}")
 
 
 class SoftNeighbours(nn.Module):

@@ -3,7 +3,9 @@
 from models.checkpoint import Checkpoint
 from models.continuous import CrossEntropyAttack, Purification, Stage
 from models.defended import reverse_attack_of
+from models.errors import CheckpointError
 from models.projected_gradient import ProjectedGradient
+from models.readout import MAKE_ONE
 from models.reverse_attack import PRESETS
 
 ATTACK = "attack"
@@ -12,7 +14,9 @@ BACKWARD = 2  # a pass backward costs about two forward
 
 
 def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
-    """Every stage of a checkpoint; CheckpointError where it has no head."""
+    """Every stage of a checkpoint; CheckpointError where it has no head, or no readout."""
+    if loaded.card.readout.kind == "none":
+        raise CheckpointError(f"checkpoint {loaded.card.id!r} {MAKE_ONE}")
     purifiers = {name: Purification(reverse_attack_of(loaded, config)) for name, config in PRESETS.items()}
     return {**purifiers, ATTACK: CrossEntropyAttack(loaded.classifier, ATTACK_LOOP)}
 

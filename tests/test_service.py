@@ -16,13 +16,15 @@ from PIL import Image
 from pydantic import ValidationError
 
 from models import checkpoint
+from models.defended import defend
 from models.errors import CheckpointError
 from models.reverse_attack import PRESETS
 from service.app import create_app
 from service.settings import Settings
 from tests.engines import ThreadHandle, wait_until
-from tests.serving import photo, settings
+from tests.serving import photo, serving, settings
 from tests.test_decode import png_of_claimed_size
+from tests.test_readout import CARDS, with_readout
 
 
 def test_multipart_upload_is_answered_in_the_documented_form(client: TestClient) -> None:
@@ -59,8 +61,6 @@ def test_raw_body_gives_the_same_answer(client: TestClient) -> None:
 
 
 def test_answer_is_the_models_own(client: TestClient, tiny_folder: Path) -> None:
-    from models.defended import defend
-
     defended = defend(checkpoint.load(tiny_folder), PRESETS["published"])
     pixels = torch.from_numpy(np.array(Image.open(BytesIO(photo())))).permute(2, 0, 1)
     expected = defended.classify(pixels[None].float() / 255, seed=9)
@@ -247,3 +247,21 @@ def test_every_reference_of_the_openapi_description_leads_somewhere(client: Test
             found = found[name]
     body = described["paths"]["/v2/models/{id}/infer"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "datatype" in body["properties"]["inputs"]["items"]["properties"]
+
+
+def test_nearest_neighbour_checkpoint_is_served_like_any_other(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "knn", with_readout(CARDS["knn"]))
+    with serving(tmp_path / "knn") as opened:
+        answer = opened.post("/classify", files={"image": photo()})
+    assert answer.status_code == 200
+    defended = defend(checkpoint.load(tmp_path / "knn"), PRESETS["default"])
+    pixels = torch.from_numpy(np.array(Image.open(BytesIO(photo())))).permute(2, 0, 1)[None].float() / 255
+    scores = defended.classify(pixels).logits.softmax(1)[0]
+    for one in answer.json()["predictions"]:
+        assert abs(one["score"] - float(scores[one["index"]])) < 1e-4
+
+
+def test_encoder_without_a_classifier_is_not_served(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "encoder", with_readout(CARDS["none"]))
+    with pytest.raises(CheckpointError, match="training linear --encoder"):
+        create_app(settings(tmp_path / "encoder"))

@@ -14,7 +14,7 @@ TINY = Scale(
     contrast={**NET, "hidden": "16", "embedding-dim": "8", "attack-steps": "1", "bank-size": "30"},
     fine_tuning={"epochs": "1"},
     readout={"epochs": "2", "batch-size": "21", "held-out": "9"},
-    bank=63,
+    knn={"neighbours": "9"},
     supervised=NET,
     overfitting={**NET, "epochs": "4", "method": "pgd", "attack-steps": "1"},
     labels={"arch": "wide_resnet_10_1", "batch-size": "6", "held-out": "9", "labelled": "0.34", "method": "natural"},
@@ -74,8 +74,9 @@ def test_finished_seed_is_not_run_again_and_other_options_are(
     assert systems.main(wanted) == 0
     assert capsys.readouterr().out == ""
     assert results_of(tmp_path) == before
-    monkeypatch.setitem(SCALES, "small", Scale(**{**vars(TINY), "bank": 40, "supervised": {**NET, "epochs": "1"}}))
+    monkeypatch.setitem(SCALES, "small", Scale(**{**vars(TINY), "knn": {"bank": "40", "neighbours": "9"}}))
     assert systems.main([*wanted, "--runs", str(tmp_path / "other")]) == 0
+    assert "natural, seed 0: training" in capsys.readouterr().out  # it is needed, and not there
     assert results_of(tmp_path)["natural-knn"]["results"]["options"]["natural-knn"]["bank"] == "40"
 
 
@@ -105,7 +106,7 @@ def test_every_option_of_the_plan_is_one_of_its_command(scale: str) -> None:
         if arm.needs is not None:
             options[systems.NAMES_IT.get(arm.command, "encoder")] = "x"
         words = [word for key, value in options.items() for word in ([f"--{key}", value] if value else [f"--{key}"])]
-        config = parse(COMMANDS[arm.command][0], words, program=name)
+        config: object = parse(COMMANDS[arm.command][0], words, program=name)
         assert config is not None
 
 

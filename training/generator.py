@@ -21,6 +21,7 @@ from models.errors import ConfigError
 from models.generator import GeneratorCard, NoiseGenerator
 from models.options import option
 from models.provenance import digest_of
+from models.readout import MAKE_ONE
 from models.views import make_views
 from training import data, loop, world
 from training.contrast import POLICY
@@ -106,7 +107,7 @@ def train_generator(config: GeneratorConfig) -> None:
     torch.manual_seed(config.seed)
     base = checkpoint.load(config.classifier, device=here.device)
     if base.card.readout.kind == "none":
-        raise ConfigError(f"{config.classifier} is an encoder without a classifier; name its linear evaluation")
+        raise ConfigError(f"{config.classifier} {MAKE_ONE}")
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
     if dataset.train.images.shape[-1] % 4:
         raise ConfigError(f"images of {dataset.train.images.shape[-1]} pixels: a generator needs a multiple of 4")
