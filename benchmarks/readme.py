@@ -10,6 +10,7 @@ from benchmarks.report import cells as texts_of
 from benchmarks.results import FOLDER
 from benchmarks.rows import load_runs, measured_row
 from benchmarks.service_tables import bulk_line, faults_table, load_table, side_by_side_table
+from benchmarks.systems_table import systems_table
 from models import checkpoint
 
 SERVICE = {
@@ -135,6 +136,7 @@ def render(text: str) -> str:
         "time": time_table(measured),
         "sweep": sweep_table(swept),
         "robustness": robustness_table(load_runs(ROBUSTNESS)),
+        "systems": systems_table(FOLDER / "systems"),
     }
     for name, make in SERVICE.items():
         if (file := FOLDER / f"{name}.json").exists():

@@ -21,6 +21,7 @@ from models.instance_attack import DISTANCES, away_from
 from models.options import parse
 from models.projected_gradient import ProjectedGradient
 from models.provenance import digest_of
+from models.readout import SoftNeighbours, attach
 from training import data
 
 EPSILON = 8 / 255
@@ -72,6 +73,25 @@ def radii(subject: Subject) -> dict[str, Any]:
         for radius in RADII:
             epsilon = radius / 255
             moved = pgd(classifier, x, labels, epsilon=epsilon, step_size=epsilon / 4, steps=20, seeds=numbers)
+            right.setdefault(f"pgd-{radius}/255", []).extend(correct(classifier, moved, labels))
+    return {name: results.accuracy(values) for name, values in right.items()}
+
+
+def soft(subject: Subject) -> dict[str, Any]:
+    """A kNN classifier under PGD-20 through the votes of its whole bank: its own gradient could mask."""
+    classifier = checkpoint.load(subject.folder, device=subject.device).classifier
+    votes = classifier.get_submodule("linear")
+    assert isinstance(votes, SoftNeighbours)
+    everyone = SoftNeighbours(
+        votes.bank, votes.labels, num_classes=votes.num_classes, neighbours=0, temperature=votes.temperature
+    )  # fmt: skip
+    right: dict[str, list[bool]] = {}
+    for x, labels, numbers in subject.test():
+        for radius in RADII:
+            epsilon = radius / 255
+            attach(classifier, everyone)
+            moved = pgd(classifier, x, labels, epsilon=epsilon, step_size=epsilon / 4, steps=20, seeds=numbers)
+            attach(classifier, votes)
             right.setdefault(f"pgd-{radius}/255", []).extend(correct(classifier, moved, labels))
     return {name: results.accuracy(values) for name, values in right.items()}
 
@@ -175,6 +195,7 @@ HARNESS_ATTACKS = "autoattack,transfer,noise,bpda-apgd-ce,bpda-apgd-dlr,bpda-con
 MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "test": test,
     "radii": radii,
+    "soft": soft,
     "instance": instance,
     "detector": detector,
     "overfitting": overfitting,

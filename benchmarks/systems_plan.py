@@ -34,6 +34,7 @@ class Scale:
     fine_tuning: Options  # of what goes on from a pre-trained encoder
     readout: Options
     knn: Options
+    false_negatives: Options
     supervised: Options
     overfitting: Options  # few images, many epochs
     labels: Options  # S4L
@@ -54,6 +55,7 @@ SCALES: dict[str, Scale] = {
         fine_tuning={"epochs": "8"},
         readout={"images": "5000", "epochs": "50", "held-out": "250"},
         knn={"bank": "5000"},
+        false_negatives={"false-negative-share": "0.05"},
         supervised={
             "arch": "wide_resnet_10_1", "activation": "silu", "images": "5000", "epochs": "20", "batch-size": "128",
             "lr": "0.1", "held-out": "250", "label-smoothing": "0", "ema": "0.9",
@@ -82,6 +84,7 @@ SCALES: dict[str, Scale] = {
         fine_tuning={"epochs": "50"},
         readout={"epochs": "100"},
         knn={},
+        false_negatives={"false-negatives-from": "60"},
         supervised={"arch": "preact_resnet18", "epochs": "60"},
         overfitting={
             "arch": "preact_resnet18", "epochs": "120", "schedule": "cosine", "method": "pgd", "attack-steps": "10",
@@ -118,7 +121,7 @@ def arms(scale: Scale) -> dict[str, Arm]:
 
     def neighbours(name: str, encoder: str) -> None:
         options = {**scale.knn, **untested}
-        made[name] = Arm(command="knn", options=options, needs=encoder, measures=("radii",))
+        made[name] = Arm(command="knn", options=options, needs=encoder, measures=("radii", "soft"))
 
     def supervised(name: str, base: Options, more: Options, *, measures: tuple[str, ...] = ("test",)) -> None:
         made[name] = Arm(command="classifier", options={**base, **tested, **more}, measures=measures)
@@ -134,7 +137,7 @@ def arms(scale: Scale) -> dict[str, Arm]:
     pretrain("deacl", "deacl", {}, "simclr")
     pretrain("moco", "moco", {})
     for kind in ("top", "quantile", "labels"):
-        pretrain(f"simclr-{kind}", "simclr", {"false-negatives": kind})
+        pretrain(f"simclr-{kind}", "simclr", {"false-negatives": kind, **scale.false_negatives})
     supervised("silu", scale.overfitting, {"activation": "silu"}, measures=("test", "overfitting"))
     supervised("relu", scale.overfitting, {"activation": "relu"}, measures=("test", "overfitting"))
     warm = str(int(scale.overfitting["epochs"]) // 4)

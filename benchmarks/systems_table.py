@@ -54,7 +54,7 @@ class Found:
                 images = int(options.get("images", 0))
                 took = f", {statistics.mean(spent):.0f} min" if spent else ""
                 parts.append(f"{f'{images:,}' if images else 'all'} images, {options['epochs']} epochs{took}")
-        return f"{len(arm['seeds'])} seeds; {'; then '.join(parts)}"
+        return f"{len(arm['seeds'])} seed{'s' * (len(arm['seeds']) > 1)}; {'; then '.join(parts)}"
 
 
 def spread(values: list[float], *, scale: float = 100, digits: int = 1) -> str:
@@ -149,6 +149,11 @@ def _neighbours(found: Found) -> Row:
     cells, held = [], []
     for radius in ("clean", "pgd-2/255", "pgd-8/255"):
         values = {title: found.values(arm, "radii", radius) for arm, title in names.items()}
+        if radius != "clean":  # the stronger of the two gradients, seed by seed
+            values = {
+                title: [min(pair) for pair in zip(values[title], found.values(arm, "soft", radius), strict=True)]
+                for arm, title in names.items()
+            }
         cells.append(f"{radius}: " + " / ".join(spread(one) for one in values.values()))
         means = [statistics.mean(one) for one in values.values()]
         if radius != "clean" and means[0] < means[1] < means[2]:

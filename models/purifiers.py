@@ -18,6 +18,7 @@ LOOP_KEYS = {
     "steps": int, "step_size": Fraction, "epsilon": Fraction, "momentum": Fraction, "start": str, "norm": str
 }  # fmt: skip
 REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction}
+NEGATIVES_KEYS = {"negatives": str, "count": int, "fraction": Fraction}
 
 
 def _none(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
@@ -27,11 +28,20 @@ def _none(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) 
 
 def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
     config = reverse_attack.preset(words[0] if words else "default")
-    _refuse("reverse-attack", words[1:], changes, {**LOOP_KEYS, **REVERSE_ATTACK_KEYS})
-    own = {key: value for key, value in changes.items() if key in REVERSE_ATTACK_KEYS}
-    loop = _changed(config.loop, {key: value for key, value in changes.items() if key not in own}, LOOP_KEYS)
-    changed: reverse_attack.ReverseAttackConfig = _changed(config, own, REVERSE_ATTACK_KEYS)
-    return reverse_attack_of(checkpoint, dataclasses.replace(changed, loop=loop))
+    _refuse("reverse-attack", words[1:], changes, {**LOOP_KEYS, **REVERSE_ATTACK_KEYS, **NEGATIVES_KEYS})
+
+    def among(keys: Mapping[str, object]) -> dict[str, str]:
+        return {key: value for key, value in changes.items() if key in keys}
+
+    policy = among(NEGATIVES_KEYS)
+    if "negatives" in policy:
+        policy["kind"] = policy.pop("negatives")
+    changed: reverse_attack.ReverseAttackConfig = _changed(config, among(REVERSE_ATTACK_KEYS), REVERSE_ATTACK_KEYS)
+    changed = dataclasses.replace(
+        changed, loop=_changed(config.loop, among(LOOP_KEYS), LOOP_KEYS),
+        negatives=_changed(config.negatives, policy, {**NEGATIVES_KEYS, "kind": str}),
+    )  # fmt: skip
+    return reverse_attack_of(checkpoint, changed)
 
 
 def _rival(

@@ -36,6 +36,41 @@ def test_info_nce_matches_the_formula_in_numpy(views: int) -> None:
         assert np.allclose(found.numpy(), expected, atol=1e-12)
 
 
+def test_form_with_all_positives_in_one_matches_numpy() -> None:
+    """Kim et al. 2020, eq. 2."""
+    z, k = unit(4, 3, 6), unit(10, 6)
+    terms = []
+    for image in z.numpy():
+        for i in range(3):
+            positive = sum(np.exp(image[i] @ image[j] / 0.5) for j in range(3) if j != i)
+            terms.append(-np.log(positive / (positive + np.exp(k.numpy() @ image[i] / 0.5).sum())))
+    found = info_nce(z, k, temperature=0.5, together=True)
+    assert np.allclose(found.numpy(), np.array(terms).reshape(4, 3).mean(1), atol=1e-12)
+    pair = z[:, :2]
+    assert torch.allclose(
+        info_nce(pair, k, temperature=0.5, together=True), info_nce(pair, k, temperature=0.5)
+    )  # fmt: skip
+
+
+def test_quantile_drops_what_is_nearer_than_a_negatives_own_share() -> None:
+    bank, embeddings = unit(40, 6).float(), unit(7, 2, 6).float()
+    policy = NegativePolicy(kind="quantile", fraction=0.2)
+    thresholds = policy.thresholds(bank)
+    assert thresholds is not None
+    for n in range(40):
+        own = np.sort(np.delete((bank @ bank[n]).numpy(), n))[::-1]
+        assert abs(float(thresholds[n]) - own[8]) < 1e-6  # 8 of the other 39 are nearer: a fifth
+    keep = policy.keep(embeddings, bank, torch.arange(7), thresholds)
+    assert keep is not None
+    similarity = embeddings.mean(1) @ bank.T
+    expected = (similarity <= thresholds).scatter(1, similarity.argmin(1, keepdim=True), True)
+    assert torch.equal(keep, expected)
+    assert (~keep).any()
+    alone = NegativePolicy(kind="quantile", fraction=0.9).keep(embeddings, bank, torch.arange(7), torch.full((40,), -2))
+    assert alone is not None
+    assert (alone.sum(1) == 1).all()
+
+
 def test_two_views_with_in_batch_negatives_are_simclrs_nt_xent() -> None:
     z = unit(7, 2, 5)
     negatives, keep = in_batch_negatives(z)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.anti_adversary import AntiAdversary
+from models.contrastive import NegativePolicy
 from models.defended import DefendedClassifier
 from models.errors import CheckpointError, ConfigError
 from models.hedge import Hedge
@@ -129,3 +130,12 @@ def test_bad_spec_is_refused_with_its_part(spec: str, says: str) -> None:
 def test_reverse_attack_without_a_head_is_refused_with_the_remedy() -> None:
     with pytest.raises(CheckpointError, match="training head"):
         build_purifier("reverse-attack", make_checkpoint(head=False))
+
+
+def test_reverse_attack_takes_a_policy_of_negatives() -> None:
+    purifier = build_purifier("reverse-attack:negatives=quantile,fraction=0.2", make_checkpoint())
+    assert isinstance(purifier, ReverseAttack)
+    assert purifier.config.negatives == NegativePolicy(kind="quantile", fraction=0.2)
+    assert purifier.thresholds is not None
+    with pytest.raises(ConfigError, match="negatives='labels'"):
+        build_purifier("reverse-attack:negatives=labels", make_checkpoint())

@@ -1,6 +1,6 @@
 """What the README says: its tables, its commands, its code."""
 
-import inspect
+import dataclasses
 import json
 import re
 import shlex
@@ -17,7 +17,6 @@ from service.main import app
 from service.settings import Settings
 from tests.serving import wait_until_ready
 from training.__main__ import COMMANDS
-from training.loop import RunConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -63,9 +62,7 @@ def test_command_line_examples_run(arguments: list[str], tmp_path: Path, monkeyp
 @pytest.mark.parametrize("arguments", commands("python -m training"), ids=" ".join)
 def test_training_examples_have_options_that_exist(arguments: list[str]) -> None:
     config, _ = COMMANDS[arguments[0]]
-    names = {
-        f"--{name.replace('_', '-')}" for name in inspect.get_annotations(config) | inspect.get_annotations(RunConfig)
-    }
+    names = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(config)}
     assert {a for a in arguments if a.startswith("--")} <= names
 
 

@@ -15,6 +15,7 @@ TINY = Scale(
     fine_tuning={"epochs": "1"},
     readout={"epochs": "2", "batch-size": "21", "held-out": "9"},
     knn={"neighbours": "9"},
+    false_negatives={"false-negatives-from": "0"},
     supervised=NET,
     overfitting={**NET, "epochs": "4", "method": "pgd", "attack-steps": "1"},
     labels={"arch": "wide_resnet_10_1", "batch-size": "6", "held-out": "9", "labelled": "0.34", "method": "natural"},
@@ -115,7 +116,7 @@ def test_arms_that_are_compared_share_their_schedule() -> None:
     for one, other, differing in (
         ("simclr", "rocl", {"method"}),
         ("simclr", "moco", {"method"}),
-        ("simclr", "simclr-top", {"false-negatives"}),
+        ("simclr-labels", "simclr-top", {"false-negatives"}),
         ("silu", "relu", {"activation"}),
         ("silu", "self-adaptive", {"self-adaptive-from"}),
         ("head-plain", "head-robust", {"adversarial"}),
