@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,17 +61,38 @@ class Campaign:
         self.config, self.arms = config, arms(SCALES[config.scale])
         self.wanted = [name for name in self.arms if not config.arm or name.startswith(config.arm)]
         self.datasets: dict[str, data.DataSet] = {}
-        self.running: dict[tuple[str, int], Future[None]] = {}
 
     def run(self) -> None:
-        """Every arm that has no result yet, after those that it needs."""
+        """Every arm that has no result yet, each after the one that it needs."""
+        waiting: list[tuple[str, int]] = []
+        for seed in range(self.config.seeds):
+            for name in self.wanted:
+                if seed < self.arms[name].seeds and not self.known(name, seed):
+                    self._queue(waiting, name, seed)
+        running: dict[Future[None], tuple[str, int]] = {}
+        finished: set[tuple[str, int] | None] = {None}
         with ThreadPoolExecutor(self.config.jobs) as pool:
-            for seed in range(self.config.seeds):
-                for name in self.wanted:
-                    if seed < self.arms[name].seeds and not self.known(name, seed):
-                        self._submit(pool, name, seed)
-            for future in self.running.values():
-                future.result()
+            while waiting or running:
+                ready = [one for one in waiting if self.needed_by(*one) in finished]
+                for one in ready[: self.config.jobs - len(running)]:
+                    running[pool.submit(self._one, *one)] = one
+                    waiting.remove(one)
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    future.result()
+                    finished.add(running.pop(future))
+
+    def _queue(self, waiting: list[tuple[str, int]], name: str, seed: int) -> None:
+        """An arm behind those that it goes on from."""
+        needed = self.needed_by(name, seed)
+        if needed is not None:
+            self._queue(waiting, *needed)
+        if (name, seed) not in waiting:
+            waiting.append((name, seed))
+
+    def needed_by(self, name: str, seed: int) -> tuple[str, int] | None:
+        """The arm that it goes on from, and that one's seed: its last, where it has fewer."""
+        needs = self.arms[name].needs
+        return None if needs is None else (needs, min(seed, self.arms[needs].seeds - 1))
 
     def known(self, name: str, seed: int) -> bool:
         """Whether the arm's file has that seed, made by the same options."""
@@ -90,28 +111,13 @@ class Campaign:
         own = {"command": arm.command, **arm.options}
         return {name: own} if arm.needs is None else {**self.chain(arm.needs), name: own}
 
-    def seed_of(self, name: str, seed: int) -> int:
-        """The seed of an arm that another of `seed` needs: its last, where it has fewer."""
-        return min(seed, self.arms[name].seeds - 1)
-
-    def _submit(self, pool: ThreadPoolExecutor, name: str, seed: int) -> None:
-        """What it needs is submitted first, so that it is never waited for by all threads at once."""
-        arm = self.arms[name]
-        if (name, seed) in self.running:
-            return
-        if arm.needs is not None:
-            self._submit(pool, arm.needs, self.seed_of(arm.needs, seed))
-        self.running[name, seed] = pool.submit(self._one, name, seed)
-
     def _one(self, name: str, seed: int) -> None:
-        arm = self.arms[name]
-        if arm.needs is not None:
-            self.running[arm.needs, self.seed_of(arm.needs, seed)].result()
+        arm, needed = self.arms[name], self.needed_by(name, seed)
         run = self.folder(name, seed)
         if arm.command and not (run / MADE.get(arm.command, "checkpoint") / CARD).exists():
             print(f"{name}, seed {seed}: training", flush=True)
             self._train(name, arm, seed, run)
-        trained = run if arm.command or arm.needs is None else self.folder(arm.needs, self.seed_of(arm.needs, seed))
+        trained = run if arm.command or needed is None else self.folder(*needed)
         if self.known(name, seed):
             return
         torch.set_num_threads(self._threads())
@@ -142,10 +148,8 @@ class Campaign:
 
     def _train(self, name: str, arm: Arm, seed: int, run: Path) -> None:
         options = {**arm.options, "data": self.config.transfer_data if "data" in arm.options else self.config.data}
-        if arm.needs is not None:
-            options[NAMES_IT.get(arm.command, "encoder")] = str(
-                self.folder(arm.needs, self.seed_of(arm.needs, seed)) / "checkpoint"
-            )
+        if (needed := self.needed_by(name, seed)) is not None:
+            options[NAMES_IT.get(arm.command, "encoder")] = str(self.folder(*needed) / "checkpoint")
         options |= {"seed": str(seed), "out": str(run), "device": self.config.device, "id": name}
         if arm.command == "head":
             options.pop("id")

@@ -66,7 +66,9 @@ def test_quantile_drops_what_is_nearer_than_a_negatives_own_share() -> None:
     expected = (similarity <= thresholds).scatter(1, similarity.argmin(1, keepdim=True), True)
     assert torch.equal(keep, expected)
     assert (~keep).any()
-    alone = NegativePolicy(kind="quantile", fraction=0.9).keep(embeddings, bank, torch.arange(7), torch.full((40,), -2))
+    alone = NegativePolicy(kind="quantile", fraction=0.9).keep(
+        embeddings, bank, torch.arange(7), torch.full((40,), -2.0)
+    )
     assert alone is not None
     assert (alone.sum(1) == 1).all()
 

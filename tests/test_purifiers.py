@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.anti_adversary import AntiAdversary
-from models.contrastive import NegativePolicy
+from models.contrastive import NEGATIVES, NegativePolicy
 from models.defended import DefendedClassifier
 from models.errors import CheckpointError, ConfigError
 from models.hedge import Hedge
@@ -137,5 +137,6 @@ def test_reverse_attack_takes_a_policy_of_negatives() -> None:
     assert isinstance(purifier, ReverseAttack)
     assert purifier.config.negatives == NegativePolicy(kind="quantile", fraction=0.2)
     assert purifier.thresholds is not None
-    with pytest.raises(ConfigError, match="negatives='labels'"):
-        build_purifier("reverse-attack:negatives=labels", make_checkpoint())
+    with pytest.raises(ConfigError, match="count=0"):
+        build_purifier("reverse-attack:negatives=subset", make_checkpoint())
+    assert "labels" not in NEGATIVES  # an oracle is nothing to purify with
