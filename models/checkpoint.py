@@ -172,13 +172,8 @@ def read_weights(file: Path, digest: str, parts: dict[str, nn.Module]) -> None:
 def read_card(folder: Path) -> Card:
     """The card of a checkpoint folder; raises CheckpointError for what it does not know."""
     file = folder / CARD
-    try:
-        raw = json.loads(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(raw, dict) or raw.get("schema_version") != SCHEMA_VERSION:
+    raw = read_object(file)
+    if raw.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(f"{file} is not a card of schema version {SCHEMA_VERSION}")
     values = dict(known_fields(Card, raw, file))
     values["architecture"] = Architecture(**_tuples(known_fields(Architecture, raw.get("architecture"), file)))
@@ -193,6 +188,17 @@ def read_card(folder: Path) -> Card:
     if len(card.classes) != card.architecture.num_classes:
         raise CheckpointError(f"{file} names {len(card.classes)} classes for {card.architecture.num_classes} outputs")
     return card
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object of a file; CheckpointError where it is none."""
+    try:
+        raw = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    return raw if isinstance(raw, dict) else {}
 
 
 def _parts(checkpoint: Checkpoint) -> list[tuple[str, nn.Module]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models import provenance
-from models.checkpoint import CARD, WEIGHTS, known_fields, read_weights, write_weights, write_whole
+from models.checkpoint import CARD, WEIGHTS, known_fields, read_object, read_weights, write_weights, write_whole
 from models.errors import CheckpointError, ConfigError
 from models.shapes import Float
 
@@ -93,13 +93,8 @@ def save(folder: Path, generator: NoiseGenerator, card: GeneratorCard) -> Genera
 def load(folder: Path, *, device: str | torch.device = "cpu") -> tuple[NoiseGenerator, GeneratorCard]:
     """The generator of a folder, frozen, and its card; CheckpointError names the file and the fault."""
     file = folder / CARD
-    try:
-        raw = json.loads(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    if not isinstance(raw, dict) or (raw.get("kind"), raw.get("schema_version")) != ("generator", SCHEMA_VERSION):
+    raw = read_object(file)
+    if (raw.get("kind"), raw.get("schema_version")) != ("generator", SCHEMA_VERSION):
         raise CheckpointError(f"{file} is not a generator's card of schema version {SCHEMA_VERSION}")
     values = known_fields(GeneratorCard, raw, file)
     card = GeneratorCard(**{**values, "classifier_sha256": tuple(values["classifier_sha256"])})

@@ -13,8 +13,10 @@ from models.reverse_attack import PRESETS
 from service.app import create_app
 from service.settings import Settings
 from tests.serving import wait_until_ready
+from tests.test_pretrain import FRESH, pretrain_arguments
 from tests.test_training import classifier_arguments
 from training.__main__ import main as train
+from training.pretrain import GOES_ON, METHODS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,3 +62,36 @@ def test_harness_runs_every_attack_on_the_device(tiny_folder: Path, image_folder
                  "--purifier", "none", "--purifier", "reverse-attack", "--purifier", "hedge:steps=2"]  # fmt: skip
     assert robustbench_eval.main(arguments) == 0
     assert len(list((tmp_path / "out").glob("*.json"))) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_encoder_trains_and_classifies_on_the_device(method: str, image_folder: Path, tmp_path: Path) -> None:
+    def run(*more: str) -> None:
+        assert train([*more, "--device", "cuda"]) == 0
+
+    places = ["--data", str(image_folder), "--cache", str(tmp_path)]
+    run(*pretrain_arguments(image_folder, tmp_path / "base", *FRESH, "--epochs", "1"))
+    base = str(tmp_path / "base" / "checkpoint")
+    begin = ["--encoder", base] if method in GOES_ON else FRESH
+    more = ["--method", method, "--epochs", "2", "--false-negatives", "quantile", "--false-negatives-from", "0"]
+    run(*pretrain_arguments(image_folder, tmp_path / "run", *begin, *more))
+    encoder = ["--encoder", str(tmp_path / "run" / "checkpoint"), *places]
+    small = ["--epochs", "2", "--batch-size", "21", "--held-out", "9"]
+    run("linear", *encoder, *small, "--out", str(tmp_path / "linear"))
+    run("knn", *encoder, "--neighbours", "9", "--out", str(tmp_path / "knn"))
+    classifier = ["--classifier", str(tmp_path / "linear" / "checkpoint"), *places, *small]
+    run("generator", *classifier, "--width", "8", "--out", str(tmp_path / "generator"))
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        ["--self-adaptive-from", "0"],
+        ["--weight-perturbation", "5e-3"],
+        ["--labelled", "0.34", "--self-supervised-weight", "1"],
+    ],
+    ids=lambda value: value[0],
+)
+def test_switches_of_the_classifier_run_on_the_device(switches: list[str], image_folder: Path, tmp_path: Path) -> None:
+    more = ["--epochs", "2", "--device", "cuda", *switches]
+    assert train(classifier_arguments(image_folder, tmp_path / "run", *more)) == 0

@@ -16,8 +16,8 @@ from models.errors import ConfigError
 from models.options import option
 from models.readout import ReadoutCard, SoftNeighbours, attach
 from training import data, world
-from training.classifier import report
 from training.encoder import bank_of
+from training.supervised import report
 
 
 @dataclass(frozen=True, kw_only=True)

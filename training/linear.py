@@ -20,8 +20,8 @@ from models.options import option
 from models.readout import ReadoutCard, attach, blank_readout
 from training import data, loop, world
 from training.adversarial import Batch, Objective
-from training.classifier import SupervisedConfig, SupervisedTask, report
 from training.encoder import BATCH
+from training.supervised import SupervisedConfig, SupervisedTask, report
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,43 +11,42 @@ from torch import Tensor, nn
 from models.classifier import ImageClassifier
 from models.contrastive import ProjectionHead, in_batch_negatives, info_nce
 from models.views import make_views
-from training import data
-from training.classifier import ClassifierConfig, ClassifierTask
 from training.contrast import POLICY, embed_together
 from training.encoder import Encoder
-from training.world import World
+from training.supervised import SupervisedTask
 
 TEMPERATURE, EMBEDDING_DIM = 0.5, 128
 
 
-class SemiSupervisedTask(ClassifierTask):
-    """The loop's task; `model` holds the classifier and its projector. `labelled` are the first rows of `train`."""
+class SemiSupervisedTask:
+    """The loop's task: `task` on labelled images, which are the first of its training images, and NT-Xent on all.
 
-    def __init__(
-        self, config: ClassifierConfig, model: ImageClassifier, train: data.Split, held: data.Split, here: World,
-        *, labelled: int,
-    ) -> None:  # fmt: skip
-        super().__init__(config, model, train, held, here)
+    `model` holds the classifier and its projector.
+    """
+
+    def __init__(self, task: SupervisedTask, classifier: ImageClassifier, *, labelled: int, weight: float) -> None:
+        self.task, self.labelled, self.weight = task, labelled, weight
+        self.images, self.memory = task.images, task.memory
         projector = ProjectionHead(
-            feature_dim=model.feature_dim, hidden=model.feature_dim, embedding_dim=EMBEDDING_DIM
-        ).to(here.device)
-        self.model, self.labelled = Encoder(model, projector), labelled
-
-    def classifier_of(self, model: nn.Module) -> nn.Module:
-        """The backbone with its last layer."""
-        assert isinstance(model, Encoder)
-        return model.backbone
+            feature_dim=classifier.feature_dim, hidden=classifier.feature_dim, embedding_dim=EMBEDDING_DIM
+        ).to(task.train.images.device)
+        self.model = Encoder(classifier, projector)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """A batch of all images for the self-supervised loss, and as many labelled ones, drawn with replacement."""
-        assert isinstance(self.model, Encoder)
         self.model.train()
-        draw = torch.Generator().manual_seed((self.config.seed * 1000 + epoch) * 1_000_003 + step)
+        seed = self.task.config.seed * 1000 + epoch
+        draw = torch.Generator().manual_seed(seed * 1_000_003 + int(indices[0]))
         rows = torch.randint(self.labelled, (len(indices),), generator=draw).to(indices.device)
-        loss, figures = self.supervised(self.model.backbone, self.batch(rows, epoch), epoch)
-        seeds = (self.config.seed * 1000 + epoch) * (1 << 32) + indices
-        x = self.train.images[indices].float() / 255
-        embeddings = embed_together(self.model, make_views(x, seeds=seeds, step=0, views=2, policy=POLICY))
+        loss, figures = self.task.supervised(self.model.backbone, self.task.batch(rows, epoch), epoch)
+        x = self.task.train.images[indices].float() / 255
+        views = make_views(x, seeds=seed * (1 << 32) + indices, step=0, views=2, policy=POLICY)
+        embeddings = embed_together(self.model, views)
         negatives, keep = in_batch_negatives(embeddings)
         own = info_nce(embeddings, negatives, temperature=TEMPERATURE, keep=keep).mean()
-        return loss + self.config.self_supervised_weight * own, {**figures, "nt_xent": own.detach()}
+        return loss + self.weight * own, {**figures, "nt_xent": own.detach()}
+
+    def validate(self, averaged: nn.Module) -> dict[str, int | float]:
+        """The classifier's figures."""
+        assert isinstance(averaged, Encoder)
+        return self.task.validate(averaged.backbone)
