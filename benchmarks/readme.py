@@ -136,7 +136,7 @@ def render(text: str) -> str:
         "time": time_table(measured),
         "sweep": sweep_table(swept),
         "robustness": robustness_table(load_runs(ROBUSTNESS)),
-        "systems": systems_table(FOLDER / "systems"),
+        "systems": systems_table(FOLDER / "systems" / "small"),
     }
     for name, make in SERVICE.items():
         if (file := FOLDER / f"{name}.json").exists():

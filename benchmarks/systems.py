@@ -4,10 +4,12 @@ Each arm (benchmarks/systems_plan.py) is `python -m training …`, once per seed
 command goes on where it was killed: a finished seed is not run again, a begun one resumes after its last epoch.
 """
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from models.options import as_json, option, parse
 from training import data
 
 NAMES_IT = {"head": "classifier", "generator": "classifier"}  # how a command calls the checkpoint that it needs
+IMAGE_SIZE = 32
 MADE = {"generator": "generator"}  # the folder that a command writes, where it is not "checkpoint"
 
 
@@ -55,15 +58,19 @@ class Config:
 
 
 class Campaign:
-    """The arms that are wanted, what is known of them already, and what is being run."""
+    """The arms that are wanted, and what is known of them already."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.arms = config, arms(SCALES[config.scale])
         self.wanted = [name for name in self.arms if not config.arm or name.startswith(config.arm)]
-        self.datasets: dict[str, data.DataSet] = {}
+        sources = [config.data]
+        if any("data" in options for name in self.wanted for options in self.chain(name).values()):
+            sources.append(config.transfer_data)
+        self.datasets = {source: data.load(source, image_size=IMAGE_SIZE) for source in sources}
+        self.lock = threading.Lock()
 
-    def run(self) -> None:
-        """Every arm that has no result yet, each after the one that it needs."""
+    def run(self) -> list[str]:
+        """Every arm that has no result yet, each after the one that it needs; what has failed, and why."""
         waiting: list[tuple[str, int]] = []
         for seed in range(self.config.seeds):
             for name in self.wanted:
@@ -71,15 +78,22 @@ class Campaign:
                     self._queue(waiting, name, seed)
         running: dict[Future[None], tuple[str, int]] = {}
         finished: set[tuple[str, int] | None] = {None}
+        failed: list[str] = []
         with ThreadPoolExecutor(self.config.jobs) as pool:
-            while waiting or running:
+            while True:
                 ready = [one for one in waiting if self.needed_by(*one) in finished]
                 for one in ready[: self.config.jobs - len(running)]:
                     running[pool.submit(self._one, *one)] = one
                     waiting.remove(one)
+                if not running:
+                    return failed + [f"{name}, seed {seed}: not run" for name, seed in waiting]
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    finished.add(running.pop(future))
+                    one = running.pop(future)
+                    try:
+                        future.result()
+                        finished.add(one)
+                    except UnperturbError as error:
+                        failed.append(f"{one[0]}, seed {one[1]}: {error}")
 
     def _queue(self, waiting: list[tuple[str, int]], name: str, seed: int) -> None:
         """An arm behind those that it goes on from."""
@@ -95,15 +109,27 @@ class Campaign:
         return None if needs is None else (needs, min(seed, self.arms[needs].seeds - 1))
 
     def known(self, name: str, seed: int) -> bool:
-        """Whether the arm's file has that seed, made by the same options."""
-        file = self.config.out / f"{name}.json"
-        if not file.exists():
-            return False
-        found = json.loads(file.read_text())["results"]
-        return self._same(name, found) and str(seed) in found["seeds"]
+        """Whether the arm's file has every figure of that seed, made by the same options of the same data."""
+        found = self._before(name).get(str(seed))
+        return found is not None and found["figures"].keys() == set(self.arms[name].measures)
 
-    def _same(self, name: str, found: dict[str, Any]) -> bool:
-        return bool(found["scale"] == self.config.scale and found["options"] == self.chain(name))
+    def _before(self, name: str) -> dict[str, Any]:
+        """The seeds of the arm's file, if they were made by the same options of the same data."""
+        if not self.file(name).exists():
+            return {}
+        found = json.loads(self.file(name).read_text())["results"]
+        return dict(found["seeds"]) if all(found[key] == value for key, value in self.identity(name).items()) else {}
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What an arm's figures depend on, beside the code and the seed."""
+        return {
+            "scale": self.config.scale, "options": self.chain(name), "data": self.dataset(name).name,
+            "data_sha256": self.dataset(name).digest,
+        }  # fmt: skip
+
+    def file(self, name: str) -> Path:
+        """The arm's result file."""
+        return self.config.out / self.config.scale / f"{name}.json"
 
     def chain(self, name: str) -> dict[str, Any]:
         """The arm's command and options, and those of the arms that it needs."""
@@ -122,7 +148,7 @@ class Campaign:
             return
         torch.set_num_threads(self._threads())
         subject = Subject(
-            trained / MADE.get(arm.command, "checkpoint"), trained, self._dataset(arm), self.config.data,
+            trained / MADE.get(arm.command, "checkpoint"), trained, self.dataset(name), self.config.data,
             SCALES[self.config.scale], torch.device(self.config.device),
         )  # fmt: skip
         started = time.perf_counter()
@@ -133,15 +159,15 @@ class Campaign:
         })  # fmt: skip
         print(f"{name}, seed {seed}: done", flush=True)
 
-    def folder(self, name: str, seed: int) -> Path:
-        """Where an arm's run is."""
-        return self.config.runs / self.config.scale / name / str(seed)
+    def dataset(self, name: str) -> data.DataSet:
+        """What the arm is trained and measured on."""
+        return self.datasets[self.config.transfer_data if "data" in self.arms[name].options else self.config.data]
 
-    def _dataset(self, arm: Arm) -> data.DataSet:
-        source = self.config.transfer_data if arm.options.get("data") else self.config.data
-        if source not in self.datasets:
-            self.datasets[source] = data.load(source, image_size=32)
-        return self.datasets[source]
+    def folder(self, name: str, seed: int) -> Path:
+        """Where an arm's run is: another place for other options or data."""
+        identity = [self.identity(one) for one in self.chain(name)]
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        return self.config.runs / self.config.scale / f"{name}-{digest}" / str(seed)
 
     def _threads(self) -> int:
         return max(1, (os.cpu_count() or 1) // self.config.jobs)
@@ -158,26 +184,21 @@ class Campaign:
             command += [f"--{key}"] if value == "" else [f"--{key}", value]
         run.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._threads())}
-        root = Path(__file__).resolve().parents[1]
         with (run / "output.txt").open("a") as output:
-            done = subprocess.run(command, stdout=output, stderr=output, env=environment, cwd=root, check=False)
+            done = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False)
         if done.returncode:
             tail = (run / "output.txt").read_text()[-500:]
             raise ConfigError(f"{name}, seed {seed}: training ended with status {done.returncode}: …{tail}")
 
     def _record(self, name: str, seed: int, found: dict[str, Any]) -> None:
         """Add the seed to the arm's file; what other options made is dropped."""
-        file = self.config.out / f"{name}.json"
-        seeds: dict[str, Any] = {}
-        if file.exists():
-            before = json.loads(file.read_text())["results"]
-            seeds = before["seeds"] if self._same(name, before) else {}
-        seeds[str(seed)] = found
         settings = {k: v for k, v in as_json(self.config).items() if k not in ("data", "transfer_data", "runs", "arm")}
-        results.write(
-            file, script="benchmarks/systems.py", config=settings,
-            results={"scale": self.config.scale, "options": self.chain(name), "seeds": dict(sorted(seeds.items()))},
-        )  # fmt: skip
+        with self.lock:
+            seeds = {**self._before(name), str(seed): found}
+            results.write(
+                self.file(name), script="benchmarks/systems.py", config=settings,
+                results={**self.identity(name), "seeds": dict(sorted(seeds.items()))},
+            )  # fmt: skip
 
 
 def _cost(run: Path) -> dict[str, Any]:
@@ -192,11 +213,13 @@ def _cost(run: Path) -> dict[str, Any]:
 def main(arguments: list[str]) -> int:
     """Run, or say what is wrong."""
     try:
-        Campaign(parse(Config, arguments, program="benchmarks/systems.py")).run()
+        failed = Campaign(parse(Config, arguments, program="benchmarks/systems.py")).run()
     except UnperturbError as error:
         print(f"benchmarks/systems.py: {error}", file=sys.stderr)
         return 2
-    return 0
+    for line in failed:
+        print(f"benchmarks/systems.py: {line}", file=sys.stderr)
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

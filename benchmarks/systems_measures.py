@@ -22,6 +22,7 @@ from models.options import parse
 from models.projected_gradient import ProjectedGradient
 from models.provenance import digest_of
 from models.readout import SoftNeighbours, attach
+from models.views import ViewPolicy, make_views
 from training import data
 
 EPSILON = 8 / 255
@@ -43,7 +44,7 @@ class Subject:
 
     def test(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Images in [0, 1], labels and numbers, in chunks."""
-        count = self.scale.test_images or len(self.dataset.test.labels)
+        count = min(self.scale.test_images or len(self.dataset.test.labels), len(self.dataset.test.labels))
         numbers = torch.arange(count)
         return [
             (
@@ -77,8 +78,10 @@ def radii(subject: Subject) -> dict[str, Any]:
     return {name: results.accuracy(values) for name, values in right.items()}
 
 
-def soft(subject: Subject) -> dict[str, Any]:
-    """A kNN classifier under PGD-20 through the votes of its whole bank: its own gradient could mask."""
+def neighbours(subject: Subject) -> dict[str, Any]:
+    """Clean accuracy of a kNN classifier, and that under PGD-20 through its own votes and through those of its whole
+    bank: an image that either breaks is broken.
+    """
     classifier = checkpoint.load(subject.folder, device=subject.device).classifier
     votes = classifier.get_submodule("linear")
     assert isinstance(votes, SoftNeighbours)
@@ -87,12 +90,16 @@ def soft(subject: Subject) -> dict[str, Any]:
     )  # fmt: skip
     right: dict[str, list[bool]] = {}
     for x, labels, numbers in subject.test():
+        right.setdefault("clean", []).extend(correct(classifier, x, labels))
         for radius in RADII:
-            epsilon = radius / 255
-            attach(classifier, everyone)
-            moved = pgd(classifier, x, labels, epsilon=epsilon, step_size=epsilon / 4, steps=20, seeds=numbers)
-            attach(classifier, votes)
-            right.setdefault(f"pgd-{radius}/255", []).extend(correct(classifier, moved, labels))
+            standing = []
+            for surrogate in (votes, everyone):
+                attach(classifier, surrogate)
+                epsilon = radius / 255
+                moved = pgd(classifier, x, labels, epsilon=epsilon, step_size=epsilon / 4, steps=20, seeds=numbers)
+                attach(classifier, votes)
+                standing.append(correct(classifier, moved, labels))
+            right.setdefault(f"pgd-{radius}/255", []).extend(all(pair) for pair in zip(*standing, strict=True))
     return {name: results.accuracy(values) for name, values in right.items()}
 
 
@@ -135,8 +142,9 @@ def detector(subject: Subject) -> dict[str, Any]:
         thresholds = policy.thresholds(loaded.bank.embeddings)
         hits = dropped = of_class = possible = 0
         for x, labels, numbers in subject.test():
+            views = make_views(x, seeds=numbers, step=0, views=2, policy=ViewPolicy())  # as the purifier's
             with torch.no_grad():
-                embeddings = loaded.head(loaded.classifier.features(x))[:, None]
+                embeddings = loaded.head(loaded.classifier.features(views.flatten(0, 1))).unflatten(0, (len(x), 2))
             keep = policy.keep(embeddings, loaded.bank.embeddings, numbers, thresholds)
             assert keep is not None
             same = labels[:, None] == loaded.bank.labels
@@ -195,7 +203,7 @@ HARNESS_ATTACKS = "autoattack,transfer,noise,bpda-apgd-ce,bpda-apgd-dlr,bpda-con
 MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "test": test,
     "radii": radii,
-    "soft": soft,
+    "neighbours": neighbours,
     "instance": instance,
     "detector": detector,
     "overfitting": overfitting,

@@ -61,9 +61,9 @@ SCALES: dict[str, Scale] = {
             "lr": "0.1", "held-out": "250", "label-smoothing": "0", "ema": "0.9",
         },
         overfitting={
-            "arch": "wide_resnet_10_1", "images": "1000", "epochs": "60", "batch-size": "100", "lr": "0.05",
-            "schedule": "constant", "ema": "0", "held-out": "500", "label-smoothing": "0", "method": "pgd",
-            "attack-steps": "2", "attack-step-size": "6/255", "weight-decay": "5e-4",
+            "arch": "wide_resnet_10_2", "image-size": "16", "images": "1000", "epochs": "40", "batch-size": "50",
+            "lr": "0.05", "schedule": "constant", "ema": "0", "held-out": "500", "label-smoothing": "0", "pad": "0",
+            "method": "pgd", "epsilon": "4/255", "attack-steps": "2", "attack-step-size": "3/255",
         },
         labels={
             "arch": "wide_resnet_10_1", "activation": "silu", "images": "5000", "labelled": "0.1", "batch-size": "100",
@@ -121,7 +121,7 @@ def arms(scale: Scale) -> dict[str, Arm]:
 
     def neighbours(name: str, encoder: str) -> None:
         options = {**scale.knn, **untested}
-        made[name] = Arm(command="knn", options=options, needs=encoder, measures=("radii", "soft"))
+        made[name] = Arm(command="knn", options=options, needs=encoder, measures=("neighbours",))
 
     def supervised(name: str, base: Options, more: Options, *, measures: tuple[str, ...] = ("test",)) -> None:
         made[name] = Arm(command="classifier", options={**base, **tested, **more}, measures=measures)
@@ -130,6 +130,8 @@ def arms(scale: Scale) -> dict[str, Arm]:
     pretrain("rocl", "rocl", {})
     made["simclr-instance"] = Arm(command="", options={}, needs="simclr-linear", measures=("instance",))
     neighbours("simclr-knn", "simclr")
+    pretrain("simclr-longer", "simclr", {}, "simclr")  # as many epochs as the next
+    neighbours("simclr-longer-knn", "simclr-longer")
     pretrain("mutual-information", "mutual-information", {}, "simclr")
     neighbours("mutual-information-knn", "mutual-information")
     supervised("natural", scale.supervised, {"method": "natural"})

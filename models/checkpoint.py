@@ -87,6 +87,11 @@ def save(folder: Path, checkpoint: Checkpoint, *, half: bool = True) -> Card:
 
     Weights are stored as float16 with `half`. Raises CheckpointError for weights that are not finite as stored.
     """
+    outputs = checkpoint.card.architecture.num_classes
+    if len(checkpoint.card.classes) != outputs:
+        raise CheckpointError(
+            f"{folder}: {len(checkpoint.card.classes)} classes for {outputs} outputs; it was not saved"
+        )
     digest = write_weights(folder / WEIGHTS, dict(_parts(checkpoint)), half=half)
     card = dataclasses.replace(
         checkpoint.card,
@@ -121,11 +126,15 @@ def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
     read_weights(folder / WEIGHTS, card.weights_sha256, dict(_parts(empty)))
     for _, module in _parts(empty):
         module.eval().requires_grad_(False).to(device)
-    banks = [] if empty.bank is None else [empty.bank.embeddings]
+    banks = [] if empty.bank is None else [(empty.bank.embeddings, empty.bank.labels)]
     if isinstance(readout := getattr(empty.classifier, "linear", None), SoftNeighbours):
-        banks.append(readout.bank)
-    for bank in banks:  # float16 storage leaves lengths that are only nearly 1
-        bank.copy_(nn.functional.normalize(bank, dim=1))
+        banks.append((readout.bank, readout.labels))
+    for bank, labels in banks:
+        if labels.min() < 0 or labels.max() >= len(card.classes):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: a bank has labels outside the card's {len(card.classes)} classes"
+            )
+        bank.copy_(nn.functional.normalize(bank, dim=1))  # float16 storage leaves lengths that are only nearly 1
     return empty
 
 

@@ -98,7 +98,7 @@ class NegativePolicy:
             nearest = similarity.topk(dropped, dim=1).indices
             return torch.ones_like(similarity, dtype=torch.bool).scatter(1, nearest, False)
         if self.kind == "quantile" and thresholds is not None:
-            similarity = embeddings.detach().mean(1) @ negatives.T
+            similarity = F.normalize(embeddings.detach().mean(1), dim=1) @ negatives.T
             return (similarity <= thresholds).scatter(1, similarity.argmin(1, keepdim=True), True)
         return None
 

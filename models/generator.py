@@ -97,10 +97,10 @@ def load(folder: Path, *, device: str | torch.device = "cpu") -> tuple[NoiseGene
     if (raw.get("kind"), raw.get("schema_version")) != ("generator", SCHEMA_VERSION):
         raise CheckpointError(f"{file} is not a generator's card of schema version {SCHEMA_VERSION}")
     values = known_fields(GeneratorCard, raw, file)
-    card = GeneratorCard(**{**values, "classifier_sha256": tuple(values["classifier_sha256"])})
     try:
+        card = GeneratorCard(**{**values, "classifier_sha256": tuple(values["classifier_sha256"])})
         generator = NoiseGenerator(width=card.width, epsilon=card.epsilon)
-    except ConfigError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    except (ConfigError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{file} describes a generator that cannot be built: {error}") from error
     read_weights(folder / WEIGHTS, card.weights_sha256, {"generator": generator})
     return generator.eval().requires_grad_(False).to(device), card

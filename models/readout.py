@@ -87,14 +87,14 @@ class SoftNeighbours(nn.Module):
         """Class scores, finite even for a class of which the bank has no image."""
         with torch.autocast(features.device.type, enabled=False):
             similarity = F.normalize(features.float(), dim=1) @ self.bank.T / self.temperature  # batch bank
-        weight = torch.full_like(similarity, WHOLE_BANK)
-        if self.neighbours > 0:
-            nearest = similarity.detach().topk(self.neighbours, dim=1).indices
-            weight = weight.scatter(1, nearest, 1 + WHOLE_BANK)
-        votes = similarity + weight.log()
-        most = votes.detach().amax(1, keepdim=True)
-        of_class = F.one_hot(self.labels, self.num_classes).to(votes.dtype)
-        return ((votes - most).exp() @ of_class).clamp(min=SMALLEST).log() + most
+            weight = torch.full_like(similarity, WHOLE_BANK)
+            if self.neighbours:
+                nearest = similarity.detach().topk(self.neighbours, dim=1).indices
+                weight = weight.scatter(1, nearest, 1 + WHOLE_BANK)
+            votes = similarity + weight.log()
+            most = votes.detach().amax(1, keepdim=True)
+            of_class = F.one_hot(self.labels, self.num_classes).to(votes.dtype)
+            return ((votes - most).exp() @ of_class).clamp(min=SMALLEST).log() + most
 
 
 def attach(classifier: ImageClassifier, readout: nn.Module) -> None:

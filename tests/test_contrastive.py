@@ -62,7 +62,7 @@ def test_quantile_drops_what_is_nearer_than_a_negatives_own_share() -> None:
         assert abs(float(thresholds[n]) - own[8]) < 1e-6  # 8 of the other 39 are nearer: a fifth
     keep = policy.keep(embeddings, bank, torch.arange(7), thresholds)
     assert keep is not None
-    similarity = embeddings.mean(1) @ bank.T
+    similarity = F.normalize(embeddings.mean(1), dim=1) @ bank.T
     expected = (similarity <= thresholds).scatter(1, similarity.argmin(1, keepdim=True), True)
     assert torch.equal(keep, expected)
     assert (~keep).any()

@@ -49,7 +49,7 @@ def batch(images: torch.Tensor, *, epoch: int = 9) -> Batch:
 
 
 def contrast(**changed: Any) -> Contrast:
-    return Contrast(config(**changed), 8, HERE.device)
+    return Contrast(config(**changed), 8, HERE)
 
 
 def numpy_loss(embeddings: torch.Tensor, temperature: float = 0.5) -> float:
@@ -167,7 +167,7 @@ def test_removed_negatives_lower_the_loss_and_are_reported(kind: str, images: to
 
 
 def test_queue_keeps_the_newest() -> None:
-    queue = Queue(5, 2, torch.nn.Module(), HERE.device)
+    queue = Queue(5, 2, torch.nn.Module(), HERE)
     assert len(queue.filled_part()[0]) == 0
     queue.push(torch.ones(3, 2), torch.ones(3, dtype=torch.int64))
     queue.push(2 * torch.ones(4, 2), 2 * torch.ones(4, dtype=torch.int64))

@@ -45,7 +45,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    return {file.stem: json.loads(file.read_text()) for file in (folder / "results").glob("*.json")}
+    return {file.stem: json.loads(file.read_text()) for file in (folder / "results" / "small").glob("*.json")}
 
 
 @pytest.mark.usefixtures("tiny")
@@ -76,8 +76,10 @@ def test_finished_seed_is_not_run_again_and_other_options_are(
     assert capsys.readouterr().out == ""
     assert results_of(tmp_path) == before
     monkeypatch.setitem(SCALES, "small", Scale(**{**vars(TINY), "knn": {"bank": "40", "neighbours": "9"}}))
-    assert systems.main([*wanted, "--runs", str(tmp_path / "other")]) == 0
-    assert "natural, seed 0: training" in capsys.readouterr().out  # it is needed, and not there
+    assert systems.main(wanted) == 0
+    said = capsys.readouterr().out
+    assert "natural-knn, seed 0: training" in said
+    assert "natural, seed 0: training" not in said  # its own options are as they were
     assert results_of(tmp_path)["natural-knn"]["results"]["options"]["natural-knn"]["bank"] == "40"
 
 
@@ -134,16 +136,42 @@ def test_every_arm_runs_and_every_system_has_its_row(
     monkeypatch.setitem(SCALES, "small", scale)
     assert systems.main(arguments(image_folder, tmp_path, "--jobs", "2")) == 0
     assert results_of(tmp_path).keys() == systems_plan.arms(scale).keys()
-    table = systems_table.systems_table(tmp_path / "results")
-    assert "not run" not in table
+    table = systems_table.systems_table(tmp_path / "results" / "small")
+    assert "not run yet" not in table
     assert len(table.splitlines()) == 2 + len(systems_table.ROWS)
 
 
 @pytest.mark.usefixtures("tiny")
 def test_table_says_what_was_not_run(image_folder: Path, tmp_path: Path) -> None:
     assert systems.main(arguments(image_folder, tmp_path, "--arm", "silu", "--arm", "relu", "--seeds", "2")) == 0
-    table = systems_table.systems_table(tmp_path / "results").splitlines()
-    assert sum("not run" in row for row in table) == len(systems_table.ROWS) - 1
+    table = systems_table.systems_table(tmp_path / "results" / "small").splitlines()
+    assert sum("not run yet" in row for row in table) == len(systems_table.ROWS) - 1
     (row,) = [row for row in table if row.startswith("| smooth activations")]
     assert "2 seeds; all images, 4 epochs" in row
-    assert "SiLU ≥ ReLU" in row
+    assert "not judged on 2 seeds" in row
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "least", "expected"),
+    [
+        ({0: 0.4, 1: 0.41, 2: 0.42}, {0: 0.2, 1: 0.21, 2: 0.21}, 15.0, "shown"),
+        ({0: 0.4, 1: 0.41, 2: 0.42}, {0: 0.2, 1: 0.21, 2: 0.21}, 30.0, "the direction, not the size"),
+        ({0: 0.5, 1: 0.3, 2: 0.4}, {0: 0.3, 1: 0.35, 2: 0.35}, 0.0, "**not shown**: within the noise"),
+        ({0: 0.1, 1: 0.11, 2: 0.1}, {0: 0.3, 1: 0.31, 2: 0.31}, 0.0, "**not shown**: the reverse"),
+        ({0: 0.4, 2: 0.42}, {0: 0.2, 1: 0.9, 2: 0.21}, 15.0, "not judged on 2 seeds"),
+    ],
+)
+def test_verdict_asks_for_three_seeds_and_a_difference_above_their_noise(
+    first: dict[int, float], second: dict[int, float], least: float, expected: str
+) -> None:
+    assert systems_table.verdict(systems_table.gain(first, second), least=least) == expected
+
+
+def test_gain_is_scipys_paired_t_interval() -> None:
+    from scipy.stats import ttest_rel
+
+    first, second = {0: 0.4, 1: 0.45, 2: 0.47, 3: 0.4}, {0: 0.2, 1: 0.21, 2: 0.3, 3: 0.22}
+    found = systems_table.gain(first, second)
+    low, high = ttest_rel([*first.values()], [*second.values()]).confidence_interval(0.95)
+    assert abs(found.mean - found.half - 100 * low) < 1e-9
+    assert abs(found.mean + found.half - 100 * high) < 1e-9

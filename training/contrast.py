@@ -14,10 +14,12 @@ from models.options import option
 from models.projected_gradient import ProjectedGradient
 from models.shapes import Float, Int
 from models.views import ViewPolicy, make_views
+from training import world as worlds
 from training.augment import pad_crop_flip
 from training.encoder import Encoder
 from training.false_negatives import FalseNegatives, Found, Kind
 from training.loop import RunConfig
+from training.world import World
 
 # SimCLR's views of small images (Chen et al. 2020, appendix B.9), every image's colours drawn anew
 POLICY = ViewPolicy(crop_area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
@@ -81,9 +83,10 @@ class Queue(nn.Module):
     labels: Tensor
     filled: Tensor
 
-    def __init__(self, size: int, dim: int, false_negatives: nn.Module, device: torch.device) -> None:
+    def __init__(self, size: int, dim: int, false_negatives: nn.Module, world: World) -> None:
         super().__init__()
-        self.false_negatives = false_negatives  # saved with it
+        self.false_negatives, self.world = false_negatives, world  # the detector is saved with it
+        device = world.device
         self.register_buffer("queue", torch.zeros(size, dim, device=device))
         self.register_buffer("labels", torch.zeros(size, dtype=torch.int64, device=device))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
@@ -94,7 +97,8 @@ class Queue(nn.Module):
         return self.queue[:filled].clone(), self.labels[:filled].clone()
 
     def push(self, embeddings: Tensor, labels: Tensor) -> None:
-        """The newest first."""
+        """Every process's, the newest first."""
+        embeddings, labels = worlds.gather(self.world, embeddings), worlds.gather(self.world, labels)
         size = len(self.queue)
         self.queue.copy_(torch.cat((embeddings, self.queue))[:size])
         self.labels.copy_(torch.cat((labels, self.labels))[:size])
@@ -104,13 +108,15 @@ class Queue(nn.Module):
 class Contrast:
     """One run's views, negatives and attack."""
 
-    def __init__(
-        self, config: ContrastConfig, images: int, device: torch.device, *, policy: ViewPolicy = POLICY
-    ) -> None:
-        self.config, self.policy = config, policy
+    def __init__(self, config: ContrastConfig, images: int, world: World, *, policy: ViewPolicy = POLICY) -> None:
+        self.config, self.policy, self.world = config, policy, world
+        if config.batch_size // world.size < 2:
+            raise ConfigError(
+                f"batch_size={config.batch_size} leaves each of {world.size} processes without a negative"
+            )
         self.false_negatives = FalseNegatives(
-            config.false_negatives, images=images, fraction=config.false_negative_share
-        ).to(device)
+            config.false_negatives, images=images, fraction=config.false_negative_share, world=world
+        ).to(world.device)
         self.attack = ProjectedGradient(
             direction="ascend", epsilon=config.epsilon, step_size=config.attack_step_size,
             steps=config.attack_steps, start="uniform",
@@ -152,7 +158,8 @@ class Contrast:
             negatives, labels = torch.cat((negatives, queue[0])), torch.cat((labels, queue[1]))
             queued = torch.ones(len(others), len(queue[0]), dtype=torch.bool, device=others.device)
             others = torch.cat((others, queued), dim=1)
-        similarity = nn.functional.normalize(embeddings.detach().mean(1), dim=1) @ negatives.detach().T
+        with torch.autocast(embeddings.device.type, enabled=False):
+            similarity = nn.functional.normalize(embeddings.detach().mean(1), dim=1) @ negatives.detach().T
         found = self.false_negatives.find(
             similarity, others, batch.labels[:, None] == labels, batch.indices,
             active=batch.epoch >= self.config.false_negatives_from,

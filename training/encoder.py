@@ -45,23 +45,18 @@ def fresh(architecture: Architecture, head: HeadCard) -> Encoder:
     return Encoder(backbone, projector).train()
 
 
-def reopened(name: str, *, dataset: data.DataSet, head: HeadCard) -> tuple[Encoder, Checkpoint]:
-    """The encoder of a checkpoint, to be trained on; with its projector where that has the wanted shape.
+def reopened(name: str, *, image_size: int) -> tuple[Encoder, Checkpoint]:
+    """The encoder of a checkpoint with its projector, to be trained on.
 
-    Raises ConfigError where the checkpoint's images are of another size than the data set's.
+    Raises ConfigError where its images are of another size, or where it has no projector.
     """
     found = checkpoint.load(name)
-    if found.card.architecture.image_size != dataset.train.images.shape[-1]:
-        raise ConfigError(f"{name} takes images of {found.card.architecture.image_size} pixels, not those of the data")
+    if found.card.architecture.image_size != image_size:
+        raise ConfigError(f"image_size={image_size}, but {name} takes images of {found.card.architecture.image_size}")
+    if found.head is None:
+        raise ConfigError(f"{name} has no projector; begin with a checkpoint of `training pretrain` or `training head`")
     attach(found.classifier, NoReadout())
-    projector = found.head
-    if projector is None or found.card.head is None or (head.hidden, head.embedding_dim) != (
-        found.card.head.hidden, found.card.head.embedding_dim
-    ):  # fmt: skip
-        projector = ProjectionHead(
-            feature_dim=found.classifier.feature_dim, hidden=head.hidden, embedding_dim=head.embedding_dim
-        )
-    return Encoder(found.classifier, projector).train().requires_grad_(True), found
+    return Encoder(found.classifier, found.head).train().requires_grad_(True), found
 
 
 def bank_of(encoder: nn.Module, train: data.Split, *, size: int, seed: int) -> tuple[Tensor, Tensor]:

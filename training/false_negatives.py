@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from models.errors import ConfigError
 from models.shapes import Bool, Float, Int
+from training import world as worlds
+from training.world import World
 
 Kind = Literal["keep", "top", "quantile", "labels"]
 
@@ -39,8 +41,11 @@ class FalseNegatives(nn.Module):
     threshold: Tensor
     seen: Tensor
 
-    def __init__(self, kind: Kind, *, images: int, fraction: float, rate: float = 0.05) -> None:
+    def __init__(
+        self, kind: Kind, *, images: int, fraction: float, rate: float = 0.05, world: World | None = None
+    ) -> None:
         super().__init__()
+        self.world = world
         if not 0 < fraction < 1:
             raise ConfigError(f"fraction={fraction} of the negatives must be in (0, 1)")
         self.kind, self.fraction, self.rate = kind, fraction, rate
@@ -85,5 +90,8 @@ class FalseNegatives(nn.Module):
         known = torch.where(self.seen[indices], self.threshold[indices], first)
         above = ((similarity > known[:, None]) & others).sum(1) / others.sum(1)
         known = known - self.rate * (self.fraction - above)
-        self.threshold[indices], self.seen[indices] = known.to(self.threshold.dtype), True
+        where, learned = indices, known.to(self.threshold.dtype)
+        if self.world is not None:  # every process learns of every image
+            where, learned = worlds.gather(self.world, where), worlds.gather(self.world, learned)
+        self.threshold[where], self.seen[where] = learned, True
         return known

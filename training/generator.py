@@ -50,6 +50,8 @@ class GeneratorConfig(RunConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         super().__post_init__()
+        if self.test_images < 0:
+            raise ConfigError(f"test_images={self.test_images} is below 0")
         if self.temperature <= 0 or self.batch_size < 2:
             raise ConfigError(
                 f"temperature={self.temperature} must be above 0, batch_size={self.batch_size} at least 2"
@@ -109,6 +111,10 @@ def train_generator(config: GeneratorConfig) -> None:
     if base.card.readout.kind == "none":
         raise ConfigError(f"{config.classifier} {MAKE_ONE}")
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    if dataset.classes != base.card.classes:
+        raise ConfigError(
+            f"{config.data} has other classes than {config.classifier}: {', '.join(dataset.classes[:5])} …"
+        )
     if dataset.train.images.shape[-1] % 4:
         raise ConfigError(f"images of {dataset.train.images.shape[-1]} pixels: a generator needs a multiple of 4")
     model = NoiseGenerator(width=config.width, epsilon=config.epsilon).to(here.device)
@@ -124,7 +130,7 @@ def train_generator(config: GeneratorConfig) -> None:
         assert isinstance(fitted.model, NoiseGenerator)
         count = config.test_images or len(dataset.test.labels)
         test = data.resident(data.Split(dataset.test.images[:count], dataset.test.labels[:count]), here.device)
-        figures = {"n": count, **accuracies(base.classifier, fitted.model.eval(), test)}
+        figures = {"n": len(test.labels), **accuracies(base.classifier, fitted.model.eval(), test)}
         out = config.out / "generator"
         card = GeneratorCard(
             id=config.id, epsilon=config.epsilon, width=config.width,
@@ -132,5 +138,6 @@ def train_generator(config: GeneratorConfig) -> None:
             training={**loop.comparable(config), "at_last_epoch": fitted.figures}, figures={"test": figures},
         )  # fmt: skip
         generator.save(out, fitted.model, card)
-        print(f"{out}: accuracy {figures['clean_accuracy']:.2%} -> {figures['attacked_accuracy']:.2%} (n = {count})")
+        clean, attacked = figures["clean_accuracy"], figures["attacked_accuracy"]
+        print(f"{out}: accuracy {clean:.2%} -> {attacked:.2%} (n = {len(test.labels)})")
     world.leave(here)

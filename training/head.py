@@ -23,6 +23,7 @@ from models.views import ViewPolicy
 from training import data, loop, world
 from training.contrast import Batch, Contrast, ContrastConfig, Queue
 from training.encoder import Encoder, bank_of
+from training.world import World
 
 VALIDATION_BATCH = 250
 
@@ -62,11 +63,12 @@ class HeadTask:
         head: ProjectionHead,
         train: data.Split,
         held: data.Split,
+        here: World,
     ) -> None:
         self.config, self.classifier, self.model, self.train, self.held = config, classifier, head, train, held
         self.images = len(train.labels)
-        self.contrast = Contrast(config, self.images, train.images.device, policy=ViewPolicy())
-        self.memory = Queue(config.queue, config.embedding_dim, self.contrast.false_negatives, train.images.device)
+        self.contrast = Contrast(config, self.images, here, policy=ViewPolicy())
+        self.memory = Queue(config.queue, config.embedding_dim, self.contrast.false_negatives, here)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean InfoNCE loss of a batch, and how often a view's nearest of all is a view of the same image."""
@@ -133,13 +135,16 @@ def train_head(config: HeadConfig) -> None:
             f"{config.data} has other classes than {config.classifier}: {', '.join(dataset.classes[:5])} …"
         )
     torch.manual_seed(config.seed)
-    head = ProjectionHead(
-        feature_dim=base.classifier.feature_dim, hidden=config.hidden, embedding_dim=config.embedding_dim
-    ).to(here.device)
     kept, held = data.training_images(
         dataset.train, images=config.images, held_out=config.held_out, seed=config.seed
     )  # fmt: skip
-    task = HeadTask(config, base.classifier, head, data.resident(kept, here.device), data.resident(held, here.device))
+    if config.bank_size > len(kept.labels):
+        raise ConfigError(f"bank_size={config.bank_size} is over the {len(kept.labels)} training images")
+    head = ProjectionHead(
+        feature_dim=base.classifier.feature_dim, hidden=config.hidden, embedding_dim=config.embedding_dim
+    ).to(here.device)
+    train, held = data.resident(kept, here.device), data.resident(held, here.device)
+    task = HeadTask(config, base.classifier, head, train, held, here)
     fitted = loop.fit(task, config, here)
     if here.rank == 0:
         assert isinstance(fitted.model, ProjectionHead)

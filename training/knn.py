@@ -44,36 +44,31 @@ class KnnConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} is below 0")
 
 
-class _Features(nn.Module):
-    def __init__(self, classifier: nn.Module) -> None:
-        super().__init__()
-        self.classifier = classifier
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.classifier.features(x)  # type: ignore[operator,no-any-return]
-
-
 def make_knn(config: KnnConfig) -> None:
     """Fill the bank, write OUT/checkpoint, and test that once: clean and under PGD-20."""
     here = world.join(config.device)
+    if here.size > 1:
+        raise ConfigError("one process makes a nearest-neighbour classifier; start it without torchrun")
     base = checkpoint.load(config.encoder, device=here.device)
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
     train = data.resident(dataset.train, here.device)
-    size = config.bank or len(train.labels)
-    features, labels = bank_of(_Features(base.classifier), train, size=size, seed=config.seed)
-    classifier = base.classifier
-    classifier.num_classes = len(dataset.classes)
-    card = ReadoutCard(kind="knn", neighbours=config.neighbours, bank_size=size, temperature=config.temperature)
+    classifier, classes = base.classifier, len(dataset.classes)
+    card = ReadoutCard(
+        kind="knn", neighbours=config.neighbours, bank_size=config.bank or len(train.labels),
+        temperature=config.temperature,
+    )  # fmt: skip
+    attach(classifier, nn.Identity())  # the bank holds features
+    classifier.num_classes = classes
+    bank, labels = bank_of(classifier, train, size=card.bank_size, seed=config.seed)
     attach(
         classifier,
         SoftNeighbours(
-            features, labels, num_classes=len(dataset.classes), neighbours=config.neighbours,
-            temperature=config.temperature,
+            bank, labels, num_classes=classes, neighbours=card.neighbours, temperature=card.temperature
         ),
     )  # fmt: skip
     made = dataclasses.replace(
         base.card, id=config.id, classes=dataset.classes, readout=card, figures={},
-        architecture=dataclasses.replace(base.card.architecture, num_classes=len(dataset.classes)),
+        architecture=dataclasses.replace(base.card.architecture, num_classes=classes),
         data=data.described(dataset, train),
         training={
             "method": "knn", "seed": config.seed, "encoder_sha256": base.card.weights_sha256,

@@ -7,6 +7,7 @@ trained on attacked images (robust linear evaluation, Kim et al. 2020, section 4
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -47,27 +48,27 @@ class LinearTask(SupervisedTask):
     def __init__(self, config: LinearConfig, classifier: ImageClassifier, train: data.Split, held: data.Split) -> None:
         super().__init__(config, classifier, train, held)
         self.readout = classifier.get_submodule("linear")
-        self.encoded = _encode(classifier, train) if config.method == "natural" else None
+        self.classifier = classifier
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss on a batch: of stored features, or of attacked images."""
         self.model.eval()  # the encoder's BatchNorm stays as it is
-        if self.encoded is None:
+        if self.config.method != "natural":
             return self.supervised(self.model, self.batch(indices, epoch), epoch)
         draw = torch.Generator().manual_seed((self.config.seed * 1000 + epoch) * 1_000_003 + step)
         mirrored = torch.randint(2, (len(indices),), generator=draw).to(indices.device)
-        batch = Batch(self.encoded[mirrored, indices], self.train.labels[indices], indices, indices)
+        batch = Batch(self.encoded()[mirrored, indices], self.train.labels[indices], indices, indices)
         return self.supervised(self.readout, batch, epoch)
 
-
-def _encode(classifier: ImageClassifier, train: data.Split) -> Tensor:
-    """Features of every image and of its mirror image [2, images, features]."""
-    parts = []
-    with torch.no_grad():
-        for images in train.images.split(BATCH):
-            x = images.float() / 255
-            parts.append(torch.stack([classifier.features(side).float() for side in (x, x.flip(3))]))
-    return torch.cat(parts, dim=1)
+    @cache  # noqa: B019 (as long as the task)
+    def encoded(self) -> Tensor:
+        """Features of every image and of its mirror image [2, images, features]."""
+        parts = []
+        with torch.no_grad():
+            for images in self.train.images.split(BATCH):
+                x = images.float() / 255
+                parts.append(torch.stack([self.classifier.features(side).float() for side in (x, x.flip(3))]))
+        return torch.cat(parts, dim=1)
 
 
 def train_linear(config: LinearConfig) -> None:

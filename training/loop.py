@@ -36,7 +36,7 @@ class RunConfig:
     out: Path = option("folder of the run: state, log, checkpoint")
     images: int = option("training images to use, a random subset; 0 for all", 0)
     epochs: int = option("passes over the training images", 60)
-    batch_size: int = option("images a step, over all processes", 128)
+    batch_size: int = option("images a step, over all processes (contrast is within each)", 128)
     lr: float = option("peak learning rate", 0.2)
     weight_decay: float = option("weight decay", 5e-4)
     momentum: float = option("Nesterov momentum (sgd)", 0.9)
@@ -205,7 +205,8 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
 
 def _probe(task: Task, config: RunConfig, world: World) -> None:
     """One whole step whose effects are undone: memory that is too small shows now, not in epoch 7."""
-    buffers = [(b, b.detach().clone()) for b in (*task.model.buffers(), *task.memory.buffers())]
+    kept = (*task.model.buffers(), *task.memory.buffers(), *task.memory.parameters())
+    before = [(value, value.detach().clone()) for value in kept]
     try:
         with autocast(config, world.device):
             loss, _ = task.loss(torch.arange(config.batch_size // world.size, device=world.device), 0, 0)
@@ -215,8 +216,8 @@ def _probe(task: Task, config: RunConfig, world: World) -> None:
             f"batch_size={config.batch_size} does not fit into the memory of {world.device}; use a smaller one"
         ) from error
     task.model.zero_grad(set_to_none=True)
-    for buffer, value in buffers:
-        buffer.detach().copy_(value)
+    for tensor, value in before:
+        tensor.detach().copy_(value)
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training import world as worlds
 from training.contrast import Batch, Contrast, Loss, Queue, embed_together
 from training.encoder import Encoder
 from training.world import World
@@ -19,8 +18,8 @@ from training.world import World
 class Keys(Queue):
     """The key encoder and its queue."""
 
-    def __init__(self, encoder: Encoder, false_negatives: nn.Module, size: int, dim: int, device: torch.device) -> None:
-        super().__init__(size, dim, false_negatives, device)
+    def __init__(self, encoder: Encoder, false_negatives: nn.Module, size: int, dim: int, world: World) -> None:
+        super().__init__(size, dim, false_negatives, world)
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
 
     def follow(self, encoder: Encoder, momentum: float) -> None:
@@ -34,10 +33,11 @@ class MoCo:
     """The method; see SimCLR."""
 
     def __init__(self, contrast: Contrast, encoder: Encoder, world: World, *, queue: int, key_momentum: float) -> None:
-        self.contrast, self.encoder, self.world, self.key_momentum = contrast, encoder, world, key_momentum
+        self.contrast, self.encoder, self.key_momentum = contrast, encoder, key_momentum
         self.model: nn.Module = encoder
-        dim = contrast.config.embedding_dim
-        self.memory = Keys(encoder, contrast.false_negatives, queue, dim, world.device)
+        last = encoder.projector.layers[-1]
+        assert isinstance(last, nn.Linear)
+        self.memory = Keys(encoder, contrast.false_negatives, queue, last.out_features, world)
 
     def loss(self, batch: Batch) -> Loss:
         """Each view against the other's key, the batch's other keys and the queue (eq. 1)."""
@@ -50,10 +50,7 @@ class MoCo:
         found, negatives = self.contrast.found(keys, batch, queue=memory.filled_part())
         pairs = torch.stack((queries, keys.flip(1)), dim=2)  # batch 2 (query, key) dim
         first, second = (_one_way(pairs[:, view], negatives, found.keep, temperature) for view in range(2))
-        memory.push(
-            worlds.gather(self.world, keys.flatten(0, 1)),
-            worlds.gather(self.world, batch.labels.repeat_interleave(2)),
-        )
+        memory.push(keys.flatten(0, 1), batch.labels.repeat_interleave(2))
         return Loss((first + second) / 2, self.contrast.figures(found))
 
 

@@ -3,6 +3,7 @@
 `python -m training linear` or `knn` makes a classifier of it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -51,7 +52,7 @@ class PretrainConfig(ContrastConfig):
     """Train an encoder without labels: SimCLR, MoCo, RoCL, DeACL, or self-supervised adversarial training."""
 
     method: Literal["simclr", "moco", "rocl", "deacl", "mutual-information"] = option("training method", "simclr")
-    encoder: str | None = option("checkpoint to begin with; deacl's teacher. Default: random weights", None)
+    encoder: str | None = option("checkpoint to begin with, its architecture and projector; deacl's teacher", None)
     arch: str = option("architecture (see models/backbones.py)", "preact_resnet18")
     activation: str = option("relu, silu, gelu, softplus, or native: as published", "native")
     image_size: int = option("side of the images in pixels", 32)
@@ -100,7 +101,7 @@ class PretrainTask:
     ) -> None:
         self.config, self.train, self.held = config, train, held
         self.images = len(train.labels)
-        self.method = METHODS[config.method](config, Contrast(config, self.images, here.device), encoder, here)
+        self.method = METHODS[config.method](config, Contrast(config, self.images, here), encoder, here)
         self.model, self.memory = self.method.model, self.method.memory
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -132,16 +133,22 @@ def pretrain(config: PretrainConfig) -> None:
     torch.manual_seed(config.seed)
     head = HeadCard(hidden=config.hidden, embedding_dim=config.embedding_dim, temperature=config.temperature)
     dataset = data.load(config.data, image_size=config.image_size, cache=config.cache)
+    resolved: dict[str, object] = {}
     if config.encoder is None:
         architecture = Architecture(
             name=config.arch, num_classes=len(dataset.classes), image_size=config.image_size,
             activation=config.activation,
         )  # fmt: skip
         encoder = fresh(architecture, head)
-        begun_from: dict[str, str] = {}
     else:
-        encoder, begun = reopened(config.encoder, dataset=dataset, head=head)
-        architecture, begun_from = begun.card.architecture, {"encoder_sha256": begun.card.weights_sha256}
+        encoder, begun = reopened(config.encoder, image_size=config.image_size)
+        assert begun.card.head is not None
+        architecture = dataclasses.replace(begun.card.architecture, num_classes=len(dataset.classes))
+        head = dataclasses.replace(begun.card.head, temperature=config.temperature)
+        resolved = {
+            "encoder_sha256": begun.card.weights_sha256, "arch": architecture.name, "hidden": head.hidden,
+            "activation": architecture.activation, "embedding_dim": head.embedding_dim,
+        }  # fmt: skip
     encoder.to(here.device)
     kept, held = data.training_images(
         dataset.train, images=config.images, held_out=config.held_out, seed=config.seed
@@ -152,7 +159,7 @@ def pretrain(config: PretrainConfig) -> None:
     if here.rank == 0:
         assert isinstance(fitted.model, Encoder)
         training = {
-            **loop.comparable(config), **begun_from, "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures
+            **loop.comparable(config), **resolved, "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures
         }  # fmt: skip
         out = config.out / "checkpoint"
         made = finished(

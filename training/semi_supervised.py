@@ -33,11 +33,11 @@ class SemiSupervisedTask:
         self.model = Encoder(classifier, projector)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """A batch of all images for the self-supervised loss, and as many labelled ones, drawn with replacement."""
+        """A batch of all images for the self-supervised loss, and as many labelled ones, if there are."""
         self.model.train()
         seed = self.task.config.seed * 1000 + epoch
         draw = torch.Generator().manual_seed(seed * 1_000_003 + int(indices[0]))
-        rows = torch.randint(self.labelled, (len(indices),), generator=draw).to(indices.device)
+        rows = torch.randperm(self.labelled, generator=draw)[: len(indices)].to(indices.device)
         loss, figures = self.task.supervised(self.model.backbone, self.task.batch(rows, epoch), epoch)
         x = self.task.train.images[indices].float() / 255
         views = make_views(x, seeds=seed * (1 << 32) + indices, step=0, views=2, policy=POLICY)

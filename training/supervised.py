@@ -37,6 +37,8 @@ class SupervisedConfig(RunConfig):
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         super().__post_init__()
+        if self.test_images < 0:
+            raise ConfigError(f"test_images={self.test_images} is below 0")
         if not 0 <= self.label_smoothing < 1 or self.attack_steps < 1:
             raise ConfigError(f"label_smoothing={self.label_smoothing}, attack_steps={self.attack_steps}: out of range")
 

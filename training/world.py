@@ -44,6 +44,8 @@ def average(world: World, tensors: Iterable[Tensor]) -> None:
     if world.size == 1:
         return
     floats = [t for t in tensors if t.is_floating_point()]
+    if not floats:
+        return
     flat = torch.cat([t.detach().reshape(-1) for t in floats])
     dist.all_reduce(flat)
     for tensor, mean in zip(floats, (flat / world.size).split([t.numel() for t in floats]), strict=True):
