@@ -2,6 +2,9 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +15,22 @@ import torch.nn.functional as F
 
 from models import checkpoint
 from models.attack import evaluating
-from models.backbones import Architecture
+from models.backbones import Architecture, build
 from models.checkpoint import HeadCard
 from models.readout import NoReadout, SoftNeighbours
+from models.views import make_views
 from tests.test_contrastive import numpy_info_nce
 from training.__main__ import main
-from training.contrast import Batch, Contrast, Loss, Queue, embed_together
+from training.classifier import ClassifierConfig, ClassifierTask
+from training.contrast import POLICY, Batch, Contrast, Loss, Queue, embed_together
+from training.data import Split
 from training.deacl import DeACL
 from training.encoder import Encoder, fresh
 from training.moco import MoCo
 from training.mutual_information import MutualInformation
 from training.pretrain import GOES_ON, METHODS, PretrainConfig
 from training.rocl import RoCL
+from training.semi_supervised import SemiSupervisedTask
 from training.simclr import SimCLR
 from training.world import World
 
@@ -176,6 +183,24 @@ def test_queue_keeps_the_newest() -> None:
     assert embeddings[:, 0].tolist() == [2, 2, 2, 2, 1]
 
 
+def test_s4ls_loss_is_cross_entropy_of_labelled_images_and_nt_xent_of_all(images: torch.Tensor) -> None:
+    """Zhai et al. 2019, eq. 1."""
+    torch.manual_seed(3)
+    classifier = build(Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu"))
+    split = Split((images * 255).byte(), torch.arange(8) % 3)
+    settings = ClassifierConfig(data="x", out=Path("x"), method="natural", label_smoothing=0.0)
+    supervised = ClassifierTask(settings, classifier, split, split, HERE)
+    task = SemiSupervisedTask(supervised, classifier, labelled=3, weight=0.5)
+    twin = copy.deepcopy(task.model).train()
+    indices = torch.tensor([5, 1, 7, 3, 0])
+    rows = torch.randperm(3, generator=torch.Generator().manual_seed(2 * 1_000_003 + 5))
+    labelled = supervised.batch(rows, 2)
+    expected = F.cross_entropy(twin.backbone(labelled.x), labelled.labels).item()
+    views = make_views(split.images[indices] / 255, seeds=2 * (1 << 32) + indices, step=0, views=2, policy=POLICY)
+    expected += 0.5 * numpy_loss(embed_together(twin, views))
+    assert abs(task.loss(indices, 2, 9)[0].item() - expected) < 1e-5
+
+
 def pretrain_arguments(data: Path, out: Path, *more: str) -> list[str]:
     return ["pretrain", "--data", str(data), "--out", str(out), "--cache", str(out.parent), *SMALL, *more]
 
@@ -292,3 +317,31 @@ def test_bad_argument_is_refused_with_its_name(
     assert main([*arguments, *more, *held]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("command", ["moco", "generator", "self-adaptive"])
+def test_two_processes_share_what_they_remember(
+    command: str, image_folder: Path, tmp_path: Path, tiny_folder: Path
+) -> None:
+    """torchrun with two CPU processes: queues, thresholds and targets are of both; a generator has no float buffer."""
+    out = tmp_path / "run"
+    places = ["--data", str(image_folder), "--out", str(out), "--cache", str(tmp_path), "--device", "cpu"]
+    small = ["--batch-size", "20", "--held-out", "9", "--epochs", "1"]
+    arguments = {
+        "moco": ["pretrain", "--method", "moco", *FRESH, "--queue", "200", "--false-negatives", "quantile",
+                 "--hidden", "16", "--embedding-dim", "8", "--bank-size", "30"],
+        "generator": ["generator", "--classifier", str(tiny_folder), "--width", "8"],
+        "self-adaptive": ["classifier", "--method", "natural", *FRESH, "--self-adaptive-from", "0"],
+    }[command]  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "training"]
+    done = subprocess.run(
+        [*launch, *arguments, *places, *small], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    memory = torch.load(out / "state.pt", weights_only=True)["parts"]["memory"]
+    if command == "moco":
+        assert memory["filled"] == 120  # 3 steps of 20 images with 2 views, of both processes
+        assert memory["false_negatives.seen"].sum() == 60
+    elif command == "self-adaptive":
+        assert (memory["targets"].amax(1) < 1).sum() == 60
