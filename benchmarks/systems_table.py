@@ -148,17 +148,18 @@ def _generator(found: Found) -> Row:
 
 def _neighbours(found: Found) -> Row:
     arms = ("natural-knn", "simclr-longer-knn", "mutual-information-knn")
-    cells, values = [], []
+    cells, shows = [], []
     for name in ("clean", "pgd-2/255", "pgd-8/255"):
         values = [found.values(arm, "neighbours", name) for arm in arms]
         cells.append(f"{name} {' / '.join(spread(one) for one in values)}")
-    steps = [gain(values[1], values[0]), gain(values[2], values[1])]
-    shows = (
-        f"at 8/255 supervised < self-supervised ({steps[0]}): {verdict(steps[0])}; "
-        f"self-supervised < adversarial ({steps[1]}): {verdict(steps[1])}"
-    )
+        if name != "clean":
+            steps = [gain(values[1], values[0]), gain(values[2], values[1])]
+            shows.append(
+                f"at {name.removeprefix('pgd-')} supervised < self-supervised ({steps[0]}): {verdict(steps[0])}, "
+                f"self-supervised < adversarial ({steps[1]}): {verdict(steps[1])}"
+            )
     measured = f"supervised / self-supervised / adversarial: {'; '.join(cells)}"
-    return Row("kNN and self-supervised adversarial training", measured, "mutual-information", shows)
+    return Row("kNN and self-supervised adversarial training", measured, "mutual-information", "; ".join(shows))
 
 
 def _false_negatives(found: Found) -> Row:
