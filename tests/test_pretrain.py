@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,24 @@ def test_readouts_of_an_encoder_classify(image_folder: Path, tmp_path: Path, sim
             assert torch.equal(made.classifier.state_dict()[key], value), (name, key)
         assert made.head is not None  # the projector purifies for it
     assert isinstance(checkpoint.load(tmp_path / "knn/checkpoint").classifier.get_submodule("linear"), SoftNeighbours)
+
+
+@pytest.mark.parametrize("command", ["linear", "knn"])
+def test_encoder_is_transferred_to_other_classes(
+    command: str, image_folder: Path, tmp_path: Path, simclr: Path
+) -> None:
+    """Its purifier's negatives are then images of those."""
+    for split in ("train", "test"):
+        for old, new in (("red", "warm"), ("blue", "cold")):
+            shutil.copytree(image_folder / split / old, tmp_path / "data" / split / new)
+    more = ["--epochs", "5", "--batch-size", "10", "--held-out", "9"] if command == "linear" else ["--neighbours", "9"]
+    places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--cache", str(tmp_path)]
+    assert main([command, "--encoder", str(simclr), *places, *more, "--device", "cpu"]) == 0
+    made = checkpoint.load(tmp_path / "run" / "checkpoint")
+    assert made.card.classes == ("cold", "warm")
+    assert made.card.architecture.num_classes == made.classifier.num_classes == 2
+    assert made.bank is not None
+    assert set(made.bank.labels.tolist()) == {0, 1}
 
 
 def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(

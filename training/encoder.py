@@ -72,6 +72,14 @@ def bank_of(encoder: nn.Module, train: data.Split, *, size: int, seed: int) -> t
     return torch.cat(parts), train.labels[order]
 
 
+def bank_for(base: Checkpoint, dataset: data.DataSet, train: data.Split, *, seed: int) -> NegativesBank | None:
+    """A checkpoint's bank of negatives, made anew of `train` where its own is of other classes than the data set's."""
+    if base.head is None or base.bank is None or base.card.classes == dataset.classes:
+        return base.bank
+    size = min(len(base.bank.labels), len(train.labels))
+    return NegativesBank(*bank_of(Encoder(base.classifier, base.head), train, size=size, seed=seed))
+
+
 def finished(
     encoder: Encoder, train: data.Split, dataset: data.DataSet, *, id: str, architecture: Architecture, head: HeadCard,
     bank_size: int, seed: int, training: dict[str, Any],

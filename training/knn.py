@@ -16,7 +16,7 @@ from models.errors import ConfigError
 from models.options import option
 from models.readout import ReadoutCard, SoftNeighbours, attach
 from training import data, world
-from training.encoder import bank_of
+from training.encoder import bank_for, bank_of
 from training.supervised import report
 
 
@@ -76,5 +76,5 @@ def make_knn(config: KnnConfig) -> None:
         },
     )  # fmt: skip
     out = config.out / "checkpoint"
-    checkpoint.save(out, Checkpoint(made, classifier, base.head, base.bank))
+    checkpoint.save(out, Checkpoint(made, classifier, base.head, bank_for(base, dataset, train, seed=config.seed)))
     report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)

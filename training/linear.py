@@ -7,7 +7,7 @@ trained on attacked images (robust linear evaluation, Kim et al. 2020, section 4
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from models.options import option
 from models.readout import ReadoutCard, attach, blank_readout
 from training import data, loop, world
 from training.adversarial import Batch, Objective
-from training.encoder import BATCH
+from training.encoder import BATCH, bank_for
 from training.supervised import SupervisedConfig, SupervisedTask, report
 
 
@@ -57,10 +57,10 @@ class LinearTask(SupervisedTask):
             return self.supervised(self.model, self.batch(indices, epoch), epoch)
         draw = torch.Generator().manual_seed((self.config.seed * 1000 + epoch) * 1_000_003 + step)
         mirrored = torch.randint(2, (len(indices),), generator=draw).to(indices.device)
-        batch = Batch(self.encoded()[mirrored, indices], self.train.labels[indices], indices, indices)
+        batch = Batch(self.encoded[mirrored, indices], self.train.labels[indices], indices, indices)
         return self.supervised(self.readout, batch, epoch)
 
-    @cache  # noqa: B019 (as long as the task)
+    @cached_property
     def encoded(self) -> Tensor:
         """Features of every image and of its mirror image [2, images, features]."""
         parts = []
@@ -101,6 +101,7 @@ def train_linear(config: LinearConfig) -> None:
             },
         )  # fmt: skip
         out = config.out / "checkpoint"
-        checkpoint.save(out, Checkpoint(made, fitted.model, base.head, base.bank))
+        bank = bank_for(base, dataset, task.train, seed=config.seed)
+        checkpoint.save(out, Checkpoint(made, fitted.model, base.head, bank))
         report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)
     world.leave(here)
