@@ -176,9 +176,7 @@ class Campaign:
         options = {**arm.options, "data": self.config.transfer_data if "data" in arm.options else self.config.data}
         if (needed := self.needed_by(name, seed)) is not None:
             options[NAMES_IT.get(arm.command, "encoder")] = str(self.folder(*needed) / "checkpoint")
-        options |= {"seed": str(seed), "out": str(run), "device": self.config.device, "id": name}
-        if arm.command == "head":
-            options.pop("id")
+        options |= {"seed": str(seed), "out": str(run), "device": self.config.device}
         command = [sys.executable, "-m", "training", arm.command]
         for key, value in options.items():
             command += [f"--{key}"] if value == "" else [f"--{key}", value]

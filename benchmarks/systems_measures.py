@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import results
+from benchmarks.attacks.controls import signs
 from benchmarks.robustbench_eval import Config as EvalConfig
 from benchmarks.robustbench_eval import run_all
 from benchmarks.systems_plan import Scale
-from models import checkpoint, philox
+from models import checkpoint
 from models.attack import correct, pgd
 from models.contrastive import NegativePolicy, in_batch_negatives
 from models.generator import load as load_generator
@@ -28,7 +29,6 @@ from training import data
 EPSILON = 8 / 255
 RADII = (2, 8)  # of 255
 CHUNK = 250
-NOISE = 0x4015E
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def instance(subject: Subject) -> dict[str, Any]:
     right: dict[str, list[bool]] = {}
     for x, labels, numbers in subject.test():
         right.setdefault("clean", []).extend(correct(classifier, x, labels))
-        right.setdefault("noise", []).extend(correct(classifier, noisy(x, numbers), labels))
+        right.setdefault("noise", []).extend(correct(classifier, signs(x, numbers, epsilon=EPSILON), labels))
         with torch.no_grad():
             targets = classifier.features(x)
         unit = torch.nn.functional.normalize(targets, dim=1)
@@ -123,11 +123,6 @@ def instance(subject: Subject) -> dict[str, Any]:
             moved = loop.run(x, objective, seeds=numbers).image
             right.setdefault(distance, []).extend(correct(classifier, moved, labels))
     return {name: results.accuracy(values) for name, values in right.items()}
-
-
-def noisy(x: Tensor, seeds: Tensor, *, epsilon: float = EPSILON) -> Tensor:
-    """Random signs of size epsilon."""
-    return (x + epsilon * (philox.uniform(seeds, 0, NOISE, x[0].numel()).view_as(x) - 0.5).sign()).clamp(0, 1)
 
 
 def detector(subject: Subject) -> dict[str, Any]:
@@ -175,7 +170,7 @@ def generator(subject: Subject) -> dict[str, Any]:
     for x, labels, numbers in subject.test():
         with torch.no_grad():
             attacked = made(x)
-        shown = {"clean": x, "noise": noisy(x, numbers, epsilon=made.epsilon), "generator": attacked}
+        shown = {"clean": x, "noise": signs(x, numbers, epsilon=made.epsilon), "generator": attacked}
         for name, images in shown.items():
             right.setdefault(name, []).extend(correct(classifier, images, labels))
     same = card.classifier_sha256[0] == card.classifier_sha256[1] == digest_of(classifier)
@@ -183,8 +178,11 @@ def generator(subject: Subject) -> dict[str, Any]:
 
 
 def harness(subject: Subject) -> dict[str, Any]:
-    """The reverse attack with the run's head, by benchmarks/robustbench_eval.py: transfer and worst case."""
-    out = subject.run / "harness"
+    """The reverse attack with the run's head, by benchmarks/robustbench_eval.py: transfer and worst case.
+
+    The runs of a scale share a folder, since AutoAttack on the classifier alone is the same for every head of it.
+    """
+    out = subject.run.parents[1] / "harness"
     arguments = ["--model", str(subject.folder), "--purifier", "reverse-attack", "--attacks", HARNESS_ATTACKS,
                  "--out", str(out), "--device", str(subject.device), "--panel", "0"]  # fmt: skip
     if Path(subject.source).exists():

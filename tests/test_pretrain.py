@@ -1,6 +1,5 @@
-"""Contrastive pre-training, its readouts, and the classifier's switches, from the command line and by formula."""
+"""Pre-training and readouts from the command line."""
 
-import copy
 import json
 import os
 import shutil
@@ -9,197 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 from models import checkpoint
-from models.attack import evaluating
-from models.backbones import Architecture, build
-from models.checkpoint import HeadCard
 from models.readout import NoReadout, SoftNeighbours
-from models.views import make_views
-from tests.test_contrastive import numpy_info_nce
 from training.__main__ import main
-from training.classifier import ClassifierConfig, ClassifierTask
-from training.contrast import POLICY, Batch, Contrast, Loss, Queue, embed_together
-from training.data import Split
-from training.deacl import DeACL
-from training.encoder import Encoder, fresh
-from training.moco import MoCo
-from training.mutual_information import MutualInformation
-from training.pretrain import GOES_ON, METHODS, PretrainConfig
-from training.rocl import RoCL
-from training.semi_supervised import SemiSupervisedTask
-from training.simclr import SimCLR
-from training.world import World
+from training.pretrain import GOES_ON, METHODS
 
-HERE = World(0, 1, torch.device("cpu"))
 SMALL = ["--batch-size", "21", "--held-out", "9", "--device", "cpu", "--hidden", "16", "--embedding-dim", "8",
          "--attack-steps", "1", "--attack-step-size", "8/255", "--bank-size", "30"]  # fmt: skip
-
-
-def config(**changed: Any) -> PretrainConfig:
-    values = {"data": "x", "out": Path("x"), "hidden": 16, "embedding_dim": 8, "attack_steps": 2, **changed}
-    return PretrainConfig(**values)
-
-
-def encoder() -> Encoder:
-    torch.manual_seed(4)
-    architecture = Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu")
-    return fresh(architecture, HeadCard(hidden=16, embedding_dim=8, temperature=0.5))
-
-
-def batch(images: torch.Tensor, *, epoch: int = 9) -> Batch:
-    numbers = torch.arange(len(images))
-    return Batch((images * 255).byte(), numbers, numbers, numbers % 3, epoch)
-
-
-def contrast(**changed: Any) -> Contrast:
-    return Contrast(config(**changed), 8, HERE)
-
-
-def numpy_loss(embeddings: torch.Tensor, temperature: float = 0.5) -> float:
-    """NT-Xent of [batch, views, dim] with every view of the other images as negatives."""
-    z = embeddings.detach().double().numpy()
-    size, views = z.shape[:2]
-    keep = ~np.eye(size, dtype=bool).repeat(views, axis=1)
-    return float(numpy_info_nce(z, z.reshape(size * views, -1), temperature, keep).mean())
-
-
-def test_simclrs_loss_is_nt_xent_of_its_views(images: torch.Tensor) -> None:
-    model, shared = encoder(), contrast()
-    expected = numpy_loss(embed_together(model, shared.views(batch(images))))
-    assert abs(SimCLR(shared, model).loss(batch(images)).loss.item() - expected) < 1e-5
-
-
-def test_rocls_loss_is_every_pair_of_three_and_a_little_of_one(images: torch.Tensor) -> None:
-    model, shared = encoder(), contrast()
-    views = shared.views(batch(images))
-    attacked = shared.attacked(model, views[:, 0], views[:, 1], batch(images).seeds)
-    z = embed_together(copy.deepcopy(model), torch.cat((views, attacked[:, None]), dim=1)).detach().double().numpy()
-    keep = ~np.eye(8, dtype=bool).repeat(3, axis=1)
-    flat = z.reshape(24, -1)
-    expected = numpy_info_nce(z, flat, 0.5, keep).mean() + 0.25 * numpy_info_nce(z[:, 1:], flat, 0.5, keep).mean()
-    found = RoCL(shared, model, adversarial_weight=0.25).loss(batch(images)).loss
-    assert abs(found.item() - expected) < 1e-5
-
-
-def test_instance_attack_of_training_raises_the_loss_and_leaves_batchnorm_alone(images: torch.Tensor) -> None:
-    model, shared = encoder(), contrast(attack_steps=5, attack_step_size=2 / 255)
-    buffers = {name: value.clone() for name, value in model.named_buffers()}
-    views = shared.views(batch(images))
-    moved = shared.attacked(model, views[:, 0], views[:, 1], batch(images).seeds)
-    assert all(torch.equal(value, buffers[name]) for name, value in model.named_buffers())
-    assert model.training
-    assert (moved - views[:, 0]).abs().max() <= 8 / 255 + 1e-6
-    with evaluating(model), torch.no_grad():
-        before, after = (numpy_loss(torch.stack((model(x), model(views[:, 1])), 1)) for x in (views[:, 0], moved))
-    assert after > before + 0.01
-
-
-def test_mocos_loss_is_infonce_against_other_keys_and_the_queue(images: torch.Tensor) -> None:
-    model, shared = encoder(), contrast()
-    method = MoCo(shared, model, HERE, queue=10, key_momentum=0.5)
-    stored = F.normalize(torch.randn(6, 8), dim=1)
-    method.memory.push(stored, torch.zeros(6, dtype=torch.int64))
-    views = shared.views(batch(images))
-    twin = copy.deepcopy(model)
-    queries = embed_together(twin, views).detach().double().numpy()
-    keys = queries  # the key encoder begins as the encoder
-    terms = []
-    for image in range(8):
-        others = np.concatenate([keys[i] for i in range(8) if i != image] + [stored.double().numpy()])
-        for view in range(2):
-            query, positive = queries[image, view], keys[image, 1 - view]
-            top = np.exp(query @ positive / 0.5)
-            terms.append(-np.log(top / (top + np.exp(others @ query / 0.5).sum())))
-    assert abs(method.loss(batch(images)).loss.item() - np.mean(terms)) < 1e-5
-
-
-def test_mocos_keys_follow_and_its_queue_turns_over(images: torch.Tensor) -> None:
-    model = encoder()
-    method = MoCo(contrast(), model, HERE, queue=20, key_momentum=0.75)
-    before = [weight.clone() for weight in method.memory.encoder.parameters()]
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(1)
-    method.memory.follow(model, 0.75)
-    for old, new, target in zip(before, method.memory.encoder.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(new, 0.75 * old + 0.25 * target, atol=1e-6)
-    for _ in range(2):
-        method.loss(batch(images))
-    keys, labels = method.memory.filled_part()
-    assert keys.shape == (20, 8)
-    assert labels[:16].tolist() == (torch.arange(8) % 3).repeat_interleave(2).tolist()
-
-
-def test_deacls_loss_is_its_two_cosines(images: torch.Tensor) -> None:
-    teacher = encoder()
-    shared = contrast()
-    method = DeACL(shared, teacher)
-    with torch.no_grad():
-        for weight in teacher.backbone.parameters():
-            weight.mul_(1.02)  # the student has moved
-    x = shared.weakly(batch(images))
-    assert isinstance(method.memory, Encoder)
-    aims = method.memory.features(x)
-    from models.instance_attack import away_from
-
-    with evaluating(teacher):
-        attacked = shared.attack.run(
-            x, away_from(teacher.features, aims, distance="cos"), seeds=batch(images).seeds
-        ).image  # fmt: skip
-    clean, moved = copy.deepcopy(teacher).features(torch.cat((x, attacked))).chunk(2)
-    expected = -F.cosine_similarity(clean, aims).mean() - 2 * F.cosine_similarity(moved, clean).mean()
-    assert abs(method.loss(batch(images)).loss.item() - expected.item()) < 1e-5
-    assert not any(weight.requires_grad for weight in method.memory.parameters())
-
-
-def test_mutual_information_is_bounded_by_the_loss(images: torch.Tensor) -> None:
-    model, shared = encoder(), contrast()
-    found: Loss = MutualInformation(shared, model).loss(batch(images))
-    assert abs(float(found.figures["nats"]) - (np.log(15) - found.loss.item())) < 1e-5
-
-
-@pytest.mark.parametrize("kind", ["top", "quantile", "labels"])
-def test_removed_negatives_lower_the_loss_and_are_reported(kind: str, images: torch.Tensor) -> None:
-    with_them = SimCLR(contrast(), encoder()).loss(batch(images))
-    without = SimCLR(contrast(false_negatives=kind, false_negative_share=0.3), encoder()).loss(batch(images))
-    assert without.loss < with_them.loss
-    assert 0 <= without.figures["precision"] <= 1
-    assert with_them.figures == {}
-    early = SimCLR(contrast(false_negatives=kind, false_negatives_from=20), encoder()).loss(batch(images))
-    assert torch.allclose(early.loss, with_them.loss)
-
-
-def test_queue_keeps_the_newest() -> None:
-    queue = Queue(5, 2, torch.nn.Module(), HERE)
-    assert len(queue.filled_part()[0]) == 0
-    queue.push(torch.ones(3, 2), torch.ones(3, dtype=torch.int64))
-    queue.push(2 * torch.ones(4, 2), 2 * torch.ones(4, dtype=torch.int64))
-    embeddings, labels = queue.filled_part()
-    assert labels.tolist() == [2, 2, 2, 2, 1]
-    assert embeddings[:, 0].tolist() == [2, 2, 2, 2, 1]
-
-
-def test_s4ls_loss_is_cross_entropy_of_labelled_images_and_nt_xent_of_all(images: torch.Tensor) -> None:
-    """Zhai et al. 2019, eq. 1."""
-    torch.manual_seed(3)
-    classifier = build(Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu"))
-    split = Split((images * 255).byte(), torch.arange(8) % 3)
-    settings = ClassifierConfig(data="x", out=Path("x"), method="natural", label_smoothing=0.0)
-    supervised = ClassifierTask(settings, classifier, split, split, HERE)
-    task = SemiSupervisedTask(supervised, classifier, labelled=3, weight=0.5)
-    twin = copy.deepcopy(task.model).train()
-    indices = torch.tensor([5, 1, 7, 3, 0])
-    rows = torch.randperm(3, generator=torch.Generator().manual_seed(2 * 1_000_003 + 5))
-    labelled = supervised.batch(rows, 2)
-    expected = F.cross_entropy(twin.backbone(labelled.x), labelled.labels).item()
-    views = make_views(split.images[indices] / 255, seeds=2 * (1 << 32) + indices, step=0, views=2, policy=POLICY)
-    expected += 0.5 * numpy_loss(embed_together(twin, views))
-    assert abs(task.loss(indices, 2, 9)[0].item() - expected) < 1e-5
 
 
 def pretrain_arguments(data: Path, out: Path, *more: str) -> list[str]:

@@ -102,9 +102,7 @@ def train_classifier(config: ClassifierConfig) -> None:
     )  # fmt: skip
     torch.manual_seed(config.seed)
     model = build(architecture, pretrained=config.pretrained).to(here.device)
-    kept, held = data.training_images(
-        dataset.train, images=config.images, held_out=config.held_out, seed=config.seed
-    )  # fmt: skip
+    kept, held = data.training_images(dataset.train, config)
     labelled = max(1, round(config.labelled * len(kept.labels)))
     if config.labelled < 1:  # those whose labels are used come first
         order = torch.randperm(len(kept.labels), generator=torch.Generator().manual_seed(config.seed + 2))

@@ -40,7 +40,6 @@ class ContrastConfig(RunConfig):
     false_negative_share: float = option("share of the negatives that top and quantile leave out", 0.1)
     false_negatives_from: int = option("epochs before any are left out", 5)
     bank_size: int = option("training images whose embeddings are stored as the purifier's negatives", 2000)
-    held_out: int = option("training images kept back to measure on", 1000)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""

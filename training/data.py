@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.errors import DataError
+from models.errors import ConfigError, DataError
 from models.pixels import to_rgb, to_size
 from models.shapes import Int, UInt8
+from training.loop import RunConfig
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
@@ -74,8 +75,9 @@ def hold_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
     return Split(split.images[kept], split.labels[kept]), Split(split.images[held], split.labels[held])
 
 
-def training_images(train: Split, *, images: int, held_out: int, seed: int) -> tuple[Split, Split]:
-    """The training images to use, `images` of them (0 for all), and `held_out` others to choose by."""
+def training_images(train: Split, config: RunConfig) -> tuple[Split, Split]:
+    """The training images that a run uses, and those that it holds back."""
+    images, held_out, seed = config.images, config.held_out, config.seed
     kept, held = hold_out(train, held_out, seed=seed)
     if not images:
         return kept, held
@@ -169,6 +171,18 @@ def resident(split: Split, device: torch.device) -> Split:
         raise DataError(
             f"{len(split.labels)} images ({size:.1f} GiB) do not fit on {device}; use smaller images"
         ) from error
+
+
+def first(split: Split, count: int, device: torch.device) -> Split:
+    """The first `count` images (0 for all) on `device`."""
+    count = count or len(split.labels)
+    return resident(Split(split.images[:count], split.labels[:count]), device)
+
+
+def require_classes(dataset: DataSet, classes: tuple[str, ...], *, of: str) -> None:
+    """ConfigError where the data set's classes are not those of the classifier `of`."""
+    if dataset.classes != classes:
+        raise ConfigError(f"{dataset.name} has other classes than {of}: {', '.join(dataset.classes[:5])} …")
 
 
 def described(dataset: DataSet, train: Split) -> dict[str, object]:

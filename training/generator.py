@@ -111,16 +111,11 @@ def train_generator(config: GeneratorConfig) -> None:
     if base.card.readout.kind == "none":
         raise ConfigError(f"{config.classifier} {MAKE_ONE}")
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
-    if dataset.classes != base.card.classes:
-        raise ConfigError(
-            f"{config.data} has other classes than {config.classifier}: {', '.join(dataset.classes[:5])} …"
-        )
+    data.require_classes(dataset, base.card.classes, of=config.classifier)
     if dataset.train.images.shape[-1] % 4:
         raise ConfigError(f"images of {dataset.train.images.shape[-1]} pixels: a generator needs a multiple of 4")
     model = NoiseGenerator(width=config.width, epsilon=config.epsilon).to(here.device)
-    kept, held = data.training_images(
-        dataset.train, images=config.images, held_out=config.held_out, seed=config.seed
-    )  # fmt: skip
+    kept, held = data.training_images(dataset.train, config)
     before = digest_of(base.classifier)
     task = GeneratorTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device)
@@ -128,8 +123,7 @@ def train_generator(config: GeneratorConfig) -> None:
     fitted = loop.fit(task, config, here)
     if here.rank == 0:
         assert isinstance(fitted.model, NoiseGenerator)
-        count = config.test_images or len(dataset.test.labels)
-        test = data.resident(data.Split(dataset.test.images[:count], dataset.test.labels[:count]), here.device)
+        test = data.first(dataset.test, config.test_images, here.device)
         figures = {"n": len(test.labels), **accuracies(base.classifier, fitted.model.eval(), test)}
         out = config.out / "generator"
         card = GeneratorCard(

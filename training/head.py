@@ -22,10 +22,8 @@ from models.shapes import Bool, Float
 from models.views import ViewPolicy
 from training import data, loop, world
 from training.contrast import Batch, Contrast, ContrastConfig, Queue
-from training.encoder import Encoder, bank_of
+from training.encoder import BATCH, Encoder, bank_of
 from training.world import World
-
-VALIDATION_BATCH = 250
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +88,7 @@ class HeadTask:
         """InfoNCE and retrieval accuracy on held-out training images, in batches of the same size."""
         losses, accuracies = [], []
         with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
-            for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(VALIDATION_BATCH):
+            for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(BATCH):
                 batch = Batch(self.held.images[indices], indices, indices, self.held.labels[indices], 0)
                 embeddings = self._embed(averaged, self.contrast.views(batch, self.config.views))
                 negatives, keep = in_batch_negatives(embeddings)
@@ -130,14 +128,13 @@ def train_head(config: HeadConfig) -> None:
     else:
         base = checkpoint.load(config.classifier, device=here.device)
         dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
-    if dataset.classes != base.card.classes or len(dataset.classes) != base.classifier.num_classes:
+    if len(dataset.classes) != base.classifier.num_classes:  # a foreign classifier's are not named
         raise ConfigError(
-            f"{config.data} has other classes than {config.classifier}: {', '.join(dataset.classes[:5])} …"
+            f"{config.data} has {len(dataset.classes)} classes, {config.classifier} {base.classifier.num_classes}"
         )
+    data.require_classes(dataset, base.card.classes, of=config.classifier)
     torch.manual_seed(config.seed)
-    kept, held = data.training_images(
-        dataset.train, images=config.images, held_out=config.held_out, seed=config.seed
-    )  # fmt: skip
+    kept, held = data.training_images(dataset.train, config)
     if config.bank_size > len(kept.labels):
         raise ConfigError(f"bank_size={config.bank_size} is over the {len(kept.labels)} training images")
     head = ProjectionHead(

@@ -85,9 +85,7 @@ def train_linear(config: LinearConfig) -> None:
     card = ReadoutCard(kind="dense", hidden=config.hidden) if config.hidden else ReadoutCard()
     readout = blank_readout(card, feature_dim=classifier.feature_dim, num_classes=classifier.num_classes)
     attach(classifier, (readout or nn.Linear(classifier.feature_dim, classifier.num_classes)).to(here.device))
-    kept, held = data.training_images(
-        dataset.train, images=config.images, held_out=config.held_out, seed=config.seed
-    )  # fmt: skip
+    kept, held = data.training_images(dataset.train, config)
     task = LinearTask(config, classifier, data.resident(kept, here.device), data.resident(held, here.device))
     fitted = loop.fit(task, config, here)
     if here.rank == 0:

@@ -35,6 +35,7 @@ class RunConfig:
     data: str = option("cifar10, cifar100, or a folder with train/<class>/* and test/<class>/*")
     out: Path = option("folder of the run: state, log, checkpoint")
     images: int = option("training images to use, a random subset; 0 for all", 0)
+    held_out: int = option("training images kept back to measure on", 1000)
     epochs: int = option("passes over the training images", 60)
     batch_size: int = option("images a step, over all processes (contrast is within each)", 128)
     lr: float = option("peak learning rate", 0.2)

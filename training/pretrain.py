@@ -150,9 +150,7 @@ def pretrain(config: PretrainConfig) -> None:
             "activation": architecture.activation, "embedding_dim": head.embedding_dim,
         }  # fmt: skip
     encoder.to(here.device)
-    kept, held = data.training_images(
-        dataset.train, images=config.images, held_out=config.held_out, seed=config.seed
-    )  # fmt: skip
+    kept, held = data.training_images(dataset.train, config)
     train = data.resident(kept, here.device)
     task = PretrainTask(config, encoder, train, data.resident(held, here.device), here)
     fitted = loop.fit(task, config, here)

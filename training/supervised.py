@@ -132,8 +132,7 @@ def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int, 
 
 def report(folder: Path, test: data.Split, *, epsilon: float, images: int, device: torch.device) -> None:
     """Measure the checkpoint as stored on the first `images` test images (0: all), once; the figures go on its card."""
-    count = images or len(test.labels)
-    test = data.resident(data.Split(test.images[:count], test.labels[:count]), device)
+    test = data.first(test, images, device)
     saved = checkpoint.load(folder, device=device)
     figures = measure(saved.classifier, test, epsilon=epsilon, steps=20)
     checkpoint.write_card(folder, dataclasses.replace(saved.card, figures={"test": figures}))

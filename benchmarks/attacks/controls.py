@@ -6,15 +6,24 @@ from torch import Tensor
 from benchmarks.attacks.scene import Scene, cross_entropy_loss
 from models import philox
 from models.defended import DefendedClassifier
+from models.shapes import Float, Int
 
 NOISE_STREAM, MATE_STREAM = 0x4015E, 0x3A7E
 
 
+def signs(
+    x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"], *, epsilon: float
+) -> Float[Tensor, "batch 3 h w"]:
+    """The images under random signs of size epsilon, in [0, 1]."""
+    draws = philox.uniform(seeds, 0, NOISE_STREAM, x[0].numel()).view_as(x)
+    return (x + epsilon * (draws - 0.5).sign()).clamp(0, 1)
+
+
 def noise(scene: Scene) -> Tensor:
     """The control: random signs of size epsilon (L-infinity), or a Gaussian direction of length epsilon (L2)."""
-    draws = philox.uniform(scene.seeds, 0, NOISE_STREAM, scene.x[0].numel()).view_as(scene.x)
     if scene.threat.norm == "linf":
-        return scene.project(scene.x + scene.threat.epsilon * (draws - 0.5).sign())
+        return signs(scene.x, scene.seeds, epsilon=scene.threat.epsilon)
+    draws = philox.uniform(scene.seeds, 0, NOISE_STREAM, scene.x[0].numel()).view_as(scene.x)
     gaussian = torch.erfinv((2 * draws - 1).clamp(-0.999999, 0.999999))
     length = gaussian.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     return scene.project(scene.x + scene.threat.epsilon * gaussian / length)
