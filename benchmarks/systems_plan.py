@@ -108,16 +108,14 @@ def arms(scale: Scale) -> dict[str, Arm]:
     readout = {**scale.readout, **tested}
     made: dict[str, Arm] = {}
 
-    def pretrain(name: str, method: str, more: Options, needs: str | None = None, *, seeds: int = 3) -> None:
-        """An encoder, and its linear evaluation."""
+    def pretrain(name: str, method: str, more: Options, needs: str | None = None) -> None:
         base = contrast if needs is None else {k: v for k, v in tuned.items() if k not in ("arch", "activation")}
         measures = ("detector",) if "false-negatives" in more else ()
-        made[name] = Arm(
-            command="pretrain", options={**base, "method": method, **more}, needs=needs, measures=measures, seeds=seeds
-        )
-        made[f"{name}-linear"] = Arm(
-            command="linear", options={**readout, **untested}, needs=name, measures=("radii",), seeds=seeds
-        )
+        made[name] = Arm(command="pretrain", options={**base, "method": method, **more}, needs=needs, measures=measures)
+
+    def linear(name: str) -> None:
+        options = {**readout, **untested}
+        made[f"{name}-linear"] = Arm(command="linear", options=options, needs=name, measures=("radii",))
 
     def neighbours(name: str, encoder: str) -> None:
         options = {**scale.knn, **untested}
@@ -127,7 +125,9 @@ def arms(scale: Scale) -> dict[str, Arm]:
         made[name] = Arm(command="classifier", options={**base, **tested, **more}, measures=measures)
 
     pretrain("simclr", "simclr", {})
+    linear("simclr")
     pretrain("rocl", "rocl", {})
+    linear("rocl")
     made["simclr-instance"] = Arm(command="", options={}, needs="simclr-linear", measures=("instance",))
     neighbours("simclr-knn", "simclr")
     pretrain("simclr-longer", "simclr", {}, "simclr")  # as many epochs as the next
@@ -137,9 +137,12 @@ def arms(scale: Scale) -> dict[str, Arm]:
     supervised("natural", scale.supervised, {"method": "natural"})
     neighbours("natural-knn", "natural")
     pretrain("deacl", "deacl", {}, "simclr")
+    linear("deacl")
     pretrain("moco", "moco", {})
+    linear("moco")
     for kind in ("top", "quantile", "labels"):
         pretrain(f"simclr-{kind}", "simclr", {"false-negatives": kind, **scale.false_negatives})
+        linear(f"simclr-{kind}")
     supervised("silu", scale.overfitting, {"activation": "silu"}, measures=("test", "overfitting"))
     supervised("relu", scale.overfitting, {"activation": "relu"}, measures=("test", "overfitting"))
     warm = str(int(scale.overfitting["epochs"]) // 4)
