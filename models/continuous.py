@@ -52,17 +52,12 @@ class Stepped(NamedTuple):
     losses: Float[Tensor, " batch"]
 
 
-def step_together(
-    classifier: ImageClassifier, parts: Sequence[tuple[Stage, Slots]], *, pad_to: int = 0
-) -> list[Stepped]:
-    """One step of every slot of every part, in one pass through the classifier.
-
-    The pass is filled up with zero images to `pad_to` rows where it has fewer. Works under a caller's no_grad.
-    """
+def step_together(classifier: ImageClassifier, parts: Sequence[tuple[Stage, Slots]]) -> list[Stepped]:
+    """One step of every slot of every part, in one pass through the classifier; works under a caller's no_grad."""
     with torch.inference_mode(False), torch.enable_grad():
         iterates = [slots.x.detach().requires_grad_() for _, slots in parts]
         rows = [stage.inputs(slots, x) for (stage, slots), x in zip(parts, iterates, strict=True)]
-        features = features_of(classifier, rows, pad_to=pad_to)
+        features = features_of(classifier, rows)
         losses = [stage.loss_of(slots, f) for (stage, slots), f in zip(parts, features, strict=True)]
         total = torch.stack([loss.sum() for loss in losses]).sum()
         gradients = torch.autograd.grad(total, iterates)
@@ -73,15 +68,9 @@ def step_together(
     return after
 
 
-def features_of(
-    classifier: ImageClassifier, parts: Sequence[Float[Tensor, "_ 3 h w"]], *, pad_to: int = 0
-) -> tuple[Tensor, ...]:
-    """The features of several sets of images from one pass, which zero images fill up to `pad_to` rows."""
-    sizes = [len(part) for part in parts]
-    rows = torch.cat(list(parts))
-    if len(rows) < pad_to:
-        rows = torch.cat((rows, rows.new_zeros(pad_to - len(rows), *rows.shape[1:])))
-    features: tuple[Tensor, ...] = classifier.features(rows)[: sum(sizes)].split(sizes)
+def features_of(classifier: ImageClassifier, parts: Sequence[Float[Tensor, "_ 3 h w"]]) -> tuple[Tensor, ...]:
+    """The features of several sets of images from one pass."""
+    features: tuple[Tensor, ...] = classifier.features(torch.cat(list(parts))).split([len(part) for part in parts])
     return features
 
 

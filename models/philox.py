@@ -43,11 +43,11 @@ def uniform(
     `step` is one number for all or one per image; `stream`, likewise, keeps uses of one seed apart (a view's number, a
     start).
     """
-    device = seeds.device
     steps, streams = (
-        torch.as_tensor(number, device=device, dtype=torch.int64).expand_as(seeds)[:, None] for number in (step, stream)
-    )
-    blocks = torch.arange((count + 3) // 4, device=device)[None]  # 1 blocks
+        (number.expand_as(seeds) if isinstance(number, Tensor) else torch.full_like(seeds, number))[:, None]
+        for number in (step, stream)
+    )  # a number is filled in on the device: copied there it could not be captured in a graph
+    blocks = torch.arange((count + 3) // 4, device=seeds.device)[None]  # 1 blocks
     zero = torch.zeros_like(blocks)
     words = philox(
         (blocks, steps & _WORD, streams, zero),

@@ -40,7 +40,15 @@ def create_app(
     engine = Engine(
         settings.checkpoint,
         workers=[
-            WorkerConfig(str(device), settings.slots, settings.pads, threads, settings.log_level, settings.log_format)
+            WorkerConfig(
+                device=str(device),
+                slots=settings.slots,
+                threads=threads,
+                execution=settings.execution,
+                precision=settings.precision,
+                log_level=settings.log_level,
+                log_format=settings.log_format,
+            )
             for device in settings.devices
         ],
         admission=Admission(settings.max_queue, settings.patience, settings.preset),

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.captured import Execution, Stepper
 from models.checkpoint import Checkpoint
-from models.continuous import Slots, Stage, features_of, step_together
+from models.continuous import Slots, Stage, features_of
 from models.errors import UnprocessableError
 from service.cost import Spent
 from service.messages import Outcome, Work
@@ -56,14 +57,11 @@ class Ended(NamedTuple):
 
 
 class Lane:
-    """Slots of one replica. Nothing of a slot outlives it: the next job in its place begins from its own image.
+    """Slots of one replica. Nothing of a slot outlives it: the next job in its place begins from its own image."""
 
-    pad: fill each pass through the classifier up to a power of two of rows with zero images, as captured graphs of
-    fixed sizes need; without them padding only costs time.
-    """
-
-    def __init__(self, loaded: Checkpoint, device: torch.device, *, pad: bool) -> None:
-        self.classifier, self.stages, self.device, self.pad = loaded.classifier, stages_of(loaded), device, pad
+    def __init__(self, loaded: Checkpoint, device: torch.device, *, execution: Execution) -> None:
+        self.classifier, self.stages, self.device = loaded.classifier, stages_of(loaded), device
+        self.stepper = Stepper(self.classifier, device, execution=execution)
         self.image_size = loaded.classifier.image_size
         self.slots: list[Slot] = []
 
@@ -165,8 +163,7 @@ class Lane:
     def _step(self, slots: list[Slot]) -> None:
         parts = _by_stage(slots)
         states = [(stage, self._state(part)) for stage, part in parts]
-        rows = sum(stage.rows * len(part) for stage, part in parts)
-        stepped = step_together(self.classifier, states, pad_to=self._pad_to(rows))
+        stepped = self.stepper.step(states)
         for (_, part), after in zip(parts, stepped, strict=True):
             for i, slot in enumerate(part):
                 slot.x = after.x[i]
@@ -189,8 +186,7 @@ class Lane:
                 twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
                 images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
             images += [_stack(ordered, "x0"), *([_stack(staged, "x")] if staged else [])]
-            rows = sum(len(image) for image in images)
-            features = features_of(self.classifier, images, pad_to=self._pad_to(rows))
+            features = features_of(self.classifier, images)
             scores = self.classifier.logits(torch.cat(features[2 * len(parts) :])).float().softmax(1).cpu().numpy()
             losses = [
                 stage.loss_of(state, part).cpu()
@@ -231,14 +227,6 @@ class Lane:
 
     def _integers(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64).to(self.device)
-
-    def _pad_to(self, rows: int) -> int:
-        return bucket(rows) if self.pad else 0
-
-
-def bucket(rows: int) -> int:
-    """The next power of two."""
-    return 1 << max(0, rows - 1).bit_length()
 
 
 def _by_stage(slots: list[Slot]) -> list[tuple[Stage, list[Slot]]]:

@@ -7,6 +7,8 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from models.captured import Execution
+from models.folding import Precision
 from models.reverse_attack import PRESETS
 from service.keys import PAIR, KeyRing
 
@@ -52,9 +54,11 @@ class Settings(BaseSettings):
     decoders: Annotated[int, Field(ge=0)] = Field(default=0, description="decoding processes; 0: one per CPU core")
     stall_s: Seconds = Field(default=60.0, description="without a finished step, after which the process gives up")
     grace_s: Seconds = Field(default=20.0, description="from SIGTERM to the end, for what is in progress")
-    pad: Literal["auto", "always", "never"] = Field(
-        default="auto", description="fill batches up to powers of two; auto: on GPUs"
+    execution: Execution = Field(
+        default="eager",
+        description="how steps run: eager; captured: as CUDA graphs for 1, 2, 4 … images; compiled: these, fused",
     )
+    precision: Precision = Field(default="float32", description="of the backbone; bfloat16 pays on GPUs")
 
     api_keys: Keys = Field(default_factory=dict, description="name:sha256 pairs with commas")
     admin_keys: Keys = Field(default_factory=dict, description="the same, for POST /models")
@@ -129,11 +133,6 @@ class Settings(BaseSettings):
     def slots(self) -> int:
         """Images in progress on one device."""
         return self.max_batch or MAX_BATCH[self.devices[0].type]
-
-    @property
-    def pads(self) -> bool:
-        """Whether batches are filled up to powers of two."""
-        return self.pad == "always" or (self.pad == "auto" and self.devices[0].type == "cuda")
 
 
 def is_loopback(host: str) -> bool:

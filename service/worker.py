@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch
 
 from models import checkpoint
+from models.captured import Execution, bucket
 from models.errors import CheckpointError
+from models.folding import Precision, prepared
 from service import logs
 from service.cost import Cost
-from service.lane import Ended, Lane, bucket
+from service.lane import Ended, Lane
 from service.messages import Failed, Gone, Load, Loaded, Stepped, Unload, Work
 
 log = logging.getLogger("unperturb.worker")
@@ -28,12 +30,13 @@ DONE = object()
 
 
 class WorkerConfig(NamedTuple):
-    """device, as torch names it; slots: images at a time; pad: see Lane; threads: torch's on the CPU; how it logs."""
+    """device, as torch names it; slots: images at a time; threads: torch's on the CPU; how it steps and logs."""
 
     device: str
     slots: int
-    pad: bool
     threads: int
+    execution: Execution
+    precision: Precision
     log_level: str
     log_format: str
 
@@ -98,7 +101,8 @@ class _Worker:
             loaded = checkpoint.load(name, device=self.device)
             if loaded.card.weights_sha256 != digest:
                 raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
-            lane = Lane(loaded, self.device, pad=self.config.pad)
+            ready = prepared(loaded, precision=self.config.precision)
+            lane = Lane(ready, self.device, execution=self.config.execution)
             for size in sorted({bucket(n) for n in range(1, self.config.slots)} | {self.config.slots}):
                 yield
                 yield from lane.rehearse(size)
@@ -140,11 +144,9 @@ class _Worker:
 if __name__ == "__main__":
     for _signal in (signal.SIGINT, signal.SIGTERM):  # the server ends it, when all is answered
         signal.signal(_signal, signal.SIG_IGN)
-    _descriptor, _device, _slots, _pad, _threads, _level, _style = sys.argv[1:]
-    logs.set_up(level=_level, style=_style)
-    work(
-        Connection(int(_descriptor)),
-        WorkerConfig(_device, int(_slots), _pad == "True", int(_threads), _level, _style),
-    )
+    _descriptor, _device, _slots, _threads, *_rest = sys.argv[1:]
+    _config = WorkerConfig(_device, int(_slots), int(_threads), *_rest)  # type: ignore[arg-type]
+    logs.set_up(level=_config.log_level, style=_config.log_format)
+    work(Connection(int(_descriptor)), _config)
     logging.shutdown()
     os._exit(0)  # a broken device may hang in its own clean-up

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from models import checkpoint
+from models.captured import Execution
 from service.admission import Admission
 from service.engine import Engine
 from service.handle import WorkerHandle
@@ -40,13 +41,13 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
     def make(
-        *, slots: int = 8, pad: bool = False, workers: int = 1, max_queue: int = 64, patience: float = 1e9,
+        *, slots: int = 8, execution: Execution = "eager", workers: int = 1, max_queue: int = 64, patience: float = 1e9,
         usual: str = "default", **changed: Any,
     ) -> Engine:  # fmt: skip
         admission = Admission(max_queue, patience, usual)
         settings = {"stall_s": 60.0, "metrics": Metrics(), "handle": ThreadHandle, **changed}
-        configs = [WorkerConfig("cpu", slots, pad, torch.get_num_threads(), "warning", "text")] * workers
-        engine = Engine(str(tiny_folder), workers=configs, admission=admission, **settings)
+        config = WorkerConfig("cpu", slots, torch.get_num_threads(), execution, "float32", "warning", "text")
+        engine = Engine(str(tiny_folder), workers=[config] * workers, admission=admission, **settings)
         made.append(engine)
         engine.start()
         wait_until(lambda: engine.warm.is_set() or engine.failure is not None)

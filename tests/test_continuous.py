@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import pytest
 import torch
 
 from models.attack import cross_entropy
@@ -18,12 +17,10 @@ def begin(stage: Stage, x: torch.Tensor, seeds: torch.Tensor, labels: torch.Tens
     return Slots(x, stage.loop.begin(x, seeds), None, seeds, torch.zeros_like(seeds), labels)
 
 
-def advance(
-    classifier: torch.nn.Module, parts: Sequence[tuple[Stage, Slots]], *, steps: int, pad_to: int = 0
-) -> list[Slots]:
+def advance(classifier: torch.nn.Module, parts: Sequence[tuple[Stage, Slots]], *, steps: int) -> list[Slots]:
     states = [slots for _, slots in parts]
     for _ in range(steps):
-        after = step_together(classifier, [(s, t) for (s, _), t in zip(parts, states, strict=True)], pad_to=pad_to)  # type: ignore[arg-type]
+        after = step_together(classifier, [(s, t) for (s, _), t in zip(parts, states, strict=True)])  # type: ignore[arg-type]
         states = [
             slots._replace(x=a.x, velocity=a.velocity, steps=slots.steps + 1)
             for slots, a in zip(states, after, strict=True)
@@ -31,8 +28,7 @@ def advance(
     return states
 
 
-@pytest.mark.parametrize("pad_to", [0, 32], ids=["unpadded", "padded"])
-def test_mixed_stages_give_what_each_loop_gives_alone(images: torch.Tensor, pad_to: int) -> None:
+def test_mixed_stages_give_what_each_loop_gives_alone(images: torch.Tensor) -> None:
     defended = make_defended(make_config(steps=4, views=2))
     other = make_defended(make_config(steps=4, views=3, epsilon=16 / 255))
     classifier = defended.classifier
@@ -44,7 +40,7 @@ def test_mixed_stages_give_what_each_loop_gives_alone(images: torch.Tensor, pad_
     stages: list[tuple[Stage, slice]] = [(first, slice(0, 3)), (second, slice(3, 6)), (attack, slice(6, 8))]
     parts = [(stage, begin(stage, images[part], seeds[part], labels[part])) for stage, part in stages]
     with torch.no_grad():
-        together = advance(classifier, parts, steps=4, pad_to=pad_to)
+        together = advance(classifier, parts, steps=4)
     alone = [
         first.purifier.descend(images[:3], seeds=seeds[:3]).image,
         second.purifier.descend(images[3:6], seeds=seeds[3:6]).image,
@@ -91,6 +87,6 @@ def test_nan_stays_in_its_slot(images: torch.Tensor) -> None:
 def test_features_of_several_parts_are_those_of_each(images: torch.Tensor) -> None:
     classifier = make_checkpoint().classifier
     with torch.no_grad():
-        first, second = features_of(classifier, [images[:3], images[3:]], pad_to=16)
+        first, second = features_of(classifier, [images[:3], images[3:]])
         assert torch.allclose(first, classifier.features(images[:3]), atol=1e-5)
         assert torch.allclose(second, classifier.features(images[3:]), atol=1e-5)

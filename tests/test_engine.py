@@ -22,11 +22,11 @@ from tests.engines import close, one, submit, uint8
 
 
 @pytest.mark.parametrize("preset", ["default", "published"])
-@pytest.mark.parametrize("pad", [False, True], ids=["unpadded", "padded"])
+@pytest.mark.parametrize("execution", ["eager", "captured"])
 def test_outcome_is_that_of_the_defended_classifier(
-    engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, preset: str, pad: bool
+    engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, preset: str, execution: str
 ) -> None:
-    engine = engines(pad=pad, slots=2)
+    engine = engines(execution=execution, slots=2)
     expected = defend(checkpoint.load(tiny_folder), PRESETS[preset]).classify(images[:1], seed=7)
     outcome = one(engine, uint8(images)[0], preset, seed=7, wants_image=True)
     assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)
@@ -109,7 +109,7 @@ def test_two_devices_share_one_queue(engines: Callable[..., Engine], images: tor
 
 
 def test_images_without_steps_do_not_take_the_slots_of_those_with() -> None:
-    handle = WorkerHandle(WorkerConfig("cpu", 2, False, 1, "warning", "text"), lambda *_: None)
+    handle = WorkerHandle(WorkerConfig("cpu", 2, 1, "eager", "float32", "warning", "text"), lambda *_: None)
     black = np.zeros((3, 8, 8), dtype=np.uint8)
     for i in range(2):
         handle.give(Work(i, 1, black, None, 0, False, 0.0))

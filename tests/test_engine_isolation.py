@@ -28,7 +28,7 @@ def hostile(count: int) -> list[Pixels]:
 def test_image_keeps_its_scores_alone_among_31_hostile_ones_in_a_reused_slot_and_in_another_bucket(
     engines: Callable[..., Engine], images: torch.Tensor, preset: str
 ) -> None:
-    small, large = engines(slots=2), engines(slots=32, pad=True)
+    small, large = engines(slots=2), engines(slots=32, execution="captured")
     pixels = uint8(images)[0]
     alone = one(small, pixels, preset, seed=3)
 

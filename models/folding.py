@@ -1,0 +1,101 @@
+"""A classifier made ready to be purified for: batch norm folded into convolutions, and the backbone in bfloat16.
+
+What it computes is the same, up to rounding; every weight is frozen.
+"""
+
+import copy
+import dataclasses
+from collections import Counter
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.hooks import RemovableHandle
+
+from models.checkpoint import Checkpoint
+from models.classifier import ImageClassifier
+from models.shapes import Float
+
+Precision = Literal["float32", "bfloat16"]
+TOLERANCE = 1e-4  # of the features' largest, between a network and its folded copy
+
+
+def prepared(checkpoint: Checkpoint, *, precision: Precision = "float32") -> Checkpoint:
+    """The checkpoint with a classifier for inference alone, on the same device."""
+    classifier = folded(checkpoint.classifier)
+    if precision == "bfloat16":
+        classifier = BFloat16Backbone(classifier)
+    return dataclasses.replace(checkpoint, classifier=classifier.eval().requires_grad_(False))
+
+
+def folded(classifier: ImageClassifier) -> ImageClassifier:
+    """A copy whose convolutions have taken in the batch norm that follows them (Jacob et al. 2018, section 3.2).
+
+    A convolution whose output something else reads as well keeps its batch norm.
+    """
+    ready = copy.deepcopy(classifier).eval().requires_grad_(False)
+    side, device = classifier.image_size, next(classifier.parameters()).device
+    probe = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        expected = ready.features(probe)
+        for pair in _pairs(ready, probe):
+            first, second = (ready.get_submodule(name) for name in pair)
+            fused = fuse_conv_bn_eval(cast(nn.Conv2d, first), cast(nn.BatchNorm2d, second))
+            for name, module in zip(pair, (fused, nn.Identity()), strict=True):
+                ready.set_submodule(name, module)
+            if (ready.features(probe) - expected).abs().max() > TOLERANCE * expected.abs().max():
+                for name, module in zip(pair, (first, second), strict=True):
+                    ready.set_submodule(name, module)
+    return ready.to(memory_format=torch.channels_last)
+
+
+class BFloat16Backbone(ImageClassifier):
+    """A classifier whose features are computed in bfloat16 and given back in float32; its logits are float32's."""
+
+    def __init__(self, classifier: ImageClassifier) -> None:
+        super().__init__(
+            feature_dim=classifier.feature_dim, num_classes=classifier.num_classes, image_size=classifier.image_size
+        )
+        self.inner = copy.deepcopy(classifier)
+        for module in self.inner.modules():
+            if isinstance(module, nn.Conv2d):  # once, rather than at every step
+                module.to(torch.bfloat16)
+
+    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
+        """The classifier's features, rounded; `x` in [0, 1]."""
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.inner.features(x).float()
+
+    def logits(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
+        """The classifier's own readout."""
+        return self.inner.logits(features)
+
+
+def _pairs(network: ImageClassifier, probe: Tensor) -> list[tuple[str, str]]:
+    """The names of every convolution and the batch norm that is given its output, each called once."""
+    made: dict[int, str] = {}
+    alive: list[Tensor] = []  # so that no id is used again
+    found: list[tuple[str, str]] = []
+    calls: Counter[str] = Counter()
+
+    def watch(name: str, module: nn.Module) -> RemovableHandle:
+        def called(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            calls[name] += 1
+            alive.extend((inputs[0], output))
+            if isinstance(module, nn.Conv2d):
+                made[id(output)] = name
+            elif id(inputs[0]) in made:
+                found.append((made[id(inputs[0])], name))
+
+        return module.register_forward_hook(called)
+
+    hooks = [
+        watch(name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d)
+    ]  # fmt: skip
+    network.features(probe)
+    for hook in hooks:
+        hook.remove()
+    return [pair for pair in found if all(calls[name] == 1 for name in pair)]
