@@ -3,6 +3,7 @@
 An attack, an adversarial training step and the reverse attack differ in the objective that they hand in.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from models import philox
 from models.errors import ConfigError
-from models.shapes import Float, Int
+from models.shapes import Bool, Float, Int
 
 # Maps images [batch, 3, h, w] and the step's number to one loss per image [batch]. Image i's loss must depend on
 # image i alone: the gradient of the sum is then every image's own gradient.
@@ -26,10 +27,24 @@ START_STREAM = 0x5EED  # the Philox stream of random starts; views use streams f
 
 
 class Descent(NamedTuple):
-    """The last iterate [batch, 3, h, w] and the objective before each step [steps, batch]."""
+    """The last iterate [batch, 3, h, w] and the objective before each step [steps, batch]: NaN where none was taken."""
 
     image: Tensor
     losses: Tensor
+
+
+class State(NamedTuple):
+    """Between two steps: the iterate, the velocity, the losses so far [steps, batch], and who goes on (None: all)."""
+
+    x: Tensor
+    velocity: Tensor | None
+    losses: Tensor
+    going: Tensor | None
+
+    def among(self, mask: Tensor) -> "State":
+        """The state of the images of the mask alone."""
+        velocity = None if self.velocity is None else self.velocity[mask]
+        return State(self.x[mask], velocity, self.losses[:, mask], mask[mask])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +57,9 @@ class ProjectedGradient:
     start:     "zero" (the image itself) or "uniform" (seeded, in the ball)
     ramp:      a linf step is the gradient's sign where its size is above `ramp` times the image's mean size, and
                linear below: with ramp > 0 the step is a continuous function of the gradient
+    gate:      descending, an image whose first loss is at most this stays as it was received (None: no image does)
+    settle:    an image stops when the mean of its last `settle` losses is no better than that of the `settle` before
+               (0: never)
     """
 
     direction: Literal["ascend", "descend"]
@@ -52,9 +70,13 @@ class ProjectedGradient:
     start: Literal["zero", "uniform"] = "zero"
     momentum: float = 0.0
     ramp: float = 0.0
+    gate: float | None = None
+    settle: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
+        if self.gate is not None and (self.direction != "descend" or not math.isfinite(self.gate)):
+            raise ConfigError(f"gate={self.gate!r} with direction={self.direction!r}: a finite loss, of a descent")
         for name, allowed in (
             ("direction", ("ascend", "descend")),
             ("norm", ("linf", "l2")),
@@ -66,8 +88,24 @@ class ProjectedGradient:
             value = getattr(self, name)
             if not (0 <= value < float("inf")):
                 raise ConfigError(f"{name}={value!r} is not a finite number of at least 0")
-        if self.steps < 0:
-            raise ConfigError(f"steps={self.steps!r} is below 0")
+        for name in ("steps", "settle"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is below 0")
+
+    @property
+    def halts(self) -> bool:
+        """Whether an image may end before the last step."""
+        return self.gate is not None or self.settle > 0
+
+    def goes_on(self, losses: Float[Tensor, "steps batch"]) -> Bool[Tensor, " batch"]:
+        """Which images take the step whose loss is the last one."""
+        on = torch.ones_like(losses[-1], dtype=torch.bool)
+        if self.gate is not None:
+            on &= losses[0] > self.gate
+        if self.settle and len(losses) >= 2 * self.settle:
+            before, after = losses[-2 * self.settle :].unflatten(0, (2, self.settle)).mean(1)
+            on &= after < before if self.direction == "descend" else after > before
+        return on
 
     def begin(self, x0: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Float[Tensor, "batch 3 h w"]:
         """The first iterate: the image, or a seeded uniform point of the ball around it, in [0, 1]."""
@@ -131,22 +169,36 @@ class ProjectedGradient:
         with torch.inference_mode(False), torch.enable_grad():
             if x0.is_inference():
                 x0, seeds = x0.clone(), seeds.clone()
-            *_, (x, _, losses) = self.steps_from(x0.detach(), objective, seeds)
-        return Descent(x, losses)
+            *_, last = self.steps_from(x0.detach(), objective, seeds)
+        return Descent(last.x, last.losses)
 
     def steps_from(
-        self, x0: Float[Tensor, "batch 3 h w"], objective: Objective, seeds: Int[Tensor, " batch"]
-    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """The iterate, the velocity and the losses so far [steps, batch]: at the start, and after every step."""
-        x, velocity, losses = self.begin(x0, seeds), None, x0.new_zeros((0, len(x0)))
-        yield x, velocity, losses
-        for step in range(self.steps):
-            x = x.detach().requires_grad_()
+        self,
+        x0: Float[Tensor, "batch 3 h w"],
+        objective: Objective,
+        seeds: Int[Tensor, " batch"],
+        *,
+        state: State | None = None,
+        steps: int | None = None,
+    ) -> Iterator[State]:
+        """The state at the start, or that given, and after every step: `steps` of them, or all that are left."""
+        if state is None:
+            state = State(self.begin(x0, seeds), None, x0.new_zeros((0, len(x0))), None)
+        yield state
+        first = len(state.losses)
+        for step in range(first, self.steps if steps is None else min(first + steps, self.steps)):
+            x = state.x.detach().requires_grad_()
             loss = objective(x, step)
             (gradient,) = torch.autograd.grad(loss.sum(), x)
-            x, velocity = self.advance(x.detach(), x0, gradient, velocity)
-            losses = torch.cat((losses, loss.detach()[None]))
-            yield x, velocity, losses
+            after, velocity = self.advance(x.detach(), x0, gradient, state.velocity)
+            losses, going = torch.cat((state.losses, loss.detach()[None])), None
+            if self.halts:
+                if state.going is not None:
+                    losses[-1].masked_fill_(~state.going, float("nan"))
+                going = self.goes_on(losses)  # a NaN is no better: who has stopped stays
+                after = _where(going, after, x.detach() if step else x0)
+            state = State(after, velocity, losses, going)
+            yield state
 
     def stopped_after(self, steps: int) -> "ProjectedGradient":
         """The same loop with at most `steps` steps."""
@@ -169,10 +221,9 @@ class _Unrolled(torch.autograd.Function):
         with torch.enable_grad():
             states = list(loop.steps_from(x0.detach(), objective, seeds))
         ctx.x0, ctx.loop, ctx.objective, ctx.seeds = x0.detach(), loop, objective, seeds
-        ctx.states = [(x, velocity) for x, velocity, _ in states[:-1]]
-        image, _, losses = states[-1]
-        ctx.mark_non_differentiable(losses)
-        return image.clone(), losses
+        ctx.states, last = states, states[-1]
+        ctx.mark_non_differentiable(last.losses)
+        return last.x.clone(), last.losses
 
     @staticmethod
     def backward(ctx: Any, to_image: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
@@ -181,7 +232,7 @@ class _Unrolled(torch.autograd.Function):
         with torch.enable_grad():
             x0 = ctx.x0.requires_grad_()
             for step in reversed(range(loop.steps)):
-                x, velocity = ctx.states[step]
+                x, velocity, _, _ = ctx.states[step]
                 inputs = [x.detach().requires_grad_(), x0]
                 if velocity is not None:
                     inputs.append(velocity.detach().requires_grad_())
@@ -189,6 +240,8 @@ class _Unrolled(torch.autograd.Function):
                 loss = ctx.objective(inputs[0], step)
                 (gradient,) = torch.autograd.grad(loss.sum(), inputs[0], create_graph=True)
                 after, after_velocity = loop.advance(inputs[0], x0, gradient, velocity, smooth_backward=True)
+                if (going := ctx.states[step + 1].going) is not None:
+                    after = _where(going, after, inputs[0] if step else x0)
                 outputs, flowing = [after], [to_image]
                 if after_velocity is not None and to_velocity is not None:
                     outputs, flowing = [after, after_velocity], [to_image, to_velocity]
@@ -197,6 +250,11 @@ class _Unrolled(torch.autograd.Function):
                 to_velocity = rest[0] if rest else None
             (through,) = torch.autograd.grad(loop.begin(x0, ctx.seeds), x0, to_image)
         return to_x0 + through, None, None, None
+
+
+def _where(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """`one` for the images of the mask, `other` for the rest."""
+    return torch.where(mask[:, None, None, None], one, other)
 
 
 def _l2(delta: Tensor) -> Tensor:

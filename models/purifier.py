@@ -10,10 +10,12 @@ from models.classifier import ImageClassifier
 from models.projected_gradient import Descent, Objective, ProjectedGradient
 from models.shapes import Float, Int
 
+COMPACT_EVERY = 5  # steps
+
 
 class Trace(NamedTuple):
-    """What happened: the loss before each step on that step's views, and before and after all of them on other views
-    that no step used; the distance |z - x0|∞ and |z - x0|₂ in pixel units of [0, 1].
+    """What happened: the loss before each step on that step's views (NaN after an image's last), and before and after
+    all of them on other views that no step used; the distance |z - x0|∞ and |z - x0|₂ in pixel units of [0, 1].
     """
 
     losses: Float[Tensor, "steps batch"]
@@ -51,7 +53,23 @@ class Purifier(nn.Module):
         self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"], unrolled: bool = False
     ) -> Descent:
         """The steps alone: images in [0, 1], each with its own seed; see ProjectedGradient.run for `unrolled`."""
+        if self.loop.halts and not unrolled:
+            return self._descend_those_left(x, seeds)
         return self.loop.run(x, self.objective(x, seeds), seeds=seeds, unrolled=unrolled)
+
+    def _descend_those_left(self, x: Tensor, seeds: Tensor) -> Descent:
+        """The same steps, without the images that have ended: after the first step, and then after every few."""
+        with torch.inference_mode(False), torch.enable_grad():
+            x0, seeds = x.detach().clone(), seeds.clone()
+            image, losses = x0.clone(), x0.new_full((self.loop.steps, len(x0)), float("nan"))
+            left, state = torch.arange(len(x0), device=x0.device), None
+            while state is None or (len(left) and len(state.losses) < self.loop.steps):
+                part = x0[left], self.objective(x0[left], seeds[left]), seeds[left]
+                *_, state = self.loop.steps_from(*part, state=state, steps=COMPACT_EVERY if state else 1)
+                image[left], losses[: len(state.losses), left] = state.x, state.losses
+                if state.going is not None:
+                    left, state = left[state.going], state.among(state.going)
+        return Descent(image, losses)
 
     def forward(self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"]) -> Purified:
         """Purify images in [0, 1], each with its own seed, and say what happened."""

@@ -15,7 +15,8 @@ from models.projected_gradient import ProjectedGradient
 from models.purifier import NoPurifier, Purifier
 
 LOOP_KEYS = {
-    "steps": int, "step_size": Fraction, "epsilon": Fraction, "momentum": Fraction, "start": str, "norm": str
+    "steps": int, "step_size": Fraction, "epsilon": Fraction, "momentum": Fraction, "start": str, "norm": str,
+    "settle": int, "gate": Fraction,
 }  # fmt: skip
 REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction}
 NEGATIVES_KEYS = {"negatives": str, "count": int, "fraction": Fraction}

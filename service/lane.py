@@ -34,19 +34,20 @@ class Slot:
     step: int = 0
     velocity: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
-    gone: bool = False
+    halted: bool = False
 
     @property
     def finished(self) -> bool:
         """Whether its last step is done."""
-        return self.stage is None or self.step >= self.stage.loop.steps
+        return self.stage is None or self.halted or self.step >= self.stage.loop.steps
 
     @property
     def passes_left(self) -> int:
         """Its work from here on, in images forward through the classifier."""
         if self.stage is None:
             return 1
-        return (self.stage.loop.steps - self.step) * step_passes(self.stage.rows) + finish_passes(self.stage.rows)
+        steps = 0 if self.halted else self.stage.loop.steps - self.step
+        return steps * step_passes(self.stage.rows) + finish_passes(self.stage.rows)
 
 
 class Ended(NamedTuple):
@@ -164,11 +165,15 @@ class Lane:
         parts = _by_stage(slots)
         states = [(stage, self._state(part)) for stage, part in parts]
         stepped = self.stepper.step(states)
-        for (_, part), after in zip(parts, stepped, strict=True):
+        for (stage, part), after in zip(parts, stepped, strict=True):
+            losses = after.losses.cpu() if stage.loop.halts else after.losses
             for i, slot in enumerate(part):
-                slot.x = after.x[i]
+                slot.losses.append(losses[i])
+                if stage.loop.halts and not stage.loop.goes_on(torch.stack(slot.losses)[:, None]):
+                    slot.halted, slot.x = True, slot.x if slot.step else slot.x0
+                else:
+                    slot.x = after.x[i]
                 slot.velocity = None if after.velocity is None else after.velocity[i]
-                slot.losses.append(after.losses[i])
                 slot.step += 1
 
     def _finish(self, slots: list[Slot]) -> list[Ended]:
