@@ -77,9 +77,7 @@ def main(arguments: list[str]) -> int:
     except UnperturbError as error:
         print(f"benchmarks/preset_sweep.py: {error}", file=sys.stderr)
         return 2
-    held_out = loaded.card.data["held_out_of_train"]
-    _, held = data.hold_out(dataset.train, held_out, seed=loaded.card.training["seed"])
-    images, labels = (t[: config.n].to(config.device) for t in held)
+    images, labels = data.first(data.kept_back(dataset, loaded.card), config.n, torch.device(config.device))
     made = points.make_points(
         loaded.classifier, images, labels, epsilon=config.epsilon, steps=20, seed=config.seed, batch=config.batch
     )

@@ -45,7 +45,8 @@ class HeadCard:
 class Card:
     """What `card.json` holds; an unknown key is refused.
 
-    `training`, `head_training` and `figures` are the resolved configurations and measurements, as JSON.
+    `training`, `head_training` and `figures` are the resolved configurations and measurements, as JSON; `gates`, by
+    preset, the first losses up to which images are left as they are (`loss`), and how they were found.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Card:
     readout: ReadoutCard = field(default_factory=ReadoutCard)
     head_training: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
     schema_version: int = SCHEMA_VERSION
@@ -196,7 +198,20 @@ def read_card(folder: Path) -> Card:
     card = Card(**_tuples(values))
     if len(card.classes) != card.architecture.num_classes:
         raise CheckpointError(f"{file} names {len(card.classes)} classes for {card.architecture.num_classes} outputs")
+    for preset, gate in card.gates.items():
+        if not isinstance(gate, dict) or not isinstance(gate.get("loss"), float) or not math.isfinite(gate["loss"]):
+            raise CheckpointError(f"{file}: the gate of {preset!r} has no finite loss")
     return card
+
+
+def gate_of(card: Card, preset: str) -> float:
+    """The first loss up to which that preset leaves an image as it is; CheckpointError where none was measured."""
+    if preset not in card.gates:
+        raise CheckpointError(
+            f"checkpoint {card.id!r} has no gate for the preset {preset!r}; measure one: "
+            "python -m training gate --checkpoint … --data …"
+        )
+    return float(card.gates[preset]["loss"])
 
 
 def read_object(file: Path) -> dict[str, Any]:

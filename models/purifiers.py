@@ -7,7 +7,7 @@ from typing import Any
 
 from models import anti_adversary, hedge, reverse_attack
 from models.anti_adversary import AntiAdversary
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, gate_of
 from models.defended import reverse_attack_of
 from models.errors import ConfigError
 from models.hedge import Hedge
@@ -28,8 +28,14 @@ def _none(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) 
 
 
 def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
-    config = reverse_attack.preset(words[0] if words else "default")
+    name = words[0] if words else "default"
+    config = reverse_attack.preset(name)
     _refuse("reverse-attack", words[1:], changes, {**LOOP_KEYS, **REVERSE_ATTACK_KEYS, **NEGATIVES_KEYS})
+    if changes.get("gate") == "auto":
+        others = [key for key in changes if key in {**REVERSE_ATTACK_KEYS, **NEGATIVES_KEYS, "start": str}]
+        if others:
+            raise ConfigError(f"gate=auto was measured for the preset's own {others[0]}; give the gate as a number")
+        changes = {**changes, "gate": repr(gate_of(checkpoint.card, name))}
 
     def among(keys: Mapping[str, object]) -> dict[str, str]:
         return {key: value for key, value in changes.items() if key in keys}

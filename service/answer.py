@@ -39,7 +39,10 @@ class Unpurified(BaseModel):
 
 
 class Purification(BaseModel):
-    """What the purifier did; all null but `applied` where it was not asked to. Distances in units of [0, 1]."""
+    """What the purifier did; all null but `applied` where it was not asked to. Distances in units of [0, 1].
+
+    `applied` is false, too, where `purify=auto` left the image as it is.
+    """
 
     applied: bool
     preset: str | None = None
@@ -159,9 +162,9 @@ def _purification(outcome: Outcome, preset: str | None, *, changed: bool, image:
         return Purification(applied=False)
     config = PRESETS[preset]
     return Purification(
-        applied=True,
+        applied=outcome.steps > 0,
         preset=preset,
-        steps=config.loop.steps,
+        steps=outcome.steps,
         views=config.views,
         epsilon=config.loop.epsilon,
         loss_before=outcome.loss_before,

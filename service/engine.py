@@ -182,11 +182,12 @@ class Engine:
 
     async def submit(
         self, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seeds: Sequence[int],
-        deadline: float, wants_image: bool = False, begun: bool = False,
+        deadline: float, wants_image: bool = False, begun: bool = False, gate: float | None = None,
     ) -> list[Outcome]:  # fmt: skip
         """The outcomes of one request's images (uint8, or float32 in [0, 1]), each with its seed; all, or an error.
 
         begun: work has been done for this request already, so that it is not refused for the work of others.
+        gate: a first loss up to which an image is left as it is.
         Raises NotReadyError where they cannot be taken, DeadlineError past `deadline` (time.monotonic's clock),
         and what the model raised. Cancelling it frees the slots at the next step.
         """
@@ -194,7 +195,7 @@ class Engine:
             raise NotReadyError(self.not_ready or "the service is not ready")
         loop = asyncio.get_running_loop()
         jobs = [
-            Job(next(self._ids), model, image, stage, seed, wants_image, loop, loop.create_future())
+            Job(next(self._ids), model, image, stage, seed, wants_image, loop, loop.create_future(), gate)
             for image, seed in zip(images, seeds, strict=True)
         ]
         with self._changed:
@@ -232,7 +233,9 @@ class Engine:
                 left.append(job)
                 continue
             job.worker = worker
-            worker.give(Work(job.id, job.model.number, job.image, job.stage, job.seed, job.wants_image, job.queued_at))
+            worker.give(
+                Work(job.id, job.model.number, job.image, job.stage, job.seed, job.wants_image, job.queued_at, job.gate)
+            )
         self._waiting = left
 
     def _forget(self, jobs: Sequence[Job]) -> None:

@@ -120,12 +120,12 @@ class Gateway:
 
     async def run(
         self, ticket: Ticket, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seed: int,
-        wants_image: bool = False, begun: bool = False,
+        wants_image: bool = False, begun: bool = False, gate: float | None = None,
     ) -> list[Outcome]:  # fmt: skip
-        """Through the engine, each image with the seed; `begun` as Engine.submit has it."""
+        """Through the engine, each image with the seed; `begun` and `gate` as Engine.submit has them."""
         work = self.engine.submit(
             model, images, stage=stage, seeds=[seed] * len(images), deadline=ticket.deadline, wants_image=wants_image,
-            begun=begun,
+            begun=begun, gate=gate,
         )  # fmt: skip
         outcomes = await self._while_waited_for(ticket, stage or "classify", work)
         for outcome in outcomes:

@@ -27,6 +27,7 @@ class Job:
     wants_image: bool
     loop: asyncio.AbstractEventLoop
     future: "asyncio.Future[Outcome]"
+    gate: float | None = None
     queued_at: float = field(default_factory=time.monotonic)
     worker: WorkerHandle | None = None
 

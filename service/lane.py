@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from models.captured import Execution, Stepper
 from models.checkpoint import Checkpoint
 from models.continuous import Slots, Stage, features_of
 from models.errors import UnprocessableError
+from models.projected_gradient import ProjectedGradient
 from service.cost import Spent
 from service.messages import Outcome, Work
 from service.stages import ATTACK, finish_passes, passes, stages_of, step_passes
@@ -35,6 +36,12 @@ class Slot:
     velocity: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
     halted: bool = False
+
+    @property
+    def loop(self) -> ProjectedGradient:
+        """Its stage's, with its own gate."""
+        assert self.stage is not None
+        return self.stage.loop if self.work.gate is None else replace(self.stage.loop, gate=self.work.gate)
 
     @property
     def finished(self) -> bool:
@@ -165,16 +172,15 @@ class Lane:
         parts = _by_stage(slots)
         states = [(stage, self._state(part)) for stage, part in parts]
         stepped = self.stepper.step(states)
-        for (stage, part), after in zip(parts, stepped, strict=True):
-            losses = after.losses.cpu() if stage.loop.halts else after.losses
+        for (_, part), after in zip(parts, stepped, strict=True):
+            losses = after.losses.cpu()  # they say who goes on
             for i, slot in enumerate(part):
                 slot.losses.append(losses[i])
-                if stage.loop.halts and not stage.loop.goes_on(torch.stack(slot.losses)[:, None]):
+                slot.velocity = None if after.velocity is None else after.velocity[i]
+                if slot.loop.halts and not slot.loop.goes_on(torch.stack(slot.losses)[:, None]):
                     slot.halted, slot.x = True, slot.x if slot.step else slot.x0
                 else:
-                    slot.x = after.x[i]
-                slot.velocity = None if after.velocity is None else after.velocity[i]
-                slot.step += 1
+                    slot.x, slot.step = after.x[i], slot.step + 1
 
     def _finish(self, slots: list[Slot]) -> list[Ended]:
         """The losses before and after on new views, and both classifications, in one pass through the classifier."""
@@ -214,7 +220,7 @@ class Lane:
             if slot.stage is not None:
                 outcome = outcome._replace(
                     image=slot.x.cpu().numpy().copy() if slot.work.wants_image else None,
-                    losses=tuple(torch.stack(slot.losses).tolist()) if slot.losses else (),
+                    steps=slot.step, losses=tuple(torch.stack(slot.losses).tolist()) if slot.losses else (),
                     loss_before=loss_before[i], loss_after=loss_after[i],
                     linf=linf[i],
                 )  # fmt: skip

@@ -11,14 +11,16 @@ from service.cost import Cost
 class Outcome(NamedTuple):
     """One image's softmax scores after and before its stage, what the stage did, and timings in ms.
 
-    For an image without a stage both scores are the same, and the fields of the stage None or empty. `losses` are those
-    before each step on that step's views; `loss_before` and `loss_after` are on views that no step used. `linf` is in
-    pixel units of [0, 1]; `image` [3, size, size], in [0, 1], is there where it was asked for.
+    For an image without a stage both scores are the same, and the fields of the stage None or empty. `steps` are those
+    that it took, `losses` those before each on that step's views, and the one that ended it early; `loss_before` and
+    `loss_after` are on views that no step used. `linf` is in pixel units of [0, 1]; `image` [3, size, size], in [0, 1],
+    is there where it was asked for.
     """
 
     scores: NDArray[np.float32]
     unpurified_scores: NDArray[np.float32]
     image: NDArray[np.float32] | None = None
+    steps: int = 0
     losses: tuple[float, ...] = ()
     loss_before: float | None = None
     loss_after: float | None = None
@@ -43,7 +45,10 @@ class Unload(NamedTuple):
 
 
 class Work(NamedTuple):
-    """To a worker: one image [3, size, size], uint8 or float32 in [0, 1]; `queued_at` is time.monotonic()."""
+    """To a worker: one image [3, size, size], uint8 or float32 in [0, 1]; `queued_at` is time.monotonic().
+
+    gate: a first loss up to which it is left as it is; None: it is not
+    """
 
     id: int
     model: int
@@ -52,6 +57,7 @@ class Work(NamedTuple):
     seed: int
     wants_image: bool
     queued_at: float
+    gate: float | None = None
 
 
 class Gone(NamedTuple):

@@ -1,18 +1,13 @@
 """Images that end before the last step: gated at the first, or settled."""
 
-import asyncio
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 
 from models.errors import ConfigError
 from models.projected_gradient import ProjectedGradient
-from models.reverse_attack import PRESETS, ReverseAttackConfig
-from service.engine import Engine
+from models.reverse_attack import ReverseAttackConfig
 from tests.conftest import make_config, make_defended
-from tests.engines import submit, uint8
 
 TABLE = torch.tensor([
     [1.0, 5.0, 5.0, 5.0],
@@ -111,22 +106,6 @@ def test_images_left_out_of_later_batches_end_as_in_the_whole_one(images: torch.
     for other in (whole.image, torch.cat([one.image for one in alone])):
         assert differing(found.image, other) < 0.01
     assert torch.equal(found.losses.isnan(), torch.cat([one.losses for one in alone], dim=1).isnan())
-
-
-def test_service_ends_images_as_the_purifier_does(
-    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = some_end(images)
-    monkeypatch.setitem(PRESETS, "halting", config)
-    purifier = make_defended(config).purifier
-    expected = purifier.descend(images, seeds=torch.zeros(8, dtype=torch.int64))
-    outcomes = asyncio.run(submit(engines(slots=4), uint8(images), "halting", seed=0, wants_image=True))
-    for outcome, image, losses in zip(outcomes, expected.image, expected.losses.T, strict=True):
-        known = losses[~losses.isnan()]
-        assert len(outcome.losses) == len(known)
-        assert np.allclose(outcome.losses, known, atol=1e-2)
-        assert outcome.image is not None
-        assert differing(torch.from_numpy(outcome.image), image) < 0.01
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from models.errors import UnperturbError
 from models.options import parse
 from training.classifier import ClassifierConfig, train_classifier
+from training.gate import GateConfig, set_gates
 from training.generator import GeneratorConfig, train_generator
 from training.head import HeadConfig, train_head
 from training.knn import KnnConfig, make_knn
@@ -15,6 +16,7 @@ from training.pretrain import PretrainConfig, pretrain
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "classifier": (ClassifierConfig, train_classifier),
     "head": (HeadConfig, train_head),
+    "gate": (GateConfig, set_gates),
     "pretrain": (PretrainConfig, pretrain),
     "linear": (LinearConfig, train_linear),
     "knn": (KnnConfig, make_knn),

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from models.checkpoint import Card
 from models.errors import ConfigError, DataError
 from models.pixels import to_rgb, to_size
 from models.shapes import Int, UInt8
@@ -171,6 +172,13 @@ def resident(split: Split, device: torch.device) -> Split:
         raise DataError(
             f"{len(split.labels)} images ({size:.1f} GiB) do not fit on {device}; use smaller images"
         ) from error
+
+
+def kept_back(dataset: DataSet, card: Card) -> Split:
+    """The training images that the checkpoint's training held out; ConfigError where its card does not say."""
+    if "held_out_of_train" not in card.data or "seed" not in card.training:
+        raise ConfigError(f"the card of {card.id!r} does not say which training images were held out")
+    return hold_out(dataset.train, card.data["held_out_of_train"], seed=card.training["seed"])[1]
 
 
 def first(split: Split, count: int, device: torch.device) -> Split:

@@ -45,7 +45,7 @@ def router(gateway: Gateway) -> APIRouter:
                 gateway.count(ticket, len(upload.files)),
                 gateway.engine.models.use(wanted.model) as model,
             ):
-                top_k = wanted.classes(model)
+                top_k, gate = wanted.classes(model), wanted.gate(model, default)
                 read = time.perf_counter()
                 decoded = await gateway.decode(ticket, upload, model)
                 decode_ms = (time.perf_counter() - read) * 1000
@@ -56,6 +56,7 @@ def router(gateway: Gateway) -> APIRouter:
                     stage=preset,
                     seed=wanted.seed,
                     wants_image=wanted.return_image,
+                    gate=gate,
                 )
             one_answer = partial(
                 answer, model=model, request_id=ticket.id, preset=preset, top_k=top_k,

@@ -131,6 +131,7 @@ def router(gateway: Gateway) -> APIRouter:
                 outcomes = await gateway.run(
                     ticket, model, list(images), stage=preset, seed=wanted.seed,
                     wants_image=any(output.name == "purified" for output in asked.outputs),
+                    gate=wanted.gate(model, settings.preset),
                 )  # fmt: skip
         names = [output.name for output in asked.outputs] or DEFAULT_OUTPUTS
         outputs = {name: OUTPUTS[name](outcomes) for name in names}

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from models.errors import UnprocessableError
+from models.checkpoint import gate_of
+from models.errors import CheckpointError, UnprocessableError
 from models.reverse_attack import PRESETS
 from service.served import Model
 
@@ -36,11 +37,20 @@ class Purify(BaseModel):
 class PurifyOrNot(Purify):
     """And whether it runs."""
 
-    purify: Literal["always", "never"] = Field("always", description="run the reverse attack first")
+    purify: Literal["always", "auto", "never"] = Field(
+        "always", description="run the reverse attack first; auto: but for images whose loss is that of clean ones"
+    )
 
     def stage(self, default: str) -> str | None:
         """The preset that its images go through, `default` where none is named; None without purification."""
-        return (self.preset or default) if self.purify == "always" else None
+        return None if self.purify == "never" else self.preset or default
+
+    def gate(self, model: Model, default: str) -> float | None:
+        """The first loss up to which an image is left as it is; UnprocessableError where the model has none."""
+        try:
+            return gate_of(model.card, self.preset or default) if self.purify == "auto" else None
+        except CheckpointError as error:
+            raise UnprocessableError(f"purify: {error}") from error
 
 
 class Classify(PurifyOrNot):
