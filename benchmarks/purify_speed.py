@@ -37,6 +37,7 @@ from training import data
 HEAD = HeadCard(hidden=128, embedding_dim=8, temperature=0.2)
 BANK = 2000
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrix product that the device's rate is measured with
+COPY = {"cpu": 1 << 24, "cuda": 1 << 28}  # numbers in the copy that its bandwidth is measured with
 Run = Callable[[], object]
 
 
@@ -178,7 +179,7 @@ def device_rate(device: torch.device, precision: Precision) -> float:
 
 def device_bandwidth(device: torch.device) -> float:
     """Bytes per second of a copy, read and written."""
-    one = torch.zeros(1 << 26, device=device)
+    one = torch.zeros(COPY[device.type], device=device)
     other, best = torch.empty_like(one), float("inf")
     for _ in range(12):
         started = clock(device)

@@ -21,23 +21,16 @@ from service.version import VERSION
 from service.worker import WorkerConfig
 
 
-def create_app(
-    settings: Settings | None = None,
+def make_engine(
+    settings: Settings,
+    metrics: Metrics,
     *,
     on_failure: Callable[[str], None] | None = None,
     handle: Callable[..., WorkerHandle] = WorkerHandle,
-    warm_first: bool = False,
-) -> FastAPI:
-    """The service; loads the checkpoint (CheckpointError says what is wrong with it), warms up after start.
-
-    on_failure is called, from a thread, when the service can never serve again and its process should be restarted;
-    handle hosts a worker; warm_first ends the app's start-up only after the warm-up, for a router that asks no /readyz.
-    """
-    settings = settings or Settings()
-    tracer = tracing.set_up()
-    metrics = Metrics()
+) -> Engine:
+    """The engine as set, not started."""
     threads = settings.threads or max(1, (os.cpu_count() or 1) // len(settings.devices))
-    engine = Engine(
+    return Engine(
         settings.checkpoint,
         workers=[
             WorkerConfig(
@@ -57,6 +50,24 @@ def create_app(
         on_failure=on_failure,
         handle=handle,
     )
+
+
+def create_app(
+    settings: Settings | None = None,
+    *,
+    on_failure: Callable[[str], None] | None = None,
+    handle: Callable[..., WorkerHandle] = WorkerHandle,
+    warm_first: bool = False,
+) -> FastAPI:
+    """The service; loads the checkpoint (CheckpointError says what is wrong with it), warms up after start.
+
+    on_failure is called, from a thread, when the service can never serve again and its process should be restarted;
+    handle hosts a worker; warm_first ends the app's start-up only after the warm-up, for a router that asks no /readyz.
+    """
+    settings = settings or Settings()
+    tracer = tracing.set_up()
+    metrics = Metrics()
+    engine = make_engine(settings, metrics, on_failure=on_failure, handle=handle)
     metrics.watch(
         queue_length=lambda: engine.waiting,
         slots_in_use=lambda: engine.in_slots,

@@ -3,10 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import preset_sweep, purification, readme, results
+from benchmarks import preset_sweep, purification, purify_speed, readme, results
 from benchmarks.published_procedure import PublishedProcedure
 from models import checkpoint
+from models.captured import Stepper
+from models.folding import prepared
 from models.reverse_attack import PRESETS
 from tests.conftest import make_checkpoint
 from tests.test_training import classifier_arguments
@@ -85,3 +88,42 @@ def test_published_procedure_depends_on_the_batchmates_as_the_reverse_attack_doe
     other = procedure(torch.cat((images[:1], images[5:])))
     assert ((first - images[:4]).abs() <= 8 / 255 + 1e-6).all()
     assert not torch.allclose(first[0], other[0])
+
+
+def test_speed_of_every_way_is_measured_beside_the_published_procedure(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(purify_speed, "PRESETS", {name: PRESETS["default"] for name in ("default", "published")})
+    monkeypatch.setitem(purify_speed.MATRIX, "cpu", 64)
+    out = tmp_path / "speed.json"
+    arguments = ["--checkpoint", str(tiny_folder), "--batch", "1", "--batch", "3", "--steps", "2", "--views", "3",
+                 "--blocks", "2", "--device", "cpu", "--out", str(out)]  # fmt: skip
+    assert purify_speed.main(arguments) == 0
+    found = json.loads(out.read_text())["results"]
+    assert found["batches"].keys() == {"1", "3"}
+    for cells in found["batches"].values():
+        assert cells.keys() == {"published procedure", "eager", "preset default", "preset published"}
+        assert cells["published procedure"]["times_published_procedure"] == 1
+        assert len(cells["eager"]["seconds"]) == 2
+    three = found["batches"]["3"]["eager"]
+    assert three["passes_per_s"] == pytest.approx(three["images_per_s"] * 2 * 3)
+    # of one step of one view: forward and the input's gradient, which is as much again
+    loaded = checkpoint.load(tiny_folder)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loaded.classifier.features(torch.rand(1, 3, 32, 32))
+    per_pass = three["flop_per_s"] / three["passes_per_s"]
+    assert 1.7 < per_pass / counter.get_total_flops() < 2.4
+
+
+def test_ways_are_compared_by_label(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    settings = {"checkpoint": str(tiny_folder), "data": str(image_folder), "n": 10, "steps": 2, "cache": tmp_path}
+    config = purify_speed.Config(device="cpu", **settings)  # type: ignore[arg-type]
+    ways = purify_speed.Ways(config, checkpoint.load(tiny_folder))
+    ways.rounded = prepared(checkpoint.load(tiny_folder))
+    ways.steppers["captured"] = Stepper(ways.rounded.classifier, ways.device, execution="captured")
+    found = purify_speed.agreement(config, ways)["captured"]
+    assert found == {"n": 10, "same_label": 1.0, "largest_margin_of_the_differing": None}
+    ways.rounded.classifier.get_submodule("linear").weight.data.neg_()  # type: ignore[operator]
+    found = purify_speed.agreement(config, ways)["captured"]
+    assert found["same_label"] < 1
+    assert found["largest_margin_of_the_differing"] > 0

@@ -2,15 +2,17 @@
 
 import asyncio
 import io
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from aiohttp import web
 from PIL import Image
 
-from benchmarks import faults, hostile, load, open_loop, side_by_side
+from benchmarks import faults, hostile, http_cost, load, open_loop, side_by_side
 from benchmarks.open_loop import Prepared, Sent
 from models.errors import ConfigError
 
@@ -107,3 +109,16 @@ def test_processes_of_a_tree_are_found() -> None:
             one.kill()
         process.wait()
         process.stdout.close()
+
+
+def test_service_is_compared_with_its_engine_at_saturation(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "http.json"
+    arguments = ["--checkpoint", str(tiny_folder), "--clients", "3", "--seconds", "0.5", "--turns", "2", "--device",
+                 "cpu", "--out", str(out)]  # fmt: skip
+    assert http_cost.main(arguments) == 0
+    found = json.loads(out.read_text())["results"]
+    assert len(found["engine_images_per_s"]) == len(found["service_images_per_s"]) == 2
+    assert all(value > 0 for value in found["engine_images_per_s"])
+    pairs = zip(found["service_images_per_s"], found["engine_images_per_s"], strict=True)
+    ratios = [one / other for one, other in pairs]
+    assert min(ratios) <= found["share"] <= max(ratios)

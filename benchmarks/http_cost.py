@@ -1,0 +1,129 @@
+"""`python benchmarks/http_cost.py`: what HTTP and decoding cost, at saturation.
+
+The same images through the engine alone, which is handed pixels, and through the service, which is sent PNG files by
+clients on the same machine; in turn, the median of several turns.
+"""
+
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import open_loop, results
+from models.errors import ConfigError, UnperturbError
+from models.options import as_json, option, parse
+from service.app import make_engine
+from service.decode import decode
+from service.engine import Engine
+from service.metrics import Metrics
+from service.settings import Settings
+
+PATIENCE = 1000.0  # nobody is refused: the excess waits
+WARM_UP_S = 900.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Saturate the engine and the service."""
+
+    checkpoint: str = option("shipped name or folder", "default")
+    preset: str = option("of the purifier", "default")
+    clients: int = option("requests in progress; more than the slots", 32)
+    seconds: float = option("for each turn", 15.0)
+    turns: int = option("of each", 5)
+    seed: int = option("of the images", 0)
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+    out: Path = option("result file", results.FOLDER / "http_cost.json")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if min(self.clients, self.turns) < 1 or self.seconds <= 0:
+            raise ConfigError("clients, turns and seconds must be above 0")
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Images a second of both, a figure for each turn."""
+    settings = Settings(
+        checkpoint=config.checkpoint, device=config.device, patience=PATIENCE, preset=config.preset,
+        log_level="warning",
+    )  # fmt: skip
+    port = open_loop.free_port()
+    environment = {
+        "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device,
+        "UNPERTURB_PRESET": config.preset, "UNPERTURB_PATIENCE": str(PATIENCE), "UNPERTURB_LOG_LEVEL": "warning",
+    }  # fmt: skip
+    files = open_loop.photos(64, seed=config.seed)
+    engine = make_engine(settings, Metrics())
+    engine.start()
+    if not engine.warm.wait(WARM_UP_S):
+        raise ConfigError(f"the engine has not warmed up: {engine.failure}")
+    alone: list[float] = []
+    served: list[float] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_loop.running(
+            open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
+        ),
+    ):
+        for _ in range(config.turns):
+            alone.append(asyncio.run(through_engine(engine, files, config)))
+            served.append(through_http(f"http://127.0.0.1:{port}", files, config))
+            print(f"engine {alone[-1]:.1f} images/s, service {served[-1]:.1f} images/s", file=sys.stderr)
+    engine.stop(10.0)
+    middle = statistics.median(one / other for one, other in zip(served, alone, strict=True))
+    return {"engine_images_per_s": alone, "service_images_per_s": served, "share": middle}
+
+
+async def through_engine(engine: Engine, files: list[bytes], config: Config) -> float:
+    """Images a second without HTTP or decoding."""
+    with engine.models.use(None) as model:
+        pixels = [decode(file, size=model.image_size, max_pixels=1 << 20).pixels for file in files]
+        started, done = time.perf_counter(), 0
+
+        async def client(number: int) -> None:
+            nonlocal done
+            while time.perf_counter() - started < config.seconds:
+                deadline = time.monotonic() + open_loop.REQUEST_TIMEOUT_S
+                image = pixels[(number + done) % len(pixels)]
+                await engine.submit(model, [image], stage=config.preset, seeds=[0], deadline=deadline)
+                done += 1
+
+        await asyncio.gather(*(client(number) for number in range(config.clients)))
+        return done / (time.perf_counter() - started)
+
+
+def through_http(url: str, files: list[bytes], config: Config) -> float:
+    """Images a second of the service."""
+    requests = [open_loop.Prepared("/classify", file) for file in files]
+    started = time.perf_counter()
+    sent = asyncio.run(
+        open_loop.saturate(url, requests, clients=config.clients, seconds=config.seconds, seed=config.seed)
+    )
+    lasted = time.perf_counter() - started
+    statuses = {one.status for one in sent}
+    if statuses != {200}:
+        raise ConfigError(f"the service answered {sorted(statuses)}: it was not measured")
+    return len(sent) / lasted
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and write the result file."""
+    try:
+        config = parse(Config, arguments, program="benchmarks/http_cost.py")
+        found = measure(config)
+    except UnperturbError as error:
+        print(f"benchmarks/http_cost.py: {error}", file=sys.stderr)
+        return 2
+    results.write(config.out, script="benchmarks/http_cost.py", config=as_json(config), results=found)
+    print(f"the service does {found['share']:.1%} of the engine's images a second")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
