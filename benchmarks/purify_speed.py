@@ -1,9 +1,10 @@
 """`python benchmarks/purify_speed.py`: a purification's cost, beside the published procedure and the device's limit.
 
 Ways to take the same steps with the same views and weights, in turn in one run, medians of repeated blocks: the
-published procedure as it is described, this project's loop in eager PyTorch, captured (on a GPU), compiled; then the
-presets, in the fastest way. The limit is the device's own: its rate at a large matrix product, in the backbone's
-precision. Needs torch alone; any GPU with PyTorch will do.
+published procedure as it is described, this project's loop in eager PyTorch, captured (on a GPU), compiled; and the
+presets, in the way that was fastest in a trial. The limit is the device's own: its rate at a large matrix product, in
+the precision of the way. float32 is what PyTorch makes of it: on a GPU convolutions take TF32, and so does the product
+that their rate is measured with. Needs torch alone; any GPU with PyTorch will do.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ HEAD = HeadCard(hidden=128, embedding_dim=8, temperature=0.2)
 BANK = 2000
 MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrix product that the device's rate is measured with
 COPY = {"cpu": 1 << 24, "cuda": 1 << 28}  # numbers in the copy that its bandwidth is measured with
-Run = Callable[[], object]
+Run = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Config:
     steps: int = option("of every way but the presets", 40)
     blocks: int = option("times that each is timed, in turn; the median counts", 5)
     compiled: bool = option("also torch's compiler: a minute for every batch size", False)
-    precision: Precision = option("of the captured and compiled ways", "float32")
+    precision: Precision = option("also this one of the backbone, and of the captured and compiled ways", "float32")
     data: str = option("a data set whose first test images must keep their label in every way; empty: not checked", "")
     n: int = option("how many of them", 1000)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
@@ -84,96 +85,124 @@ def subject(config: Config) -> Checkpoint:
     return Checkpoint(card, classifier, head, bank)
 
 
+class Way(NamedTuple):
+    """One way to take steps: in which precision, on which classifier, and how."""
+
+    precision: Precision
+    ready: Checkpoint
+    stepper: Stepper
+
+    def run(self, config: ReverseAttackConfig) -> Run:
+        """Purify images."""
+        stage = Purification(reverse_attack_of(self.ready, config))
+        return lambda x, seeds: self.stepper.descend(stage, x, seeds=seeds).image
+
+
 class Ways:
-    """The same purification in several ways: name -> a function of images and seeds."""
+    """The same purification in several ways, by name."""
 
     def __init__(self, config: Config, loaded: Checkpoint) -> None:
         self.config, self.device = config, torch.device(config.device)
-        self.exact = prepared(loaded)
-        self.rounded = self.exact if config.precision == "float32" else prepared(loaded, precision=config.precision)
         loop = dataclasses.replace(PRESETS["published"].loop, steps=config.steps)
         self.base = ReverseAttackConfig(loop=loop, views=config.views)
-        executions: list[Execution] = ["captured"] if self.device.type == "cuda" else []
-        executions += ["compiled"] if config.compiled else []
-        self.steppers: dict[str, Stepper] = {"eager": Stepper(self.exact.classifier, self.device, execution="eager")}
-        for name in executions:
-            self.steppers[name] = Stepper(self.rounded.classifier, self.device, execution=name)
-        self.fastest = next(reversed(self.steppers))
+        self.plain = PublishedProcedure(subject(config), views=config.views, steps=config.steps)
+        precisions: set[Precision] = {"float32", config.precision}
+        self.rates = {name: device_rate(self.device, name) for name in precisions}
+        self.ways: dict[str, Way] = {}
+        self.add("eager", "float32", prepared(loaded), "eager")
+        ready = self.ways["eager"].ready
+        if config.precision != "float32":
+            ready = prepared(loaded, precision=config.precision)
+            self.add(f"eager, {config.precision}", config.precision, ready, "eager")
+        if self.device.type == "cuda":
+            self.add("captured", config.precision, ready, "captured")
+        if config.compiled:
+            self.add("compiled", config.precision, ready, "compiled")
 
-    def stage(self, way: str, config: ReverseAttackConfig | None = None) -> Purification:
-        """The steps of one way."""
-        ready = self.exact if way == "eager" else self.rounded
-        return Purification(reverse_attack_of(ready, config or self.base))
+    def add(self, name: str, precision: Precision, ready: Checkpoint, execution: Execution) -> None:
+        """One more way."""
+        self.ways[name] = Way(precision, ready, Stepper(ready.classifier, self.device, execution=execution))
 
-    def all(self) -> dict[str, tuple[int, int, Callable[[Tensor, Tensor], Tensor]]]:
-        """Name -> steps, views and the way itself."""
-        plain = PublishedProcedure(subject(self.config), views=self.config.views, steps=self.config.steps)
-        made: dict[str, tuple[int, int, Callable[[Tensor, Tensor], Tensor]]] = {
-            "published procedure": (self.config.steps, self.config.views, lambda x, _: plain(x))
-        }
-        for way in self.steppers:
-            made[way] = (self.config.steps, self.config.views, self.by(way, self.stage(way)))
-        for name, preset in PRESETS.items():
-            stage = self.stage(self.fastest, preset)
-            made[f"preset {name}"] = (preset.loop.steps, preset.views, self.by(self.fastest, stage))
-        return made
 
-    def by(self, way: str, stage: Purification) -> Callable[[Tensor, Tensor], Tensor]:
-        """Purify images in that way."""
-        return lambda x, seeds: self.steppers[way].descend(stage, x, seeds=seeds).image
+class Timed(NamedTuple):
+    """What is timed: its precision, steps and views."""
+
+    precision: Precision
+    steps: int
+    views: int
+    run: Run
 
 
 def measure(config: Config, ways: Ways, size: int) -> dict[str, Any]:
-    """Every way on one batch of images, in turn."""
-    device, side = ways.device, ways.exact.classifier.image_size
+    """Every way on one batch of images, in turn; before that once to warm up and once to find the fastest."""
+    device, side = ways.device, ways.ways["eager"].ready.classifier.image_size
     x = torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     seeds = torch.arange(size, device=device)
-    every = ways.all()
+    every = {"published procedure": Timed("float32", config.steps, config.views, lambda x, _: ways.plain(x))}
+    for name, way in ways.ways.items():
+        every[name] = Timed(way.precision, config.steps, config.views, way.run(ways.base))
+    memory = {name: _peak(device, one.run, x, seeds) for name, one in every.items()}
+    trial = {name: _seconds(device, every[name].run, x, seeds) for name in ways.ways}
+    fastest = min(trial, key=lambda name: trial[name])
+    for name, preset in PRESETS.items():
+        way = ways.ways[fastest]
+        every[f"preset {name}"] = Timed(way.precision, preset.loop.steps, preset.views, way.run(preset))
+        memory[f"preset {name}"] = _peak(device, every[f"preset {name}"].run, x, seeds)
     spent: dict[str, list[float]] = {name: [] for name in every}
-    memory: dict[str, int | None] = {}
-    for block in range(-1, config.blocks):  # the first warms up
-        for name, (_, _, run) in every.items():
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            started = clock(device)
-            run(x, seeds)
-            if block >= 0:
-                spent[name].append(clock(device) - started)
-            memory[name] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    flop = step_flop(ways, x, seeds)
-    found = {}
-    for name, (steps, views, _) in every.items():
-        seconds = statistics.median(spent[name])
-        per_view = flop / config.views / size
+    for _ in range(config.blocks):
+        for name, one in every.items():
+            spent[name].append(_seconds(device, one.run, x, seeds))
+    flop = step_flop(ways, x, seeds) / config.views / size
+    plain = statistics.median(spent["published procedure"])
+    found: dict[str, Any] = {}
+    for name, (precision, steps, views, _) in every.items():
+        seconds, passes = statistics.median(spent[name]), size * steps * views
         found[name] = {
-            "steps": steps, "views": views, "seconds": spent[name], "ms": seconds * 1000,
-            "ms_per_step": seconds * 1000 / steps, "images_per_s": size / seconds,
-            "passes_per_s": size * steps * views / seconds, "peak_bytes": memory[name],
-            "times_published_procedure": statistics.median(spent["published procedure"]) / seconds,
-            "flop_per_s": per_view * views * steps * size / seconds,
+            "precision": precision, "steps": steps, "views": views, "seconds": spent[name], "ms": seconds * 1000,
+            "ms_per_step": seconds * 1000 / steps, "images_per_s": size / seconds, "passes_per_s": passes / seconds,
+            "peak_bytes": memory[name], "times_published_procedure": plain / seconds,
+            "flop_per_s": flop * passes / seconds, "of_rate": flop * passes / seconds / ways.rates[precision],
         }  # fmt: skip
+        found[name]["way"] = fastest if name.startswith("preset") else name
     return found
+
+
+def _seconds(device: torch.device, run: Run, x: Tensor, seeds: Tensor) -> float:
+    started = clock(device)
+    run(x, seeds)
+    return clock(device) - started
+
+
+def _peak(device: torch.device, run: Run, x: Tensor, seeds: Tensor) -> int | None:
+    """Bytes that the first run needed beyond what was there before, a graph's own included; None on a CPU."""
+    if device.type != "cuda":
+        run(x, seeds)
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run(x, seeds)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def step_flop(ways: Ways, x: Tensor, seeds: Tensor) -> float:
     """Floating-point operations of one eager step of the batch: a multiplication and an addition are two."""
-    stage = ways.stage("eager")
-    shorter = dataclasses.replace(stage.purifier.config, loop=stage.loop.stopped_after(1))
+    once = dataclasses.replace(ways.base, loop=ways.base.loop.stopped_after(1))
     with FlopCounterMode(display=False) as counter:
-        ways.by("eager", ways.stage("eager", shorter))(x, seeds)
+        ways.ways["eager"].run(once)(x, seeds)
     return float(counter.get_total_flops())
 
 
 def device_rate(device: torch.device, precision: Precision) -> float:
-    """Floating-point operations per second of a large matrix product."""
+    """Floating-point operations per second of a large matrix product, in TF32 where convolutions take it."""
     side = MATRIX[device.type]
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-    one = torch.randn(side, side, device=device, dtype=dtype)
-    best = float("inf")
+    one = torch.randn(side, side, device=device, dtype=getattr(torch, precision))
+    before, best = torch.backends.cuda.matmul.allow_tf32, float("inf")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     for _ in range(12):
         started = clock(device)
         one @ one
         best = min(best, clock(device) - started)
+    torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * side**3 / best
 
 
@@ -188,26 +217,24 @@ def device_bandwidth(device: torch.device) -> float:
     return 2 * one.numel() * one.element_size() / best
 
 
-def agreement(config: Config, ways: Ways) -> dict[str, Any]:
+def agreement(config: Config, ways: Ways, dataset: data.DataSet) -> dict[str, Any]:
     """Labels of purified test images in every way of this project, against the eager one in float32."""
-    dataset = data.load(config.data, image_size=ways.exact.classifier.image_size, cache=config.cache)
     images = dataset.test.images[: config.n]
     scores: dict[str, Tensor] = {}
-    for way in ways.steppers:
-        run, classifier = ways.by(way, ways.stage(way)), (ways.exact if way == "eager" else ways.rounded).classifier
-        parts = []
+    for name, way in ways.ways.items():
+        run, parts = way.run(ways.base), []
         for numbers in torch.arange(len(images)).split(64):
             x = images[numbers].to(ways.device).float() / 255
             with torch.no_grad():
-                parts.append(classifier(run(x, numbers.to(ways.device))).softmax(1).cpu())
-        scores[way] = torch.cat(parts)
+                parts.append(way.ready.classifier(run(x, numbers.to(ways.device))).softmax(1).cpu())
+        scores[name] = torch.cat(parts)
     exact = scores.pop("eager")
     top = exact.topk(2, dim=1).values
     margin = top[:, 0] - top[:, 1]
     found = {}
-    for way, other in scores.items():
+    for name, other in scores.items():
         differs = exact.argmax(1) != other.argmax(1)
-        found[way] = {
+        found[name] = {
             "n": len(exact), "same_label": float((~differs).float().mean()),
             "largest_margin_of_the_differing": float(margin[differs].max()) if differs.any() else None,
         }  # fmt: skip
@@ -225,32 +252,33 @@ def main(arguments: list[str]) -> int:
     """Measure, write the result file after every batch size, and say the figures."""
     try:
         config = parse(Config, arguments, program="benchmarks/purify_speed.py")
-        loaded = subject(config)
+        ways = Ways(config, subject(config))
+        if config.data and len(ways.ways) == 1:
+            raise ConfigError("data: there is one way alone here, and nothing to compare it with")
+        classifier = ways.ways["eager"].ready.classifier
+        dataset = data.load(config.data, image_size=classifier.image_size, cache=config.cache) if config.data else None
     except UnperturbError as error:
         print(f"benchmarks/purify_speed.py: {error}", file=sys.stderr)
         return 2
-    ways = Ways(config, loaded)
-    name = loaded.card.architecture.name
+    card = ways.ways["eager"].ready.card
     where = torch.cuda.get_device_name(ways.device) if ways.device.type == "cuda" else "cpu"
-    out = config.out or results.FOLDER / "purify_speed" / f"{name}_{where.replace(' ', '-')}.json"
+    out = config.out or results.FOLDER / "purify_speed" / f"{card.architecture.name}_{where.replace(' ', '-')}.json"
     found: dict[str, Any] = {
-        "architecture": name, "weights_sha256": loaded.card.weights_sha256 or None,
-        "flop_per_s": device_rate(ways.device, config.precision),
-        "bytes_per_s": device_bandwidth(ways.device),
-        "fastest": ways.fastest, "batches": {},
+        "architecture": card.architecture.name, "weights_sha256": card.weights_sha256 or None,
+        "flop_per_s": ways.rates, "bytes_per_s": device_bandwidth(ways.device), "batches": {},
+        "tf32": torch.backends.cudnn.allow_tf32,
     }  # fmt: skip
     for size in config.batch:
         found["batches"][size] = measure(config, ways, int(size))
-        for way, cells in found["batches"][size].items():
-            share = cells["flop_per_s"] / found["flop_per_s"]
+        for name, cells in found["batches"][size].items():
             print(
-                f"batch {size:>3}  {way:20} {cells['ms']:9.1f} ms  {cells['images_per_s']:9.1f} images/s  "
-                f"{cells['times_published_procedure']:6.2f} x  {share:5.1%} of the device's rate",
+                f"batch {size:>3}  {name:20} {cells['ms']:9.1f} ms  {cells['images_per_s']:9.1f} images/s  "
+                f"{cells['times_published_procedure']:6.2f} x  {cells['of_rate']:5.1%} of the device's rate",
                 flush=True,
             )
         results.write(out, script="benchmarks/purify_speed.py", config=as_json(config), results=found)
-    if config.data:
-        found["agreement"] = agreement(config, ways)
+    if dataset is not None:
+        found["agreement"] = agreement(config, ways, dataset)
         print(found["agreement"])
         results.write(out, script="benchmarks/purify_speed.py", config=as_json(config), results=found)
     print(out)

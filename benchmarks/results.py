@@ -35,7 +35,7 @@ def write(path: Path, *, script: str, config: dict[str, Any], results: dict[str,
         "results": results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(record, indent=1) + "\n").encode())
+    write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
 def accuracy(correct: list[bool]) -> dict[str, Any]:

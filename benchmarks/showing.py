@@ -47,7 +47,8 @@ def show(
 def _curve(defended: DefendedClassifier, x: Tensor, seed: int) -> list[float]:
     """The purifier's mean objective before each step."""
     trace = defended.purify(x, seed=seed).trace
-    return [float(value) for value in trace.losses.double().mean(1)] if len(trace.losses) else []
+    means = trace.losses.double().nanmean(1)  # of those that took the step
+    return [float(value) for value in means[means.isfinite()]]
 
 
 def _panel(

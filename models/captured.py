@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from models.classifier import ImageClassifier
 from models.continuous import Slots, Stage, Stepped, step_together
+from models.errors import ConfigError
 from models.projected_gradient import Descent
 from models.shapes import Float, Int
 
@@ -50,7 +51,7 @@ class CapturedStep:
             velocity = image.clone() if stage.loop.momentum else None
             self._state = Slots(image, image.clone(), velocity, number, number.clone(), number.clone())
             self._losses = torch.zeros(size, device=device)
-        self.size, self._used = size, 0
+        self.size, self._used, self.device = size, 0, device
 
         def step(slots: Slots) -> tuple[Tensor, Tensor | None, Tensor]:
             (after,) = step_together(classifier, [(stage, slots)])
@@ -77,7 +78,8 @@ class CapturedStep:
         if self._graph is None:
             self._advance()
         else:
-            self._graph.replay()
+            with torch.cuda.device(self.device):
+                self._graph.replay()
         velocity = self._state.velocity
         used = slice(self._used)
         return Stepped(self._state.x[used], None if velocity is None else velocity[used], self._losses[used])
@@ -92,15 +94,16 @@ class CapturedStep:
             self._state.steps.add_(1)
 
     def _captured(self, pool: "_POOL_HANDLE | None") -> torch.cuda.CUDAGraph:
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+        with torch.cuda.device(self.device):
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._advance()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
                 self._advance()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            self._advance()
         return graph
 
 
@@ -109,12 +112,17 @@ class Stepper:
 
     def __init__(self, classifier: ImageClassifier, device: torch.device, *, execution: Execution) -> None:
         self.classifier, self.device, self.execution = classifier, device, execution
-        self._made: dict[tuple[int, int], CapturedStep] = {}
+        self._made: dict[tuple[Stage, int], CapturedStep] = {}
         self._pool: _POOL_HANDLE | None = None
 
+    @property
+    def together(self) -> bool:
+        """Whether the parts of a step are one batch; a graph for each part is not."""
+        return self.execution == "eager"
+
     def step(self, parts: Sequence[tuple[Stage, Slots]]) -> list[Stepped]:
-        """One step of every slot of every part; eagerly in one pass, otherwise a graph for each part."""
-        if self.execution == "eager":
+        """One step of every slot of every part."""
+        if self.together:
             return step_together(self.classifier, parts)
         after = []
         for stage, slots in parts:
@@ -124,8 +132,15 @@ class Stepper:
             after.append(Stepped(*(None if part is None else part.clone() for part in stepped)))  # type: ignore[arg-type]
         return after
 
+    def prepare(self, stage: Stage, count: int) -> None:
+        """Make what steps of so many images need, where that takes time; raises what goes wrong."""
+        if not self.together:
+            self.captured(stage, bucket(count))
+
     def descend(self, stage: Stage, x0: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"]) -> Descent:
-        """All steps of a stage that needs no labels, for images in [0, 1] that begin together."""
+        """All steps of a stage that needs no labels, for images in [0, 1] that begin together and end together."""
+        if stage.loop.halts:
+            raise ConfigError("a stage with a gate or settle ends images early; they are stepped one step at a time")
         none = torch.zeros_like(seeds)
         slots = Slots(x0, stage.loop.begin(x0, seeds), None, seeds, none, none)
         losses = []
@@ -145,15 +160,14 @@ class Stepper:
 
     def captured(self, stage: Stage, size: int) -> CapturedStep:
         """The graph of a stage for so many images."""
-        key = id(stage), size
-        if key not in self._made:
+        if (stage, size) not in self._made:
             if self._pool is None and self.device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
-            self._made[key] = CapturedStep(
+            self._made[stage, size] = CapturedStep(
                 self.classifier, stage, size, device=self.device, compiled=self.execution == "compiled",
                 pool=self._pool,
             )  # fmt: skip
-        return self._made[key]
+        return self._made[stage, size]
 
 
 def bucket(count: int) -> int:

@@ -32,7 +32,7 @@ def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[s
     config = reverse_attack.preset(name)
     _refuse("reverse-attack", words[1:], changes, {**LOOP_KEYS, **REVERSE_ATTACK_KEYS, **NEGATIVES_KEYS})
     if changes.get("gate") == "auto":
-        others = [key for key in changes if key in {**REVERSE_ATTACK_KEYS, **NEGATIVES_KEYS, "start": str}]
+        others = [key for key in changes if key in {*REVERSE_ATTACK_KEYS, *NEGATIVES_KEYS, "start", "epsilon", "norm"}]
         if others:
             raise ConfigError(f"gate=auto was measured for the preset's own {others[0]}; give the gate as a number")
         changes = {**changes, "gate": repr(gate_of(checkpoint.card, name))}

@@ -93,7 +93,8 @@ class SoftNeighbours(nn.Module):
                 weight = weight.scatter(1, nearest, 1 + WHOLE_BANK)
             votes = similarity + weight.log()
             most = votes.detach().amax(1, keepdim=True)
-            of_class = F.one_hot(self.labels, self.num_classes).to(votes.dtype)
+            classes = torch.arange(self.num_classes, device=votes.device)
+            of_class = (self.labels[:, None] == classes).to(votes.dtype)  # bank classes
             return ((votes - most).exp() @ of_class).clamp(min=SMALLEST).log() + most
 
 

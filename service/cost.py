@@ -16,19 +16,23 @@ class Spent(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """A batch takes `per_batch_s` whatever its size, and `per_pass_s` more for each image forward in it."""
+    """A batch takes `per_batch_s` whatever its size, and `per_pass_s` more for each image forward in it.
+
+    together: images of several stages share a batch
+    """
 
     per_batch_s: float = 0.0
     per_pass_s: float = 0.0
+    together: bool = True
 
     @classmethod
-    def between(cls, small: Spent, large: Spent) -> "Cost":
+    def between(cls, small: Spent, large: Spent, *, together: bool = True) -> "Cost":
         """The straight line through as many small batches and large ones."""
         more = large.passes - small.passes
         slope = (large.seconds - small.seconds) / more if more else small.seconds / small.passes
         alone = small.seconds / small.passes
         slope = min(max(slope, LEAST * alone), alone)
-        return cls((small.seconds - slope * small.passes) / small.batches, slope)
+        return cls((small.seconds - slope * small.passes) / small.batches, slope, together)
 
     def seconds(self, batches: int, passes: int) -> float:
         """What so much work takes."""
@@ -41,8 +45,9 @@ class Cost(NamedTuple):
     def beside(self, other: str | None, stage: str | None, *, together: bool = True) -> float:
         """What an image in stage `other` adds to one in `stage`: they share each step until the first of them ends.
 
-        together: in the same batches; another model's are batches of their own
+        together: they are of the same model, whose batches they may share
         """
         (steps, rows), own_steps = shape(other), max(1, shape(stage)[0])
         shared = passes(other) if steps <= own_steps else own_steps * step_passes(rows)
-        return self.seconds(0 if together else min(steps, own_steps), shared)
+        shares = together and (self.together or other == stage)
+        return self.seconds(0 if shares else min(steps, own_steps), shared)

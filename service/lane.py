@@ -17,7 +17,7 @@ from models.errors import UnprocessableError
 from models.projected_gradient import ProjectedGradient
 from service.cost import Spent
 from service.messages import Outcome, Work
-from service.stages import ATTACK, finish_passes, passes, stages_of, step_passes
+from service.stages import ATTACK, finish_passes, stages_of, step_passes
 
 log = logging.getLogger("unperturb.engine")
 
@@ -48,14 +48,6 @@ class Slot:
         """Whether its last step is done."""
         return self.stage is None or self.halted or self.step >= self.stage.loop.steps
 
-    @property
-    def passes_left(self) -> int:
-        """Its work from here on, in images forward through the classifier."""
-        if self.stage is None:
-            return 1
-        steps = 0 if self.halted else self.stage.loop.steps - self.step
-        return steps * step_passes(self.stage.rows) + finish_passes(self.stage.rows)
-
 
 class Ended(NamedTuple):
     """An image that has left its slot, and what came of it."""
@@ -70,6 +62,7 @@ class Lane:
     def __init__(self, loaded: Checkpoint, device: torch.device, *, execution: Execution) -> None:
         self.classifier, self.stages, self.device = loaded.classifier, stages_of(loaded), device
         self.stepper = Stepper(self.classifier, device, execution=execution)
+        self.batches = self.passes = 0  # through the classifier: what costs are estimated by
         self.image_size = loaded.classifier.image_size
         self.slots: list[Slot] = []
 
@@ -110,21 +103,21 @@ class Lane:
         Returns what that took; raises what went wrong.
         """
         black = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
-        spent, done = 0.0, 0
+        spent, batches, passes = 0.0, self.batches, self.passes
         for stage in (None, *self.stages):
+            if stage is not None:
+                self.stepper.prepare(self.stages[stage], size)
             started = time.monotonic()
             ended = self.admit(Work(-i, 0, black, stage, 0, False, started) for i in range(size))
             ended += self.tick()
-            done += sum(passes(stage) - slot.passes_left for slot in self.slots) or size
             for slot in self.slots:  # not all of its steps: they are alike
                 slot.step = slot.stage.loop.steps if slot.stage else 0
-            done += sum(slot.passes_left for slot in self.slots)
             for _, result in (*ended, *self.tick()):
                 if isinstance(result, Exception):
                     raise result
             spent += time.monotonic() - started
             yield
-        return Spent(1 + 2 * len(self.stages), done, spent)
+        return Spent(self.batches - batches, self.passes - passes, spent)
 
     def _slot(self, work: Work) -> Slot:
         image = torch.from_numpy(work.image).to(self.device)
@@ -172,6 +165,8 @@ class Lane:
         parts = _by_stage(slots)
         states = [(stage, self._state(part)) for stage, part in parts]
         stepped = self.stepper.step(states)
+        self.batches += 1 if self.stepper.together else len(parts)
+        self.passes += sum(len(part) * step_passes(stage.rows) for stage, part in parts)
         for (_, part), after in zip(parts, stepped, strict=True):
             losses = after.losses.cpu()  # they say who goes on
             for i, slot in enumerate(part):
@@ -198,6 +193,8 @@ class Lane:
                 images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
             images += [_stack(ordered, "x0"), *([_stack(staged, "x")] if staged else [])]
             features = features_of(self.classifier, images)
+            self.batches += 1
+            self.passes += sum(finish_passes(slot.stage.rows) if slot.stage else 1 for slot in slots)
             scores = self.classifier.logits(torch.cat(features[2 * len(parts) :])).float().softmax(1).cpu().numpy()
             losses = [
                 stage.loss_of(state, part).cpu()

@@ -7,7 +7,6 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from models.captured import Execution
 from models.folding import Precision
 from models.reverse_attack import PRESETS
 from service.keys import PAIR, KeyRing
@@ -54,9 +53,8 @@ class Settings(BaseSettings):
     decoders: Annotated[int, Field(ge=0)] = Field(default=0, description="decoding processes; 0: one per CPU core")
     stall_s: Seconds = Field(default=60.0, description="without a finished step, after which the process gives up")
     grace_s: Seconds = Field(default=20.0, description="from SIGTERM to the end, for what is in progress")
-    execution: Execution = Field(
-        default="eager",
-        description="how steps run: eager; captured: as CUDA graphs for 1, 2, 4 … images; compiled: these, fused",
+    execution: Literal["eager", "captured"] = Field(
+        default="eager", description="how steps run; captured: as CUDA graphs for 1, 2, 4 … images, made at start"
     )
     precision: Precision = Field(default="float32", description="of the backbone; bfloat16 pays on GPUs")
 

@@ -109,7 +109,7 @@ class _Worker:
             spent = []  # measured when all is warm
             for size in (self.config.slots, 1, 1):
                 spent.append((yield from lane.rehearse(size)))
-            cost = Cost.between(min(spent[1:], key=lambda one: one.seconds), spent[0])
+            cost = Cost.between(min(spent[1:], key=lambda one: one.seconds), spent[0], together=lane.stepper.together)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -122,15 +122,14 @@ class _Worker:
         self.server.send(Loaded(model, cost))
 
     def _tick(self, model: int, lane: Lane) -> None:
-        before = sum(slot.passes_left for slot in lane.slots)
+        batches, passes = lane.batches, lane.passes
         slots = sum(not slot.finished for slot in lane.slots)
         started = time.monotonic()
         ended = lane.tick()
         if self.device.type == "cuda":  # admission is between steps: launch no further than the device is
             torch.cuda.synchronize(self.device)
         seconds = time.monotonic() - started
-        passes = before - sum(slot.passes_left for slot in lane.slots)
-        expected = self.costs[model].seconds(bool(slots) + bool(ended), passes)
+        expected = self.costs[model].seconds(lane.batches - batches, lane.passes - passes)
         failed = any(isinstance(one.result, Exception) for one in ended)  # its other steps were not done
         self._report(model, slots, seconds, seconds / expected if expected and not failed else None, ended)
 

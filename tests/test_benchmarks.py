@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import preset_sweep, purification, purify_speed, readme, results
 from benchmarks.published_procedure import PublishedProcedure
 from models import checkpoint
-from models.captured import Stepper
 from models.folding import prepared
 from models.reverse_attack import PRESETS
 from tests.conftest import make_checkpoint
 from tests.test_training import classifier_arguments
+from training import data
 from training.__main__ import main as train
 
 
@@ -103,6 +103,7 @@ def test_speed_of_every_way_is_measured_beside_the_published_procedure(
     assert found["batches"].keys() == {"1", "3"}
     for cells in found["batches"].values():
         assert cells.keys() == {"published procedure", "eager", "preset default", "preset published"}
+        assert cells["preset default"]["way"] == "eager"
         assert cells["published procedure"]["times_published_procedure"] == 1
         assert len(cells["eager"]["seconds"]) == 2
     three = found["batches"]["3"]["eager"]
@@ -119,11 +120,21 @@ def test_ways_are_compared_by_label(tiny_folder: Path, image_folder: Path, tmp_p
     settings = {"checkpoint": str(tiny_folder), "data": str(image_folder), "n": 10, "steps": 2, "cache": tmp_path}
     config = purify_speed.Config(device="cpu", **settings)  # type: ignore[arg-type]
     ways = purify_speed.Ways(config, checkpoint.load(tiny_folder))
-    ways.rounded = prepared(checkpoint.load(tiny_folder))
-    ways.steppers["captured"] = Stepper(ways.rounded.classifier, ways.device, execution="captured")
-    found = purify_speed.agreement(config, ways)["captured"]
+    ways.add("captured", "float32", prepared(checkpoint.load(tiny_folder)), "captured")
+    dataset = data.load(str(image_folder), image_size=32, cache=tmp_path)
+    found = purify_speed.agreement(config, ways, dataset)["captured"]
     assert found == {"n": 10, "same_label": 1.0, "largest_margin_of_the_differing": None}
-    ways.rounded.classifier.get_submodule("linear").weight.data.neg_()  # type: ignore[operator]
-    found = purify_speed.agreement(config, ways)["captured"]
+    ways.ways["captured"].ready.classifier.get_submodule("linear").weight.data.neg_()  # type: ignore[operator]
+    found = purify_speed.agreement(config, ways, dataset)["captured"]
     assert found["same_label"] < 1
     assert found["largest_margin_of_the_differing"] > 0
+
+
+@pytest.mark.parametrize(
+    "bad", [["--batch", "0"], ["--views", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]]
+)
+def test_bad_argument_of_the_speed_is_refused(
+    bad: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert purify_speed.main(["--checkpoint", str(tiny_folder), "--device", "cpu", *bad]) == 2
+    assert bad[0].strip("-") in capsys.readouterr().err

@@ -13,6 +13,7 @@ from models.checkpoint import Checkpoint
 from models.continuous import CrossEntropyAttack, Purification, Slots, Stage, step_together
 from models.contrastive import NegativePolicy
 from models.defended import reverse_attack_of
+from models.errors import ConfigError
 from models.folding import BFloat16Backbone, folded, prepared
 from models.projected_gradient import ProjectedGradient
 from models.reverse_attack import ReverseAttackConfig
@@ -131,11 +132,23 @@ def test_images_loaded_later_see_nothing_of_the_earlier(images: torch.Tensor) ->
     loaded = make_checkpoint()
     stage = stage_of(loaded, CONFIGS["momentum"])
     stepper = Stepper(loaded.classifier, CPU, execution="captured")
-    first = stepper.descend(stage, images[4:7], seeds=torch.arange(3))
+    broken = images[4:8].clone()
+    broken[1], broken[3] = float("nan"), float("inf")
+    first = stepper.descend(stage, broken, seeds=torch.arange(4))
     again = stepper.descend(stage, images[:3], seeds=torch.arange(3))
+    captured = stepper.captured(stage, 4)
+    assert all(part is None or part[3].isfinite().all() for part in captured._state)
     alone = Stepper(loaded.classifier, CPU, execution="captured").descend(stage, images[:3], seeds=torch.arange(3))
     assert torch.equal(again.image, alone.image)
-    assert not torch.equal(first.image, again.image)
+    assert not first.image.isfinite().all()
+
+
+def test_stage_that_ends_images_early_is_refused_in_one_go(images: torch.Tensor) -> None:
+    loaded = make_checkpoint()
+    loop = dataclasses.replace(MOMENTUM, settle=1)
+    stage = stage_of(loaded, ReverseAttackConfig(loop=loop, views=2))
+    with pytest.raises(ConfigError, match="settle"):
+        Stepper(loaded.classifier, CPU, execution="eager").descend(stage, images, seeds=torch.arange(8))
 
 
 def test_stepper_steps_parts_of_several_stages(images: torch.Tensor) -> None:

@@ -1,6 +1,8 @@
 """The gate: measured on clean images that training kept back, stored on the card, and read from there."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,8 @@ def folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     root = tmp_path_factory.mktemp("gate")
     assert train(classifier_arguments(image_folder, root / "run", "--epochs", "1")) == 0
     made, tiny = checkpoint.load(root / "run" / "checkpoint"), make_checkpoint()
-    card = dataclasses.replace(made.card, head=tiny.card.head)
+    head_training = {"held_out": 9, "seed": 0, "data_sha256": made.card.data["sha256"]}
+    card = dataclasses.replace(made.card, head=tiny.card.head, head_training=head_training)
     checkpoint.save(root / "head", checkpoint.Checkpoint(card, made.classifier, tiny.head, tiny.bank))
     return root / "head"
 
@@ -47,7 +50,7 @@ def test_gate_is_the_quantile_of_clean_images_losses(
     assert loaded.card.gates.keys() == set(PRESETS)
     dataset = data.load(str(image_folder), image_size=32, cache=tmp_path)
     held = data.kept_back(dataset, loaded.card)
-    x, seeds = held.images.float() / 255, torch.arange(9)
+    x, seeds = held.images.float() / 255, torch.zeros(9, dtype=torch.int64)  # as served
     for name in PRESETS:
         gate = loaded.card.gates[name]
         losses = build_purifier(f"reverse-attack:{name}", loaded).descend(x, seeds=seeds).losses[0]
@@ -72,12 +75,39 @@ def test_gate_that_is_not_there_is_refused(spec: str, error: type[Exception], sa
         build_purifier(spec, make_checkpoint())
 
 
-@pytest.mark.parametrize("gate", [{"loss": float("nan")}, {"quantile": 0.9}, 5.0], ids=str)
-def test_card_with_a_bad_gate_is_refused(gate: object, tmp_path: Path) -> None:
-    tiny = make_checkpoint()
-    checkpoint.save(tmp_path, dataclasses.replace(tiny, card=dataclasses.replace(tiny.card, gates={"default": gate})))
+@pytest.mark.parametrize(
+    "gates", [{"default": {"loss": float("nan")}}, {"default": {}}, {"default": 5.0}, [], "x"], ids=str
+)
+def test_card_with_a_bad_gate_is_refused(gates: object, tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "bad")
+    card = json.loads((tmp_path / "bad" / "card.json").read_text())
+    (tmp_path / "bad" / "card.json").write_text(json.dumps({**card, "gates": gates}))
     with pytest.raises(CheckpointError, match="gate"):
-        checkpoint.load(tmp_path)
+        checkpoint.load(tmp_path / "bad")
+
+
+def test_gate_of_other_weights_is_refused(folder: Path) -> None:
+    loaded = checkpoint.load(folder)
+    gates = {"default": {"loss": 1.0, "weights_sha256": "0" * 64}}
+    other = dataclasses.replace(loaded, card=dataclasses.replace(loaded.card, gates=gates))
+    with pytest.raises(CheckpointError, match="these weights"):
+        build_purifier("reverse-attack:gate=auto", other)
+
+
+def test_images_that_the_head_was_trained_on_are_not_held_back(
+    folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    card, dataset = checkpoint.load(folder).card, data.load(str(image_folder), image_size=32, cache=tmp_path)
+    other = dataclasses.replace(card, head_training={**card.head_training, "held_out": 30, "seed": 1})
+    both = data.kept_back(dataset, other)
+    for seed, count in ((0, 9), (1, 30)):
+        _, held = data.hold_out(dataset.train, count, seed=seed)
+        assert all(any(torch.equal(image, one) for one in held.images) for image in both.images)
+    assert 0 < len(both.labels) < 9
+    with pytest.raises(ConfigError, match="other images"):
+        data.kept_back(dataset._replace(digest="0"), card)
+    with pytest.raises(ConfigError, match="does not say"):
+        data.kept_back(dataset, make_checkpoint().card)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
 """What only a CUDA device can show; opt in with `pytest -m gpu`."""
 
+import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from fastapi.testclient import TestClient
 
-from benchmarks import robustbench_eval
+from benchmarks import purify_speed, robustbench_eval
 from models import checkpoint
-from models.defended import defend
+from models.captured import Execution, Stepper
+from models.continuous import Purification
+from models.defended import defend, reverse_attack_of
+from models.folding import Precision, prepared
 from models.reverse_attack import PRESETS
 from service.app import create_app
 from service.settings import Settings
@@ -41,9 +46,35 @@ def test_default_preset_gives_what_it_gives_on_the_cpu(images: torch.Tensor) -> 
     assert (scores[0] - scores[1]).abs().max() < 1e-2
 
 
-def test_service_answers_from_the_device() -> None:
+@pytest.mark.parametrize("device", [f"cuda:{i}" for i in range(torch.cuda.device_count())])
+@pytest.mark.parametrize("execution", ["captured", "compiled"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_captured_steps_are_the_eager_ones(
+    images: torch.Tensor, device: str, execution: Execution, precision: Precision
+) -> None:
+    loaded = checkpoint.load("default", device=device)
+    ready = prepared(loaded, precision=precision)
+    exact = Purification(reverse_attack_of(loaded, PRESETS["default"]))
+    stage = Purification(reverse_attack_of(ready, PRESETS["default"]))
+    stepper = Stepper(ready.classifier, torch.device(device), execution=execution)
+    x, seeds = images.to(device), torch.arange(8, device=device)
+    for count in (8, 3, 5):  # 3 and 5 in graphs for 4 and 8
+        found = stepper.descend(stage, x[:count], seeds=seeds[:count])
+        expected = exact.purifier.descend(x[:count], seeds=seeds[:count])
+        assert (found.image - x[:count]).abs().max() > 1 / 255
+        exactly = precision == "float32"
+        assert torch.allclose(found.losses, expected.losses, rtol=1e-2 if exactly else 0.1)
+        scores = [loaded.classifier(image).softmax(1) for image in (found.image, expected.image)]
+        assert (scores[0] - scores[1]).abs().max() < (0.02 if exactly else 0.1)
+    once, again = (stepper.descend(stage, x[:1], seeds=seeds[:1]).image for _ in range(2))
+    assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("execution", ["eager", "captured"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_service_answers_from_the_device(execution: Literal["eager", "captured"], precision: Precision) -> None:
     sample = Path(__file__).parents[1] / "service" / "assets" / "sample.png"
-    with TestClient(create_app(Settings(device="cuda"))) as client:
+    with TestClient(create_app(Settings(device="cuda", execution=execution, precision=precision))) as client:
         wait_until_ready(client)
         answer = client.post("/classify", files={"image": sample.read_bytes()})
     assert answer.status_code == 200
@@ -95,3 +126,13 @@ def test_encoder_trains_and_classifies_on_the_device(method: str, image_folder: 
 def test_switches_of_the_classifier_run_on_the_device(switches: list[str], image_folder: Path, tmp_path: Path) -> None:
     more = ["--epochs", "2", "--device", "cuda", *switches]
     assert train(classifier_arguments(image_folder, tmp_path / "run", *more)) == 0
+
+
+def test_speed_is_measured_on_the_device(tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    arguments = ["--arch", "preact_resnet18", "--batch", "4", "--steps", "2", "--blocks", "1", "--precision",
+                 "bfloat16", "--device", "cuda", "--out", str(out)]  # fmt: skip
+    assert purify_speed.main(arguments) == 0
+    cells = json.loads(out.read_text())["results"]["batches"]["4"]
+    assert {"eager", "eager, bfloat16", "captured"} < cells.keys()
+    assert cells["captured"]["peak_bytes"] > 0

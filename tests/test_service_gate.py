@@ -41,8 +41,9 @@ def test_service_ends_images_as_the_purifier_does(
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A service whose checkpoint has a gate for one preset that leaves every image as it is."""
     tiny, folder = make_checkpoint(), tmp_path_factory.mktemp("gated")
-    card = dataclasses.replace(tiny.card, gates={"default": {"loss": ALL}})
-    checkpoint.save(folder, dataclasses.replace(tiny, card=card))
+    card = checkpoint.save(folder, tiny)
+    gates = {"default": {"loss": ALL, "weights_sha256": card.weights_sha256}}
+    checkpoint.write_card(folder, dataclasses.replace(card, gates=gates))
     with serving(folder) as client:
         yield client
 
@@ -89,3 +90,9 @@ def test_preset_without_a_gate_is_refused_with_the_remedy(gated: TestClient) -> 
     answer = gated.post("/classify?purify=auto&preset=published", files={"image": photo()})
     assert answer.status_code == 422
     assert "training gate" in answer.json()["detail"]
+
+
+def test_seed_that_the_gate_was_not_measured_with_is_refused(gated: TestClient) -> None:
+    answer = gated.post("/classify?purify=auto&seed=1", files={"image": photo()})
+    assert answer.status_code == 422
+    assert "seed" in answer.json()["detail"]

@@ -71,9 +71,15 @@ def hold_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
     """The split without `count` random images, and those images."""
     if not 0 < count < len(split.labels):
         raise DataError(f"cannot hold out {count} of {len(split.labels)} training images")
-    order = torch.randperm(len(split.labels), generator=torch.Generator().manual_seed(seed))
-    kept, held = order[count:].sort().values, order[:count].sort().values
+    held = _held(len(split.labels), count, seed)
+    kept = torch.ones_like(split.labels, dtype=torch.bool)
+    kept[held] = False
     return Split(split.images[kept], split.labels[kept]), Split(split.images[held], split.labels[held])
+
+
+def _held(total: int, count: int, seed: int) -> Tensor:
+    """The numbers of the images that are held out, sorted."""
+    return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def training_images(train: Split, config: RunConfig) -> tuple[Split, Split]:
@@ -175,10 +181,25 @@ def resident(split: Split, device: torch.device) -> Split:
 
 
 def kept_back(dataset: DataSet, card: Card) -> Split:
-    """The training images that the checkpoint's training held out; ConfigError where its card does not say."""
-    if "held_out_of_train" not in card.data or "seed" not in card.training:
+    """The training images that neither the classifier's nor the head's training saw.
+
+    ConfigError where the card does not say which those are, or was made of other images.
+    """
+    known, head = card.data, card.head_training
+    if (
+        known.get("sha256", dataset.digest) != dataset.digest
+        or head.get("data_sha256", dataset.digest) != dataset.digest
+    ):
+        raise ConfigError(f"{card.id!r} was trained on other images than {dataset.name} has")
+    pairs = [(known["held_out_of_train"], card.training["seed"])] if "held_out_of_train" in known else []
+    pairs += [(head["held_out"], head["seed"])] if head else []
+    if not pairs or ("held_out_of_train" not in known and known):
         raise ConfigError(f"the card of {card.id!r} does not say which training images were held out")
-    return hold_out(dataset.train, card.data["held_out_of_train"], seed=card.training["seed"])[1]
+    held = set.intersection(*(set(_held(len(dataset.train.labels), *pair).tolist()) for pair in pairs))
+    if not held:
+        raise ConfigError(f"{card.id!r}: its classifier and its head held out different training images")
+    numbers = torch.tensor(sorted(held))
+    return Split(dataset.train.images[numbers], dataset.train.labels[numbers])
 
 
 def first(split: Split, count: int, device: torch.device) -> Split:

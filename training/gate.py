@@ -1,8 +1,9 @@
 """`training gate`: from which first loss on an image is worth purifying, measured on clean images.
 
-An image whose InfoNCE loss is within a quantile of what clean training images have, which no training saw, is left as
-it is (`purify=auto`, `reverse-attack:gate=auto`). The gate is part of the defense: an attack that keeps the loss low
-passes it, and the harness attacks through it.
+An image whose InfoNCE loss is within a quantile of what clean training images have, which neither the classifier's nor
+the head's training saw, is left as it is (`purify=auto`, `reverse-attack:gate=auto`). A loss depends on the views, so
+the gate holds for the seed that it was measured with, the service's own. It is part of the defense: an attack that
+keeps the loss low passes it, and the harness attacks through it.
 """
 
 import dataclasses
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models import checkpoint
+from models import checkpoint, provenance
 from models.attack import pgd
+from models.checkpoint import GATE_SEED
 from models.defended import reverse_attack_of
 from models.errors import ConfigError
+from models.folding import prepared
 from models.options import option
 from models.reverse_attack import PRESETS, ReverseAttack
 from training import data
@@ -51,11 +54,12 @@ def set_gates(config: GateConfig) -> None:
     held = data.first(data.kept_back(dataset, loaded.card), config.images, torch.device(config.device))
     gates: dict[str, Any] = {}
     for name, preset in PRESETS.items():
-        purifier = reverse_attack_of(loaded, preset)
+        purifier = reverse_attack_of(prepared(loaded), preset)
         clean, attacked = first_losses(purifier, held, epsilon=config.epsilon)
         gate = float(clean.quantile(config.quantile))
         gates[name] = {
-            "loss": gate, "quantile": config.quantile, "n": len(clean), "data_sha256": dataset.digest,
+            "loss": gate, "seed": GATE_SEED, "quantile": config.quantile, "n": len(clean),
+            "weights_sha256": loaded.card.weights_sha256, "commit": provenance.commit(),
             "clean_left": float((clean <= gate).float().mean()),
             "attacked_left": float((attacked <= gate).float().mean()), "attack_epsilon": config.epsilon,
         }  # fmt: skip
@@ -76,7 +80,8 @@ def first_losses(purifier: ReverseAttack, held: data.Split, *, epsilon: float) -
         moved = pgd(
             purifier.classifier, x, held.labels[some], epsilon=epsilon, step_size=epsilon / 4, steps=20, seeds=some
         )  # fmt: skip
+        seeds = torch.full_like(some, GATE_SEED)
         for found, images in ((clean, x), (attacked, moved)):
             with torch.no_grad():
-                found.append(purifier.loss(purifier.loop.begin(images, some), 0, some))
+                found.append(purifier.loss(purifier.loop.begin(images, seeds), 0, seeds))
     return torch.cat(clean), torch.cat(attacked)

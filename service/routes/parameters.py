@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from models.checkpoint import gate_of
+from models.checkpoint import GATE_SEED, gate_of
 from models.errors import CheckpointError, UnprocessableError
 from models.reverse_attack import PRESETS
 from service.served import Model
@@ -47,8 +47,12 @@ class PurifyOrNot(Purify):
 
     def gate(self, model: Model, default: str) -> float | None:
         """The first loss up to which an image is left as it is; UnprocessableError where the model has none."""
+        if self.purify != "auto":
+            return None
+        if self.seed != GATE_SEED:
+            raise UnprocessableError(f"seed: purify=auto was measured with the seed {GATE_SEED}, not {self.seed}")
         try:
-            return gate_of(model.card, self.preset or default) if self.purify == "auto" else None
+            return gate_of(model.card, self.preset or default)
         except CheckpointError as error:
             raise UnprocessableError(f"purify: {error}") from error
 
