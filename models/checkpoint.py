@@ -25,11 +25,11 @@ from models.backbones import Architecture, build
 from models.classifier import ImageClassifier
 from models.contrastive import NegativesBank, ProjectionHead
 from models.errors import CheckpointError, ConfigError
+from models.gates import check_gates
 from models.readout import ReadoutCard, SoftNeighbours, attach, blank_readout
 
 SCHEMA_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"
-GATE_SEED = 0  # of the views that a gate is measured on: the service's own seed
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 _JSON_TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,)}
 
@@ -197,32 +197,11 @@ def read_card(folder: Path) -> Card:
             values["readout"] = ReadoutCard(**known_fields(ReadoutCard, raw["readout"], file))
         except ConfigError as error:
             raise CheckpointError(f"{file}: {error}") from error
-    _check_gates(raw.get("gates", {}), file)
+    check_gates(raw.get("gates", {}), file)
     card = Card(**_tuples(values))
     if len(card.classes) != card.architecture.num_classes:
         raise CheckpointError(f"{file} names {len(card.classes)} classes for {card.architecture.num_classes} outputs")
     return card
-
-
-def _check_gates(gates: Any, file: Path) -> None:  # noqa: ANN401
-    for preset, gate in gates.items() if isinstance(gates, dict) else [("gates", None)]:
-        loss = gate.get("loss") if isinstance(gate, dict) else None
-        if not isinstance(loss, int | float) or not math.isfinite(loss):
-            raise CheckpointError(f"{file}: the gate of {preset!r} has no finite loss")
-
-
-def gate_of(card: Card, preset: str) -> float:
-    """The first loss up to which that preset leaves an image as it is, on views of GATE_SEED.
-
-    CheckpointError where none was measured, or with other weights.
-    """
-    gate = card.gates.get(preset)
-    if gate is None or gate.get("weights_sha256") != card.weights_sha256:
-        raise CheckpointError(
-            f"checkpoint {card.id!r} has no gate for the preset {preset!r}{' and these weights' * (gate is not None)}; "
-            "measure one: python -m training gate --checkpoint … --data …"
-        )
-    return float(gate["loss"])
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from models import anti_adversary, hedge, reverse_attack
 from models.anti_adversary import AntiAdversary
-from models.checkpoint import Checkpoint, gate_of
+from models.checkpoint import Checkpoint
 from models.defended import reverse_attack_of
 from models.errors import ConfigError
+from models.gates import gate_of
 from models.hedge import Hedge
 from models.projected_gradient import ProjectedGradient
 from models.purifier import NoPurifier, Purifier

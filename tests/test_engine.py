@@ -11,6 +11,7 @@ import torch
 
 from models import checkpoint
 from models.defended import defend
+from models.folding import prepared
 from models.reverse_attack import PRESETS
 from service.engine import Engine
 from service.handle import WorkerHandle
@@ -27,7 +28,7 @@ def test_outcome_is_that_of_the_defended_classifier(
     engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, preset: str, execution: str
 ) -> None:
     engine = engines(execution=execution, slots=2)
-    expected = defend(checkpoint.load(tiny_folder), PRESETS[preset]).classify(images[:1], seed=7)
+    expected = defend(prepared(checkpoint.load(tiny_folder)), PRESETS[preset]).classify(images[:1], seed=7)
     outcome = one(engine, uint8(images)[0], preset, seed=7, wants_image=True)
     assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)
     assert close(outcome.unpurified_scores, expected.unpurified_logits[0].softmax(0), 1e-5)

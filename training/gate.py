@@ -16,10 +16,10 @@ from torch import Tensor
 
 from models import checkpoint, provenance
 from models.attack import pgd
-from models.checkpoint import GATE_SEED
 from models.defended import reverse_attack_of
 from models.errors import ConfigError
 from models.folding import prepared
+from models.gates import GATE_SEED
 from models.options import option
 from models.reverse_attack import PRESETS, ReverseAttack
 from training import data

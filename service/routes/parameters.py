@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from models.checkpoint import GATE_SEED, gate_of
 from models.errors import CheckpointError, UnprocessableError
+from models.gates import GATE_SEED, gate_of
 from models.reverse_attack import PRESETS
 from service.served import Model
 
