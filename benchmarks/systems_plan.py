@@ -70,7 +70,10 @@ SCALES: dict[str, Scale] = {
             "lr": "0.05", "method": "natural", "held-out": "250", "label-smoothing": "0", "ema": "0.9",
         },
         generator={"images": "5000", "epochs": "5", "held-out": "250", "width": "16"},
-        frozen={"images": "5000", "epochs": "20", "batch-size": "64", "lr": "0.05", "ema": "0.9", "held-out": "250"},
+        frozen={
+            "images": "10000", "epochs": "16", "batch-size": "64", "optimizer": "adam", "lr": "2e-3", "ema": "0.9",
+            "label-smoothing": "0", "held-out": "250",
+        },
         head={"classifier": "default", "images": "5000", "epochs": "4", "batch-size": "250", "held-out": "500",
               "attack-steps": "2",
               "attack-step-size": "6/255"},
