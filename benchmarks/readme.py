@@ -48,6 +48,16 @@ def classifier_table() -> str:
     return "\n".join(rows)
 
 
+def gates_table() -> str:
+    """What the shipped checkpoint's gates leave as it is, from its card."""
+    gates = checkpoint.read_card(checkpoint.resolve("default")).gates
+    n = next(iter(gates.values()))["n"]
+    rows = [f"| n = {n:,} held-out training images | clean left | attacked left (PGD-20) |", "| --- | --- | --- |"]
+    for name, gate in gates.items():
+        rows.append(f"| `purify=auto`, preset `{name}` | {gate['clean_left']:.1%} | {gate['attacked_left']:.1%} |")
+    return "\n".join(rows)
+
+
 def purification_table(record: dict[str, Any]) -> str:
     """Every purifier on every set of points, and the adaptive attack."""
     accuracy = record["results"]["accuracy"]
@@ -132,6 +142,7 @@ def render(text: str) -> str:
     swept = json.loads((FOLDER / "preset_sweep.json").read_text())
     tables = {
         "classifier": classifier_table(),
+        "gates": gates_table(),
         "purification": purification_table(measured),
         "time": time_table(measured),
         "sweep": sweep_table(swept),

@@ -10,6 +10,7 @@ import torch
 
 from models import checkpoint
 from models.errors import CheckpointError, ConfigError
+from models.gates import gate_of
 from models.purifiers import build_purifier
 from models.reverse_attack import PRESETS
 from tests.conftest import make_checkpoint
@@ -84,6 +85,13 @@ def test_card_with_a_bad_gate_is_refused(gates: object, tiny_folder: Path, tmp_p
     (tmp_path / "bad" / "card.json").write_text(json.dumps({**card, "gates": gates}))
     with pytest.raises(CheckpointError, match="gate"):
         checkpoint.load(tmp_path / "bad")
+
+
+def test_shipped_checkpoint_has_a_gate_for_every_preset() -> None:
+    card = checkpoint.read_card(checkpoint.resolve("default"))
+    for name in PRESETS:
+        assert 0 < gate_of(card, name) < 20
+        assert card.gates[name]["n"] == 1000
 
 
 def test_gate_of_other_weights_is_refused(folder: Path) -> None:
