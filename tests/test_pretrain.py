@@ -175,7 +175,7 @@ def test_two_processes_share_what_they_remember(
         [*launch, *arguments, *places, *small], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr  # all of it: the process that fell first says why
     memory = torch.load(out / "state.pt", weights_only=True)["parts"]["memory"]
     if command == "moco":
         assert memory["filled"] == 120  # 3 steps of 20 images with 2 views, of both processes
