@@ -188,6 +188,7 @@ class Lane:
         with torch.no_grad():
             for stage, part in parts:
                 state = self._state(part)
+                state = state._replace(steps=torch.full_like(state.steps, stage.loop.steps))  # no step used those views
                 states.append(state)
                 twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
                 images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)

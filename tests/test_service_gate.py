@@ -27,12 +27,14 @@ def test_service_ends_images_as_the_purifier_does(
     config = some_end(images)
     monkeypatch.setitem(PRESETS, "halting", config)
     purifier = make_defended(config).purifier
-    expected = purifier.descend(images, seeds=torch.zeros(8, dtype=torch.int64))
+    expected, trace = purifier(images, seeds=torch.zeros(8, dtype=torch.int64))
     outcomes = asyncio.run(submit(engines(slots=4), uint8(images), "halting", seed=0, wants_image=True))
-    for outcome, image, losses in zip(outcomes, expected.image, expected.losses.T, strict=True):
+    before = trace.loss_before
+    for outcome, image, losses, loss_before in zip(outcomes, expected, trace.losses.T, before, strict=True):
         known = losses[~losses.isnan()]
         assert len(outcome.losses) == len(known)
         assert np.allclose(outcome.losses, known, atol=1e-2)
+        assert outcome.loss_before == pytest.approx(float(loss_before), abs=1e-3)
         assert outcome.image is not None
         assert differing(torch.from_numpy(outcome.image), image) < 0.01
 
