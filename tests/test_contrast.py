@@ -19,6 +19,7 @@ from training.contrast import POLICY, Batch, Contrast, Loss, Queue, embed_togeth
 from training.data import Split
 from training.deacl import DeACL
 from training.encoder import Encoder, fresh
+from training.false_negatives import Kind
 from training.moco import MoCo
 from training.mutual_information import MutualInformation
 from training.pretrain import PretrainConfig
@@ -50,11 +51,11 @@ def contrast(**changed: Any) -> Contrast:
     return Contrast(config(**changed), 8, HERE)
 
 
-def numpy_loss(embeddings: torch.Tensor, temperature: float = 0.5) -> float:
-    """NT-Xent of [batch, views, dim] with every view of the other images as negatives."""
+def numpy_loss(embeddings: torch.Tensor, same: torch.Tensor | None = None, *, temperature: float = 0.5) -> float:
+    """NT-Xent of [batch, views, dim] with every view of the other images as negatives, but for those of its kind."""
     z = embeddings.detach().double().numpy()
     size, views = z.shape[:2]
-    keep = ~np.eye(size, dtype=bool).repeat(views, axis=1)
+    keep = ~(np.eye(size, dtype=bool) if same is None else same.numpy()).repeat(views, axis=1)
     return float(numpy_info_nce(z, z.reshape(size * views, -1), temperature, keep).mean())
 
 
@@ -174,19 +175,22 @@ def test_queue_keeps_the_newest() -> None:
     assert embeddings[:, 0].tolist() == [2, 2, 2, 2, 1]
 
 
-def test_s4ls_loss_is_cross_entropy_of_labelled_images_and_nt_xent_of_all(images: torch.Tensor) -> None:
-    """Zhai et al. 2019, eq. 1."""
+@pytest.mark.parametrize("kind", ["keep", "labels"])
+def test_s4ls_loss_is_cross_entropy_of_labelled_images_and_nt_xent_of_all(kind: Kind, images: torch.Tensor) -> None:
+    """Zhai et al. 2019, eq. 1; the oracle leaves out the negatives of an image's class."""
     torch.manual_seed(3)
     classifier = build(Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu"))
     split = Split((images * 255).byte(), torch.arange(8) % 3)
-    settings = ClassifierConfig(data="x", out=Path("x"), method="natural", label_smoothing=0.0)
+    settings = ClassifierConfig(data="x", out=Path("x"), method="natural", label_smoothing=0.0, false_negatives=kind,
+                                false_negatives_from=0, self_supervised_weight=0.5)  # fmt: skip
     supervised = ClassifierTask(settings, classifier, split, split, HERE)
-    task = SemiSupervisedTask(supervised, classifier, labelled=3, weight=0.5)
+    task = SemiSupervisedTask(supervised, classifier, settings, HERE, labelled=3, weight=0.5)
     twin = copy.deepcopy(task.model).train()
     indices = torch.tensor([5, 1, 7, 3, 0])
     rows = torch.randperm(3, generator=torch.Generator().manual_seed(2 * 1_000_003 + 5))
     labelled = supervised.batch(rows, 2)
     expected = F.cross_entropy(twin.backbone(labelled.x), labelled.labels).item()
     views = make_views(split.images[indices] / 255, seeds=2 * (1 << 32) + indices, step=0, views=2, policy=POLICY)
-    expected += 0.5 * numpy_loss(embed_together(twin, views))
+    same = split.labels[indices][:, None] == split.labels[indices] if kind == "labels" else None
+    expected += 0.5 * numpy_loss(embed_together(twin, views), same)
     assert abs(task.loss(indices, 2, 9)[0].item() - expected) < 1e-5

@@ -1,17 +1,26 @@
 """The noise generator: bounds, its own noise for each image, its checkpoint, and its training."""
 
+import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from models import checkpoint, generator
 from models.errors import CheckpointError, ConfigError
 from models.generator import GeneratorCard, NoiseGenerator
 from models.provenance import digest_of
+from models.views import make_views
 from tests.conftest import make_checkpoint
 from training.__main__ import main
+from training.contrast import POLICY
+from training.data import Split
+from training.false_negatives import Kind
+from training.generator import GeneratorConfig, GeneratorTask
+from training.world import World
 
 
 @pytest.fixture
@@ -62,6 +71,32 @@ def test_altered_and_foreign_folders_are_refused(saved: Path, tiny_folder: Path)
 def test_what_cannot_be_built_is_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=r"width=9|epsilon=8"):
         NoiseGenerator(width=int(bad["width"]), epsilon=bad["epsilon"])
+
+
+@pytest.mark.parametrize("kind", ["keep", "labels"])
+def test_loss_is_infonce_with_all_positives_in_one(kind: Kind, images: torch.Tensor, tmp_path: Path) -> None:
+    """Kim et al. 2020, eq. 2, of the image, a view and the attacked image; the oracle leaves out an image's class."""
+    classifier, made = make_checkpoint().classifier, NoiseGenerator(width=8, epsilon=0.1)
+    split = Split((images * 255).byte(), torch.arange(8) % 3)
+    config = GeneratorConfig(
+        data="x", out=tmp_path, classifier="x", temperature=0.4, false_negatives=kind, false_negatives_from=1
+    )
+    task = GeneratorTask(config, classifier, made, split, split, World(0, 1, torch.device("cpu")))
+    indices = torch.tensor([6, 0, 3, 5, 1])
+    x = split.images[indices] / 255
+    view = make_views(x, seeds=2 * (1 << 32) + indices, step=0, views=1, policy=POLICY)[:, 0]
+    with torch.no_grad():
+        features = torch.stack([classifier.features(one) for one in (x, view, made(x))], 1).double()
+    z, terms = F.normalize(features, dim=2).numpy(), []
+    for i, j in itertools.product(range(5), range(3)):
+        against = [
+            n for n in range(5) if n != i and (kind == "keep" or split.labels[indices[n]] != split.labels[indices[i]])
+        ]
+        positive = sum(np.exp(z[i, j] @ z[i, other] / 0.4) for other in range(3) if other != j)
+        terms.append(np.log1p(np.exp(z[against].reshape(-1, z.shape[2]) @ z[i, j] / 0.4).sum() / positive))
+    loss, figures = task.loss(indices, 2, 0)
+    assert abs(-loss.item() - np.mean(terms)) < 1e-5
+    assert ("precision" in figures) == (kind == "labels")
 
 
 def test_training_moves_the_features_and_leaves_the_classifier_as_it_was(image_folder: Path, tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def test_two_processes_train_one_model(image_folder: Path, tmp_path: Path) -> No
         (["--surprise", "1"], "--surprise"),
         (["--label-smoothing", "2"], "label_smoothing=2"),
         (["--device", "cuda:99"], "cuda"),
+        (["--false-negatives", "top"], "set --self-supervised-weight"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

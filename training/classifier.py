@@ -23,6 +23,7 @@ from models.options import option
 from training import data, loop, world
 from training.adversarial import METHODS, Batch, Fit
 from training.encoder import Encoder
+from training.false_negatives import FalseNegativeConfig
 from training.self_adaptive import AdaptiveTargets
 from training.semi_supervised import SemiSupervisedTask
 from training.supervised import SupervisedConfig, SupervisedTask, report
@@ -31,7 +32,7 @@ from training.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifierConfig(SupervisedConfig):
+class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
     """Train a classifier: natural, PGD or TRADES."""
 
     arch: str = option("architecture (see models/backbones.py)", "preact_resnet18")
@@ -51,6 +52,10 @@ class ClassifierConfig(SupervisedConfig):
             raise ConfigError(
                 f"labelled={self.labelled}, self_supervised_weight={self.self_supervised_weight}, "
                 f"weight_perturbation={self.weight_perturbation}: out of range"
+            )
+        if self.false_negatives != "keep" and not self.self_supervised_weight:
+            raise ConfigError(
+                f"false_negatives={self.false_negatives!r}: only S4L has negatives; set --self-supervised-weight"
             )
         if not 0 <= self.self_adaptive_momentum < 1 or (self.self_adaptive_from or 0) < 0:
             raise ConfigError(
@@ -113,7 +118,9 @@ def train_classifier(config: ClassifierConfig) -> None:
     supervised = ClassifierTask(config, model, train, held, here)
     task: loop.Task = supervised
     if config.self_supervised_weight:
-        task = SemiSupervisedTask(supervised, model, labelled=labelled, weight=config.self_supervised_weight)
+        task = SemiSupervisedTask(
+            supervised, model, config, here, labelled=labelled, weight=config.self_supervised_weight
+        )
     fitted = loop.fit(task, config, here)
     if here.rank == 0:
         classifier = fitted.model.backbone if isinstance(fitted.model, Encoder) else fitted.model

@@ -17,8 +17,7 @@ from models.views import ViewPolicy, make_views
 from training import world as worlds
 from training.augment import pad_crop_flip
 from training.encoder import Encoder
-from training.false_negatives import FalseNegatives, Found, Kind
-from training.loop import RunConfig
+from training.false_negatives import FalseNegativeConfig, Found, Negatives
 from training.world import World
 
 # SimCLR's views of small images (Chen et al. 2020, appendix B.9), every image's colours drawn anew
@@ -26,8 +25,8 @@ POLICY = ViewPolicy(crop_area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturati
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContrastConfig(RunConfig):
-    """What every contrastive run has."""
+class ContrastConfig(FalseNegativeConfig):
+    """What every contrastive run with an instance-wise attack has."""
 
     hidden: int = option("width of the projector's hidden layer", 512)
     embedding_dim: int = option("length of an embedding", 128)
@@ -36,9 +35,6 @@ class ContrastConfig(RunConfig):
     attack_steps: int = option("its steps", 7)
     attack_step_size: float = option("its step size", 0.007)
     distance: Distance = option("what it raises", "sim")
-    false_negatives: Kind = option("negatives left out: keep (none), top, quantile, or labels (an oracle)", "keep")
-    false_negative_share: float = option("share of the negatives that top and quantile leave out", 0.1)
-    false_negatives_from: int = option("epochs before any are left out", 5)
     bank_size: int = option("training images whose embeddings are stored as the purifier's negatives", 2000)
 
     def __post_init__(self) -> None:
@@ -51,8 +47,6 @@ class ContrastConfig(RunConfig):
             raise ConfigError(f"temperature={self.temperature} must be above 0")
         if self.batch_size < 2:
             raise ConfigError("batch_size=1 leaves no negative in the batch; it must be at least 2")
-        if not 0 < self.false_negative_share < 1:
-            raise ConfigError(f"false_negative_share={self.false_negative_share} must be in (0, 1)")
 
 
 class Batch(NamedTuple):
@@ -109,13 +103,7 @@ class Contrast:
 
     def __init__(self, config: ContrastConfig, images: int, world: World, *, policy: ViewPolicy = POLICY) -> None:
         self.config, self.policy, self.world = config, policy, world
-        if config.batch_size // world.size < 2:
-            raise ConfigError(
-                f"batch_size={config.batch_size} leaves each of {world.size} processes without a negative"
-            )
-        self.false_negatives = FalseNegatives(
-            config.false_negatives, images=images, fraction=config.false_negative_share, world=world
-        ).to(world.device)
+        self.negatives = Negatives(config, images, world)
         self.attack = ProjectedGradient(
             direction="ascend", epsilon=config.epsilon, step_size=config.attack_step_size,
             steps=config.attack_steps, start="uniform",
@@ -145,35 +133,13 @@ class Contrast:
         """
         found, negatives = self.found(embeddings, batch, queue=queue)
         loss = info_nce(embeddings, negatives, temperature=self.config.temperature, keep=found.keep).mean()
-        return Loss(loss, self.figures(found))
+        return Loss(loss, self.negatives.figures(found))
 
     def found(
         self, embeddings: Tensor, batch: Batch, *, queue: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Found, Tensor]:
         """The negatives of every image [n, dim], and which of them count for it."""
-        negatives, others = in_batch_negatives(embeddings)
-        labels = batch.labels.repeat_interleave(embeddings.shape[1])
-        if queue is not None:
-            negatives, labels = torch.cat((negatives, queue[0])), torch.cat((labels, queue[1]))
-            queued = torch.ones(len(others), len(queue[0]), dtype=torch.bool, device=others.device)
-            others = torch.cat((others, queued), dim=1)
-        with torch.autocast(embeddings.device.type, enabled=False):
-            similarity = nn.functional.normalize(embeddings.detach().mean(1), dim=1) @ negatives.detach().T
-        found = self.false_negatives.find(
-            similarity, others, batch.labels[:, None] == labels, batch.indices,
-            active=batch.epoch >= self.config.false_negatives_from,
-        )  # fmt: skip
-        return found, negatives
-
-    def figures(self, found: Found) -> dict[str, Tensor]:
-        """The detector's precision and recall against the labels, and the precision of chance."""
-        if self.config.false_negatives == "keep":
-            return {}
-        return {
-            "precision": found.hits / found.dropped.clamp(min=1),
-            "recall": found.hits / found.of_class.clamp(min=1),
-            "chance": found.of_class / found.possible,
-        }
+        return self.negatives.found(embeddings, batch.labels, batch.indices, batch.epoch, queue=queue)
 
     def attacked(
         self,

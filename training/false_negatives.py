@@ -3,17 +3,37 @@
 A tenth of a batch of CIFAR-10 is of the anchor's class; pushing it away makes contrastive features fragile.
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.contrastive import in_batch_negatives
 from models.errors import ConfigError
+from models.options import option
 from models.shapes import Bool, Float, Int
 from training import world as worlds
+from training.loop import RunConfig
 from training.world import World
 
 Kind = Literal["keep", "top", "quantile", "labels"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FalseNegativeConfig(RunConfig):
+    """What every run with a contrastive loss has."""
+
+    false_negatives: Kind = option("negatives left out: keep (none), top, quantile, or labels (an oracle)", "keep")
+    false_negative_share: float = option("share of the negatives that top and quantile leave out", 0.1)
+    false_negatives_from: int = option("epochs before any are left out", 5)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        super().__post_init__()
+        if not 0 < self.false_negative_share < 1:
+            raise ConfigError(f"false_negative_share={self.false_negative_share} must be in (0, 1)")
 
 
 class Found(NamedTuple):
@@ -78,7 +98,8 @@ class FalseNegatives(nn.Module):
         elif self.kind == "quantile":
             drop = (similarity > self._learned(similarity, others, indices)[:, None]) & others
         least = similarity.masked_fill(~others, 2).argmin(1, keepdim=True)
-        drop = drop.scatter(1, least, False)
+        some = (others & ~drop).any(1, keepdim=True)
+        drop = drop.scatter(1, least, drop.gather(1, least) & some)  # where none is left, the least similar is
         keep = others & ~drop if active else others
         return Found(keep, (drop & same & others).sum(), drop.sum(), (same & others).sum(), others.sum())
 
@@ -95,3 +116,53 @@ class FalseNegatives(nn.Module):
             where, learned = worlds.gather(self.world, where), worlds.gather(self.world, learned)
         self.threshold[where], self.seen[where] = learned, True
         return known
+
+
+class Negatives:
+    """One run's negatives: every view of the batch's other images, without those that its detector takes to be false.
+
+    Labels serve the oracle and the report of a detector's precision, nothing else.
+    """
+
+    def __init__(self, config: FalseNegativeConfig, images: int, world: World) -> None:
+        self.config = config
+        if config.batch_size // world.size < 2:
+            raise ConfigError(
+                f"batch_size={config.batch_size} leaves each of {world.size} processes without a negative"
+            )
+        self.detector = FalseNegatives(
+            config.false_negatives, images=images, fraction=config.false_negative_share, world=world
+        ).to(world.device)
+
+    def found(
+        self,
+        embeddings: Float[Tensor, "batch views dim"],
+        labels: Int[Tensor, " batch"],
+        indices: Int[Tensor, " batch"],
+        epoch: int,
+        *,
+        queue: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Found, Tensor]:
+        """Which negatives count for each image, and all of them [n, dim]: the batch's, and the queue's if there is one
+        (embeddings and labels). `indices` are the images' numbers in the training set, `epoch` counts from 0.
+        """
+        negatives, others = in_batch_negatives(embeddings)
+        kinds = labels.repeat_interleave(embeddings.shape[1])
+        if queue is not None:
+            negatives, kinds = torch.cat((negatives, queue[0])), torch.cat((kinds, queue[1]))
+            queued = torch.ones(len(others), len(queue[0]), dtype=torch.bool, device=others.device)
+            others = torch.cat((others, queued), dim=1)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            similarity = F.normalize(embeddings.detach().mean(1), dim=1) @ negatives.detach().T
+        active = epoch >= self.config.false_negatives_from
+        return self.detector.find(similarity, others, labels[:, None] == kinds, indices, active=active), negatives
+
+    def figures(self, found: Found) -> dict[str, Tensor]:
+        """The detector's precision and recall against the labels, and the precision of chance."""
+        if self.config.false_negatives == "keep":
+            return {}
+        return {
+            "precision": found.hits / found.dropped.clamp(min=1),
+            "recall": found.hits / found.of_class.clamp(min=1),
+            "chance": found.of_class / found.possible,
+        }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models import checkpoint, generator
 from models.attack import correct
 from models.classifier import ImageClassifier
-from models.contrastive import in_batch_negatives, info_nce
+from models.contrastive import info_nce
 from models.errors import ConfigError
 from models.generator import GeneratorCard, NoiseGenerator
 from models.options import option
@@ -26,11 +26,12 @@ from models.views import make_views
 from training import data, loop, world
 from training.contrast import POLICY
 from training.encoder import BATCH
-from training.loop import RunConfig
+from training.false_negatives import FalseNegativeConfig, Negatives
+from training.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
-class GeneratorConfig(RunConfig):
+class GeneratorConfig(FalseNegativeConfig):
     """Train a generator of adversarial noise against a frozen classifier's features, without labels."""
 
     classifier: str = option("checkpoint folder or shipped name")
@@ -63,10 +64,12 @@ class GeneratorTask:
 
     def __init__(
         self, config: GeneratorConfig, classifier: ImageClassifier, model: NoiseGenerator, train: data.Split,
-        held: data.Split,
+        held: data.Split, here: World,
     ) -> None:  # fmt: skip
         self.config, self.classifier, self.model, self.train, self.held = config, classifier, model, train, held
-        self.images, self.memory = len(train.labels), nn.Module()
+        self.images = len(train.labels)
+        self.negatives = Negatives(config, self.images, here)
+        self.memory = self.negatives.detector
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Less the contrastive loss of a batch of images."""
@@ -77,12 +80,12 @@ class GeneratorTask:
         with torch.no_grad():
             fixed = [self._embed(images) for images in (x, view)]
         embeddings = torch.stack((*fixed, self._embed(self.model(x))), dim=1)
-        negatives, keep = in_batch_negatives(embeddings)
+        found, negatives = self.negatives.found(embeddings, self.train.labels[indices], indices, epoch)
         raised = info_nce(
-            embeddings, negatives, temperature=self.config.temperature, keep=keep, together=True
+            embeddings, negatives, temperature=self.config.temperature, keep=found.keep, together=True
         ).mean()  # fmt: skip
         moved = (embeddings[:, 0] * embeddings[:, 2]).sum(1).mean()
-        return -raised, {"cosine": moved.detach()}
+        return -raised, {"cosine": moved.detach(), **self.negatives.figures(found)}
 
     def _embed(self, x: Tensor) -> Tensor:
         return F.normalize(self.classifier.features(x).float(), dim=1)
@@ -118,7 +121,7 @@ def train_generator(config: GeneratorConfig) -> None:
     kept, held = data.training_images(dataset.train, config)
     before = digest_of(base.classifier)
     task = GeneratorTask(
-        config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device)
+        config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device), here
     )  # fmt: skip
     fitted = loop.fit(task, config, here)
     if here.rank == 0:

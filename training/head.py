@@ -66,7 +66,7 @@ class HeadTask:
         self.config, self.classifier, self.model, self.train, self.held = config, classifier, head, train, held
         self.images = len(train.labels)
         self.contrast = Contrast(config, self.images, here, policy=ViewPolicy())
-        self.memory = Queue(config.queue, config.embedding_dim, self.contrast.false_negatives, here)
+        self.memory = Queue(config.queue, config.embedding_dim, self.contrast.negatives.detector, here)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean InfoNCE loss of a batch, and how often a view's nearest of all is a view of the same image."""

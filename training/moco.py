@@ -37,7 +37,7 @@ class MoCo:
         self.model: nn.Module = encoder
         last = encoder.projector.layers[-1]
         assert isinstance(last, nn.Linear)
-        self.memory = Keys(encoder, contrast.false_negatives, queue, last.out_features, world)
+        self.memory = Keys(encoder, contrast.negatives.detector, queue, last.out_features, world)
 
     def loss(self, batch: Batch) -> Loss:
         """Each view against the other's key, the batch's other keys and the queue (eq. 1)."""
@@ -51,7 +51,7 @@ class MoCo:
         pairs = torch.stack((queries, keys.flip(1)), dim=2)  # batch 2 (query, key) dim
         first, second = (_one_way(pairs[:, view], negatives, found.keep, temperature) for view in range(2))
         memory.push(keys.flatten(0, 1), batch.labels.repeat_interleave(2))
-        return Loss((first + second) / 2, self.contrast.figures(found))
+        return Loss((first + second) / 2, self.contrast.negatives.figures(found))
 
 
 def _one_way(pair: Tensor, negatives: Tensor, keep: Tensor, temperature: float) -> Tensor:

@@ -20,7 +20,7 @@ class MutualInformation:
     def __init__(self, contrast: Contrast, encoder: Encoder) -> None:
         self.contrast, self.encoder = contrast, encoder
         self.model: nn.Module = encoder
-        self.memory: nn.Module = contrast.false_negatives
+        self.memory: nn.Module = contrast.negatives.detector
 
     def loss(self, batch: Batch) -> Loss:
         """The mean loss of a batch, and the bound in nats."""

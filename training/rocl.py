@@ -20,7 +20,7 @@ class RoCL:
     def __init__(self, contrast: Contrast, encoder: Encoder, *, adversarial_weight: float) -> None:
         self.contrast, self.encoder, self.adversarial_weight = contrast, encoder, adversarial_weight
         self.model: nn.Module = encoder
-        self.memory: nn.Module = contrast.false_negatives
+        self.memory: nn.Module = contrast.negatives.detector
 
     def loss(self, batch: Batch) -> Loss:
         """The mean loss of a batch."""
@@ -34,4 +34,4 @@ class RoCL:
             info_nce(some, negatives, temperature=temperature, keep=found.keep).mean()
             for some in (embeddings, embeddings[:, 1:])
         ]
-        return Loss(parts[0] + self.adversarial_weight * parts[1], self.contrast.figures(found))
+        return Loss(parts[0] + self.adversarial_weight * parts[1], self.contrast.negatives.figures(found))

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from models.classifier import ImageClassifier
-from models.contrastive import ProjectionHead, in_batch_negatives, info_nce
+from models.contrastive import ProjectionHead, info_nce
 from models.views import make_views
 from training.contrast import POLICY, embed_together
 from training.encoder import Encoder
+from training.false_negatives import FalseNegativeConfig, Negatives
 from training.supervised import SupervisedTask
+from training.world import World
 
 TEMPERATURE, EMBEDDING_DIM = 0.5, 128
 
@@ -21,12 +23,22 @@ TEMPERATURE, EMBEDDING_DIM = 0.5, 128
 class SemiSupervisedTask:
     """The loop's task: `task` on labelled images, which are the first of its training images, and NT-Xent on all.
 
-    `model` holds the classifier and its projector.
+    `model` holds the classifier and its projector, `memory` the task's and the detector of false negatives.
     """
 
-    def __init__(self, task: SupervisedTask, classifier: ImageClassifier, *, labelled: int, weight: float) -> None:
-        self.task, self.labelled, self.weight = task, labelled, weight
-        self.images, self.memory = task.images, task.memory
+    def __init__(
+        self,
+        task: SupervisedTask,
+        classifier: ImageClassifier,
+        config: FalseNegativeConfig,
+        here: World,
+        *,
+        labelled: int,
+        weight: float,
+    ) -> None:
+        self.task, self.labelled, self.weight, self.images = task, labelled, weight, task.images
+        self.negatives = Negatives(config, task.images, here)
+        self.memory = nn.ModuleDict({"task": task.memory, "false_negatives": self.negatives.detector})
         projector = ProjectionHead(
             feature_dim=classifier.feature_dim, hidden=classifier.feature_dim, embedding_dim=EMBEDDING_DIM
         ).to(task.train.images.device)
@@ -42,9 +54,10 @@ class SemiSupervisedTask:
         x = self.task.train.images[indices].float() / 255
         views = make_views(x, seeds=seed * (1 << 32) + indices, step=0, views=2, policy=POLICY)
         embeddings = embed_together(self.model, views)
-        negatives, keep = in_batch_negatives(embeddings)
-        own = info_nce(embeddings, negatives, temperature=TEMPERATURE, keep=keep).mean()
-        return loss + self.weight * own, {**figures, "nt_xent": own.detach()}
+        found, negatives = self.negatives.found(embeddings, self.task.train.labels[indices], indices, epoch)
+        own = info_nce(embeddings, negatives, temperature=TEMPERATURE, keep=found.keep).mean()
+        figures |= {"nt_xent": own.detach(), **self.negatives.figures(found)}
+        return loss + self.weight * own, figures
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
         """The classifier's figures."""
