@@ -24,14 +24,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+changes" where tracked files differ from it; None outside a checkout."""
+    """The checkout's commit, with "+changes" where tracked files differ from it (results aside); None outside one."""
     folder = Path(__file__).resolve().parent
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=folder, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)benchmarks/results"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
