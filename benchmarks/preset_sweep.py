@@ -1,4 +1,4 @@
-"""`python benchmarks/preset_sweep.py --data DIR`: candidates for the default preset, on held-out training images.
+"""`python benchmarks/preset_sweep.py --data DIR`: candidates for the presets, on held-out training images.
 
 The images are those that the classifier's and head's training kept back, so that the test images stay untouched until
 a preset is chosen.
@@ -21,7 +21,7 @@ from models.defended import defend
 from models.errors import UnperturbError
 from models.options import as_json, option, parse
 from models.projected_gradient import RAMP, ProjectedGradient
-from models.reverse_attack import ReverseAttackConfig
+from models.reverse_attack import PRESETS, ReverseAttackConfig
 from training import data
 
 
@@ -41,7 +41,7 @@ class Config:
 
 
 def candidates() -> dict[str, ReverseAttackConfig]:
-    """One change at a time from 5 steps of 2/255 with 2 views in a ball of 8/255."""
+    """The published preset; and from 5 steps of 2/255 with 2 views in a ball of 8/255, one change at a time."""
 
     def loop(**changed: Any) -> ProjectedGradient:  # noqa: ANN401
         base = ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP)
@@ -52,7 +52,13 @@ def candidates() -> dict[str, ReverseAttackConfig]:
 
     base = ReverseAttackConfig(loop=loop(), views=2)
     return {
+        "published": PRESETS["published"],
         "base": base,
+        "1 step of 8/255": dataclasses.replace(base, loop=loop(steps=1, step_size=8 / 255)),
+        "2 steps of 4/255": dataclasses.replace(base, loop=loop(steps=2, step_size=4 / 255)),
+        "3 steps of 4/255, momentum 0.75": dataclasses.replace(
+            base, loop=loop(steps=3, step_size=4 / 255, momentum=0.75)
+        ),
         "4 views": dataclasses.replace(base, views=4),
         "8 views": dataclasses.replace(base, views=8),
         "10 steps": dataclasses.replace(base, loop=loop(steps=10)),
