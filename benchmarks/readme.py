@@ -7,15 +7,16 @@ from typing import Any
 
 from benchmarks.plots import all_plots
 from benchmarks.report import cells as texts_of
-from benchmarks.results import FOLDER
+from benchmarks.results import FOLDER, where
 from benchmarks.rows import load_runs, measured_row
 from benchmarks.service_tables import bulk_line, faults_table, load_table, side_by_side_table
+from benchmarks.speed_tables import http_line, speed_plot, speed_table
 from benchmarks.systems_table import systems_table
 from models import checkpoint
 
 SERVICE = {
     "load": load_table, "load_patient": load_table, "side_by_side": side_by_side_table, "faults": faults_table,
-    "bulk_memory": bulk_line,
+    "bulk_memory": bulk_line, "http_cost": http_line,
 }  # fmt: skip
 ROBUSTNESS = FOLDER / "robustness"
 PLOTS = {"Robust accuracy by attack": "by-attack.png", "Every attack": "every-attack.png"}
@@ -95,9 +96,10 @@ def time_table(record: dict[str, Any]) -> str:
         "published": "preset `published`",
         "default": "preset `default`",
     }
-    machine = record["machine"]
-    where = f"{machine['cpu_threads']} CPU threads" if machine["device"] == "cpu" else machine["name"]
-    rows = [f"| batch of {timed['batch']}, {where} | ms per image | times faster |", "| --- | --- | --- |"]
+    rows = [
+        f"| batch of {timed['batch']}, {where(record['machine'])} | ms per image | times faster |",
+        "| --- | --- | --- |",
+    ]
     for name, title in titles.items():
         ratio = f"{faster[name]:.1f}" if name in faster else ""
         rows.append(f"| {title} | {timed['ms_per_image'][name]:.1f} | {ratio} |")
@@ -136,6 +138,11 @@ def sweep_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def speed_records() -> dict[Path, dict[str, Any]]:
+    """What purify_speed.py measured, by file: one for each device and architecture."""
+    return {file: json.loads(file.read_text()) for file in sorted((FOLDER / "purify_speed").glob("*.json"))}
+
+
 def render(text: str) -> str:
     """The README with every table made anew."""
     measured = json.loads((FOLDER / "purification.json").read_text())
@@ -152,6 +159,8 @@ def render(text: str) -> str:
     for name, make in SERVICE.items():
         if (file := FOLDER / f"{name}.json").exists():
             tables[name] = make(json.loads(file.read_text()))
+    if records := speed_records():
+        tables["speed"] = "\n\n".join(map(speed_table, records.values()))
     for name, table in tables.items():
         before, start, rest = text.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
@@ -166,4 +175,6 @@ if __name__ == "__main__":
     for title, png in all_plots(load_runs(ROBUSTNESS)).items():
         if title in PLOTS:
             (FOLDER / PLOTS[title]).write_bytes(png)
+    for file, record in speed_records().items():
+        file.with_suffix(".png").write_bytes(speed_plot(record))
     print(f"wrote the tables of {README.name}", file=sys.stderr)

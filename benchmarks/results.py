@@ -50,3 +50,11 @@ def gain(after: list[bool], before: list[bool]) -> dict[str, Any]:
     mean = float(difference.mean())
     half = 1.959963984540054 * float(difference.std()) / len(difference) ** 0.5
     return {"mean": mean, "n": len(difference), "interval": [mean - half, mean + half]}
+
+
+def where(machine: dict[str, Any]) -> str:
+    """A record's device by name."""
+    if machine["device"] != "cpu":
+        return str(machine["name"])
+    threads = machine["cpu_threads"]
+    return f"{threads} CPU thread{'s' * (threads != 1)}"

@@ -4,13 +4,15 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.results import where
+
 
 def load_table(record: dict[str, Any]) -> str:
     """Latency and rejections against offered load."""
-    found, machine = record["results"], record["machine"]
-    where = f"{machine['cpu_threads']} CPU threads" if machine["device"] == "cpu" else machine["name"]
+    found = record["results"]
+    offered = f"offered, of {found['capacity']:.0f} images/s; {where(record['machine'])}"
     rows = [
-        f"| offered, of {found['capacity']:.0f} images/s; {where} | answered/s | refused | p50 ms | p95 ms | p99 ms |",
+        f"| {offered} | answered/s | refused | p50 ms | p95 ms | p99 ms |",
         "| --- | --- | --- | --- | --- | --- |",
         f"| one request to an idle server | | | {found['solo_ms']:.0f} | | |",
         f"| one request right after another | | | {found['back_to_back_ms']:.0f} | | |",

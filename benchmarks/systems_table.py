@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
+from benchmarks.results import where
+
 Seeds = dict[int, float]  # a figure by seed, as a share of 1
 FEWEST = 3  # seeds, for a difference to be judged
 
@@ -59,9 +61,8 @@ class Found:
                     f"{f'{images:,}' if images else 'all'} images, {options['epochs']} epochs, "
                     f"{statistics.mean(spent):.0f} min"
                 )
-        count, machine = len(self.arms[arm]["seeds"]), self.machine[arm]
-        where = f"{machine['cpu_threads']} CPU thread" if machine["device"] == "cpu" else machine["name"]
-        return f"{count} seed{'s' * (count > 1)}; {', then '.join(parts)}; {where}"
+        count = len(self.arms[arm]["seeds"])
+        return f"{count} seed{'s' * (count > 1)}; {', then '.join(parts)}; {where(self.machine[arm])}"
 
 
 def spread(values: Seeds) -> str:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import preset_sweep, purification, purify_speed, readme, results
+from benchmarks import preset_sweep, purification, purify_speed, readme, results, speed_tables
 from benchmarks.published_procedure import PublishedProcedure
 from models import checkpoint
 from models.folding import prepared
@@ -114,6 +114,11 @@ def test_speed_of_every_way_is_measured_beside_the_published_procedure(
         loaded.classifier.features(torch.rand(1, 3, 32, 32))
     per_pass = three["flop_per_s"] / three["passes_per_s"]
     assert 1.7 < per_pass / counter.get_total_flops() < 2.4
+    record = json.loads(out.read_text())
+    table = speed_tables.speed_table(record)
+    assert table.splitlines()[2].startswith("| published procedure | 2 x 3 |")
+    assert f"{three['images_per_s']:.1f}/s, {three['times_published_procedure']:.1f}x" in table
+    assert speed_tables.speed_plot(record).startswith(b"\x89PNG")
 
 
 def test_ways_are_compared_by_label(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
