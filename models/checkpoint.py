@@ -1,4 +1,4 @@
-"""A checkpoint is a folder: `model.safetensors` (classifier, head, bank) and `card.json` (what they are).
+"""A checkpoint is a folder: `model.safetensors` (classifier, head, bank, restorer) and `card.json` (what they are).
 
 Loading reads tensors and JSON only, so it runs no code from the folder, and refuses a folder whose weights are not
 those that the card names.
@@ -27,6 +27,7 @@ from models.contrastive import NegativesBank, ProjectionHead
 from models.errors import CheckpointError, ConfigError
 from models.gates import check_gates
 from models.readout import ReadoutCard, SoftNeighbours, attach, blank_readout
+from models.restorer import Restorer, RestorerCard
 
 SCHEMA_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"
@@ -47,8 +48,8 @@ class HeadCard:
 class Card:
     """What `card.json` holds; an unknown key is refused.
 
-    `training`, `head_training` and `figures` are the resolved configurations and measurements, as JSON; `gates`, by
-    preset, the first losses up to which images are left as they are (`loss`), and how they were found.
+    `training`, `head_training`, `restorer_training` and `figures` are the resolved configurations and measurements, as
+    JSON; `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were found.
     """
 
     id: str
@@ -57,9 +58,11 @@ class Card:
     data: dict[str, Any]
     training: dict[str, Any]
     head: HeadCard | None = None
+    restorer: RestorerCard | None = None
     bank_size: int = 0
     readout: ReadoutCard = field(default_factory=ReadoutCard)
     head_training: dict[str, Any] = field(default_factory=dict)
+    restorer_training: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     gates: dict[str, Any] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
@@ -69,12 +72,15 @@ class Card:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A classifier, the head and bank that purify for it (or None, before a head is trained), and the card."""
+    """A classifier, the head and bank that purify for it (or None, before a head is trained), the restorer of their
+    restored view (or None), and the card.
+    """
 
     card: Card
     classifier: ImageClassifier
     head: ProjectionHead | None = None
     bank: NegativesBank | None = None
+    restorer: Restorer | None = None
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
@@ -192,6 +198,8 @@ def read_card(folder: Path) -> Card:
     values["architecture"] = Architecture(**_tuples(known_fields(Architecture, raw.get("architecture"), file)))
     if raw.get("head") is not None:
         values["head"] = HeadCard(**known_fields(HeadCard, raw["head"], file))
+    if raw.get("restorer") is not None:
+        values["restorer"] = RestorerCard(**known_fields(RestorerCard, raw["restorer"], file))
     if "readout" in raw:
         try:
             values["readout"] = ReadoutCard(**known_fields(ReadoutCard, raw["readout"], file))
@@ -216,13 +224,16 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def _parts(checkpoint: Checkpoint) -> list[tuple[str, nn.Module]]:
-    named = (("classifier", checkpoint.classifier), ("head", checkpoint.head), ("bank", checkpoint.bank))
+    named = (
+        ("classifier", checkpoint.classifier), ("head", checkpoint.head), ("bank", checkpoint.bank),
+        ("restorer", checkpoint.restorer),
+    )  # fmt: skip
     return [(name, module) for name, module in named if module is not None]
 
 
 def _empty(card: Card, file: Path) -> Checkpoint:
     """The modules that the card describes, with weights to be replaced."""
-    head = bank = None
+    head = bank = restorer = None
     try:
         classifier = build(card.architecture, weights=False)
         readout = blank_readout(card.readout, feature_dim=classifier.feature_dim, num_classes=classifier.num_classes)
@@ -238,9 +249,11 @@ def _empty(card: Card, file: Path) -> Checkpoint:
                 raise ConfigError(f"temperature={card.head.temperature!r} is not above 0")
             blank = torch.ones(card.bank_size, card.head.embedding_dim)
             bank = NegativesBank(blank, torch.zeros(card.bank_size, dtype=torch.int64))
+        if card.restorer is not None:
+            restorer = Restorer(card.restorer)
     except (ConfigError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{file} describes a model that cannot be built: {error}") from error
-    return Checkpoint(card, classifier, head, bank)
+    return Checkpoint(card, classifier, head, bank, restorer)
 
 
 def _same_layout(file: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

@@ -78,11 +78,11 @@ class Purification(Stage):
     """A reverse attack as a stage."""
 
     def __init__(self, purifier: ReverseAttack) -> None:
-        self.purifier, self.loop, self.rows = purifier, purifier.loop, purifier.config.views
+        self.purifier, self.loop, self.rows = purifier, purifier.loop, purifier.rows
 
     def inputs(self, slots: Slots, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
         """The views of each slot's own step."""
-        return self.purifier.inputs(x, slots.steps, slots.seeds)
+        return self.purifier.inputs(x, slots.steps, slots.seeds, slots.x0)
 
     def loss_of(self, slots: Slots, features: Float[Tensor, "rows features"]) -> Float[Tensor, " batch"]:
         """InfoNCE against the bank."""

@@ -85,7 +85,7 @@ def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Re
             f"checkpoint {checkpoint.card.id!r} has no head to purify with; train one: "
             "python -m training head --classifier FOLDER --data … --out …"
         )
-    return ReverseAttack(checkpoint.classifier, checkpoint.head, checkpoint.bank, config)
+    return ReverseAttack(checkpoint.classifier, checkpoint.head, checkpoint.bank, config, checkpoint.restorer)
 
 
 def seeds_of(seed: int | Tensor, x: Tensor) -> Tensor:

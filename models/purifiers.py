@@ -19,7 +19,7 @@ LOOP_KEYS = {
     "steps": int, "step_size": Fraction, "epsilon": Fraction, "momentum": Fraction, "start": str, "norm": str,
     "settle": int, "gate": Fraction,
 }  # fmt: skip
-REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction}
+REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction, "restored": Fraction}
 NEGATIVES_KEYS = {"negatives": str, "count": int, "fraction": Fraction}
 
 

@@ -2,8 +2,9 @@
 
     minimise L_s(x0 + r)   subject to   |r|∞ ≤ ε_v,  x0 + r in [0, 1]
 
-Other than in the paper's code, the negatives are a stored bank instead of the other images of the batch, so that an
-image's result is its own.
+Where the checkpoint has a restorer, the received image with its estimated perturbation taken off is one more view, that
+stays as it is: the others are drawn towards it. Other than in the paper's code, the negatives are a stored bank instead
+of the other images of the batch, so that an image's result is its own.
 """
 
 from dataclasses import dataclass, field
@@ -16,34 +17,53 @@ from models.contrastive import NegativePolicy, NegativesBank, ProjectionHead, in
 from models.errors import ConfigError
 from models.projected_gradient import RAMP, Objective, ProjectedGradient
 from models.purifier import Purifier
+from models.restorer import Restorer
 from models.shapes import Float, Int, UInt8
 from models.views import ViewPolicy, make_views
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReverseAttackConfig:
-    """The purifier's parameters; epsilon and step_size are in `loop`, in pixel units of [0, 1]."""
+    """The purifier's parameters; epsilon and step_size are in `loop`, in pixel units of [0, 1].
+
+    restored: how many times over the restorer's estimate is taken off for the restored view; 0, or a checkpoint without
+        a restorer: there is no such view
+    """
 
     loop: ProjectedGradient
     views: int
     temperature: float = 0.2
     negatives: NegativePolicy = field(default_factory=NegativePolicy)
     policy: ViewPolicy = field(default_factory=ViewPolicy)
+    restored: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         if self.views < 2:
             raise ConfigError(f"views={self.views} must be at least 2: one view has no positive")
+        if not 0 <= self.restored < float("inf"):
+            raise ConfigError(f"restored={self.restored} must be a number of at least 0")
         if not 0 < self.temperature < float("inf"):
             raise ConfigError(f"temperature={self.temperature} must be above 0")
         if self.loop.direction != "descend":
             raise ConfigError(f"direction={self.loop.direction!r}: a reverse attack descends")
 
+    @property
+    def rows(self) -> int:
+        """The views of a step, the restored one among them."""
+        return self.views + (self.restored > 0)
+
+
+MIRRORED = ViewPolicy(
+    crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, grayscale=0.0
+)  # a restored view shows what is at each pixel; crops and colours hide it
 
 PRESETS: dict[str, ReverseAttackConfig] = {
     "default": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP),
         views=2,
+        policy=MIRRORED,
+        restored=8.0,
     ),
     "published": ReverseAttackConfig(
         loop=ProjectedGradient(
@@ -70,8 +90,11 @@ class ReverseAttack(Purifier):
         head: ProjectionHead,
         bank: NegativesBank,
         config: ReverseAttackConfig,
+        restorer: Restorer | None = None,
     ) -> None:
         super().__init__(classifier, config.loop)
+        self.restorer = restorer.eval() if restorer is not None and config.restored else None
+        self.rows = config.views + (self.restorer is not None)
         self.head, self.bank, self.config = head.eval(), bank, config
         if config.negatives.count > len(bank.labels):
             raise ConfigError(f"negatives.count={config.negatives.count} of a bank of {len(bank.labels)}")
@@ -80,27 +103,39 @@ class ReverseAttack(Purifier):
 
     def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
         """The InfoNCE loss of each image, on new views at every step."""
-        return lambda iterate, step: self.loss(iterate, step, seeds)
+        return lambda iterate, step: self.loss(iterate, step, seeds, x)
 
     def loss(
-        self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
+        self,
+        x: Float[Tensor, "batch 3 h w"],
+        step: int | Int[Tensor, " batch"],
+        seeds: Int[Tensor, " batch"],
+        received: Float[Tensor, "batch 3 h w"],
     ) -> Float[Tensor, " batch"]:
         """InfoNCE of each image over the views of `step`, against the bank."""
-        return self.loss_of(self.classifier.features(self.inputs(x, step, seeds)), seeds)
+        return self.loss_of(self.classifier.features(self.inputs(x, step, seeds, received)), seeds)
 
     def inputs(
-        self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
+        self,
+        x: Float[Tensor, "batch 3 h w"],
+        step: int | Int[Tensor, " batch"],
+        seeds: Int[Tensor, " batch"],
+        received: Float[Tensor, "batch 3 h w"],
     ) -> Float[Tensor, "rows 3 h w"]:
-        """The views of each image at its step, one image's after another's."""
+        """The views of each image at its step, the restored one the last, one image's after another's."""
         config = self.config
-        return make_views(x, seeds=seeds, step=step, views=config.views, policy=config.policy).flatten(0, 1)
+        views = make_views(x, seeds=seeds, step=step, views=config.views, policy=config.policy)
+        if self.restorer is not None:
+            restored = self.restorer.restored(received, factor=config.restored)
+            views = torch.cat((views, restored[:, None]), dim=1)
+        return views.flatten(0, 1)
 
     def loss_of(
         self, features: Float[Tensor, "rows features"], seeds: Int[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
         """InfoNCE of each image from the features of its `inputs`."""
         config, negatives = self.config, self.bank.embeddings
-        embeddings = self.head(features).view(len(seeds), config.views, -1)  # batch views dim
+        embeddings = self.head(features).view(len(seeds), self.rows, -1)  # batch views dim
         keep = config.negatives.keep(embeddings, negatives, seeds, self.thresholds)
         return info_nce(embeddings, negatives, temperature=config.temperature, keep=keep)
 

@@ -190,7 +190,9 @@ class Lane:
                 state = self._state(part)
                 state = state._replace(steps=torch.full_like(state.steps, stage.loop.steps))  # no step used those views
                 states.append(state)
-                twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
+                twice = state._replace(
+                    x0=state.x0.repeat(2, 1, 1, 1), seeds=state.seeds.repeat(2), steps=state.steps.repeat(2)
+                )
                 images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
             images += [_stack(ordered, "x0"), *([_stack(staged, "x")] if staged else [])]
             features = features_of(self.classifier, images)

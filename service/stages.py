@@ -31,7 +31,7 @@ def shape(stage: str | None) -> tuple[int, int]:
     """Its steps, and the images of one step of one image."""
     if stage is None:
         return 0, 0
-    return (ATTACK_LOOP.steps, 1) if stage == ATTACK else (PRESETS[stage].loop.steps, PRESETS[stage].views)
+    return (ATTACK_LOOP.steps, 1) if stage == ATTACK else (PRESETS[stage].loop.steps, PRESETS[stage].rows)
 
 
 def step_passes(rows: int) -> int:

@@ -12,10 +12,12 @@ from training.head import HeadConfig, train_head
 from training.knn import KnnConfig, make_knn
 from training.linear import LinearConfig, train_linear
 from training.pretrain import PretrainConfig, pretrain
+from training.restorer import RestorerConfig, train_restorer
 
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "classifier": (ClassifierConfig, train_classifier),
     "head": (HeadConfig, train_head),
+    "restorer": (RestorerConfig, train_restorer),
     "gate": (GateConfig, set_gates),
     "pretrain": (PretrainConfig, pretrain),
     "linear": (LinearConfig, train_linear),

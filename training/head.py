@@ -158,7 +158,7 @@ def train_head(config: HeadConfig) -> None:
             },
         )  # fmt: skip
         out = config.out / "checkpoint"
-        checkpoint.save(out, Checkpoint(card, base.classifier, fitted.model, bank))
+        checkpoint.save(out, Checkpoint(card, base.classifier, fitted.model, bank, base.restorer))
         loss = fitted.figures["held_out_loss"]
         print(f"{out}: head of InfoNCE {loss:.3f} on held-out images, bank of {config.bank_size}")
     world.leave(here)
