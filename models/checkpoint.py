@@ -49,7 +49,8 @@ class Card:
     """What `card.json` holds; an unknown key is refused.
 
     `training`, `head_training`, `restorer_training` and `figures` are the resolved configurations and measurements, as
-    JSON; `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were found.
+    JSON; `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were
+    found.
     """
 
     id: str

@@ -155,17 +155,19 @@ class ProjectedGradient:
         *,
         seeds: Int[Tensor, " batch"],
         unrolled: bool = False,
+        objective_of: Callable[[Tensor], Objective] | None = None,
     ) -> Descent:
         """All steps from `x0` (in [0, 1]); works under a caller's no_grad or inference_mode.
 
         With `unrolled`, the result carries gradients with respect to `x0` through every step (second derivatives of
-        the objective); a sign's backward is then that of a soft sign, since its own is zero everywhere.
-        Otherwise the result is detached, and only the image's gradient is computed.
+        the objective) and, given `objective_of`, through the objective that it makes of the received images; a sign's
+        backward is then that of a soft sign, since its own is zero everywhere. Otherwise the result is detached, and
+        only the image's gradient is computed.
         """
         if unrolled:
             if not torch.is_grad_enabled():
                 raise ConfigError("unrolled=True needs gradients, but the caller has switched them off")
-            return Descent(*_Unrolled.apply(x0, self, objective, seeds))
+            return Descent(*_Unrolled.apply(x0, self, objective_of or (lambda _: objective), seeds))
         with torch.inference_mode(False), torch.enable_grad():
             if x0.is_inference():
                 x0, seeds = x0.clone(), seeds.clone()
@@ -215,12 +217,12 @@ class _Unrolled(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401
         x0: Tensor,
         loop: ProjectedGradient,
-        objective: Objective,
+        objective_of: Callable[[Tensor], Objective],
         seeds: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            states = list(loop.steps_from(x0.detach(), objective, seeds))
-        ctx.x0, ctx.loop, ctx.objective, ctx.seeds = x0.detach(), loop, objective, seeds
+            states = list(loop.steps_from(x0.detach(), objective_of(x0.detach()), seeds))
+        ctx.x0, ctx.loop, ctx.objective_of, ctx.seeds = x0.detach(), loop, objective_of, seeds
         ctx.states, last = states, states[-1]
         ctx.mark_non_differentiable(last.losses)
         return last.x.clone(), last.losses
@@ -231,13 +233,14 @@ class _Unrolled(torch.autograd.Function):
         to_x0, to_velocity = torch.zeros_like(ctx.x0), None
         with torch.enable_grad():
             x0 = ctx.x0.requires_grad_()
+            objective = ctx.objective_of(x0)
             for step in reversed(range(loop.steps)):
                 x, velocity, _, _ = ctx.states[step]
                 inputs = [x.detach().requires_grad_(), x0]
                 if velocity is not None:
                     inputs.append(velocity.detach().requires_grad_())
                     velocity = inputs[2]
-                loss = ctx.objective(inputs[0], step)
+                loss = objective(inputs[0], step)
                 (gradient,) = torch.autograd.grad(loss.sum(), inputs[0], create_graph=True)
                 after, after_velocity = loop.advance(inputs[0], x0, gradient, velocity, smooth_backward=True)
                 if (going := ctx.states[step + 1].going) is not None:

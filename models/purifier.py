@@ -55,7 +55,10 @@ class Purifier(nn.Module):
         """The steps alone: images in [0, 1], each with its own seed; see ProjectedGradient.run for `unrolled`."""
         if self.loop.halts and not unrolled:
             return self._descend_those_left(x, seeds)
-        return self.loop.run(x, self.objective(x, seeds), seeds=seeds, unrolled=unrolled)
+        return self.loop.run(
+            x, self.objective(x, seeds), seeds=seeds, unrolled=unrolled,
+            objective_of=lambda received: self.objective(received, seeds),
+        )  # fmt: skip
 
     def _descend_those_left(self, x: Tensor, seeds: Tensor) -> Descent:
         """The same steps, without the images that have ended: after the first step, and then after every few."""

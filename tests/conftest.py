@@ -15,11 +15,13 @@ from models.checkpoint import Card, Checkpoint, HeadCard
 from models.contrastive import NegativesBank, ProjectionHead
 from models.defended import DefendedClassifier
 from models.projected_gradient import RAMP, ProjectedGradient
+from models.restorer import Restorer, RestorerCard
 from models.reverse_attack import ReverseAttack, ReverseAttackConfig
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 CLASSES = ("blue", "green", "red")
+RESTORER = RestorerCard(width=4, depth=2, epsilon=8 / 255)
 SMALL = Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu")
 
 
@@ -42,9 +44,15 @@ def make_checkpoint(*, head: bool = True, architecture: Architecture = SMALL) ->
     card = Card(id="tiny", architecture=architecture, classes=CLASSES, data={"name": "none"}, training={"by": "test"})
     if not head:
         return Checkpoint(card, classifier.requires_grad_(False))
-    card = Card(**{**vars(card), "head": HeadCard(hidden=8, embedding_dim=4, temperature=0.2)})
+    card = Card(**{**vars(card), "head": HeadCard(hidden=8, embedding_dim=4, temperature=0.2), "restorer": RESTORER})
     bank = NegativesBank(torch.randn(40, 4), torch.arange(40) % 3)
-    return Checkpoint(card, classifier.requires_grad_(False), projection.eval().requires_grad_(False), bank)
+    restorer = Restorer(RESTORER).eval()
+    for layer in restorer.layers:
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.weight.data.mul_(3)  # so that it has an opinion of every pixel
+    for module in (projection, restorer):
+        module.eval().requires_grad_(False)
+    return Checkpoint(card, classifier.requires_grad_(False), projection, bank, restorer)
 
 
 def make_config(*, steps: int = 3, views: int = 2, epsilon: float = 8 / 255) -> ReverseAttackConfig:
@@ -58,7 +66,7 @@ def make_defended(config: ReverseAttackConfig | None = None) -> DefendedClassifi
     tiny = make_checkpoint()
     assert tiny.head is not None
     assert tiny.bank is not None
-    purifier = ReverseAttack(tiny.classifier, tiny.head, tiny.bank, config or make_config())
+    purifier = ReverseAttack(tiny.classifier, tiny.head, tiny.bank, config or make_config(), tiny.restorer)
     return DefendedClassifier(tiny.classifier, purifier)
 
 
