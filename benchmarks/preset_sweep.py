@@ -22,6 +22,7 @@ from models.errors import UnperturbError
 from models.options import as_json, option, parse
 from models.projected_gradient import RAMP, ProjectedGradient
 from models.reverse_attack import PRESETS, ReverseAttackConfig
+from models.views import ViewPolicy
 from training import data
 
 
@@ -36,8 +37,26 @@ class Config:
     batch: int = option("images in a batch", 125)
     seed: int = option("of attack, noise and purifier", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
-    out: Path = option("result file", results.FOLDER / "preset_sweep.json")
+    restored: bool = option("sweep what the restored view depends on", False)
+    out: Path | None = option("result file (default: results/preset_sweep.json, or preset_sweep_restored.json)", None)
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+
+
+def restored_candidates() -> dict[str, ReverseAttackConfig]:
+    """The default preset, and one change at a time."""
+    base = PRESETS["default"]
+
+    def loop(**changed: Any) -> ReverseAttackConfig:  # noqa: ANN401
+        return dataclasses.replace(base, loop=dataclasses.replace(base.loop, **changed))
+
+    return {
+        "default": base,
+        "taken off 4 times": dataclasses.replace(base, restored=4.0),
+        "taken off 16 times": dataclasses.replace(base, restored=16.0),
+        "crops and colours": dataclasses.replace(base, policy=ViewPolicy()),
+        "1 step of 8/255": loop(steps=1, step_size=8 / 255),
+        "10 steps, radius 16/255": loop(steps=10, epsilon=16 / 255),
+    }
 
 
 def candidates() -> dict[str, ReverseAttackConfig]:
@@ -91,7 +110,7 @@ def main(arguments: list[str]) -> int:
     static = {name: correct(loaded.classifier, made.sets()[name], labels) for name in names}
     rows: dict[str, Any] = {"no purifier": {name: results.accuracy(static[name]) for name in names}}
     print({name: f"{cell['accuracy']:.1%}" for name, cell in rows["no purifier"].items()})
-    for title, candidate in candidates().items():
+    for title, candidate in (restored_candidates() if config.restored else candidates()).items():
         defended = defend(loaded, candidate)
         rows[title] = {"parameters": dataclasses.asdict(candidate)}
         started = time.perf_counter()
@@ -107,7 +126,8 @@ def main(arguments: list[str]) -> int:
         clean, attacked = (rows[title][name]["gain"]["mean"] for name in names)
         print(f"{title:24} clean {clean:+.1%}  attacked {attacked:+.1%}  {rows[title]['ms_per_image']:.0f} ms")
     record = {"checkpoint": {"id": loaded.card.id, "weights_sha256": loaded.card.weights_sha256}, "rows": rows}
-    results.write(config.out, script="benchmarks/preset_sweep.py", config=as_json(config), results=record)
+    out = config.out or results.FOLDER / f"preset_sweep{'_restored' * config.restored}.json"
+    results.write(out, script="benchmarks/preset_sweep.py", config=as_json(config), results=record)
     return 0
 
 

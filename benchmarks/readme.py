@@ -153,6 +153,7 @@ def render(text: str) -> str:
         "purification": purification_table(measured),
         "time": time_table(measured),
         "sweep": sweep_table(swept),
+        "sweep_restored": sweep_table(json.loads((FOLDER / "preset_sweep_restored.json").read_text())),
         "robustness": robustness_table(load_runs(ROBUSTNESS)),
         "systems": systems_table(FOLDER / "systems" / "small"),
     }

@@ -173,8 +173,9 @@ def arms(scale: Scale) -> dict[str, Arm]:
         command="linear", options={**readout, **untested, "hidden": "256"}, needs="efficientnet", seeds=1
     )
     made["generator"] = Arm(
-        command="generator", options={**scale.generator, **tested}, needs="efficientnet-dense", measures=("generator",)
-    )
+        command="generator", options={**scale.generator, **tested}, needs="efficientnet-dense", measures=("generator",),
+        seeds=6,  # they differ much
+    )  # fmt: skip
     for name, more in (("head-plain", {}), ("head-robust", {"adversarial": ""})):
         made[name] = Arm(command="head", options={**scale.head, **more}, measures=("harness",))
     for name in ("simclr", "rocl"):

@@ -71,6 +71,9 @@ def test_sweep_measures_on_images_that_training_kept_back(
     record = json.loads(out.read_text())
     assert record["results"]["rows"]["base"]["clean"]["n"] == 9  # what the run held out
     assert readme.sweep_table(record).count("\n") == 4
+    monkeypatch.setattr(preset_sweep, "restored_candidates", lambda: {"default": PRESETS["default"]})
+    assert preset_sweep.main([*arguments, "--restored"]) == 0
+    assert json.loads(out.read_text())["results"]["rows"].keys() == {"no purifier", "default"}
 
 
 @pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])
