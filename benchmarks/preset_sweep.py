@@ -21,7 +21,7 @@ from models.defended import defend
 from models.errors import UnperturbError
 from models.options import as_json, option, parse
 from models.projected_gradient import RAMP, ProjectedGradient
-from models.reverse_attack import PRESETS, ReverseAttackConfig
+from models.reverse_attack import MIRRORED, PRESETS, ReverseAttackConfig
 from models.views import ViewPolicy
 from training import data
 
@@ -43,14 +43,14 @@ class Config:
 
 
 def restored_candidates() -> dict[str, ReverseAttackConfig]:
-    """The default preset, and one change at a time."""
-    base = PRESETS["default"]
+    """The default preset with mirrored views and a restored one, and one change at a time."""
+    base = dataclasses.replace(PRESETS["default"], policy=MIRRORED, restored=8.0)
 
     def loop(**changed: Any) -> ReverseAttackConfig:  # noqa: ANN401
         return dataclasses.replace(base, loop=dataclasses.replace(base.loop, **changed))
 
     return {
-        "default": base,
+        "taken off 8 times": base,
         "taken off 4 times": dataclasses.replace(base, restored=4.0),
         "taken off 16 times": dataclasses.replace(base, restored=16.0),
         "crops and colours": dataclasses.replace(base, policy=ViewPolicy()),

@@ -62,8 +62,6 @@ PRESETS: dict[str, ReverseAttackConfig] = {
     "default": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP),
         views=2,
-        policy=MIRRORED,
-        restored=8.0,
     ),
     "published": ReverseAttackConfig(
         loop=ProjectedGradient(

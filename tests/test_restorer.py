@@ -13,11 +13,13 @@ from models.defended import defend, reverse_attack_of
 from models.errors import CheckpointError, ConfigError
 from models.purifiers import build_purifier
 from models.restorer import Restorer, RestorerCard
-from models.reverse_attack import PRESETS, ReverseAttackConfig
+from models.reverse_attack import MIRRORED, PRESETS, ReverseAttack, ReverseAttackConfig
 from models.views import make_views
 from tests.conftest import make_checkpoint, make_config
 from tests.test_training import read_log
 from training.__main__ import main
+
+RESTORED = dataclasses.replace(PRESETS["default"], policy=MIRRORED, restored=8.0)
 
 
 def config(*, steps: int = 3) -> ReverseAttackConfig:
@@ -55,13 +57,13 @@ def test_steps_draw_an_image_towards_its_restored_view(images: torch.Tensor, mon
     assert made.bank is not None
     before, aims = (made.head(made.classifier.features(x)) for x in (images, images.flip(0)))
     made.bank.embeddings.copy_(-F.normalize(aims.mean(0), dim=0))  # so that negatives do not pull elsewhere
-    purified = defend(made, PRESETS["default"]).purify(images).image
+    purified = defend(made, RESTORED).purify(images).image
     after = made.head(made.classifier.features(purified))
     assert F.cosine_similarity(after, aims).mean() > F.cosine_similarity(before, aims).mean() + 1e-4
 
 
 def test_an_images_result_does_not_depend_on_its_batch(images: torch.Tensor) -> None:
-    defended = defend(make_checkpoint(), PRESETS["default"])
+    defended = defend(make_checkpoint(), RESTORED)
     together, alone = defended.purify(images, seed=0).image, defended.purify(images[5:6], seed=0).image
     assert torch.allclose(together[5], alone[0], atol=1e-4)
 
@@ -93,11 +95,11 @@ def test_unrolled_gradient_goes_through_the_restorer(images: torch.Tensor) -> No
 
 
 def test_checkpoint_without_a_restorer_has_no_restored_view(images: torch.Tensor) -> None:
-    plain, made = dataclasses.replace(PRESETS["default"], restored=0.0), make_checkpoint()
+    plain, made = dataclasses.replace(RESTORED, restored=0.0), make_checkpoint()
     without = dataclasses.replace(made, card=dataclasses.replace(made.card, restorer=None), restorer=None)
-    one, other = defend(without, PRESETS["default"]).purify(images), defend(made, plain).purify(images)
+    one, other = defend(without, RESTORED).purify(images), defend(made, plain).purify(images)
     assert torch.equal(one.image, other.image)
-    assert not torch.equal(one.image, defend(made, PRESETS["default"]).purify(images).image)
+    assert not torch.equal(one.image, defend(made, RESTORED).purify(images).image)
 
 
 def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
@@ -114,7 +116,9 @@ def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
         Restorer(RestorerCard(width=4, depth=2, epsilon=8.0))
     with pytest.raises(ConfigError, match="restored=-1"):
         build_purifier("reverse-attack:restored=-1", made)
-    assert build_purifier("reverse-attack:restored=4", made).config.restored == 4  # type: ignore[union-attr]
+    purifier = build_purifier("reverse-attack:restored=4", made)
+    assert isinstance(purifier, ReverseAttack)
+    assert (purifier.config.restored, purifier.config.policy) == (4, MIRRORED)
 
 
 def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> None:
