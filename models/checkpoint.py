@@ -107,6 +107,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, half: bool = True) -> Card:
     card = dataclasses.replace(
         checkpoint.card,
         bank_size=0 if checkpoint.bank is None else len(checkpoint.bank.labels),
+        restorer=None if checkpoint.restorer is None else checkpoint.card.restorer,
+        restorer_training={} if checkpoint.restorer is None else checkpoint.card.restorer_training,
         made_by={"commit": provenance.commit(), "versions": provenance.versions()},
         weights_sha256=digest,
     )

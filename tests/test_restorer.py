@@ -15,7 +15,7 @@ from models.purifiers import build_purifier
 from models.restorer import Restorer, RestorerCard
 from models.reverse_attack import MIRRORED, PRESETS, ReverseAttack, ReverseAttackConfig
 from models.views import make_views
-from tests.conftest import make_checkpoint, make_config
+from tests.conftest import RESTORER, make_checkpoint, make_config
 from tests.test_training import read_log
 from training.__main__ import main
 
@@ -110,6 +110,10 @@ def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
     assert made.restorer is not None
     assert torch.equal(loaded.restorer(images), made.restorer(images))
     checkpoint.save(tmp_path / "other", dataclasses.replace(made, restorer=None))
+    without = checkpoint.load(tmp_path / "other")  # as a readout's training leaves it: the restorer was another's
+    assert without.restorer is None
+    assert without.card.restorer is None
+    checkpoint.write_card(tmp_path / "other", dataclasses.replace(without.card, restorer=RESTORER))
     with pytest.raises(CheckpointError, match=r"lacks restorer\."):
         checkpoint.load(tmp_path / "other")
     with pytest.raises(ConfigError, match="epsilon=8"):
