@@ -21,7 +21,7 @@ from models.defended import defend
 from models.errors import UnperturbError
 from models.options import as_json, option, parse
 from models.projected_gradient import RAMP, ProjectedGradient
-from models.reverse_attack import MIRRORED, PRESETS, ReverseAttackConfig
+from models.reverse_attack import PRESETS, ReverseAttackConfig, with_restored_view
 from models.views import ViewPolicy
 from training import data
 
@@ -44,7 +44,7 @@ class Config:
 
 def restored_candidates() -> dict[str, ReverseAttackConfig]:
     """The default preset with mirrored views and a restored one, and one change at a time."""
-    base = dataclasses.replace(PRESETS["default"], policy=MIRRORED, restored=8.0)
+    base = with_restored_view(PRESETS["default"], 8.0)
 
     def loop(**changed: Any) -> ReverseAttackConfig:  # noqa: ANN401
         return dataclasses.replace(base, loop=dataclasses.replace(base.loop, **changed))

@@ -1,5 +1,6 @@
 """The README's table and plot of the purifier's speed, and its line on HTTP, from purify_speed.py and http_cost.py."""
 
+import statistics
 from typing import Any
 
 from benchmarks.plots import COLOURS, INK, _figure, _png
@@ -59,7 +60,7 @@ def speed_plot(record: dict[str, Any]) -> bytes:
 def http_line(record: dict[str, Any]) -> str:
     """What the service reaches of the engine alone."""
     found, turns = record["results"], record["config"]["turns"]
-    engine, service = (sorted(found[f"{name}_images_per_s"])[turns // 2] for name in ("engine", "service"))
+    engine, service = (statistics.median(found[f"{name}_images_per_s"]) for name in ("engine", "service"))
     return (
         f"At saturation the service does {service:.1f} images/s, the engine without HTTP and decoding {engine:.1f}: "
         f"{found['share']:.0%} (median of {turns} turns, preset `{record['config']['preset']}`; `python "

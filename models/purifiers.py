@@ -46,7 +46,7 @@ def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[s
         policy["kind"] = policy.pop("negatives")
     changed: reverse_attack.ReverseAttackConfig = _changed(config, among(REVERSE_ATTACK_KEYS), REVERSE_ATTACK_KEYS)
     if changed.restored:
-        changed = dataclasses.replace(changed, policy=reverse_attack.MIRRORED)
+        changed = reverse_attack.with_restored_view(changed, changed.restored)
     changed = dataclasses.replace(
         changed, loop=_changed(config.loop, among(LOOP_KEYS), LOOP_KEYS),
         negatives=_changed(config.negatives, policy, {**NEGATIVES_KEYS, "kind": str}),

@@ -7,7 +7,7 @@ stays as it is: the others are drawn towards it. Other than in the paper's code,
 of the other images of the batch, so that an image's result is its own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,11 @@ PRESETS: dict[str, ReverseAttackConfig] = {
 }
 
 
+def with_restored_view(config: ReverseAttackConfig, times: float) -> ReverseAttackConfig:
+    """The same reverse attack with a restored view, and views that are only mirrored."""
+    return replace(config, policy=MIRRORED, restored=times)
+
+
 def preset(name: str) -> ReverseAttackConfig:
     """A preset by name; ConfigError lists the names."""
     if name not in PRESETS:
@@ -92,7 +97,7 @@ class ReverseAttack(Purifier):
     ) -> None:
         super().__init__(classifier, config.loop)
         self.restorer = restorer.eval() if restorer is not None and config.restored else None
-        self.rows = config.views + (self.restorer is not None)
+        self.rows = config.rows if self.restorer is not None else config.views
         self.head, self.bank, self.config = head.eval(), bank, config
         if config.negatives.count > len(bank.labels):
             raise ConfigError(f"negatives.count={config.negatives.count} of a bank of {len(bank.labels)}")

@@ -13,13 +13,13 @@ from models.defended import defend, reverse_attack_of
 from models.errors import CheckpointError, ConfigError
 from models.purifiers import build_purifier
 from models.restorer import Restorer, RestorerCard
-from models.reverse_attack import MIRRORED, PRESETS, ReverseAttack, ReverseAttackConfig
+from models.reverse_attack import MIRRORED, PRESETS, ReverseAttack, ReverseAttackConfig, with_restored_view
 from models.views import make_views
 from tests.conftest import RESTORER, make_checkpoint, make_config
 from tests.test_training import read_log
 from training.__main__ import main
 
-RESTORED = dataclasses.replace(PRESETS["default"], policy=MIRRORED, restored=8.0)
+RESTORED = with_restored_view(PRESETS["default"], 8.0)
 
 
 def config(*, steps: int = 3) -> ReverseAttackConfig:
