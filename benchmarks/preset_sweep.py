@@ -12,18 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import points, results
 from models import checkpoint
 from models.attack import correct
+from models.checkpoint import Checkpoint
 from models.contrastive import NegativePolicy
 from models.defended import defend
-from models.errors import UnperturbError
+from models.errors import CheckpointError, UnperturbError
 from models.options import as_json, option, parse
 from models.projected_gradient import RAMP, ProjectedGradient
-from models.reverse_attack import PRESETS, ReverseAttackConfig, with_restored_view
+from models.restorer import Restorer
+from models.reverse_attack import MIRRORED, PRESETS, ReverseAttackConfig
 from models.views import ViewPolicy
 from training import data
+
+TIMES = 8.0  # that a restorer's estimate is taken off
+BASE = ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,7 @@ class Config:
 
     data: str = option("the data set that the checkpoint was trained on")
     checkpoint: str = option("shipped name or folder", "default")
-    n: int = option("held-out training images", 500)
+    n: int = option("held-out training images", 1000)
     epsilon: float = option("attack radius, L-infinity", 8 / 255)
     batch: int = option("images in a batch", 125)
     seed: int = option("of attack, noise and purifier", 0)
@@ -43,11 +49,11 @@ class Config:
 
 
 def restored_candidates() -> dict[str, ReverseAttackConfig]:
-    """The default preset with mirrored views and a restored one, and one change at a time."""
-    base = with_restored_view(PRESETS["default"], 8.0)
+    """5 steps of 2/255 with 2 mirrored views and a restored one in a ball of 8/255, and one change at a time."""
+    base = ReverseAttackConfig(loop=BASE, views=2, policy=MIRRORED, restored=TIMES)
 
     def loop(**changed: Any) -> ReverseAttackConfig:  # noqa: ANN401
-        return dataclasses.replace(base, loop=dataclasses.replace(base.loop, **changed))
+        return dataclasses.replace(base, loop=dataclasses.replace(BASE, **changed))
 
     return {
         "taken off 8 times": base,
@@ -55,6 +61,10 @@ def restored_candidates() -> dict[str, ReverseAttackConfig]:
         "taken off 16 times": dataclasses.replace(base, restored=16.0),
         "crops and colours": dataclasses.replace(base, policy=ViewPolicy()),
         "1 step of 8/255": loop(steps=1, step_size=8 / 255),
+        "1 step of 6/255": loop(steps=1, step_size=6 / 255),
+        "1 step of 4/255": loop(steps=1, step_size=4 / 255),
+        "2 steps of 4/255": loop(steps=2, step_size=4 / 255),
+        "10 steps": loop(steps=10),
         "10 steps, radius 16/255": loop(steps=10, epsilon=16 / 255),
     }
 
@@ -63,8 +73,7 @@ def candidates() -> dict[str, ReverseAttackConfig]:
     """The published preset; and from 5 steps of 2/255 with 2 views in a ball of 8/255, one change at a time."""
 
     def loop(**changed: Any) -> ProjectedGradient:  # noqa: ANN401
-        base = ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP)
-        return dataclasses.replace(base, **changed)
+        return dataclasses.replace(BASE, **changed)
 
     def drop(fraction: float) -> NegativePolicy:
         return NegativePolicy(kind="drop-similar", fraction=fraction)
@@ -93,11 +102,35 @@ def candidates() -> dict[str, ReverseAttackConfig]:
     }
 
 
+def restorer_of(loaded: Checkpoint) -> Restorer:
+    """The checkpoint's restorer; CheckpointError where it has none."""
+    if loaded.restorer is None:
+        raise CheckpointError(f"checkpoint {loaded.card.id!r} has no restorer: python -m training restorer makes one")
+    return loaded.restorer
+
+
+def restored_alone(
+    loaded: Checkpoint, sets: dict[str, Tensor], labels: Tensor, static: dict[str, list[bool]]
+) -> dict[str, Any]:
+    """No reverse attack: the restored view is what is classified."""
+    restorer = restorer_of(loaded)
+    found = {}
+    for name, before in static.items():
+        with torch.no_grad():
+            restored = [restorer.restored(x, factor=TIMES) for x in sets[name].split(250)]
+        right = correct(loaded.classifier, torch.cat(restored), labels)
+        found[name] = {**results.accuracy(right), "gain": results.gain(right, before)}
+    print("restored view itself", {name: f"{cell['gain']['mean']:+.1%}" for name, cell in found.items()})
+    return found
+
+
 def main(arguments: list[str]) -> int:
     """Sweep, write the result file, and say the figures."""
     try:
         config = parse(Config, arguments, program="benchmarks/preset_sweep.py")
         loaded = checkpoint.load(config.checkpoint, device=config.device)
+        if config.restored:
+            restorer_of(loaded)
         dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
     except UnperturbError as error:
         print(f"benchmarks/preset_sweep.py: {error}", file=sys.stderr)
@@ -110,6 +143,8 @@ def main(arguments: list[str]) -> int:
     static = {name: correct(loaded.classifier, made.sets()[name], labels) for name in names}
     rows: dict[str, Any] = {"no purifier": {name: results.accuracy(static[name]) for name in names}}
     print({name: f"{cell['accuracy']:.1%}" for name, cell in rows["no purifier"].items()})
+    if config.restored:
+        rows["restored view itself"] = restored_alone(loaded, made.sets(), labels, static)
     for title, candidate in (restored_candidates() if config.restored else candidates()).items():
         defended = defend(loaded, candidate)
         rows[title] = {"parameters": dataclasses.asdict(candidate)}

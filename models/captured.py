@@ -49,7 +49,8 @@ class CapturedStep:
             image = torch.zeros(size, 3, side, side, device=device)
             number = torch.zeros(size, dtype=torch.int64, device=device)
             velocity = image.clone() if stage.loop.momentum else None
-            self._state = Slots(image, image.clone(), velocity, number, number.clone(), number.clone())
+            anchors = stage.anchor(image)
+            self._state = Slots(image, image.clone(), velocity, number, number.clone(), number.clone(), anchors)
             self._losses = torch.zeros(size, device=device)
         self.size, self._used, self.device = size, 0, device
 
@@ -142,7 +143,7 @@ class Stepper:
         if stage.loop.halts:
             raise ConfigError("a stage with a gate or settle ends images early; they are stepped one step at a time")
         none = torch.zeros_like(seeds)
-        slots = Slots(x0, stage.loop.begin(x0, seeds), None, seeds, none, none)
+        slots = Slots(x0, stage.loop.begin(x0, seeds), None, seeds, none, none, stage.anchor(x0))
         losses = []
         if self.execution == "eager":
             for _ in range(stage.loop.steps):

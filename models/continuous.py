@@ -19,7 +19,9 @@ from models.shapes import Float, Int
 
 
 class Slots(NamedTuple):
-    """Images in the same stage: as received, as they are, velocity (None without momentum), seed, step, label."""
+    """Images in the same stage: as received, as they are, velocity (None without momentum), seed, step, label, and
+    the stage's anchor of what was received (None where it has none).
+    """
 
     x0: Float[Tensor, "batch 3 h w"]
     x: Float[Tensor, "batch 3 h w"]
@@ -27,6 +29,7 @@ class Slots(NamedTuple):
     seeds: Int[Tensor, " batch"]
     steps: Int[Tensor, " batch"]
     labels: Int[Tensor, " batch"]
+    anchors: Float[Tensor, "batch dim"] | None = None
 
 
 class Stage:
@@ -34,6 +37,10 @@ class Stage:
 
     loop: ProjectedGradient
     rows: int
+
+    def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
+        """What the loss needs of the received images at every step, computed once; most need nothing."""
+        return None
 
     def inputs(self, slots: Slots, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
         """What the classifier sees of `x` at each slot's step; every subclass gives its own."""
@@ -78,15 +85,20 @@ class Purification(Stage):
     """A reverse attack as a stage."""
 
     def __init__(self, purifier: ReverseAttack) -> None:
-        self.purifier, self.loop, self.rows = purifier, purifier.loop, purifier.rows
+        self.purifier, self.loop, self.rows = purifier, purifier.loop, purifier.config.views
+
+    def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
+        """The embedding of the restored view."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.purifier.anchor(x0)
 
     def inputs(self, slots: Slots, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
         """The views of each slot's own step."""
-        return self.purifier.inputs(x, slots.steps, slots.seeds, slots.x0)
+        return self.purifier.inputs(x, slots.steps, slots.seeds)
 
     def loss_of(self, slots: Slots, features: Float[Tensor, "rows features"]) -> Float[Tensor, " batch"]:
         """InfoNCE against the bank."""
-        return self.purifier.loss_of(features, slots.seeds)
+        return self.purifier.loss_of(features, slots.seeds, slots.anchors)
 
 
 class CrossEntropyAttack(Stage):

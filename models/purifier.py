@@ -53,12 +53,16 @@ class Purifier(nn.Module):
         self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"], unrolled: bool = False
     ) -> Descent:
         """The steps alone: images in [0, 1], each with its own seed; see ProjectedGradient.run for `unrolled`."""
-        if self.loop.halts and not unrolled:
+        if unrolled:
+            return self.loop.run(
+                x, self.objective(x, seeds), seeds=seeds, unrolled=True,
+                objective_of=lambda received: self.objective(received, seeds),
+            )  # fmt: skip
+        if self.loop.halts:
             return self._descend_those_left(x, seeds)
-        return self.loop.run(
-            x, self.objective(x, seeds), seeds=seeds, unrolled=unrolled,
-            objective_of=lambda received: self.objective(received, seeds),
-        )  # fmt: skip
+        with torch.inference_mode(False):
+            x, seeds = x.detach().clone(), seeds.clone()
+            return self.loop.run(x, self.objective(x, seeds), seeds=seeds)
 
     def _descend_those_left(self, x: Tensor, seeds: Tensor) -> Descent:
         """The same steps, without the images that have ended: after the first step, and then after every few."""

@@ -2,9 +2,9 @@
 
     minimise L_s(x0 + r)   subject to   |r|∞ ≤ ε_v,  x0 + r in [0, 1]
 
-Where the checkpoint has a restorer, the received image with its estimated perturbation taken off is one more view, that
-stays as it is: the others are drawn towards it. Other than in the paper's code, the negatives are a stored bank instead
-of the other images of the batch, so that an image's result is its own.
+Where the checkpoint has a restorer, the received image with its estimated perturbation taken off is one more view: its
+embedding, the anchor, stays as it is, and the others are drawn towards it. Other than in the paper's code, the
+negatives are a stored bank instead of the other images of the batch, so that an image's result is its own.
 """
 
 from dataclasses import dataclass, field, replace
@@ -47,11 +47,6 @@ class ReverseAttackConfig:
             raise ConfigError(f"temperature={self.temperature} must be above 0")
         if self.loop.direction != "descend":
             raise ConfigError(f"direction={self.loop.direction!r}: a reverse attack descends")
-
-    @property
-    def rows(self) -> int:
-        """The views of a step, the restored one among them."""
-        return self.views + (self.restored > 0)
 
 
 MIRRORED = ViewPolicy(
@@ -97,7 +92,6 @@ class ReverseAttack(Purifier):
     ) -> None:
         super().__init__(classifier, config.loop)
         self.restorer = restorer.eval() if restorer is not None and config.restored else None
-        self.rows = config.rows if self.restorer is not None else config.views
         self.head, self.bank, self.config = head.eval(), bank, config
         if config.negatives.count > len(bank.labels):
             raise ConfigError(f"negatives.count={config.negatives.count} of a bank of {len(bank.labels)}")
@@ -106,39 +100,48 @@ class ReverseAttack(Purifier):
 
     def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
         """The InfoNCE loss of each image, on new views at every step."""
-        return lambda iterate, step: self.loss(iterate, step, seeds, x)
+        if torch.is_grad_enabled() and x.requires_grad:  # each step's gradient goes through an anchor of its own
+            return lambda iterate, step: self.loss(iterate, step, seeds, self.anchor(x))
+        with torch.no_grad():
+            anchor = self.anchor(x)
+        return lambda iterate, step: self.loss(iterate, step, seeds, anchor)
+
+    def anchor(self, received: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
+        """The embedding of each received image's restored view; None without a restorer."""
+        if self.restorer is None:
+            return None
+        restored = self.restorer.restored(received, factor=self.config.restored)
+        embedding: Tensor = self.head(self.classifier.features(restored))
+        return embedding
 
     def loss(
         self,
         x: Float[Tensor, "batch 3 h w"],
         step: int | Int[Tensor, " batch"],
         seeds: Int[Tensor, " batch"],
-        received: Float[Tensor, "batch 3 h w"],
+        anchor: Float[Tensor, "batch dim"] | None,
     ) -> Float[Tensor, " batch"]:
-        """InfoNCE of each image over the views of `step`, against the bank."""
-        return self.loss_of(self.classifier.features(self.inputs(x, step, seeds, received)), seeds)
+        """InfoNCE of each image over the views of `step` and the anchor, against the bank."""
+        return self.loss_of(self.classifier.features(self.inputs(x, step, seeds)), seeds, anchor)
 
     def inputs(
-        self,
-        x: Float[Tensor, "batch 3 h w"],
-        step: int | Int[Tensor, " batch"],
-        seeds: Int[Tensor, " batch"],
-        received: Float[Tensor, "batch 3 h w"],
+        self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
     ) -> Float[Tensor, "rows 3 h w"]:
-        """The views of each image at its step, the restored one the last, one image's after another's."""
+        """The views of each image at its step, one image's after another's."""
         config = self.config
-        views = make_views(x, seeds=seeds, step=step, views=config.views, policy=config.policy)
-        if self.restorer is not None:
-            restored = self.restorer.restored(received, factor=config.restored)
-            views = torch.cat((views, restored[:, None]), dim=1)
-        return views.flatten(0, 1)
+        return make_views(x, seeds=seeds, step=step, views=config.views, policy=config.policy).flatten(0, 1)
 
     def loss_of(
-        self, features: Float[Tensor, "rows features"], seeds: Int[Tensor, " batch"]
+        self,
+        features: Float[Tensor, "rows features"],
+        seeds: Int[Tensor, " batch"],
+        anchor: Float[Tensor, "batch dim"] | None,
     ) -> Float[Tensor, " batch"]:
-        """InfoNCE of each image from the features of its `inputs`."""
+        """InfoNCE of each image from the features of its `inputs`, and its anchor."""
         config, negatives = self.config, self.bank.embeddings
-        embeddings = self.head(features).view(len(seeds), self.rows, -1)  # batch views dim
+        embeddings = self.head(features).view(len(seeds), config.views, -1)  # batch views dim
+        if anchor is not None:
+            embeddings = torch.cat((embeddings, anchor[:, None]), dim=1)
         keep = config.negatives.keep(embeddings, negatives, seeds, self.thresholds)
         return info_nce(embeddings, negatives, temperature=config.temperature, keep=keep)
 

@@ -50,6 +50,16 @@ class ViewPolicy:
             if not 0 <= getattr(self, name) <= top:
                 raise ConfigError(f"{name}={getattr(self, name)} is not in [0, {top}]")
 
+    @property
+    def crops(self) -> bool:
+        """Whether a view may show less than the whole image."""
+        return self.crop_area != (1.0, 1.0) or self.crop_ratio != (1.0, 1.0)
+
+    @property
+    def colors(self) -> bool:
+        """Whether a view may have other colours."""
+        return any((self.brightness, self.contrast, self.saturation, self.hue, self.grayscale))
+
 
 class ViewParameters(NamedTuple):
     """One view's parameters per image; the box in shares of the image's sides, hue in turns."""
@@ -110,15 +120,19 @@ def make_views(
     if isinstance(step, Tensor):
         step = step.repeat_interleave(views)
     drawn = draw(policy, seeds.repeat_interleave(views), step, numbers)
-    made: Tensor = apply(x.repeat_interleave(views, dim=0), drawn).unflatten(0, (len(x), views))
+    made: Tensor = apply(x.repeat_interleave(views, dim=0), drawn, policy).unflatten(0, (len(x), views))
     return made
 
 
-def apply(x: Float[Tensor, "batch 3 h w"], view: ViewParameters) -> Float[Tensor, "batch 3 h w"]:
-    """One view of each image; full precision under a caller's autocast."""
+def apply(x: Float[Tensor, "batch 3 h w"], view: ViewParameters, policy: ViewPolicy) -> Float[Tensor, "batch 3 h w"]:
+    """One view of each image, without the work that its policy never asks for; full precision under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         view = ViewParameters(*(p if p.dtype == torch.bool else p.to(x.dtype) for p in view))
-        return color(resized_crop(x, view), view)
+        if policy.crops:
+            x = resized_crop(x, view)
+        elif policy.flip:
+            x = torch.where(view.flip[:, None, None, None], x.flip(3), x)
+        return color(x, view) if policy.colors else x
 
 
 def resized_crop(x: Float[Tensor, "batch 3 h w"], view: ViewParameters) -> Float[Tensor, "batch 3 h w"]:

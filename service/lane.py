@@ -17,7 +17,7 @@ from models.errors import UnprocessableError
 from models.projected_gradient import ProjectedGradient
 from service.cost import Spent
 from service.messages import Outcome, Work
-from service.stages import ATTACK, finish_passes, stages_of, step_passes
+from service.stages import ATTACK, begin_passes, finish_passes, stages_of, step_passes
 
 log = logging.getLogger("unperturb.engine")
 
@@ -32,6 +32,7 @@ class Slot:
     x: Tensor
     began_at: float
     label: int = 0
+    anchor: Tensor | None = None
     step: int = 0
     velocity: Tensor | None = None
     losses: list[Tensor] = field(default_factory=list)
@@ -145,21 +146,23 @@ class Lane:
         return []
 
     def _begin(self, slots: list[Slot]) -> None:
-        """The first iterate, and the label that an attack leads away from: the one that the image has now."""
+        """The first iterate and the stage's anchor; the label that an attack leads away from is what it has now."""
         attacked = [slot for slot in slots if slot.work.stage == ATTACK]
         labels: list[int] = []
         with torch.no_grad():
             if attacked:
                 labels = self.classifier(torch.stack([slot.x0 for slot in attacked])).argmax(1).tolist()
-            first = [
-                (part, stage.loop.begin(_stack(part, "x0"), self._integers(slot.work.seed for slot in part)))
-                for stage, part in _by_stage(slots)
-            ]
+            first = []
+            for stage, part in _by_stage(slots):
+                x0 = _stack(part, "x0")
+                begun = stage.loop.begin(x0, self._integers(slot.work.seed for slot in part))
+                first.append((part, begun, stage.anchor(x0)))
+                self.passes += sum(begin_passes(slot.work.stage) for slot in part)
         for slot, label in zip(attacked, labels, strict=True):
             slot.label = label
-        for part, images in first:
-            for slot, x in zip(part, images, strict=True):
-                slot.x = x
+        for part, images, anchors in first:
+            for i, slot in enumerate(part):
+                slot.x, slot.anchor = images[i], None if anchors is None else anchors[i]
 
     def _step(self, slots: list[Slot]) -> None:
         parts = _by_stage(slots)
@@ -190,9 +193,7 @@ class Lane:
                 state = self._state(part)
                 state = state._replace(steps=torch.full_like(state.steps, stage.loop.steps))  # no step used those views
                 states.append(state)
-                twice = state._replace(
-                    x0=state.x0.repeat(2, 1, 1, 1), seeds=state.seeds.repeat(2), steps=state.steps.repeat(2)
-                )
+                twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
                 images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
             images += [_stack(ordered, "x0"), *([_stack(staged, "x")] if staged else [])]
             features = features_of(self.classifier, images)
@@ -228,12 +229,11 @@ class Lane:
         return done
 
     def _state(self, slots: list[Slot]) -> Slots:
-        velocity = _stack(slots, "velocity") if slots[0].velocity is not None else None
         return Slots(
-            x0=_stack(slots, "x0"), x=_stack(slots, "x"), velocity=velocity,
+            x0=_stack(slots, "x0"), x=_stack(slots, "x"), velocity=_stack_if_there(slots, "velocity"),
             seeds=self._integers(slot.work.seed for slot in slots),
             steps=self._integers(slot.step for slot in slots),
-            labels=self._integers(slot.label for slot in slots),
+            labels=self._integers(slot.label for slot in slots), anchors=_stack_if_there(slots, "anchor"),
         )  # fmt: skip
 
     def _integers(self, values: Iterable[int]) -> Tensor:
@@ -252,6 +252,10 @@ def _by_stage(slots: list[Slot]) -> list[tuple[Stage, list[Slot]]]:
 
 def _stack(slots: list[Slot], name: str) -> Tensor:
     return torch.stack([getattr(slot, name) for slot in slots])
+
+
+def _stack_if_there(slots: list[Slot], name: str) -> Tensor | None:
+    return None if getattr(slots[0], name) is None else _stack(slots, name)
 
 
 def _if_finite(outcome: Outcome) -> Outcome | Exception:

@@ -24,14 +24,19 @@ def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
 def passes(stage: str | None) -> int:
     """The work of one image, in images forward through the classifier."""
     steps, rows = shape(stage)
-    return steps * step_passes(rows) + finish_passes(rows) if steps else 1
+    return begin_passes(stage) + steps * step_passes(rows) + finish_passes(rows) if steps else 1
 
 
 def shape(stage: str | None) -> tuple[int, int]:
     """Its steps, and the images of one step of one image."""
     if stage is None:
         return 0, 0
-    return (ATTACK_LOOP.steps, 1) if stage == ATTACK else (PRESETS[stage].loop.steps, PRESETS[stage].rows)
+    return (ATTACK_LOOP.steps, 1) if stage == ATTACK else (PRESETS[stage].loop.steps, PRESETS[stage].views)
+
+
+def begin_passes(stage: str | None) -> int:
+    """The work before the first step: the restored view, where the checkpoint has a restorer."""
+    return 1 if stage in PRESETS and PRESETS[stage].restored else 0
 
 
 def step_passes(rows: int) -> int:

@@ -47,7 +47,7 @@ def test_loss_is_infonce_of_the_views_and_the_restored_one(images: torch.Tensor)
     shown = (*views, made.restorer.restored(images, factor=8.0))  # of what was received, not of the iterate
     embeddings = torch.stack([made.head(made.classifier.features(view)) for view in shown], dim=1)
     expected = info_nce(embeddings, made.bank.embeddings, temperature=0.2)
-    assert torch.allclose(purifier.loss(x, 1, seeds, images), expected, atol=1e-5)
+    assert torch.allclose(purifier.objective(images, seeds)(x, 1), expected, atol=1e-5)
 
 
 def test_steps_draw_an_image_towards_its_restored_view(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +84,7 @@ def test_unrolled_gradient_goes_through_the_restorer(images: torch.Tensor) -> No
 
     def by_hand(received: torch.Tensor) -> torch.Tensor:
         x = x0 * 1.0
-        (slope,) = torch.autograd.grad(purifier.loss(x, 0, seeds, received).sum(), x, create_graph=True)
+        (slope,) = torch.autograd.grad(purifier.objective(received, seeds)(x, 0).sum(), x, create_graph=True)
         after = (x - slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(0, 1)
         return torch.autograd.grad((after * weights).sum(), x0)[0]
 

@@ -1,9 +1,12 @@
+import dataclasses
+
 import kornia
 import pytest
 import torch
 import torch.nn.functional as F
 
 from models.errors import ConfigError
+from models.reverse_attack import MIRRORED
 from models.views import ViewParameters, ViewPolicy, apply, color, draw, luma, make_views, resized_crop, shift_hue
 
 PLAIN = dict(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0,
@@ -18,7 +21,22 @@ def parameters(batch: int, **changed: torch.Tensor) -> ViewParameters:
 
 
 def test_view_without_change_returns_the_image(images: torch.Tensor) -> None:
-    assert torch.allclose(apply(images, parameters(8)), images, atol=2e-6)
+    assert torch.allclose(apply(images, parameters(8), ViewPolicy()), images, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ViewPolicy(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0)),
+        dataclasses.replace(ViewPolicy(), brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, grayscale=0.0),
+        MIRRORED,
+        dataclasses.replace(MIRRORED, flip=0.0),
+    ],
+    ids=["uncropped", "uncoloured", "mirrored", "as it is"],
+)
+def test_work_that_a_policy_never_asks_for_changes_nothing(policy: ViewPolicy, images: torch.Tensor) -> None:
+    drawn = draw(policy, torch.arange(8), 0, 0)
+    assert torch.allclose(apply(images, drawn, policy), apply(images, drawn, ViewPolicy()), atol=2e-6)
 
 
 def test_resized_crop_matches_kornia_and_grid_sample(images: torch.Tensor) -> None:

@@ -83,5 +83,5 @@ def first_losses(purifier: ReverseAttack, held: data.Split, *, epsilon: float) -
         seeds = torch.full_like(some, GATE_SEED)
         for found, images in ((clean, x), (attacked, moved)):
             with torch.no_grad():
-                found.append(purifier.loss(purifier.loop.begin(images, seeds), 0, seeds, images))
+                found.append(purifier.objective(images, seeds)(purifier.loop.begin(images, seeds), 0))
     return torch.cat(clean), torch.cat(attacked)

@@ -51,7 +51,7 @@ def bpda_contrastive(scene: Scene) -> Tensor:
     def objective(weight: float) -> AttackObjective:
         def value(x: Tensor, rows: Tensor) -> Judged:
             judged = plain(x, rows)
-            own = purifier.objective(x.detach(), seeds_of(scene.served_seed, x))(x, 0)
+            own = purifier.objective(x, seeds_of(scene.served_seed, x))(x, 0)
             return Judged(judged.losses + sign * weight * own, judged.broken)
 
         return value
