@@ -24,7 +24,7 @@ from models.errors import CheckpointError, UnperturbError
 from models.options import as_json, option, parse
 from models.projected_gradient import RAMP, ProjectedGradient
 from models.restorer import Restorer
-from models.reverse_attack import MIRRORED, PRESETS, ReverseAttackConfig
+from models.reverse_attack import PRESETS, ReverseAttackConfig
 from models.views import ViewPolicy
 from training import data
 
@@ -50,7 +50,7 @@ class Config:
 
 def restored_candidates() -> dict[str, ReverseAttackConfig]:
     """5 steps of 2/255 with 2 mirrored views and a restored one in a ball of 8/255, and one change at a time."""
-    base = ReverseAttackConfig(loop=BASE, views=2, policy=MIRRORED, restored=TIMES)
+    base = ReverseAttackConfig(loop=BASE, views=2, restored=TIMES)
 
     def loop(**changed: Any) -> ReverseAttackConfig:  # noqa: ANN401
         return dataclasses.replace(base, loop=dataclasses.replace(BASE, **changed))

@@ -45,8 +45,6 @@ def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[s
     if "negatives" in policy:
         policy["kind"] = policy.pop("negatives")
     changed: reverse_attack.ReverseAttackConfig = _changed(config, among(REVERSE_ATTACK_KEYS), REVERSE_ATTACK_KEYS)
-    if changed.restored:
-        changed = reverse_attack.with_restored_view(changed, changed.restored)
     changed = dataclasses.replace(
         changed, loop=_changed(config.loop, among(LOOP_KEYS), LOOP_KEYS),
         negatives=_changed(config.negatives, policy, {**NEGATIVES_KEYS, "kind": str}),

@@ -7,7 +7,7 @@ embedding, the anchor, stays as it is, and the others are drawn towards it. Othe
 negatives are a stored bank instead of the other images of the batch, so that an image's result is its own.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from models.views import ViewPolicy, make_views
 class ReverseAttackConfig:
     """The purifier's parameters; epsilon and step_size are in `loop`, in pixel units of [0, 1].
 
+    policy: of the views; None: SimCLR's, or beside a restored view, mirrored alone
     restored: how many times over the restorer's estimate is taken off for the restored view; 0, or a checkpoint without
         a restorer: there is no such view
     """
@@ -34,7 +35,7 @@ class ReverseAttackConfig:
     views: int
     temperature: float = 0.2
     negatives: NegativePolicy = field(default_factory=NegativePolicy)
-    policy: ViewPolicy = field(default_factory=ViewPolicy)
+    policy: ViewPolicy | None = None
     restored: float = 0.0
 
     def __post_init__(self) -> None:
@@ -57,6 +58,12 @@ PRESETS: dict[str, ReverseAttackConfig] = {
     "default": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP),
         views=2,
+        restored=8.0,
+    ),
+    "fast": ReverseAttackConfig(
+        loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=6 / 255, steps=1, ramp=RAMP),
+        views=2,
+        restored=8.0,
     ),
     "published": ReverseAttackConfig(
         loop=ProjectedGradient(
@@ -65,11 +72,6 @@ PRESETS: dict[str, ReverseAttackConfig] = {
         views=4,
     ),
 }
-
-
-def with_restored_view(config: ReverseAttackConfig, times: float) -> ReverseAttackConfig:
-    """The same reverse attack with a restored view, and views that are only mirrored."""
-    return replace(config, policy=MIRRORED, restored=times)
 
 
 def preset(name: str) -> ReverseAttackConfig:
@@ -93,6 +95,7 @@ class ReverseAttack(Purifier):
         super().__init__(classifier, config.loop)
         self.restorer = restorer.eval() if restorer is not None and config.restored else None
         self.head, self.bank, self.config = head.eval(), bank, config
+        self.policy = config.policy or (ViewPolicy() if self.restorer is None else MIRRORED)
         if config.negatives.count > len(bank.labels):
             raise ConfigError(f"negatives.count={config.negatives.count} of a bank of {len(bank.labels)}")
         self.thresholds: Tensor | None
@@ -128,8 +131,7 @@ class ReverseAttack(Purifier):
         self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
     ) -> Float[Tensor, "rows 3 h w"]:
         """The views of each image at its step, one image's after another's."""
-        config = self.config
-        return make_views(x, seeds=seeds, step=step, views=config.views, policy=config.policy).flatten(0, 1)
+        return make_views(x, seeds=seeds, step=step, views=self.config.views, policy=self.policy).flatten(0, 1)
 
     def loss_of(
         self,

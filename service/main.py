@@ -16,6 +16,7 @@ import typer
 from pydantic import ValidationError
 
 from models.errors import RequestError, UnperturbError
+from models.reverse_attack import PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ app = typer.Typer(
 Files = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG or WebP")]
 CheckpointOption = Annotated[str, typer.Option(help="a shipped checkpoint's name, or a folder")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-PresetOption = Annotated[str, typer.Option(help="default or published")]
+PresetOption = Annotated[str, typer.Option(help=", ".join(PRESETS))]
 SeedOption = Annotated[int, typer.Option(min=0, help="of the random views")]
 
 

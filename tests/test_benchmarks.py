@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -55,13 +56,14 @@ def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
 
 
 def test_sweep_measures_on_images_that_training_kept_back(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(classifier_arguments(image_folder, tmp_path / "run", "--epochs", "1")) == 0
     made, tiny = checkpoint.load(tmp_path / "run" / "checkpoint"), make_checkpoint()
     assert made.classifier.feature_dim == tiny.classifier.feature_dim
-    card = checkpoint.Card(**{**vars(made.card), "head": tiny.card.head})
-    checkpoint.save(tmp_path / "head", checkpoint.Checkpoint(card, made.classifier, tiny.head, tiny.bank))
+    card = dataclasses.replace(made.card, head=tiny.card.head, restorer=tiny.card.restorer)
+    whole = dataclasses.replace(tiny, card=card, classifier=made.classifier)
+    checkpoint.save(tmp_path / "head", whole)
     few = dict(list(preset_sweep.candidates().items())[:2])
     monkeypatch.setattr(preset_sweep, "candidates", lambda: few)
     out = tmp_path / "sweep.json"
@@ -73,7 +75,12 @@ def test_sweep_measures_on_images_that_training_kept_back(
     assert readme.sweep_table(record).count("\n") == 4
     monkeypatch.setattr(preset_sweep, "restored_candidates", lambda: {"default": PRESETS["default"]})
     assert preset_sweep.main([*arguments, "--restored"]) == 0
-    assert json.loads(out.read_text())["results"]["rows"].keys() == {"no purifier", "default"}
+    rows = json.loads(out.read_text())["results"]["rows"]
+    assert rows.keys() == {"no purifier", "restored view itself", "default"}
+    assert rows["restored view itself"]["attacked"]["n"] == 9
+    checkpoint.save(tmp_path / "head", dataclasses.replace(whole, restorer=None))
+    assert preset_sweep.main([*arguments, "--restored"]) == 2
+    assert "has no restorer: python -m training restorer makes one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])

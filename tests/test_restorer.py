@@ -13,13 +13,13 @@ from models.defended import defend, reverse_attack_of
 from models.errors import CheckpointError, ConfigError
 from models.purifiers import build_purifier
 from models.restorer import Restorer, RestorerCard
-from models.reverse_attack import MIRRORED, PRESETS, ReverseAttack, ReverseAttackConfig, with_restored_view
+from models.reverse_attack import MIRRORED, PRESETS, ReverseAttack, ReverseAttackConfig
 from models.views import make_views
 from tests.conftest import RESTORER, make_checkpoint, make_config
 from tests.test_training import read_log
 from training.__main__ import main
 
-RESTORED = with_restored_view(PRESETS["default"], 8.0)
+RESTORED = PRESETS["default"]
 
 
 def config(*, steps: int = 3) -> ReverseAttackConfig:
@@ -43,7 +43,7 @@ def test_loss_is_infonce_of_the_views_and_the_restored_one(images: torch.Tensor)
     assert made.bank is not None
     purifier = reverse_attack_of(made, config())
     x = (images + 0.02).clamp(0, 1)
-    views = make_views(x, seeds=seeds, step=1, views=2, policy=config().policy).unbind(1)
+    views = make_views(x, seeds=seeds, step=1, views=2, policy=MIRRORED).unbind(1)
     shown = (*views, made.restorer.restored(images, factor=8.0))  # of what was received, not of the iterate
     embeddings = torch.stack([made.head(made.classifier.features(view)) for view in shown], dim=1)
     expected = info_nce(embeddings, made.bank.embeddings, temperature=0.2)
@@ -122,7 +122,7 @@ def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
         build_purifier("reverse-attack:restored=-1", made)
     purifier = build_purifier("reverse-attack:restored=4", made)
     assert isinstance(purifier, ReverseAttack)
-    assert (purifier.config.restored, purifier.config.policy) == (4, MIRRORED)
+    assert (purifier.config.restored, purifier.policy) == (4, MIRRORED)
 
 
 def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> None:
