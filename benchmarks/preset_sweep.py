@@ -19,16 +19,15 @@ from models import checkpoint
 from models.attack import correct
 from models.checkpoint import Checkpoint
 from models.contrastive import NegativePolicy
-from models.defended import defend
-from models.errors import CheckpointError, UnperturbError
+from models.defended import DefendedClassifier, defend
+from models.denoiser import TIMES, denoiser_of
+from models.errors import UnperturbError
 from models.options import as_json, option, parse
 from models.projected_gradient import RAMP, ProjectedGradient
-from models.restorer import Restorer
 from models.reverse_attack import PRESETS, ReverseAttackConfig
 from models.views import ViewPolicy
 from training import data
 
-TIMES = 8.0  # that a restorer's estimate is taken off
 BASE = ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP)
 
 
@@ -102,23 +101,14 @@ def candidates() -> dict[str, ReverseAttackConfig]:
     }
 
 
-def restorer_of(loaded: Checkpoint) -> Restorer:
-    """The checkpoint's restorer; CheckpointError where it has none."""
-    if loaded.restorer is None:
-        raise CheckpointError(f"checkpoint {loaded.card.id!r} has no restorer: python -m training restorer makes one")
-    return loaded.restorer
-
-
-def restored_alone(
+def denoised(
     loaded: Checkpoint, sets: dict[str, Tensor], labels: Tensor, static: dict[str, list[bool]]
 ) -> dict[str, Any]:
     """No reverse attack: the restored view is what is classified."""
-    restorer = restorer_of(loaded)
+    defended = DefendedClassifier(loaded.classifier, denoiser_of(loaded, times=TIMES))
     found = {}
     for name, before in static.items():
-        with torch.no_grad():
-            restored = [restorer.restored(x, factor=TIMES) for x in sets[name].split(250)]
-        right = correct(loaded.classifier, torch.cat(restored), labels)
+        right = correct(defended, sets[name], labels)
         found[name] = {**results.accuracy(right), "gain": results.gain(right, before)}
     print("restored view itself", {name: f"{cell['gain']['mean']:+.1%}" for name, cell in found.items()})
     return found
@@ -130,7 +120,7 @@ def main(arguments: list[str]) -> int:
         config = parse(Config, arguments, program="benchmarks/preset_sweep.py")
         loaded = checkpoint.load(config.checkpoint, device=config.device)
         if config.restored:
-            restorer_of(loaded)
+            denoiser_of(loaded)
         dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
     except UnperturbError as error:
         print(f"benchmarks/preset_sweep.py: {error}", file=sys.stderr)
@@ -144,7 +134,7 @@ def main(arguments: list[str]) -> int:
     rows: dict[str, Any] = {"no purifier": {name: results.accuracy(static[name]) for name in names}}
     print({name: f"{cell['accuracy']:.1%}" for name, cell in rows["no purifier"].items()})
     if config.restored:
-        rows["restored view itself"] = restored_alone(loaded, made.sets(), labels, static)
+        rows["restored view itself"] = denoised(loaded, made.sets(), labels, static)
     for title, candidate in (restored_candidates() if config.restored else candidates()).items():
         defended = defend(loaded, candidate)
         rows[title] = {"parameters": dataclasses.asdict(candidate)}

@@ -41,7 +41,8 @@ class Config:
         "shipped name, checkpoint folder, or robustbench:<Name>[:<dataset>:<threat>]; may be repeated", ("default",)
     )
     purifier: tuple[str, ...] = option(
-        "none, reverse-attack[:preset|key=value,…], anti-adversary, hedge; may be repeated", ("none", "reverse-attack")
+        "none, reverse-attack[:preset|key=value,…], anti-adversary, hedge, denoiser[:times=N]; may be repeated",
+        ("none", "reverse-attack"),
     )
     dataset: Literal["cifar10", "cifar100", "imagenet"] = option("what the images are", "cifar10")
     threat_model: Literal["Linf", "L2", "corruptions"] = option("the ball, or the common corruptions", "Linf")

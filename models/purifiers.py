@@ -9,6 +9,7 @@ from models import anti_adversary, hedge, reverse_attack
 from models.anti_adversary import AntiAdversary
 from models.checkpoint import Checkpoint
 from models.defended import reverse_attack_of
+from models.denoiser import denoiser_of
 from models.errors import ConfigError
 from models.gates import gate_of
 from models.hedge import Hedge
@@ -62,11 +63,18 @@ def _rival(
     return build
 
 
+def _denoiser(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
+    known = {"times": Fraction}
+    _refuse("denoiser", words, changes, known)
+    return denoiser_of(checkpoint, **_values(changes, known))
+
+
 REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifier]] = {
     "none": _none,
     "reverse-attack": _reverse_attack,
     "anti-adversary": _rival(AntiAdversary, "anti-adversary", anti_adversary.LOOP),
     "hedge": _rival(Hedge, "hedge", hedge.LOOP),
+    "denoiser": _denoiser,
 }
 
 
@@ -74,7 +82,7 @@ def build_purifier(spec: str, checkpoint: Checkpoint) -> Purifier:
     """The purifier that `spec` names, for the checkpoint's classifier.
 
     Raises ConfigError for an unknown name, preset or key or a value out of range, CheckpointError where the reverse
-    attack finds no head.
+    attack finds no head, or the denoiser no restorer.
     """
     name, _, rest = spec.partition(":")
     if name not in REGISTRY:
@@ -95,6 +103,11 @@ def _refuse(name: str, words: list[str], changes: Mapping[str, str], known: Mapp
 
 def _changed(config: Any, changes: Mapping[str, str], kinds: Mapping[str, Callable[[str], Any]]) -> Any:  # noqa: ANN401
     """The frozen dataclass with the values that `changes` spell; it checks their ranges itself."""
+    return dataclasses.replace(config, **_values(changes, kinds))
+
+
+def _values(changes: Mapping[str, str], kinds: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """What `changes` spell; ConfigError names the one that is no number."""
     values: dict[str, Any] = {}
     for key, text in changes.items():
         try:
@@ -102,4 +115,4 @@ def _changed(config: Any, changes: Mapping[str, str], kinds: Mapping[str, Callab
         except (ValueError, ZeroDivisionError):
             raise ConfigError(f"{key}={text!r} is not a {'whole ' * (kinds[key] is int)}number") from None
         values[key] = float(value) if isinstance(value, Fraction) else value
-    return dataclasses.replace(config, **values)
+    return values
