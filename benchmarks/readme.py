@@ -95,6 +95,7 @@ def time_table(record: dict[str, Any]) -> str:
         "published_procedure": "published procedure, plain",
         "published": "preset `published`",
         "default": "preset `default`",
+        "fast": "preset `fast`",
     }
     rows = [
         f"| batch of {timed['batch']}, {where(record['machine'])} | ms per image | times faster |",
@@ -134,7 +135,8 @@ def sweep_table(record: dict[str, Any]) -> str:
             rows.append(f"| {name} | {cells['clean']['accuracy']:.1%} | {cells['attacked']['accuracy']:.1%} | |")
         else:
             gains = [f"{cells[key]['gain']['mean'] * 100:+.1f}" for key in ("clean", "attacked")]
-            rows.append(f"| {name} | {gains[0]} | {gains[1]} | {cells['ms_per_image']:.0f} |")
+            spent = f"{cells['ms_per_image']:.0f} " if "ms_per_image" in cells else ""
+            rows.append(f"| {name} | {gains[0]} | {gains[1]} | {spent}|")
     return "\n".join(rows)
 
 

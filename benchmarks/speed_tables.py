@@ -33,7 +33,8 @@ def speed_table(record: dict[str, Any]) -> str:
     for name, one in found.get("agreement", {}).items():
         margin = one["largest_margin_of_the_differing"]
         rest = "" if margin is None else f"; where it differs, the two best scores were at most {margin:.3f} apart"
-        rows.append(f"{name}: the same label as eager float32 on {one['same_label']:.1%} of {one['n']:,} images{rest}.")
+        same = f"the same label as eager float32 on {one['same_label']:.1%} of {one['n']:,} test images{rest}."
+        rows.append(f"{name}, preset `default`: {same}")
     return "\n".join(rows)
 
 

@@ -25,6 +25,7 @@ MOMENTUM = ProjectedGradient(
 )
 CONFIGS = {
     "plain": make_config(steps=4),
+    "restored": dataclasses.replace(make_config(steps=4), restored=8.0),
     "momentum": ReverseAttackConfig(loop=MOMENTUM, views=3),
     "subset": ReverseAttackConfig(loop=MOMENTUM, views=2, negatives=NegativePolicy(kind="subset", count=5)),
     "quantile": ReverseAttackConfig(loop=MOMENTUM, views=2, negatives=NegativePolicy(kind="quantile", fraction=0.2)),

@@ -310,7 +310,7 @@ def test_colours_follow_the_system_and_can_be_read(page: Page, dark: bool) -> No
 
 def test_page_tells_what_the_service_does(page: Page) -> None:
     def described(steps: int, epsilon: float) -> str:
-        return f"{steps} steps, at most {round(epsilon * 255)}/255"
+        return f"{steps} step{'s' * (steps > 1)}, at most {round(epsilon * 255)}/255"
 
     options = page.get_by_label("Purifier").locator("option")
     assert [one.get_attribute("value") for one in options.all()] == list(PRESETS)
