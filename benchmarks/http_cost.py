@@ -1,7 +1,7 @@
 """`python benchmarks/http_cost.py`: what HTTP and decoding cost, at saturation.
 
 The same images through the engine alone, which is handed pixels, and through the service, which is sent PNG files by
-clients on the same machine; in turn, the median of several turns.
+clients on the same machine; in turn, the median of several turns. Before that, one request at a time to an idle server.
 """
 
 import asyncio
@@ -71,13 +71,14 @@ def measure(config: Config) -> dict[str, Any]:
             open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
         ),
     ):
+        lone = through_http(f"http://127.0.0.1:{port}", files, config, clients=1)
         for _ in range(config.turns):
             alone.append(asyncio.run(through_engine(engine, files, config)))
-            served.append(through_http(f"http://127.0.0.1:{port}", files, config))
+            served.append(through_http(f"http://127.0.0.1:{port}", files, config, clients=config.clients))
             print(f"engine {alone[-1]:.1f} images/s, service {served[-1]:.1f} images/s", file=sys.stderr)
     engine.stop(10.0)
     middle = statistics.median(one / other for one, other in zip(served, alone, strict=True))
-    return {"engine_images_per_s": alone, "service_images_per_s": served, "share": middle}
+    return {"engine_images_per_s": alone, "service_images_per_s": served, "share": middle, "lone_ms": 1000 / lone}
 
 
 async def through_engine(engine: Engine, files: list[bytes], config: Config) -> float:
@@ -98,13 +99,11 @@ async def through_engine(engine: Engine, files: list[bytes], config: Config) -> 
         return done / (time.perf_counter() - started)
 
 
-def through_http(url: str, files: list[bytes], config: Config) -> float:
-    """Images a second of the service."""
+def through_http(url: str, files: list[bytes], config: Config, *, clients: int) -> float:
+    """Images a second of the service, to so many clients that each wait for their answer."""
     requests = [open_loop.Prepared("/classify", file) for file in files]
     started = time.perf_counter()
-    sent = asyncio.run(
-        open_loop.saturate(url, requests, clients=config.clients, seconds=config.seconds, seed=config.seed)
-    )
+    sent = asyncio.run(open_loop.saturate(url, requests, clients=clients, seconds=config.seconds, seed=config.seed))
     lasted = time.perf_counter() - started
     statuses = {one.status for one in sent}
     if statuses != {200}:

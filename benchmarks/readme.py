@@ -16,7 +16,7 @@ from models import checkpoint
 
 SERVICE = {
     "load": load_table, "load_patient": load_table, "side_by_side": side_by_side_table, "faults": faults_table,
-    "bulk_memory": bulk_line, "http_cost": http_line,
+    "bulk_memory": bulk_line, "http_cost": http_line, "http_cost_fast": http_line,
 }  # fmt: skip
 ROBUSTNESS = FOLDER / "robustness"
 PLOTS = {"Robust accuracy by attack": "by-attack.png", "Every attack": "every-attack.png"}

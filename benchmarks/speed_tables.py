@@ -64,6 +64,6 @@ def http_line(record: dict[str, Any]) -> str:
     engine, service = (statistics.median(found[f"{name}_images_per_s"]) for name in ("engine", "service"))
     return (
         f"At saturation the service does {service:.1f} images/s, the engine without HTTP and decoding {engine:.1f}: "
-        f"{found['share']:.0%} (median of {turns} turns, preset `{record['config']['preset']}`; `python "
-        "benchmarks/http_cost.py`)."
+        f"{found['share']:.0%} (median of {turns} turns, preset `{record['config']['preset']}`). One client that waits "
+        f"for each answer gets it in {found['lone_ms']:.0f} ms."
     )

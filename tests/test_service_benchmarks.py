@@ -122,3 +122,4 @@ def test_service_is_compared_with_its_engine_at_saturation(tiny_folder: Path, tm
     pairs = zip(found["service_images_per_s"], found["engine_images_per_s"], strict=True)
     ratios = [one / other for one, other in pairs]
     assert min(ratios) <= found["share"] <= max(ratios)
+    assert found["lone_ms"] > 0
