@@ -20,7 +20,7 @@ SERVICE = {
 }  # fmt: skip
 ROBUSTNESS = FOLDER / "robustness"
 UNROLLED = FOLDER / "robustness_unrolled"
-PLOTS = {"Robust accuracy by attack": "by-attack.png", "Every attack": "every-attack.png"}
+PLOTS = {"Every attack": "every-attack.png"}
 README = Path(__file__).resolve().parents[1] / "README.md"
 
 
@@ -117,17 +117,16 @@ def robustness_table(runs: list[dict[str, Any]], stronger: list[dict[str, Any]])
     epsilon = first["threat"]["epsilon"]
     rows = [
         f"| in %; n = {n}, L∞ {epsilon * 255:.0f}/255, budget `{budget}` | clean | static AutoAttack | transfer "
-        "| **worst case** (95% interval) | full gradient, budget `standard` | mean / worst of 10 fresh seeds "
+        "| worst case (95% interval) | **full gradient, budget `standard`** | mean / worst of 10 fresh seeds "
         "| ms per image |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     unrolled = {run["config"]["purifier"]: run["results"]["figures"]["attacks"]["unrolled"] for run in stronger}
     for run in runs:
         _, purifier, _, _, clean, static, transfer, worst, again, ms, _ = texts_of(measured_row(run))
-        through = f"**{unrolled[purifier]['accuracy'] * 100:.1f}**" if purifier in unrolled else ""
+        through = f"**{share(unrolled[purifier])}**" if purifier in unrolled else ""
         rows.append(
-            f"| `{purifier}` | {clean} | {static} | {transfer} | **{worst}** | {through} | {again or 'not random'} "
-            f"| {ms} |"
+            f"| `{purifier}` | {clean} | {static} | {transfer} | {worst} | {through} | {again or 'not random'} | {ms} |"
         )
     return "\n".join(rows)
 
