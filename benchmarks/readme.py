@@ -80,7 +80,7 @@ def purification_table(record: dict[str, Any]) -> str:
     if "adaptive_bpda" in accuracy["default"]:
         cell = accuracy["default"]["adaptive_bpda"]
         text += (
-            "\n\nUnder an adaptive attack (the same PGD through the `default` preset, backward = identity, seed known, "
+            "\n\nUnder the same PGD through the `default` preset (BPDA: backward = identity; seed known, "
             f"n = {cell['n']}) it keeps {share(cell)}: {points(cell['gain'])} points against the undefended classifier "
             "under its own attack, on the same images."
         )
