@@ -135,7 +135,7 @@ def sweep_table(record: dict[str, Any]) -> str:
     """Candidates for the default preset on held-out training images."""
     found = record["results"]["rows"]
     n = found["no purifier"]["clean"]["n"]
-    rows = [f"| n = {n}, held-out training images | clean | attacked | ms per image |", "| --- | --- | --- | --- |"]
+    rows = [f"| n = {n:,}, held-out training images | clean | attacked | ms per image |", "| --- | --- | --- | --- |"]
     for name, cells in found.items():
         if name == "no purifier":
             rows.append(f"| {name} | {cells['clean']['accuracy']:.1%} | {cells['attacked']['accuracy']:.1%} | |")
