@@ -20,10 +20,11 @@ from models.attack import correct
 from models.checkpoint import Checkpoint
 from models.contrastive import NegativePolicy
 from models.defended import DefendedClassifier, defend
-from models.denoiser import TIMES, denoiser_of
+from models.denoiser import denoiser_of
 from models.errors import UnperturbError
 from models.options import as_json, option, parse
 from models.projected_gradient import RAMP, ProjectedGradient
+from models.restorer import TIMES
 from models.reverse_attack import PRESETS, ReverseAttackConfig
 from models.views import ViewPolicy
 from training import data

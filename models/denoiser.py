@@ -10,10 +10,8 @@ from models.classifier import ImageClassifier
 from models.errors import CheckpointError, ConfigError
 from models.projected_gradient import Descent, Objective, ProjectedGradient
 from models.purifier import Purifier
-from models.restorer import REACH, Restorer
+from models.restorer import REACH, TIMES, Restorer
 from models.shapes import Float, Int
-
-TIMES = 8.0  # that the estimate is taken off
 
 
 class Denoiser(Purifier):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.errors import ConfigError
 from models.shapes import Float
 
+TIMES = 8.0  # that an estimate is taken off, by the presets
 REACH = 2.0  # a restored view lies within so many epsilon of the image
 
 

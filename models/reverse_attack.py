@@ -17,7 +17,7 @@ from models.contrastive import NegativePolicy, NegativesBank, ProjectionHead, in
 from models.errors import ConfigError
 from models.projected_gradient import RAMP, Objective, ProjectedGradient
 from models.purifier import Purifier
-from models.restorer import Restorer
+from models.restorer import TIMES, Restorer
 from models.shapes import Float, Int, UInt8
 from models.views import ViewPolicy, make_views
 
@@ -58,12 +58,12 @@ PRESETS: dict[str, ReverseAttackConfig] = {
     "default": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP),
         views=2,
-        restored=8.0,
+        restored=TIMES,
     ),
     "fast": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=6 / 255, steps=1, ramp=RAMP),
         views=2,
-        restored=8.0,
+        restored=TIMES,
     ),
     "published": ReverseAttackConfig(
         loop=ProjectedGradient(
