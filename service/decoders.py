@@ -11,6 +11,8 @@ import anyio.to_process
 from models.errors import UnprocessableError
 from service.decode import Decoded, decode_within_memory
 
+START_TIMEOUT_S = 120.0
+ENDED = (anyio.BrokenWorkerProcess, ProcessLookupError)  # the latter: anyio's, of one that ended while it started
 DOT = base64.b64decode(  # a PNG of one pixel
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 )
@@ -26,9 +28,10 @@ class Decoders:
         self._tasks: set[asyncio.Task[Decoded]] = set()
 
     async def start(self) -> None:
-        """Start every process, so that no request waits for one."""
+        """Start every process, so that no request waits for one; a slow start is no file's fault: it has time."""
         self._limiter = anyio.CapacityLimiter(self.count)
-        await asyncio.gather(*(self.decode(DOT, size=8, max_pixels=1) for _ in range(self.count)))
+        first = (self._decode(DOT, size=8, max_pixels=1, timeout_s=START_TIMEOUT_S) for _ in range(self.count))
+        await asyncio.gather(*first)
 
     async def decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
         """What `decode.decode` gives or raises, and UnprocessableError where it takes too long or crashes.
@@ -37,7 +40,7 @@ class Decoders:
         its end, since killing the process would cost more than it saves.
         """
         await self._free.acquire()  # waiting for a process is not the file's fault: it is not timed
-        task = asyncio.create_task(self._decode(payload, size=size, max_pixels=max_pixels))
+        task = asyncio.create_task(self._decode(payload, size=size, max_pixels=max_pixels, timeout_s=self.timeout_s))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
@@ -48,12 +51,15 @@ class Decoders:
         if not task.cancelled():
             task.exception()  # has been seen, even where nobody waits
 
-    async def _decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
+    async def _decode(self, payload: bytes, *, size: int, max_pixels: int, timeout_s: float) -> Decoded:
         work = partial(decode_within_memory, payload, size=size, max_pixels=max_pixels)
-        try:
-            with anyio.fail_after(self.timeout_s):
-                return await anyio.to_process.run_sync(work, cancellable=True, limiter=self._limiter)
-        except TimeoutError as error:
-            raise UnprocessableError(f"the image could not be decoded within {self.timeout_s:g} s") from error
-        except anyio.BrokenWorkerProcess as error:
-            raise UnprocessableError("the image is damaged: it crashed the decoder") from error
+        for attempt in (1, 2):  # the first process may have ended while it was idle, which is not the file's doing
+            try:
+                with anyio.fail_after(timeout_s):
+                    return await anyio.to_process.run_sync(work, cancellable=True, limiter=self._limiter)
+            except TimeoutError as error:
+                raise UnprocessableError(f"the image could not be decoded within {timeout_s:g} s") from error
+            except ENDED as error:
+                if attempt == 2:
+                    raise UnprocessableError("the image is damaged: it crashed the decoder") from error
+        raise AssertionError("unreachable")

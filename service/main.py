@@ -16,7 +16,6 @@ import typer
 from pydantic import ValidationError
 
 from models.errors import RequestError, UnperturbError
-from models.reverse_attack import PRESETS
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +31,7 @@ app = typer.Typer(
 Files = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG or WebP")]
 CheckpointOption = Annotated[str, typer.Option(help="a shipped checkpoint's name, or a folder")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-PresetOption = Annotated[str, typer.Option(help=", ".join(PRESETS))]
+PresetOption = Annotated[str, typer.Option(help="default, fast or published")]
 SeedOption = Annotated[int, typer.Option(min=0, help="of the random views")]
 
 
