@@ -56,7 +56,9 @@ class Settings(BaseSettings):
     execution: Literal["eager", "captured"] = Field(
         default="eager", description="how steps run; captured: as CUDA graphs for 1, 2, 4 … images, made at start"
     )
-    precision: Precision = Field(default="float32", description="of the backbone; bfloat16 pays on GPUs")
+    precision: Precision = Field(
+        default="float32", description="of the backbone in the steps; bfloat16 pays where the device has it"
+    )
 
     api_keys: Keys = Field(default_factory=dict, description="name:sha256 pairs with commas")
     admin_keys: Keys = Field(default_factory=dict, description="the same, for POST /models")

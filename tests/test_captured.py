@@ -81,13 +81,16 @@ def test_convolution_that_is_read_twice_keeps_its_batch_norm(images: torch.Tenso
         assert torch.allclose(ready(images), classifier(images), atol=1e-5)
 
 
-def test_bfloat16_features_are_near_and_come_back_in_float32(images: torch.Tensor) -> None:
+def test_bfloat16_rounds_features_whose_gradient_is_asked_for_and_no_others(images: torch.Tensor) -> None:
     classifier = make_checkpoint().classifier
-    rounded = BFloat16Backbone(classifier)
-    with torch.no_grad():
-        near, exact = rounded.features(images), classifier.features(images)
+    backbone = BFloat16Backbone(classifier)
+    exact = classifier.features(images)
+    near = backbone.features(images.clone().requires_grad_())
     assert near.dtype == torch.float32
     assert 0 < (near - exact).abs().max() < 0.03 * exact.abs().max()
+    assert torch.equal(backbone.features(images), exact)
+    with torch.no_grad():
+        assert torch.equal(backbone(images.clone().requires_grad_()), classifier(images))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
