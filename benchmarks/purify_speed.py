@@ -8,6 +8,7 @@ the product that their rate is measured with. Needs torch alone; any GPU with Py
 """
 
 import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -267,7 +268,7 @@ def main(arguments: list[str]) -> int:
     found: dict[str, Any] = {
         "architecture": card.architecture.name, "weights_sha256": card.weights_sha256 or None,
         "flop_per_s": ways.rates, "bytes_per_s": device_bandwidth(ways.device), "batches": {},
-        "tf32": torch.backends.cudnn.allow_tf32,
+        "tf32": torch.backends.cudnn.allow_tf32, "allocator": os.environ.get("GLIBC_TUNABLES", ""),
     }  # fmt: skip
     if dataset is not None:
         found["agreement"] = agreement(config, ways, dataset)
