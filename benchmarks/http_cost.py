@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from benchmarks import open_loop, results
+from models.captured import Execution
 from models.errors import ConfigError, UnperturbError
+from models.folding import Precision
 from models.options import as_json, option, parse
 from service.app import make_engine
 from service.decode import decode
@@ -38,26 +40,31 @@ class Config:
     seconds: float = option("for each turn", 15.0)
     turns: int = option("of each", 5)
     seed: int = option("of the images", 0)
-    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
-    out: Path = option("result file", results.FOLDER / "http_cost.json")
+    device: str = option("cpu, cuda, cuda:N, or several with commas", "cuda" if torch.cuda.is_available() else "cpu")
+    execution: Execution = option("how steps run", "eager")
+    precision: Precision = option("of the backbone in the steps", "float32")
+    out: Path | None = option("result file (default: results/http_cost/, named by these settings)", None)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         if min(self.clients, self.turns) < 1 or self.seconds <= 0:
             raise ConfigError("clients, turns and seconds must be above 0")
 
+    @property
+    def file(self) -> Path:
+        """The result file."""
+        name = "_".join((self.preset, *self.device.replace(":", "").split(","), self.execution, self.precision))
+        return self.out or results.FOLDER / "http_cost" / f"{name}.json"
+
 
 def measure(config: Config) -> dict[str, Any]:
     """Images a second of both, a figure for each turn."""
-    settings = Settings(
-        checkpoint=config.checkpoint, device=config.device, patience=PATIENCE, preset=config.preset,
-        log_level="warning",
-    )  # fmt: skip
-    port = open_loop.free_port()
-    environment = {
-        "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device,
-        "UNPERTURB_PRESET": config.preset, "UNPERTURB_PATIENCE": str(PATIENCE), "UNPERTURB_LOG_LEVEL": "warning",
+    changed: dict[str, Any] = {
+        "checkpoint": config.checkpoint, "device": config.device, "preset": config.preset,
+        "execution": config.execution, "precision": config.precision, "patience": PATIENCE, "log_level": "warning",
     }  # fmt: skip
+    environment = {f"UNPERTURB_{name.upper()}": str(value) for name, value in changed.items()}
+    settings, port = Settings(**changed), open_loop.free_port()
     files = open_loop.photos(64, seed=config.seed)
     engine = make_engine(settings, Metrics())
     engine.start()
@@ -119,7 +126,7 @@ def main(arguments: list[str]) -> int:
     except UnperturbError as error:
         print(f"benchmarks/http_cost.py: {error}", file=sys.stderr)
         return 2
-    results.write(config.out, script="benchmarks/http_cost.py", config=as_json(config), results=found)
+    results.write(config.file, script="benchmarks/http_cost.py", config=as_json(config), results=found)
     print(f"the service does {found['share']:.1%} of the engine's images a second")
     return 0
 

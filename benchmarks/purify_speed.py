@@ -2,9 +2,9 @@
 
 Ways to take the same steps with the same views and weights, in turn in one run, medians of repeated blocks: the
 published procedure as it is described, this project's loop in eager PyTorch, captured (on a GPU), compiled; and the
-presets, in the fastest of those that the service offers. The limit is the device's own: its rate at a large matrix
-product, in the precision of the way. float32 is what PyTorch makes of it: on a GPU convolutions take TF32, and so does
-the product that their rate is measured with. Needs torch alone; any GPU with PyTorch will do.
+presets, in the fastest of those. The limit is the device's own: its rate at a large matrix product, in the precision of
+the way. float32 is what PyTorch makes of it: on a GPU convolutions take TF32, and so does the product that their rate
+is measured with. Needs torch alone; any GPU with PyTorch will do.
 """
 
 import dataclasses
@@ -117,7 +117,6 @@ class Ways:
             self.add(f"eager, {config.precision}", config.precision, ready, "eager")
         if self.device.type == "cuda":
             self.add("captured", config.precision, ready, "captured")
-        self.served = tuple(self.ways)  # the service has no compiled one
         if config.compiled:
             self.add("compiled", config.precision, ready, "compiled")
 
@@ -145,7 +144,7 @@ def measure(config: Config, ways: Ways, size: int) -> dict[str, Any]:
         every[name] = Timed(way.precision, config.steps, config.views, way.run(ways.base))
     memory = {name: _peak(device, one.run, x, seeds) for name, one in every.items()}
     spent: dict[str, list[float]] = {name: [_seconds(device, one.run, x, seeds)] for name, one in every.items()}
-    fastest = min(ways.served, key=lambda name: spent[name][0])
+    fastest = min(ways.ways, key=lambda name: spent[name][0])
     for name, preset in PRESETS.items():
         way, label = ways.ways[fastest], f"preset {name}"
         every[label] = Timed(way.precision, preset.loop.steps, preset.views, way.run(preset))

@@ -10,13 +10,13 @@ from benchmarks.report import cells as texts_of
 from benchmarks.results import FOLDER, where
 from benchmarks.rows import load_runs, measured_row
 from benchmarks.service_tables import bulk_line, faults_table, load_table, side_by_side_table
-from benchmarks.speed_tables import http_line, speed_plot, speed_table
+from benchmarks.speed_tables import http_table, speed_plot, speed_table
 from benchmarks.systems_table import systems_table
 from models import checkpoint
 
 SERVICE = {
     "load": load_table, "load_patient": load_table, "side_by_side": side_by_side_table, "faults": faults_table,
-    "bulk_memory": bulk_line, "http_cost": http_line, "http_cost_fast": http_line,
+    "bulk_memory": bulk_line,
 }  # fmt: skip
 ROBUSTNESS = FOLDER / "robustness"
 UNROLLED = FOLDER / "robustness_unrolled"
@@ -146,9 +146,9 @@ def sweep_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def speed_records() -> dict[Path, dict[str, Any]]:
-    """What purify_speed.py measured, by file: one for each device and architecture."""
-    return {file: json.loads(file.read_text()) for file in sorted((FOLDER / "purify_speed").glob("*.json"))}
+def records_in(folder: str) -> dict[Path, dict[str, Any]]:
+    """The results in a folder, by file."""
+    return {file: json.loads(file.read_text()) for file in sorted((FOLDER / folder).glob("*.json"))}
 
 
 def render(text: str) -> str:
@@ -168,8 +168,10 @@ def render(text: str) -> str:
     for name, make in SERVICE.items():
         if (file := FOLDER / f"{name}.json").exists():
             tables[name] = make(json.loads(file.read_text()))
-    if records := speed_records():
+    if records := records_in("purify_speed"):
         tables["speed"] = "\n\n".join(map(speed_table, records.values()))
+    if records := records_in("http_cost"):
+        tables["http_cost"] = http_table(list(records.values()))
     for name, table in tables.items():
         before, start, rest = text.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
@@ -184,6 +186,6 @@ if __name__ == "__main__":
     for title, png in all_plots(load_runs(ROBUSTNESS)).items():
         if title in PLOTS:
             (FOLDER / PLOTS[title]).write_bytes(png)
-    for file, record in speed_records().items():
+    for file, record in records_in("purify_speed").items():
         file.with_suffix(".png").write_bytes(speed_plot(record))
     print(f"wrote the tables of {README.name}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The README's table and plot of the purifier's speed, and its line on HTTP, from purify_speed.py and http_cost.py."""
+"""The README's table and plot of the purifier's speed, and its table on HTTP, from purify_speed.py and http_cost.py."""
 
 import statistics
 from typing import Any
@@ -58,12 +58,18 @@ def speed_plot(record: dict[str, Any]) -> bytes:
     return _png(plt, figure)
 
 
-def http_line(record: dict[str, Any]) -> str:
-    """What the service reaches of the engine alone."""
-    found, turns = record["results"], record["config"]["turns"]
-    engine, service = (statistics.median(found[f"{name}_images_per_s"]) for name in ("engine", "service"))
-    return (
-        f"At saturation the service does {service:.1f} images/s, the engine without HTTP and decoding {engine:.1f}: "
-        f"{found['share']:.0%} (median of {turns} turns, preset `{record['config']['preset']}`). One client that waits "
-        f"for each answer gets it in {found['lone_ms']:.0f} ms."
-    )
+def http_table(records: list[dict[str, Any]]) -> str:
+    """What the service reaches of the engine alone, a row for each way to run both."""
+    rows = [
+        "| preset | workers | steps | engine alone | service | share | one client that waits for each answer |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for record in records:
+        found, config = record["results"], record["config"]
+        engine, service = (statistics.median(found[f"{name}_images_per_s"]) for name in ("engine", "service"))
+        how = f"{config['execution']}, {config['precision']}"
+        rows.append(
+            f"| `{config['preset']}` | `{config['device']}` | {how} | {engine:.1f} images/s | {service:.1f} images/s "
+            f"| {found['share']:.1%} | {found['lone_ms']:.0f} ms |"
+        )
+    return "\n".join(rows)

@@ -4,6 +4,8 @@ Eager PyTorch launches some hundreds of kernels a step, which takes longer than 
 a captured graph launches them all at once. On a device without graphs the same code runs uncaptured.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -109,9 +111,13 @@ class CapturedStep:
 
 
 class Stepper:
-    """Steps of a classifier's stages on one device, eagerly or from graphs for 1, 2, 4 … images, made at first use."""
+    """Steps of a classifier's stages on one device, eagerly or from graphs for 1, 2, 4 … images, made at first use.
+
+    Raises ConfigError for `compiled` without a compiler.
+    """
 
     def __init__(self, classifier: ImageClassifier, device: torch.device, *, execution: Execution) -> None:
+        check_compiler(execution)
         self.classifier, self.device, self.execution = classifier, device, execution
         self._made: dict[tuple[Stage, int], CapturedStep] = {}
         self._pool: _POOL_HANDLE | None = None
@@ -169,6 +175,16 @@ class Stepper:
                 pool=self._pool,
             )  # fmt: skip
         return self._made[stage, size]
+
+
+def check_compiler(execution: Execution) -> None:
+    """ConfigError where torch's compiler is asked for and has no C++ compiler to call."""
+    name = os.environ.get("CXX", "g++")
+    if execution == "compiled" and shutil.which(name) is None:
+        raise ConfigError(
+            f"execution='compiled' needs a C++ compiler, and {name!r} is not installed here: install g++, or name "
+            "another in the environment variable CXX"
+        )
 
 
 def bucket(count: int) -> int:

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from models.captured import Execution, check_compiler
 from models.folding import Precision
 from models.reverse_attack import PRESETS
 from service.keys import PAIR, KeyRing
@@ -53,8 +54,10 @@ class Settings(BaseSettings):
     decoders: Annotated[int, Field(ge=0)] = Field(default=0, description="decoding processes; 0: one per CPU core")
     stall_s: Seconds = Field(default=60.0, description="without a finished step, after which the process gives up")
     grace_s: Seconds = Field(default=20.0, description="from SIGTERM to the end, for what is in progress")
-    execution: Literal["eager", "captured"] = Field(
-        default="eager", description="how steps run; captured: as CUDA graphs for 1, 2, 4 … images, made at start"
+    execution: Execution = Field(
+        default="eager",
+        description="how steps run; captured: as CUDA graphs for 1, 2, 4 … images, made at start; compiled: fused by "
+        "torch's compiler as well, which takes minutes at start and needs a C++ compiler",
     )
     precision: Precision = Field(
         default="float32", description="of the backbone in the steps; bfloat16 pays where the device has it"
@@ -82,6 +85,13 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N")
             if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
                 raise ValueError(f"{name!r}: torch finds {torch.cuda.device_count()} CUDA device(s) here")
+        return value
+
+    @field_validator("execution")
+    @classmethod
+    def compiler_exists(cls, value: Execution) -> Execution:
+        """Refuse the compiled way where there is no compiler."""
+        check_compiler(value)
         return value
 
     @field_validator("preset")

@@ -172,5 +172,12 @@ def test_stepper_steps_parts_of_several_stages(images: torch.Tensor) -> None:
             assert torch.allclose(one.losses, other.losses, atol=1e-5)
 
 
+def test_compiled_steps_without_a_compiler_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="no-such-compiler"):
+        Stepper(make_checkpoint().classifier, CPU, execution="compiled")
+    Stepper(make_checkpoint().classifier, CPU, execution="captured")
+
+
 def test_bucket_is_the_next_power_of_two() -> None:
     assert [bucket(count) for count in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]

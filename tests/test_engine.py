@@ -1,6 +1,7 @@
 """The engine: continuous batches of different presets, and what each image gets."""
 
 import asyncio
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from models import checkpoint
 from models.defended import defend
 from models.folding import prepared
 from models.reverse_attack import PRESETS
+from service import lane
 from service.engine import Engine
 from service.handle import WorkerHandle
 from service.lane import Lane
 from service.messages import Outcome, Work
-from service.stages import ATTACK
+from service.stages import ATTACK, stages_of
 from service.worker import WorkerConfig
 from tests.engines import close, one, submit, uint8
 
@@ -40,6 +42,18 @@ def test_outcome_is_that_of_the_defended_classifier(
     assert abs(outcome.loss_after - float(expected.trace.loss_after)) < 1e-2
     assert abs(outcome.linf - float(expected.trace.linf)) < 1e-4
     assert close(np.array(outcome.losses), expected.trace.losses[:, 0], 1e-2)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch's compiler needs g++")
+def test_compiled_steps_give_the_same_outcome(
+    engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane, "stages_of", lambda loaded: {"default": stages_of(loaded)["default"]})  # for time's sake
+    engine = engines(execution="compiled", slots=1)
+    expected = defend(prepared(checkpoint.load(tiny_folder)), PRESETS["default"]).classify(images[:1], seed=7)
+    outcome = one(engine, uint8(images)[0], "default", seed=7, wants_image=True)
+    assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)
+    assert close(outcome.image, expected.image[0], 1e-3)
 
 
 def test_presets_attacks_and_plain_images_share_batches_and_keep_their_own_answers(

@@ -218,6 +218,14 @@ def test_setting_out_of_range_is_refused_by_name(bad: dict[str, object], tiny_fo
         settings(tiny_folder, **bad)
 
 
+def test_compiled_steps_without_a_compiler_are_refused_at_start(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValidationError, match="no-such-compiler"):
+        settings(tiny_folder, execution="compiled")
+
+
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNPERTURB_MAX_BODY_BYTES", "123")
     assert Settings().max_body_bytes == 123

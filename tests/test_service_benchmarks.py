@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from benchmarks import faults, hostile, http_cost, load, open_loop, side_by_side
+from benchmarks import faults, hostile, http_cost, load, open_loop, side_by_side, speed_tables
 from benchmarks.open_loop import Prepared, Sent
 from models.errors import ConfigError
 
@@ -116,10 +116,19 @@ def test_service_is_compared_with_its_engine_at_saturation(tiny_folder: Path, tm
     arguments = ["--checkpoint", str(tiny_folder), "--clients", "3", "--seconds", "0.5", "--turns", "2", "--device",
                  "cpu", "--out", str(out)]  # fmt: skip
     assert http_cost.main(arguments) == 0
-    found = json.loads(out.read_text())["results"]
+    record = json.loads(out.read_text())
+    found = record["results"]
     assert len(found["engine_images_per_s"]) == len(found["service_images_per_s"]) == 2
     assert all(value > 0 for value in found["engine_images_per_s"])
     pairs = zip(found["service_images_per_s"], found["engine_images_per_s"], strict=True)
     ratios = [one / other for one, other in pairs]
     assert min(ratios) <= found["share"] <= max(ratios)
     assert found["lone_ms"] > 0
+    (row,) = speed_tables.http_table([record]).splitlines()[2:]
+    assert row.startswith("| `default` | `cpu` | eager, float32 |")
+    assert f"{found['share']:.1%}" in row
+
+
+def test_results_of_the_service_beside_its_engine_are_named_by_how_both_ran() -> None:
+    one = http_cost.Config(device="cpu,cpu", preset="fast", precision="bfloat16")
+    assert one.file.name == "fast_cpu_cpu_eager_bfloat16.json"

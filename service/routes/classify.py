@@ -62,9 +62,11 @@ def router(gateway: Gateway) -> APIRouter:
                 answer, model=model, request_id=ticket.id, preset=preset, top_k=top_k,
                 return_image=wanted.return_image, decode_ms=decode_ms, total_ms=ticket.spent_ms,
             )  # fmt: skip
-            answers = await asyncio.to_thread(
-                lambda: [one_answer(*pair) for pair in zip(outcomes, decoded, strict=True)]
-            )
+
+            def every() -> list[Answer]:
+                return [one_answer(*pair) for pair in zip(outcomes, decoded, strict=True)]
+
+            answers = await asyncio.to_thread(every) if wanted.return_image else every()  # PNG files take their time
         return Answers(request_id=ticket.id, answers=answers) if upload.many else answers[0]
 
     @routes.post(
