@@ -4,7 +4,8 @@ Ways to take the same steps with the same views and weights, in turn in one run,
 published procedure as it is described, this project's loop in eager PyTorch, captured (on a GPU), compiled; and the
 presets, in the fastest of those. The limit is the device's own: its rate at a large matrix product, in the precision of
 the way. float32 is what PyTorch makes of it: on a GPU convolutions take TF32, and so does the product that their rate
-is measured with. Needs torch alone; any GPU with PyTorch will do.
+is measured with. All steps of a batch are timed, with the restored view before them where a preset has one, and not the
+losses and classifications that the service reports as well. Needs torch alone; any GPU with PyTorch will do.
 """
 
 import dataclasses
@@ -112,13 +113,14 @@ class Ways:
         self.ways: dict[str, Way] = {}
         self.add("eager", "float32", prepared(loaded), "eager")
         ready = self.ways["eager"].ready
-        if config.precision != "float32":
+        rounded = "" if config.precision == "float32" else f", {config.precision}"
+        if rounded:
             ready = prepared(loaded, precision=config.precision)
-            self.add(f"eager, {config.precision}", config.precision, ready, "eager")
+            self.add(f"eager{rounded}", config.precision, ready, "eager")
         if self.device.type == "cuda":
-            self.add("captured", config.precision, ready, "captured")
+            self.add(f"captured{rounded}", config.precision, ready, "captured")
         if config.compiled:
-            self.add("compiled", config.precision, ready, "compiled")
+            self.add(f"compiled{rounded}", config.precision, ready, "compiled")
 
     def add(self, name: str, precision: Precision, ready: Checkpoint, execution: Execution) -> None:
         """One more way."""

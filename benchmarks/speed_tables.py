@@ -24,7 +24,9 @@ def speed_table(record: dict[str, Any]) -> str:
             one = ways[name]
             times = "" if name == PLAIN else f", {one['times_published_procedure']:.1f}x"
             cells.append(f"{one['images_per_s']:.1f}/s{times}, {one['of_rate']:.0%}")
-        rows.append(f"| {name} | {any_size['steps']} x {any_size['views']} | {' | '.join(cells)} |")
+        ways_taken = dict.fromkeys(one[name]["way"] for one in batches.values())
+        title = f"{name} ({' / '.join(ways_taken)})" if name.startswith("preset") else name
+        rows.append(f"| {title} | {any_size['steps']} x {any_size['views']} | {' | '.join(cells)} |")
     rows += [
         "",
         f"Images a second, times the published procedure's, and the share of what this device reaches in a large "
