@@ -36,7 +36,7 @@ class Config:
 
     checkpoint: str = option("shipped name or folder", "default")
     preset: str = option("of the purifier", "default")
-    clients: int = option("requests in progress; more than the slots", 32)
+    clients: int = option("requests in progress; 0: twice the slots", 0)
     seconds: float = option("for each turn", 15.0)
     turns: int = option("of each", 5)
     seed: int = option("of the images", 0)
@@ -47,8 +47,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
-        if min(self.clients, self.turns) < 1 or self.seconds <= 0:
-            raise ConfigError("clients, turns and seconds must be above 0")
+        if self.turns < 1 or self.clients < 0 or self.seconds <= 0:
+            raise ConfigError("turns and seconds must be above 0, clients at least 0")
 
     @property
     def file(self) -> Path:
@@ -65,6 +65,7 @@ def measure(config: Config) -> dict[str, Any]:
     }  # fmt: skip
     environment = {f"UNPERTURB_{name.upper()}": str(value) for name, value in changed.items()}
     settings, port = Settings(**changed), open_loop.free_port()
+    clients = config.clients or 2 * settings.slots * len(settings.devices)
     files = open_loop.photos(64, seed=config.seed)
     engine = make_engine(settings, Metrics())
     engine.start()
@@ -80,15 +81,18 @@ def measure(config: Config) -> dict[str, Any]:
     ):
         lone = through_http(f"http://127.0.0.1:{port}", files, config, clients=1)
         for _ in range(config.turns):
-            alone.append(asyncio.run(through_engine(engine, files, config)))
-            served.append(through_http(f"http://127.0.0.1:{port}", files, config, clients=config.clients))
+            alone.append(asyncio.run(through_engine(engine, files, config, clients=clients)))
+            served.append(through_http(f"http://127.0.0.1:{port}", files, config, clients=clients))
             print(f"engine {alone[-1]:.1f} images/s, service {served[-1]:.1f} images/s", file=sys.stderr)
     engine.stop(10.0)
     middle = statistics.median(one / other for one, other in zip(served, alone, strict=True))
-    return {"engine_images_per_s": alone, "service_images_per_s": served, "share": middle, "lone_ms": 1000 / lone}
+    return {
+        "clients": clients, "engine_images_per_s": alone, "service_images_per_s": served, "share": middle,
+        "lone_ms": 1000 / lone,
+    }  # fmt: skip
 
 
-async def through_engine(engine: Engine, files: list[bytes], config: Config) -> float:
+async def through_engine(engine: Engine, files: list[bytes], config: Config, *, clients: int) -> float:
     """Images a second without HTTP or decoding."""
     with engine.models.use(None) as model:
         pixels = [decode(file, size=model.image_size, max_pixels=1 << 20).pixels for file in files]
@@ -102,7 +106,7 @@ async def through_engine(engine: Engine, files: list[bytes], config: Config) -> 
                 await engine.submit(model, [image], stage=config.preset, seeds=[0], deadline=deadline)
                 done += 1
 
-        await asyncio.gather(*(client(number) for number in range(config.clients)))
+        await asyncio.gather(*(client(number) for number in range(clients)))
         return done / (time.perf_counter() - started)
 
 

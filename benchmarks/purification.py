@@ -1,6 +1,6 @@
 """`python benchmarks/purification.py --data DIR`: what the shipped purifier is worth, and what it costs.
 
-On the first n test images: the classifier and both presets on clean images, on PGD-20 points of the static classifier
+On the first n test images: the classifier and every preset on clean images, on PGD-20 points of the static classifier
 (transfer), and on noise of the same size; the default preset under an adaptive attack (BPDA); and the time per image
 beside a plain version of the published procedure, taken in turn in one run.
 """
@@ -57,7 +57,7 @@ class Config:
 
 
 def measure(config: Config, loaded: Checkpoint, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Accuracies of the classifier and of both presets, on the same points."""
+    """Accuracies of the classifier and of every preset, on the same points."""
     seed, batch = config.seed, config.batch
     made = points.make_points(
         loaded.classifier, images, labels, epsilon=config.epsilon, steps=config.steps, seed=seed, batch=batch

@@ -1,6 +1,7 @@
 """`python benchmarks/readme.py`: the README's tables, made from the result files and the shipped card alone."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,9 @@ def render(text: str) -> str:
         tables["speed"] = "\n\n".join(map(speed_table, records.values()))
     if records := records_in("http_cost"):
         tables["http_cost"] = http_table(list(records.values()))
+    for name in re.findall(r"<!-- table: (\w+) -->", text):
+        if name not in tables:
+            raise SystemExit(f"README.md has a place for the table {name!r}, and there is no result for it")
     for name, table in tables.items():
         before, start, rest = text.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")

@@ -54,7 +54,7 @@ def gain(after: list[bool], before: list[bool]) -> dict[str, Any]:
 
 def where(machine: dict[str, Any]) -> str:
     """A record's device by name."""
-    if machine["device"] != "cpu":
+    if not machine["device"].startswith("cpu"):
         return str(machine["name"])
     threads = machine["cpu_threads"]
     return f"{threads} CPU thread{'s' * (threads != 1)}"

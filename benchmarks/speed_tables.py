@@ -62,8 +62,10 @@ def speed_plot(record: dict[str, Any]) -> bytes:
 
 def http_table(records: list[dict[str, Any]]) -> str:
     """What the service reaches of the engine alone, a row for each way to run both."""
+    turns = sorted({record["config"]["turns"] for record in records})
     rows = [
-        "| preset | workers | steps | engine alone | service | share | one client that waits for each answer |",
+        f"| medians of {' or '.join(map(str, turns))} turns | workers | steps | engine alone, images/s | service "
+        "| share | a lone request |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for record in records:
@@ -71,7 +73,7 @@ def http_table(records: list[dict[str, Any]]) -> str:
         engine, service = (statistics.median(found[f"{name}_images_per_s"]) for name in ("engine", "service"))
         how = f"{config['execution']}, {config['precision']}"
         rows.append(
-            f"| `{config['preset']}` | `{config['device']}` | {how} | {engine:.1f} images/s | {service:.1f} images/s "
-            f"| {found['share']:.1%} | {found['lone_ms']:.0f} ms |"
+            f"| `{config['preset']}` | `{config['device']}`: {where(record['machine'])} | {how} | {engine:.1f} "
+            f"| {service:.1f} | {found['share']:.1%} | {found['lone_ms']:.0f} ms |"
         )
     return "\n".join(rows)

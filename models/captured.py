@@ -31,7 +31,7 @@ class CapturedStep:
     """`load` some images, `replay` steps of theirs; the iterates stay in place between replays.
 
     size: images at most; fewer are filled up with black ones, whose results nobody sees
-    compiled: fuse the step's kernels by torch's compiler (tens of seconds, and a C++ compiler on a CPU)
+    compiled: fuse the step's kernels by torch's compiler, for which `check_compiler` looks (some ten seconds)
     pool: memory that graphs share which are never replayed at the same time
     """
 
@@ -117,7 +117,8 @@ class Stepper:
     """
 
     def __init__(self, classifier: ImageClassifier, device: torch.device, *, execution: Execution) -> None:
-        check_compiler(execution)
+        if execution == "compiled":
+            check_compiler(device)
         self.classifier, self.device, self.execution = classifier, device, execution
         self._made: dict[tuple[Stage, int], CapturedStep] = {}
         self._pool: _POOL_HANDLE | None = None
@@ -177,13 +178,14 @@ class Stepper:
         return self._made[stage, size]
 
 
-def check_compiler(execution: Execution) -> None:
-    """ConfigError where torch's compiler is asked for and has no C++ compiler to call."""
-    name = os.environ.get("CXX", "g++")
-    if execution == "compiled" and shutil.which(name) is None:
+def check_compiler(device: torch.device) -> None:
+    """ConfigError where torch's compiler has no compiler to call: of C++ for a CPU, of C for a GPU."""
+    variable, names = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    names = (os.environ[variable],) if variable in os.environ else names
+    if not any(shutil.which(name) for name in names):
         raise ConfigError(
-            f"execution='compiled' needs a C++ compiler, and {name!r} is not installed here: install g++, or name "
-            "another in the environment variable CXX"
+            f"execution='compiled' needs a compiler, and {' or '.join(names)} is not installed here: install it, or "
+            f"name another in the environment variable {variable}"
         )
 
 

@@ -28,10 +28,16 @@ class Decoders:
         self._tasks: set[asyncio.Task[Decoded]] = set()
 
     async def start(self) -> None:
-        """Start every process, so that no request waits for one; a slow start is no file's fault: it has time."""
+        """Start every process, so that the first requests wait for none; RuntimeError where they do not start.
+
+        One that has been idle for five minutes ends, and is started anew when it is wanted.
+        """
         self._limiter = anyio.CapacityLimiter(self.count)
         first = (self._decode(DOT, size=8, max_pixels=1, timeout_s=START_TIMEOUT_S) for _ in range(self.count))
-        await asyncio.gather(*first)
+        try:
+            await asyncio.gather(*first)
+        except UnprocessableError as error:
+            raise RuntimeError("the decoding processes do not start") from error
 
     async def decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
         """What `decode.decode` gives or raises, and UnprocessableError where it takes too long or crashes.
@@ -53,13 +59,13 @@ class Decoders:
 
     async def _decode(self, payload: bytes, *, size: int, max_pixels: int, timeout_s: float) -> Decoded:
         work = partial(decode_within_memory, payload, size=size, max_pixels=max_pixels)
-        for attempt in (1, 2):  # the first process may have ended while it was idle, which is not the file's doing
-            try:
-                with anyio.fail_after(timeout_s):
+        try:
+            with anyio.fail_after(timeout_s):
+                try:
                     return await anyio.to_process.run_sync(work, cancellable=True, limiter=self._limiter)
-            except TimeoutError as error:
-                raise UnprocessableError(f"the image could not be decoded within {timeout_s:g} s") from error
-            except ENDED as error:
-                if attempt == 2:
-                    raise UnprocessableError("the image is damaged: it crashed the decoder") from error
-        raise AssertionError("unreachable")
+                except ENDED:  # perhaps while it was idle, which is not the file's doing
+                    return await anyio.to_process.run_sync(work, cancellable=True, limiter=self._limiter)
+        except TimeoutError as error:
+            raise UnprocessableError(f"the image could not be decoded within {timeout_s:g} s") from error
+        except ENDED as error:
+            raise UnprocessableError("the image is damaged: it crashed the decoder") from error

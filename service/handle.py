@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from service.messages import Failed, Load, Loaded, Stepped, Unload, Work
+from service.messages import Failed, Load, Loaded, Loading, Stepped, Unload, Work
 from service.worker import WorkerConfig
 
 log = logging.getLogger("unperturb.engine")
-Listener = Callable[["WorkerHandle", Stepped | Loaded | Failed], None]
+Listener = Callable[["WorkerHandle", Stepped | Loading | Loaded | Failed], None]
 
 
 class WorkerHandle:
@@ -45,6 +45,13 @@ class WorkerHandle:
         self._host(theirs)
         for target in (self._send, self._listen):
             threading.Thread(target=target, name=f"worker-{self.config.device}", daemon=True).start()
+
+    def load(self, message: Load) -> None:
+        """One more model."""
+        if not self.busy:
+            self.last_heard = time.monotonic()  # as in `give`
+        self.loading.add(message.model)
+        self.say(message)
 
     def say(self, message: Work | Load | Unload | tuple[Any, ...]) -> None:
         """Send a message, in turn, without waiting for it to be read."""

@@ -66,6 +66,12 @@ class Gone(NamedTuple):
     ids: tuple[int, ...]
 
 
+class Loading(NamedTuple):
+    """From a worker: one more piece of a model's warm-up is done."""
+
+    model: int
+
+
 class Loaded(NamedTuple):
     """From a worker: what images cost on its device; or why it cannot serve the model."""
 

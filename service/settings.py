@@ -87,13 +87,6 @@ class Settings(BaseSettings):
                 raise ValueError(f"{name!r}: torch finds {torch.cuda.device_count()} CUDA device(s) here")
         return value
 
-    @field_validator("execution")
-    @classmethod
-    def compiler_exists(cls, value: Execution) -> Execution:
-        """Refuse the compiled way where there is no compiler."""
-        check_compiler(value)
-        return value
-
     @field_validator("preset")
     @classmethod
     def preset_exists(cls, value: str) -> str:
@@ -115,6 +108,13 @@ class Settings(BaseSettings):
         if len(set(names)) < len(names):
             raise ValueError(f"{max(names, key=names.count)!r} is named twice; each key needs a name of its own")
         return {pair["name"]: pair["digest"] for pair in found if pair is not None}
+
+    @model_validator(mode="after")
+    def compiler_where_needed(self) -> "Settings":
+        """Refuse compiled steps where there is no compiler."""
+        if self.execution == "compiled":
+            check_compiler(self.devices[0])
+        return self
 
     @model_validator(mode="after")
     def keys_where_needed(self) -> "Settings":

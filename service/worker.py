@@ -23,7 +23,7 @@ from models.folding import Precision, prepared
 from service import logs
 from service.cost import Cost
 from service.lane import Ended, Lane
-from service.messages import Failed, Gone, Load, Loaded, Stepped, Unload, Work
+from service.messages import Failed, Gone, Load, Loaded, Loading, Stepped, Unload, Work
 
 log = logging.getLogger("unperturb.worker")
 DONE = object()
@@ -58,7 +58,7 @@ class _Worker:
         self.server, self.config, self.device = server, config, torch.device(config.device)
         self.lanes: dict[int, Lane] = {}
         self.costs: dict[int, Cost] = {}
-        self.loading: deque[Iterator[None]] = deque()
+        self.loading: deque[tuple[int, Iterator[None]]] = deque()
 
     def run(self) -> None:
         while True:
@@ -66,8 +66,12 @@ class _Worker:
             for model, lane in list(self.lanes.items()):
                 if lane.slots:
                     self._tick(model, lane)
-            if self.loading and next(self.loading[0], DONE) is DONE:  # a piece at a time, between steps
-                self.loading.popleft()
+            if self.loading:  # a piece at a time, between steps
+                model, pieces = self.loading[0]
+                if next(pieces, DONE) is DONE:
+                    self.loading.popleft()
+                else:
+                    self.server.send(Loading(model))
 
     def _read(self) -> None:
         """Everything that the server has said; waits for it where there is nothing else to do."""
@@ -81,7 +85,7 @@ class _Worker:
                     for lane in self.lanes.values():
                         lane.forget(ids)
                 case Load(model, name, digest):
-                    self.loading.append(self._load(model, name, digest))
+                    self.loading.append((model, self._load(model, name, digest)))
                 case None:
                     raise EOFError
                 case Unload(model):

@@ -49,9 +49,17 @@ def test_compiled_steps_give_the_same_outcome(
     engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lane, "stages_of", lambda loaded: {"default": stages_of(loaded)["default"]})  # for time's sake
+    compiler, compiled = torch.compile, []
+
+    def watched(*given: Any, **options: Any) -> Any:
+        compiled.append(given)
+        return compiler(*given, **options)
+
+    monkeypatch.setattr(torch, "compile", watched)
     engine = engines(execution="compiled", slots=1)
     expected = defend(prepared(checkpoint.load(tiny_folder)), PRESETS["default"]).classify(images[:1], seed=7)
     outcome = one(engine, uint8(images)[0], "default", seed=7, wants_image=True)
+    assert len(compiled) == 1
     assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)
     assert close(outcome.image, expected.image[0], 1e-3)
 

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+import service.engine
 from models import checkpoint
-from models.errors import CheckpointError, ConfigError, NotFoundError
+from models.captured import Stepper
+from models.continuous import Stage
+from models.errors import CheckpointError, ConfigError, NotFoundError, NotReadyError
 from service.engine import Engine
 from service.messages import Outcome
 from tests.conftest import make_checkpoint
@@ -90,3 +93,28 @@ def test_images_are_served_while_a_model_is_warmed_up(
     served, added = asyncio.run(both())
     assert served >= 2
     assert added
+
+
+@pytest.mark.parametrize(("piece_s", "fails"), [(0.15, False), (3.0, True)])
+def test_loading_may_take_long_as_long_as_it_goes_on(
+    engines: Callable[..., Engine], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, piece_s: float, fails: bool
+) -> None:
+    reasons: list[str] = []
+    engine = engines(slots=1, on_failure=reasons.append)
+    monkeypatch.setattr(service.engine, "LOAD_TIMEOUT_S", 1.0)
+    prepare = Stepper.prepare
+
+    def slowly(stepper: Stepper, stage: Stage, count: int) -> None:
+        time.sleep(piece_s)
+        prepare(stepper, stage, count)
+
+    monkeypatch.setattr(Stepper, "prepare", slowly)
+    started = time.monotonic()
+    if fails:
+        with pytest.raises(NotReadyError):
+            engine.add(str(tiny_folder), "second")
+        assert "has not gone on" in reasons[0]
+    else:
+        engine.add(str(tiny_folder), "second")
+        assert time.monotonic() - started > 1.0
+        assert not reasons
