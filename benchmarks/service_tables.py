@@ -36,7 +36,7 @@ def side_by_side_table(record: dict[str, Any]) -> str:
     found, config = record["results"], record["config"]
     rows = [
         f"| load, of {found['capacity']:.1f} images/s | server | work/s | work within {config['within_s']:g} s, /s "
-        "| p99 of `default`, s | of `published`, s | refused of `default` | of `published` |",
+        "| p99 of `default`, s | of `published`, s | not answered of `default` | of `published` |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for load in config["loads"]:
@@ -83,7 +83,8 @@ def _mean(values: Iterable[float]) -> float:
 
 def _counts(statuses: dict[str, int]) -> str:
     named = {"0": "no answer"}
-    return ", ".join(f"{named.get(status, status)}: {count:,}" for status, count in statuses.items())
+    ordered = sorted(statuses.items(), key=lambda pair: pair[0] in named)
+    return ", ".join(f"{named.get(status, status)}: {count:,}" for status, count in ordered)
 
 
 def _mutated(part: dict[str, Any]) -> str:
@@ -105,8 +106,8 @@ def _soak(part: dict[str, Any]) -> str:
 
 
 WORDS = {
-    "killed": lambda part: f"worker killed under load: {_counts(part['statuses'])} (after its end); exit status "
-    f"{part['exit_status']}; started anew it answers",
+    "killed": lambda part: f"worker killed under load: {_counts(part['statuses'])}, these only after its end; exit "
+    f"status {part['exit_status']}; started anew it answers",
     "disconnects": lambda part: f"100 clients left beside 100 that stayed: {_counts(part['stayed']['statuses'])}; "
     f"{part['images_left_over']:.0f} images left over",
     "slow_loris": lambda part: f"200 stalled connections: {_counts(part['stalled'])}; others: "
