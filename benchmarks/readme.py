@@ -117,9 +117,9 @@ def robustness_table(runs: list[dict[str, Any]], stronger: list[dict[str, Any]])
     n, budget = first["figures"]["attacks"]["clean"]["n"], first["budget"]["name"]
     epsilon = first["threat"]["epsilon"]
     rows = [
-        f"| in %; n = {n}, L∞ {epsilon * 255:.0f}/255, budget `{budget}` | clean | AutoAttack on the bare classifier | transfer "
-        "| worst case (95% interval) | **full gradient, budget `standard`** | mean / worst of 10 fresh seeds "
-        "| ms per image |",
+        f"| in %; n = {n}, L∞ {epsilon * 255:.0f}/255, budget `{budget}` | clean "
+        "| AutoAttack on the bare classifier | transfer | worst case (95% interval) "
+        "| **full gradient, budget `standard`** | mean / worst of 10 fresh seeds | ms per image |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     unrolled = {run["config"]["purifier"]: run["results"]["figures"]["attacks"]["unrolled"] for run in stronger}
