@@ -77,10 +77,10 @@ def subject(config: Config) -> Checkpoint:
         return checkpoint.load(config.checkpoint, device=config.device)
     torch.manual_seed(0)
     architecture = Architecture(name=config.arch, num_classes=10)
-    classifier = build(architecture).requires_grad_(False).to(config.device)
+    classifier = build(architecture).eval().requires_grad_(False).to(config.device)
     head = ProjectionHead(
         feature_dim=classifier.feature_dim, hidden=HEAD.hidden, embedding_dim=HEAD.embedding_dim
-    ).requires_grad_(False).to(config.device)  # fmt: skip
+    ).eval().requires_grad_(False).to(config.device)  # fmt: skip
     bank = NegativesBank(torch.randn(BANK, HEAD.embedding_dim), torch.zeros(BANK, dtype=torch.int64)).to(config.device)
     names = tuple(str(number) for number in range(10))
     card = Card(id=config.arch, architecture=architecture, classes=names, data={}, training={}, head=HEAD)

@@ -11,7 +11,7 @@ from benchmarks.published_procedure import PublishedProcedure
 from models import checkpoint
 from models.folding import prepared
 from models.reverse_attack import PRESETS
-from tests.conftest import make_checkpoint
+from tests.conftest import make_checkpoint, make_config
 from tests.test_training import classifier_arguments
 from training import data
 from training.__main__ import main as train
@@ -129,6 +129,22 @@ def test_speed_of_every_way_is_measured_beside_the_published_procedure(
     assert table.splitlines()[2].startswith("| published procedure | 2 x 3 |")
     assert f"{three['images_per_s']:.1f}/s, {three['times_published_procedure']:.1f}x" in table
     assert speed_tables.speed_plot(record).startswith(b"\x89PNG")
+
+
+def test_speed_of_an_architecture_is_measured_from_a_single_image_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(purify_speed, "PRESETS", {name: make_config(steps=1) for name in ("default", "published")})
+    monkeypatch.setitem(purify_speed.MATRIX, "cpu", 64)
+    out = tmp_path / "speed.json"
+    arguments = ["--arch", "wide_resnet_10_1", "--batch", "1", "--steps", "2", "--blocks", "1", "--device", "cpu",
+                 "--precision", "bfloat16", "--out", str(out)]  # fmt: skip
+    assert purify_speed.main(arguments) == 0
+    assert json.loads(out.read_text())["results"]["batches"]["1"].keys() >= {"published procedure", "eager, bfloat16"}
+    config = purify_speed.Config(arch="wide_resnet_10_1", device="cpu")
+    made = purify_speed.subject(config)
+    assert made.head is not None
+    assert not any(module.training for part in (made.classifier, made.head) for module in part.modules())
 
 
 def test_ways_are_compared_by_label(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
