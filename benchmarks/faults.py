@@ -23,18 +23,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.request import urlopen
+from typing import Any
 
-import psutil
 import torch
 
 from benchmarks import hostile, open_loop, results
 from benchmarks.open_loop import Prepared, Sent
+from benchmarks.watch import Server, memory, metric, text_metrics, tree
 from models import provenance
 from models.errors import ConfigError
 from models.options import as_json, option, parse
 
+KILL_AT_S = 2.0  # after the load has begun
 EXPECTED = {200, 400, 408, 413, 415, 422, 429, 503, 504}
 
 
@@ -61,14 +61,6 @@ class Config:
             raise ConfigError("files, minutes and shares must be above 0")
 
 
-class Server(NamedTuple):
-    """A running service."""
-
-    port: int
-    url: str
-    process: subprocess.Popen[bytes]
-
-
 @contextmanager
 def serving(config: Config, **settings: str) -> Iterator[Server]:
     """The service with short limits for stalled clients."""
@@ -90,9 +82,6 @@ def serving(config: Config, **settings: str) -> Iterator[Server]:
 def pngs(config: Config) -> list[Prepared]:
     """Ordinary requests."""
     return [Prepared("/classify", file) for file in open_loop.photos(32, seed=config.seed)]
-
-
-KILL_AT_S = 2.0
 
 
 def killed(config: Config) -> dict[str, Any]:
@@ -278,28 +267,6 @@ PARTS: dict[str, Callable[[Config], dict[str, Any]]] = {
 def statuses(sent: list[Sent]) -> dict[str, int]:
     """Counts by status; 0 where there was no answer."""
     return {str(status): count for status, count in sorted(Counter(one.status for one in sent).items())}
-
-
-def text_metrics(server: Server) -> list[str]:
-    """The lines of /metrics."""
-    with urlopen(f"{server.url}/metrics", timeout=30) as answer:
-        return str(answer.read().decode()).splitlines()
-
-
-def metric(server: Server, name: str) -> float:
-    """A gauge's value."""
-    return next(float(line.split()[1]) for line in text_metrics(server) if line.startswith(f"{name} "))
-
-
-def tree(pid: int) -> list[psutil.Process]:
-    """A process and all of its descendants."""
-    process = psutil.Process(pid)
-    return [process, *process.children(recursive=True)]
-
-
-def memory(pid: int) -> float:
-    """MB of pages that no other process shares, over the process and its descendants."""
-    return float(sum(one.memory_full_info().uss for one in tree(pid)) / 2**20)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -48,8 +48,7 @@ class WorkerHandle:
 
     def load(self, message: Load) -> None:
         """One more model."""
-        if not self.busy:
-            self.last_heard = time.monotonic()  # as in `give`
+        self._expect()
         self.loading.add(message.model)
         self.say(message)
 
@@ -59,12 +58,16 @@ class WorkerHandle:
 
     def give(self, work: Work) -> None:
         """One more image."""
-        if not self.busy:
-            self.last_heard = time.monotonic()  # its silence until now was no stall
+        self._expect()
         self.busy.add(work.id)
         if work.stage is not None:
             self.staged.add(work.id)
         self.say(work)
+
+    def _expect(self) -> None:
+        """From now on its silence counts; until now it was no stall, where it had nothing to do."""
+        if not self.busy:
+            self.last_heard = time.monotonic()
 
     def room(self, stage: str | None) -> int:
         """Free slots for images in a stage; those without steps have as many of their own."""

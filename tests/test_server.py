@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from benchmarks import hostile, open_loop
-from benchmarks.faults import Server, metric, tree
+from benchmarks.watch import Server, metric, tree
 from tests.engines import wait_until
 from tests.serving import photo
 

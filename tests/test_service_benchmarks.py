@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
-from benchmarks import faults, hostile, http_cost, load, open_loop, side_by_side, speed_tables
+from benchmarks import faults, hostile, http_cost, load, open_loop, side_by_side, speed_tables, watch
 from benchmarks.open_loop import Prepared, Sent
 from models.errors import ConfigError
 
@@ -99,11 +99,11 @@ def test_processes_of_a_tree_are_found() -> None:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert process.stdout is not None
     process.stdout.readline()
-    found = faults.tree(process.pid)
+    found = watch.tree(process.pid)
     try:
         assert [one.name() for one in found[1:]] == ["sleep"]
         assert found[0].pid == process.pid
-        assert faults.memory(process.pid) > 1
+        assert watch.memory(process.pid) > 1
     finally:
         for one in reversed(found):
             one.kill()
