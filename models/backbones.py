@@ -18,9 +18,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "softplus": nn.Softplus,
 }
+WIDENED = "preact_resnet18"  # the architecture whose width is a choice of its own
 TORCHVISION = ("efficientnet_b0", "resnet18", "resnet50")
 NAMES = (
-    "preact_resnet18",
+    WIDENED,
     "wide_resnet_<depth>_<width>",
     *TORCHVISION,
     "robustbench:<Name>[:<dataset>:<threat>]",
@@ -33,7 +34,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Architecture:
     """Everything that `build` needs, as a checkpoint's card stores it.
 
-    image_size: side in pixels of the images it takes; mean, std: per channel, for pixels in [0, 1].
+    image_size: side in pixels of the images it takes; mean, std: per channel, for pixels in [0, 1];
+    width: factor on the channels of preact_resnet18 (a wide ResNet has its own in its name).
     """
 
     name: str
@@ -42,6 +44,7 @@ class Architecture:
     activation: str = NATIVE
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = CIFAR10_STD
+    width: float = 1.0
 
 
 def build(architecture: Architecture, *, pretrained: bool = False, weights: bool = True) -> ImageClassifier:
@@ -52,6 +55,8 @@ def build(architecture: Architecture, *, pretrained: bool = False, weights: bool
     Raises ConfigError for an unknown name or activation, WeightsUnavailableError for weights that cannot be had.
     """
     name = architecture.name
+    if architecture.width != 1 and (name != WIDENED or not 1 / 8 <= architecture.width <= 8):
+        raise ConfigError(f"width={architecture.width}: from 1/8 to 8, and of {WIDENED} alone, not {name!r}")
     if architecture.activation not in (NATIVE, *ACTIVATIONS):
         raise ConfigError(f"activation={architecture.activation!r} is not one of {NATIVE}, {', '.join(ACTIVATIONS)}")
     activation = None if architecture.activation == NATIVE else ACTIVATIONS[architecture.activation]
@@ -79,9 +84,10 @@ def build(architecture: Architecture, *, pretrained: bool = False, weights: bool
 
 def _build_residual(architecture: Architecture, activation: nn.Module) -> PreActResNet:
     wide = re.fullmatch(r"wide_resnet_(\d+)_(\d+)", architecture.name)
-    if architecture.name == "preact_resnet18":
-        widths: tuple[int, ...] = (64, 128, 256, 512)
-        blocks, stem = 2, 64
+    if architecture.name == WIDENED:
+        stem = round(64 * architecture.width)
+        widths: tuple[int, ...] = (stem, 2 * stem, 4 * stem, 8 * stem)
+        blocks = 2
     elif wide:
         depth, width = int(wide[1]), int(wide[2])
         if depth < 10 or (depth - 4) % 6 or not 1 <= width <= 32:

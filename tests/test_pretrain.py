@@ -13,6 +13,7 @@ import torch
 
 from models import checkpoint
 from models.readout import NoReadout, SoftNeighbours
+from training import state
 from training.__main__ import main
 from training.pretrain import GOES_ON, METHODS
 
@@ -108,18 +109,16 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
     ]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(pretrain_arguments(image_folder, whole, *more)) == 0
-    from training import loop
+    saving, count = state.save, iter(range(100))
 
-    saving, count = loop._save, iter(range(100))
-
-    def stop(*arguments: Any) -> None:
-        saving(*arguments)
+    def stop(file: Path, *arguments: Any) -> None:
+        saving(file, *arguments)
         if next(count) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.loop._save", stop)
+    monkeypatch.setattr("training.state.save", stop)
     assert main(pretrain_arguments(image_folder, stopped, *more)) == 130
-    monkeypatch.setattr("training.loop._save", saving)
+    monkeypatch.setattr("training.state.save", saving)
     assert main(pretrain_arguments(image_folder, stopped, *more)) == 0
     ends = [json.loads((out / "log.jsonl").read_text().splitlines()[-1]) for out in (whole, stopped)]
     assert abs(ends[0]["loss"] - ends[1]["loss"]) < 0.02  # without its queue it would be 0.5 lower

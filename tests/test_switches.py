@@ -13,8 +13,8 @@ from models.backbones import Architecture, build
 from tests.conftest import make_checkpoint
 from tests.test_training import classifier_arguments, read_log
 from training.__main__ import main
-from training.loop import STATE
 from training.self_adaptive import AdaptiveTargets
+from training.state import STATE
 from training.weight_perturbation import at_worst_weights
 from training.world import World
 

@@ -19,7 +19,9 @@ from models.projected_gradient import ProjectedGradient
 from training.__main__ import COMMANDS, main
 from training.adversarial import METHODS, Batch, Method, smoothed
 from training.classifier import ClassifierConfig
-from training.loop import LOG, STATE, learning_rate
+from training.log import LOG
+from training.loop import learning_rate
+from training.state import STATE
 
 SMALL = ["--arch", "wide_resnet_10_1", "--activation", "silu", "--batch-size", "12", "--held-out", "9", "--lr", "0.05",
          "--ema", "0.8", "--attack-steps", "1", "--attack-step-size", "10/255", "--device", "cpu"]  # fmt: skip
@@ -110,7 +112,7 @@ def test_interrupt_says_how_to_go_on(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.loop._save", interrupt)
+    monkeypatch.setattr("training.state.save", interrupt)
     assert main(classifier_arguments(image_folder, tmp_path / "run", "--epochs", "2")) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert not (tmp_path / "run" / STATE).exists()

@@ -1,11 +1,11 @@
-"""The classifier's training losses: natural, PGD (Madry et al. 2018), TRADES (Zhang et al. 2019).
+"""The classifier's training losses: natural, PGD (Madry et al. 2018), N-FGSM, TRADES (Zhang et al. 2019).
 
 Each first crafts the images that it trains on, by the one loop with BatchNorm in eval mode, then computes its loss by
 any forward pass that it is given: the model's own, or one with other weights.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from models.attack import Classify, cross_entropy, evaluating, kl_divergence
 from models.projected_gradient import ProjectedGradient
 from models.shapes import Float, Int
+from training.n_fgsm import noisy_step
+from training.qub import quadratic_upper_bound
 
-Objective = Literal["natural", "pgd", "trades"]
+Objective = Literal["natural", "pgd", "n-fgsm", "trades"]
 Fit = Callable[[Tensor], Tensor]  # logits [batch, classes] -> the mean loss towards the batch's targets
 
 
@@ -65,6 +67,10 @@ def _away_from_predictions(model: nn.Module, batch: Batch, attack: ProjectedGrad
         return attack.run(batch.x, kl_divergence(model, clean), seeds=batch.seeds).image
 
 
+def _one_noisy_step(model: nn.Module, batch: Batch, attack: ProjectedGradient) -> Tensor:
+    return noisy_step(model, batch.x, batch.labels, batch.seeds, epsilon=attack.epsilon)
+
+
 def _on_crafted(forward: Classify, batch: Batch, crafted: Tensor, fit: Fit, beta: float) -> Outcome:
     logits = forward(crafted)
     return Outcome(fit(logits), logits)
@@ -77,8 +83,21 @@ def _clean_and_gap(forward: Classify, batch: Batch, crafted: Tensor, fit: Fit, b
     return Outcome(fit(logits) + beta * gap, attacked_logits)
 
 
+def _bound(forward: Classify, batch: Batch, crafted: Tensor, fit: Fit, beta: float) -> Outcome:
+    """The quadratic upper bound of the attacked images' loss; both halves in one pass, as in TRADES."""
+    logits, attacked_logits = forward(torch.cat((batch.x, crafted))).chunk(2)
+    return Outcome(quadratic_upper_bound(logits, attacked_logits, fit), attacked_logits)
+
+
 METHODS: dict[str, Method] = {
     "natural": Method(_as_they_are, _on_crafted),
     "pgd": Method(_away_from_labels, _on_crafted),  # one step with a random start is Wong et al. 2020 (FGSM-RS)
+    "n-fgsm": Method(_one_noisy_step, _on_crafted),
     "trades": Method(_away_from_predictions, _clean_and_gap),
 }
+
+
+def method_of(name: Objective, *, qub: bool) -> Method:
+    """Return the method of a name, with the quadratic upper bound in place of the attacked images' cross-entropy."""
+    method = METHODS[name]
+    return replace(method, loss=_bound) if qub else method

@@ -21,7 +21,7 @@ from models.classifier import ImageClassifier
 from models.errors import ConfigError
 from models.options import option
 from training import data, loop, world
-from training.adversarial import METHODS, Batch, Fit
+from training.adversarial import Batch, Fit
 from training.encoder import Encoder
 from training.false_negatives import FalseNegativeConfig
 from training.self_adaptive import AdaptiveTargets
@@ -33,9 +33,10 @@ from training.world import World
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
-    """Train a classifier: natural, PGD or TRADES."""
+    """Train a classifier: natural, PGD, N-FGSM or TRADES."""
 
     arch: str = option("architecture (see models/backbones.py)", "preact_resnet18")
+    width: float = option("factor on preact_resnet18's channels", 1.0)
     activation: str = option("relu, silu, gelu, softplus, or native: as published", "native")
     image_size: int = option("side of the images in pixels", 32)
     pretrained: bool = option("start from torchvision's ImageNet weights", False)
@@ -89,9 +90,9 @@ class ClassifierTask(SupervisedTask):
         """At the worst weights nearby, or at the weights."""
         if not self.config.weight_perturbation:
             return model
-        method, plain = METHODS[self.config.method], super().fit(batch, 0)
+        plain = super().fit(batch, 0)
         return at_worst_weights(
-            model, lambda forward: method.loss(forward, batch, crafted, plain, self.config.beta).loss,
+            model, lambda forward: self.method.loss(forward, batch, crafted, plain, self.config.beta).loss,
             gamma=self.config.weight_perturbation,
         )  # fmt: skip
 
@@ -103,7 +104,7 @@ def train_classifier(config: ClassifierConfig) -> None:
     large = config.arch in TORCHVISION
     architecture = Architecture(
         name=config.arch, num_classes=len(dataset.classes), image_size=config.image_size, activation=config.activation,
-        mean=IMAGENET_MEAN if large else CIFAR10_MEAN, std=IMAGENET_STD if large else CIFAR10_STD,
+        width=config.width, mean=IMAGENET_MEAN if large else CIFAR10_MEAN, std=IMAGENET_STD if large else CIFAR10_STD,
     )  # fmt: skip
     torch.manual_seed(config.seed)
     model = build(architecture, pretrained=config.pretrained).to(here.device)
@@ -121,7 +122,7 @@ def train_classifier(config: ClassifierConfig) -> None:
         task = SemiSupervisedTask(
             supervised, model, config, here, labelled=labelled, weight=config.self_supervised_weight
         )
-    fitted = loop.fit(task, config, here)
+    fitted = loop.fit(task, config, here, collapsed=supervised.collapsed)
     if here.rank == 0:
         classifier = fitted.model.backbone if isinstance(fitted.model, Encoder) else fitted.model
         assert isinstance(classifier, ImageClassifier)

@@ -14,6 +14,7 @@ from models.options import option
 from models.projected_gradient import ProjectedGradient
 from models.shapes import Float, Int
 from models.views import ViewPolicy, make_views
+from training import seeds
 from training import world as worlds
 from training.augment import pad_crop_flip
 from training.encoder import Encoder
@@ -50,7 +51,7 @@ class ContrastConfig(FalseNegativeConfig):
 
 
 class Batch(NamedTuple):
-    """Images uint8, their numbers in the training set, seeds of this epoch, labels, and the epoch (from 0).
+    """Images uint8, their numbers in the training set, seeds of this epoch, labels, the epoch and its step (from 0).
 
     The labels serve the oracle of false negatives and the report of a detector's precision, nothing else.
     """
@@ -60,6 +61,7 @@ class Batch(NamedTuple):
     seeds: Tensor
     labels: Tensor
     epoch: int
+    step: int
 
 
 class Loss(NamedTuple):
@@ -116,7 +118,7 @@ class Contrast:
 
     def weakly(self, batch: Batch) -> Float[Tensor, "batch 3 h w"]:
         """The images padded, cropped and flipped: what a classifier is trained on."""
-        draw = torch.Generator().manual_seed(int(batch.seeds[0]))
+        draw = seeds.of_step(seed=self.config.seed, epoch=batch.epoch, step=batch.step)
         return pad_crop_flip(batch.images, pad=4, generator=draw)
 
     def nt_xent(

@@ -23,7 +23,7 @@ from models.options import option
 from models.provenance import digest_of
 from models.readout import MAKE_ONE
 from models.views import make_views
-from training import data, loop, world
+from training import data, loop, seeds, world
 from training.contrast import POLICY
 from training.encoder import BATCH
 from training.false_negatives import FalseNegativeConfig, Negatives
@@ -74,9 +74,9 @@ class GeneratorTask:
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Less the contrastive loss of a batch of images."""
         self.model.train()
-        seeds = (self.config.seed * 1000 + epoch) * (1 << 32) + indices
+        own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
         x = self.train.images[indices].float() / 255
-        (view,) = make_views(x, seeds=seeds, step=0, views=1, policy=POLICY).unbind(1)
+        (view,) = make_views(x, seeds=own, step=0, views=1, policy=POLICY).unbind(1)
         with torch.no_grad():
             fixed = [self._embed(images) for images in (x, view)]
         embeddings = torch.stack((*fixed, self._embed(self.model(x))), dim=1)

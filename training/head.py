@@ -20,7 +20,7 @@ from models.errors import ConfigError
 from models.options import option
 from models.shapes import Bool, Float
 from models.views import ViewPolicy
-from training import data, loop, world
+from training import data, loop, seeds, world
 from training.contrast import Batch, Contrast, ContrastConfig, Queue
 from training.encoder import BATCH, Encoder, bank_of
 from training.world import World
@@ -71,12 +71,12 @@ class HeadTask:
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean InfoNCE loss of a batch, and how often a view's nearest of all is a view of the same image."""
         self.model.train()
-        seeds = (self.config.seed * 1000 + epoch) * (1 << 32) + indices
-        batch = Batch(self.train.images[indices], indices, seeds, self.train.labels[indices], epoch)
+        own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
+        batch = Batch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
         encoder = Encoder(self.classifier, self.model)
         views = self.contrast.views(batch, self.config.views)
         if self.config.adversarial:
-            attacked = self.contrast.attacked(encoder, views[:, 0], views[:, 1], seeds)
+            attacked = self.contrast.attacked(encoder, views[:, 0], views[:, 1], own)
             views = torch.cat((views, attacked[:, None]), dim=1)
         embeddings = self._embed(self.model, views)
         found = self.contrast.nt_xent(embeddings, batch, queue=self.memory.filled_part())
@@ -89,7 +89,7 @@ class HeadTask:
         losses, accuracies = [], []
         with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
             for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(BATCH):
-                batch = Batch(self.held.images[indices], indices, indices, self.held.labels[indices], 0)
+                batch = Batch(self.held.images[indices], indices, indices, self.held.labels[indices], 0, 0)
                 embeddings = self._embed(averaged, self.contrast.views(batch, self.config.views))
                 negatives, keep = in_batch_negatives(embeddings)
                 losses.append(info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep).mean())

@@ -19,7 +19,7 @@ from models.classifier import ImageClassifier
 from models.errors import ConfigError
 from models.options import option
 from models.readout import ReadoutCard, attach, blank_readout
-from training import data, loop, world
+from training import data, loop, seeds, world
 from training.adversarial import Batch, Objective
 from training.encoder import BATCH, bank_for
 from training.supervised import SupervisedConfig, SupervisedTask, report
@@ -54,8 +54,8 @@ class LinearTask(SupervisedTask):
         """The method's loss on a batch: of stored features, or of attacked images."""
         self.model.eval()  # the encoder's BatchNorm stays as it is
         if self.config.method != "natural":
-            return self.supervised(self.model, self.batch(indices, epoch), epoch)
-        draw = torch.Generator().manual_seed((self.config.seed * 1000 + epoch) * 1_000_003 + step)
+            return self.supervised(self.model, self.batch(indices, epoch, step), epoch)
+        draw = seeds.of_step(seed=self.config.seed, epoch=epoch, step=step)
         mirrored = torch.randint(2, (len(indices),), generator=draw).to(indices.device)
         batch = Batch(self.encoded[mirrored, indices], self.train.labels[indices], indices, indices)
         return self.supervised(self.readout, batch, epoch)
@@ -87,7 +87,7 @@ def train_linear(config: LinearConfig) -> None:
     attach(classifier, (readout or nn.Linear(classifier.feature_dim, classifier.num_classes)).to(here.device))
     kept, held = data.training_images(dataset.train, config)
     task = LinearTask(config, classifier, data.resident(kept, here.device), data.resident(held, here.device))
-    fitted = loop.fit(task, config, here)
+    fitted = loop.fit(task, config, here, collapsed=task.collapsed)
     if here.rank == 0:
         assert isinstance(fitted.model, ImageClassifier)
         made = dataclasses.replace(

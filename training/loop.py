@@ -3,8 +3,6 @@
 A method hands in a Task; what is here is the same for each of them.
 """
 
-import io
-import json
 import math
 import time
 from collections.abc import Callable
@@ -17,15 +15,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from models.checkpoint import write_whole
 from models.errors import ConfigError
 from models.options import as_json, option
+from training import seeds, state
 from training import world as worlds
+from training.log import RunLog, show
+from training.state import AVERAGED, BEST, STATE, Progress
 from training.world import World
 
-STATE, LOG = "state.pt", "log.jsonl"
 SYNC_EVERY = 20  # steps between reads of the device for the progress bar
-PLACE_ONLY = {"out", "device", "resume", "cache"}  # fields that may differ when a run is resumed
+ATTEMPTS = 3  # how often a run goes back to its best epoch before it ends there
+PLACE_ONLY = {"out", "device", "resume", "resume_from", "cache", "save_every_s"}  # may differ when a run is resumed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,9 @@ class RunConfig:
     seed: int = option("of weights, order, augmentation and attacks", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     resume: bool = option("go on from the state in the run's folder", True)
+    resume_from: Path | None = option("averaged weights to go on from (ema.safetensors of an unfinished run)", None)
+    epoch: int = option("epochs that those weights have behind them", 0)
+    save_every_s: float = option("seconds between states in the middle of an epoch", 600.0)
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
 
     def __post_init__(self) -> None:
@@ -62,6 +65,11 @@ class RunConfig:
             raise ConfigError(f"images={self.images} is below 0")
         if not (0 <= self.ema < 1 and 0 <= self.warmup < 1):
             raise ConfigError(f"ema={self.ema} and warmup={self.warmup} must be in [0, 1)")
+        if (self.resume_from is None) != (self.epoch == 0) or not 0 <= self.epoch < self.epochs:
+            raise ConfigError(
+                f"resume_from={self.resume_from}, epoch={self.epoch}: the weights and the epochs behind them "
+                f"go together, 1 to {self.epochs - 1}"
+            )
 
 
 @runtime_checkable
@@ -81,7 +89,10 @@ class Task(Protocol):
         ...
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of a batch of training images, and figures (0-d tensors) for the progress bar."""
+        """The mean loss of a batch of training images, and figures (0-d tensors) for the progress bar.
+
+        `step` counts the batches of the epoch over all processes: no two have one number.
+        """
         ...
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
@@ -113,8 +124,14 @@ def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
-def fit(task: Task, config: RunConfig, world: World) -> Fitted:
-    """Train to the last epoch, resuming from the run's folder where it has a state."""
+def fit(
+    task: Task, config: RunConfig, world: World, *, collapsed: Callable[[float, float], bool] | None = None
+) -> Fitted:
+    """Train to the last epoch, going on from the run's folder where it has a state.
+
+    `collapsed(best score, score)` says after an epoch whether the run has to go back to its best one; it then takes
+    the training images in another order, and ends there after going back three times.
+    """
     steps = task.images // config.batch_size
     if steps < 1 or config.batch_size % world.size:
         raise ConfigError(
@@ -122,76 +139,164 @@ def fit(task: Task, config: RunConfig, world: World) -> Fitted:
             f"or no multiple of {world.size} processes"
         )
     config.out.mkdir(parents=True, exist_ok=True)
-    worlds.same_weights(world, task.model)
-    worlds.same_weights(world, task.memory)
-    optimizer = _optimizer(task.model, config)
-    average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-    parts: dict[str, Any] = {
-        "model": task.model, "memory": task.memory, "optimizer": optimizer, "average": average
-    }  # fmt: skip
-    done, best = _resume(config, parts)
-    _probe(task, config, world)
-    for epoch in range(done, config.epochs):
-        figures = _epoch(task, config, world, optimizer, average, epoch, steps)
-        if world.rank == 0:
-            figures |= {f"held_out_{k}": v for k, v in task.validate(average.module).items()}
-            score = figures.get("held_out_score", math.inf)
-            if best is None or score == math.inf or score > best["figures"]["held_out_score"]:
-                weights = {key: value.detach().clone() for key, value in average.module.state_dict().items()}
-                best = {"epoch": epoch + 1, "figures": figures, "weights": weights}
-            with (config.out / LOG).open("a") as log:
-                log.write(json.dumps(figures) + "\n")
-            _tensorboard(config.out, figures)
-            _save(config, {name: part.state_dict() for name, part in parts.items()}, epoch + 1, best)
-        worlds.wait(world)
-    if world.rank == 0:
-        assert best is not None
-        average.module.load_state_dict(best["weights"])
-        return Fitted(average.module, best["epoch"], best["figures"])
-    return Fitted(average.module, config.epochs, {})
+    run = _Run(task, config, world, steps)
+    run.resume()
+    run.probe()
+    with RunLog(config.out, writes=world.rank == 0) as log:
+        while run.progress.epoch < config.epochs and run.progress.attempt <= ATTEMPTS:
+            figures = run.epoch()
+            if world.rank == 0:
+                figures |= {f"held_out_{k}": v for k, v in task.validate(run.average.module).items()}
+                if run.judge(figures, collapsed):
+                    figures["went_back_to"] = run.progress.epoch
+                log.write(figures)
+                run.save(STATE)
+            run.follow()
+    return run.fitted()
 
 
-def _epoch(
-    task: Task, config: RunConfig, world: World, optimizer: torch.optim.Optimizer, average: AveragedModel,
-    epoch: int, steps: int,
-) -> dict[str, int | float]:  # fmt: skip
-    """One pass; the mean of the task's figures, rate and speed."""
-    images = steps * config.batch_size
-    order = torch.randperm(task.images, generator=torch.Generator().manual_seed(config.seed * 100_003 + epoch))
-    local = config.batch_size // world.size
-    sums: dict[str, Tensor] = {}
-    started = time.perf_counter()
-    rate = 0.0
-    bar = tqdm(range(steps), desc=f"epoch {epoch + 1}/{config.epochs}", disable=world.rank != 0, unit="step")
-    for step in bar:
-        rate = learning_rate(config, (epoch * steps + step + 1) / (config.epochs * steps))
-        for group in optimizer.param_groups:
+class _Run:
+    """One run: what is trained, its average and optimizer, and where it is."""
+
+    def __init__(self, task: Task, config: RunConfig, world: World, steps: int) -> None:
+        self.task, self.config, self.world, self.steps = task, config, world, steps
+        self.progress, self.comparable = Progress(), comparable(config)
+        worlds.same_weights(world, task.model)
+        worlds.same_weights(world, task.memory)
+        self.optimizer = _optimizer(task.model, config)
+        self.average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.parts: dict[str, Any] = {
+            "model": task.model,
+            "memory": task.memory,
+            "optimizer": self.optimizer,
+            "average": self.average,
+        }
+
+    def resume(self) -> None:
+        """Go on from the folder's state, or else from the weights that the configuration names."""
+        if self.config.resume and (self.config.out / STATE).exists():
+            self._load(STATE)
+        elif self.config.resume_from is not None:
+            state.take_over(self.config.resume_from, (self.task.model, self.average.module))
+            self.average.n_averaged.fill_(1)  # or the first step would put the model in the average's place
+            self.progress.epoch = self.config.epoch
+
+    def save(self, name: str) -> None:
+        """Write a state of the run to its folder."""
+        state.save(self.config.out / name, self.comparable, self.parts, self.progress)
+
+    def _load(self, name: str) -> None:
+        self.progress = state.load(self.config.out / name, self.comparable, self.parts, self.world.device)
+
+    def probe(self) -> None:
+        """One whole step whose effects are undone: memory that is too small shows now, not in epoch 7."""
+        task, local = self.task, self.config.batch_size // self.world.size
+        kept = (*task.model.buffers(), *task.memory.buffers(), *task.memory.parameters())
+        before, random = [(value, value.detach().clone()) for value in kept], torch.get_rng_state()
+        try:
+            with autocast(self.config, self.world.device):
+                loss, _ = task.loss(torch.arange(local, device=self.world.device), 0, 0)
+            loss.backward()
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"batch_size={self.config.batch_size} does not fit into the memory of {self.world.device}; "
+                "use a smaller one"
+            ) from error
+        task.model.zero_grad(set_to_none=True)
+        torch.set_rng_state(random)
+        for tensor, value in before:
+            tensor.detach().copy_(value)
+
+    def epoch(self) -> dict[str, Any]:
+        """Do the rest of an epoch; return the means of the task's figures over all of it, the rate and the speed."""
+        now, config, world, steps = self.progress, self.config, self.world, self.steps
+        images, local = config.batch_size, config.batch_size // world.size
+        order = seeds.order(self.task.images, seed=config.seed, epoch=now.epoch, attempt=now.attempt)
+        started = saved = time.perf_counter()
+        before_s, first, rate = now.seconds, now.step, 0.0
+        bar = tqdm(
+            range(first, steps),
+            desc=f"epoch {now.epoch + 1}/{config.epochs}",
+            disable=world.rank != 0,
+            unit="step",
+            initial=first,
+            total=steps,
+        )
+        for step in bar:
+            rate = learning_rate(config, (now.epoch * steps + step + 1) / (config.epochs * steps))
+            at = step * images + world.rank * local
+            figures = self._step(order[at : at + local].to(world.device), step, rate)
+            for name, value in figures.items():
+                now.sums[name] = now.sums.get(name, torch.zeros((), device=world.device)) + value
+            now.step, clock = step + 1, time.perf_counter()
+            now.seconds = before_s + clock - started
+            if now.step % SYNC_EVERY == 0:
+                left = (config.epochs - now.epoch) * steps - now.step
+                show(bar, now.sums, steps=now.step, images=now.step * images, spent_s=now.seconds, left=left)
+            if world.size == 1 and clock - saved > config.save_every_s and now.step < steps:
+                self.save(STATE)  # several processes have statistics of their own until the epoch's end
+                saved = time.perf_counter()
+        worlds.average(world, [*self.task.model.buffers(), *self.average.buffers()])
+        means = {name: float(value) / steps for name, value in now.sums.items()}
+        number, seconds = now.epoch + 1, now.seconds
+        if not math.isfinite(means["loss"]):
+            raise ConfigError(f"the loss is {means['loss']} in epoch {number}; lower --lr={config.lr}")
+        now.epoch, now.step, now.sums, now.seconds = number, 0, {}, 0.0
+        return {
+            "epoch": number, **means, "lr": rate, "seconds": seconds, "images_per_s": steps * images / seconds
+        }  # fmt: skip
+
+    def _step(self, indices: Tensor, step: int, rate: float) -> dict[str, Tensor]:
+        """One step of the optimizer and the average; the loss and the task's figures."""
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
-        first = step * config.batch_size + world.rank * local
-        with autocast(config, world.device):
-            loss, figures = task.loss(order[first : first + local].to(world.device), epoch, step)
-        optimizer.zero_grad(set_to_none=True)
+        with autocast(self.config, self.world.device):
+            number = step * self.world.size + self.world.rank
+            loss, figures = self.task.loss(indices, self.progress.epoch, number)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        worlds.average_gradients(world, task.model)
-        optimizer.step()
-        average.update_parameters(task.model)
-        for name, value in {"loss": loss.detach(), **figures}.items():
-            sums[name] = sums.get(name, torch.zeros((), device=world.device)) + value
-        if step % SYNC_EVERY == SYNC_EVERY - 1:
-            _show(bar, sums, step + 1, config, epoch, steps, time.perf_counter() - started)
-    worlds.average(world, [*task.model.buffers(), *average.buffers()])
-    means = {name: float(value) / steps for name, value in sums.items()}
-    if not math.isfinite(means["loss"]):
-        raise ConfigError(f"the loss is {means['loss']} in epoch {epoch + 1}; lower --lr={config.lr}")
-    seconds = time.perf_counter() - started
-    return {"epoch": epoch + 1, **means, "lr": rate, "seconds": seconds, "images_per_s": images / seconds}
+        worlds.average_gradients(self.world, self.task.model)
+        self.optimizer.step()
+        self.average.update_parameters(self.task.model)
+        return {"loss": loss.detach(), **figures}
 
+    def judge(self, figures: dict[str, Any], collapsed: Callable[[float, float], bool] | None) -> bool:
+        """Keep the epoch if it is the best, or go back to the best if it has collapsed; whether it has."""
+        now, score = self.progress, figures.get("held_out_score", math.inf)
+        best = -math.inf if now.best is None else now.best["score"]
+        if collapsed is not None and now.best is not None and collapsed(best, score):
+            attempt = now.attempt + 1
+            self._load(BEST)
+            self.progress.attempt = attempt
+            tqdm.write(f"epoch {figures['epoch']} collapsed ({best:.1%} -> {score:.1%}): back to {self.progress.epoch}")
+            return True
+        if score > best or score == math.inf:
+            now.best = {"epoch": now.epoch, "score": score, "figures": figures}
+            if score != math.inf:
+                self.save(BEST)
+        state.export(self.config.out / AVERAGED, self.average.module, epoch=now.epoch)
+        return False
 
-def _show(bar: Any, sums: dict[str, Tensor], n: int, config: RunConfig, epoch: int, steps: int, spent_s: float) -> None:  # noqa: ANN401
-    """Figures so far, images a second, and the minutes left to the end of the run, on the progress bar."""
-    left_s = ((config.epochs - epoch) * steps - n) * spent_s / n
-    speed = {"img/s": f"{n * config.batch_size / spent_s:.0f}", "left": f"{left_s / 60:.0f} min"}
-    bar.set_postfix({name: f"{float(value) / n:.3f}" for name, value in sums.items()} | speed)
+    def follow(self) -> None:
+        """Every process goes where rank 0 is: to the next epoch, or back."""
+        if self.world.size == 1:
+            return
+        place = torch.tensor([self.progress.epoch, self.progress.attempt], device=self.world.device)
+        before = self.progress.attempt
+        worlds.broadcast(place)
+        if int(place[1]) != before and self.world.rank != 0:
+            self._load(BEST)
+            self.progress.attempt = int(place[1])
+        worlds.wait(self.world)
+
+    def fitted(self) -> Fitted:
+        """The average after the best epoch, or after the last where epochs are not scored."""
+        best = self.progress.best
+        if self.world.rank != 0 or best is None:
+            return Fitted(self.average.module, self.progress.epoch, {})
+        if best["score"] != math.inf and best["epoch"] != self.progress.epoch:
+            self._load(BEST)
+        return Fitted(self.average.module, best["epoch"], best["figures"])
 
 
 def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
@@ -199,72 +304,16 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
     if config.optimizer == "adam":
         return torch.optim.Adam(trained, lr=config.lr, weight_decay=config.weight_decay)
     return torch.optim.SGD(
-        trained, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+        trained,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
-    )  # fmt: skip
-
-
-def _probe(task: Task, config: RunConfig, world: World) -> None:
-    """One whole step whose effects are undone: memory that is too small shows now, not in epoch 7."""
-    kept = (*task.model.buffers(), *task.memory.buffers(), *task.memory.parameters())
-    before = [(value, value.detach().clone()) for value in kept]
-    try:
-        with autocast(config, world.device):
-            loss, _ = task.loss(torch.arange(config.batch_size // world.size, device=world.device), 0, 0)
-        loss.backward()
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"batch_size={config.batch_size} does not fit into the memory of {world.device}; use a smaller one"
-        ) from error
-    task.model.zero_grad(set_to_none=True)
-    for tensor, value in before:
-        tensor.detach().copy_(value)
+        fused=True,
+    )
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """The configuration that a resumed run must share."""
-    return {key: value for key, value in as_json(config).items() if key not in PLACE_ONLY}
-
-
-def _resume(config: RunConfig, parts: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
-    """Load the state of the run's folder into `parts`: finished epochs and the best so far."""
-    file = config.out / STATE
-    if not (config.resume and file.exists()):
-        return 0, None
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    mine, theirs = comparable(config), state["config"]
-    if differing := sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)):
-        raise ConfigError(
-            f"{file} is of a run with other {', '.join(differing)}; use another --out, or --no-resume to begin again"
-        )
-    for name, part in parts.items():
-        part.load_state_dict(state["parts"][name])
-    return state["epoch"], state["best"]
-
-
-def _save(config: RunConfig, parts: dict[str, Any], epoch: int, best: dict[str, Any]) -> None:
-    buffer = io.BytesIO()
-    torch.save({"config": comparable(config), "parts": parts, "epoch": epoch, "best": best}, buffer)
-    write_whole(config.out / STATE, buffer.getvalue())
-
-
-def _tensorboard(out: Path, figures: dict[str, int | float]) -> None:
-    """Scalars for TensorBoard, where it is installed."""
-    writer = _writer(out)
-    if writer is not None:
-        for name, value in figures.items():
-            writer(name, float(value), int(figures["epoch"]))
-
-
-def _writer(out: Path) -> Callable[[str, float, int], None] | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    writer = SummaryWriter(str(out / "tensorboard"))
-
-    def write(name: str, value: float, epoch: int) -> None:
-        writer.add_scalar(name, value, epoch)
-        writer.flush()
-
-    return write
+    """The configuration that a resumed run must share; the weights that it began with by their digest."""
+    kept = {key: value for key, value in as_json(config).items() if key not in PLACE_ONLY}
+    return kept | {"resume_from_sha256": state.digest(config.resume_from)}

@@ -19,7 +19,7 @@ from models.contrastive import in_batch_negatives, info_nce
 from models.errors import ConfigError
 from models.options import option
 from models.views import make_views
-from training import data, loop, world
+from training import data, loop, seeds, world
 from training.contrast import POLICY, Batch, Contrast, ContrastConfig, Loss, embed_together
 from training.deacl import DeACL
 from training.encoder import BATCH, Encoder, finished, fresh, reopened
@@ -107,8 +107,8 @@ class PretrainTask:
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss on a batch."""
         self.model.train()
-        seeds = (self.config.seed * 1000 + epoch) * (1 << 32) + indices
-        batch = Batch(self.train.images[indices], indices, seeds, self.train.labels[indices], epoch)
+        own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
+        batch = Batch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
         return self.method.loss(batch)
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:

@@ -20,7 +20,7 @@ from models.classifier import ImageClassifier
 from models.errors import ConfigError
 from models.options import option
 from models.restorer import Restorer, RestorerCard
-from training import data, loop, world
+from training import data, loop, seeds, world
 from training.encoder import BATCH
 from training.loop import RunConfig
 
@@ -77,7 +77,7 @@ class RestorerTask:
         """The mean square error on images as they are and attacked, half of the batches mirrored."""
         self.model.train()
         x, noise = self.train.images[indices].float() / 255, self.attacked[indices].float()
-        draw = torch.Generator().manual_seed((self.config.seed * 1000 + epoch) * 1_000_003 + int(indices[0]))
+        draw = seeds.of_step(seed=self.config.seed, epoch=epoch, step=step)
         if torch.rand((), generator=draw) < 0.5:
             x, noise = x.flip(3), noise.flip(3)
         found = self.model(torch.cat((x, x + noise))).float()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.classifier import ImageClassifier
 from models.contrastive import ProjectionHead, info_nce
 from models.views import make_views
+from training import seeds
 from training.contrast import POLICY, embed_together
 from training.encoder import Encoder
 from training.false_negatives import FalseNegativeConfig, Negatives
@@ -47,12 +48,13 @@ class SemiSupervisedTask:
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """A batch of all images for the self-supervised loss, and as many labelled ones, if there are."""
         self.model.train()
-        seed = self.task.config.seed * 1000 + epoch
-        draw = torch.Generator().manual_seed(seed * 1_000_003 + int(indices[0]))
+        seed = self.task.config.seed
+        draw = seeds.of_step(seed=seed, epoch=epoch, step=step, stream=1)
         rows = torch.randperm(self.labelled, generator=draw)[: len(indices)].to(indices.device)
-        loss, figures = self.task.supervised(self.model.backbone, self.task.batch(rows, epoch), epoch)
+        loss, figures = self.task.supervised(self.model.backbone, self.task.batch(rows, epoch, step), epoch)
         x = self.task.train.images[indices].float() / 255
-        views = make_views(x, seeds=seed * (1 << 32) + indices, step=0, views=2, policy=POLICY)
+        own = seeds.of_images(indices, seed=seed, epoch=epoch)
+        views = make_views(x, seeds=own, step=0, views=2, policy=POLICY)
         embeddings = embed_together(self.model, views)
         found, negatives = self.negatives.found(embeddings, self.task.train.labels[indices], indices, epoch)
         own = info_nce(embeddings, negatives, temperature=TEMPERATURE, keep=found.keep).mean()

@@ -13,8 +13,8 @@ from models.attack import Classify, correct, pgd, wilson
 from models.errors import ConfigError
 from models.options import option
 from models.projected_gradient import ProjectedGradient
-from training import data, loop
-from training.adversarial import METHODS, Batch, Fit, Objective, smoothed
+from training import data, loop, seeds
+from training.adversarial import Batch, Fit, Objective, method_of, smoothed
 from training.augment import pad_crop_flip
 from training.loop import RunConfig
 
@@ -28,6 +28,8 @@ class SupervisedConfig(RunConfig):
     attack_steps: int = option("steps of the training attack", 10)
     attack_step_size: float = option("step size of the training attack", 2 / 255)
     beta: float = option("weight of the KL term (trades)", 6.0)
+    qub: bool = option("quadratic upper bound in place of the attacked images' cross-entropy (pgd, n-fgsm)", False)
+    collapse: float = option("fall of PGD accuracy from the best epoch at which the run goes back there; 0: never", 0.2)
     label_smoothing: float = option("label smoothing", 0.1)
     pad: int = option("pixels of padding before the random crop", 4)
     held_out: int = option("training images kept back to choose the epoch by PGD-10", 1000)
@@ -41,6 +43,10 @@ class SupervisedConfig(RunConfig):
             raise ConfigError(f"test_images={self.test_images} is below 0")
         if not 0 <= self.label_smoothing < 1 or self.attack_steps < 1:
             raise ConfigError(f"label_smoothing={self.label_smoothing}, attack_steps={self.attack_steps}: out of range")
+        if self.qub and self.method not in ("pgd", "n-fgsm"):
+            raise ConfigError(f"qub=True bounds the loss of attacked images: --method pgd or n-fgsm, not {self.method}")
+        if not 0 <= self.collapse < 1:
+            raise ConfigError(f"collapse={self.collapse} must be in [0, 1), a share of the held-out images")
 
 
 class SupervisedTask:
@@ -52,29 +58,29 @@ class SupervisedTask:
         self.config, self.model, self.train, self.held = config, model, train, held
         self.images = len(train.labels)
         self.memory = nn.Module()
+        self.method = method_of(config.method, qub=config.qub)
         self.attack = ProjectedGradient(
             direction="ascend", epsilon=config.epsilon, step_size=config.attack_step_size,
             steps=config.attack_steps, start="uniform",
         )  # fmt: skip
 
-    def batch(self, indices: Tensor, epoch: int) -> Batch:
+    def batch(self, indices: Tensor, epoch: int, step: int) -> Batch:
         """Those training images, augmented by draws of their own."""
-        draw = torch.Generator().manual_seed((self.config.seed * 1000 + epoch) * 1_000_003 + int(indices[0]))
+        draw = seeds.of_step(seed=self.config.seed, epoch=epoch, step=step)
         x = pad_crop_flip(self.train.images[indices], pad=self.config.pad, generator=draw)
-        seeds = (self.config.seed * 1000 + epoch) * (1 << 32) + indices
-        return Batch(x, self.train.labels[indices], seeds, indices)
+        own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
+        return Batch(x, self.train.labels[indices], own, indices)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss on a batch of augmented images, and its accuracy."""
         self.model.train()
-        return self.supervised(self.model, self.batch(indices, epoch), epoch)
+        return self.supervised(self.model, self.batch(indices, epoch, step), epoch)
 
     def supervised(self, model: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss of a classifier, and its accuracy."""
-        method = METHODS[self.config.method]
-        crafted = method.craft(model, batch, self.attack)
+        crafted = self.method.craft(model, batch, self.attack)
         forward = self.forward_pass(model, batch, crafted)
-        outcome = method.loss(forward, batch, crafted, self.fit(batch, epoch), self.config.beta)
+        outcome = self.method.loss(forward, batch, crafted, self.fit(batch, epoch), self.config.beta)
         return outcome.loss, {"accuracy": outcome.logits.detach().argmax(1).eq(batch.labels).float().mean()}
 
     def fit(self, batch: Batch, epoch: int) -> Fit:
@@ -92,6 +98,14 @@ class SupervisedTask:
             figures = measure(averaged, self.held, epsilon=self.config.epsilon, steps=0 if natural else 10)
         shown = ("clean_accuracy",) if natural else ("clean_accuracy", "pgd_accuracy")
         return {name: figures[name] for name in shown} | {"score": figures[shown[-1]]}
+
+    def collapsed(self, best: float, score: float) -> bool:
+        """Whether PGD accuracy fell by `collapse` and beyond chance: catastrophic overfitting (Wong et al. 2020)."""
+        if not self.config.collapse or self.config.method == "natural":
+            return False
+        n = len(self.held.labels)
+        apart = wilson(round(score * n), n).high < wilson(round(best * n), n).low
+        return apart and best - score >= self.config.collapse
 
 
 def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int, batch: int = 250) -> dict[str, Any]:

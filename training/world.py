@@ -64,6 +64,11 @@ def same_weights(world: World, model: nn.Module) -> None:
             dist.broadcast(tensor, src=0)
 
 
+def broadcast(tensor: Tensor) -> None:
+    """Give every process rank 0's values, in place."""
+    dist.broadcast(tensor, src=0)
+
+
 def gather(world: World, tensor: Tensor) -> Tensor:
     """Every process's tensor (all of one shape), one after another along the first side; without gradient."""
     tensor = tensor.detach().contiguous()

@@ -1,0 +1,99 @@
+"""What a run keeps in its folder to go on from: after each epoch and every few minutes, in the middle of one too.
+
+state.pt           where the run is: weights, average, optimizer, memory, place, figures so far
+best.pt            the same after the best epoch, where a run that collapses goes back to
+ema.safetensors    the averaged weights as float16: small enough to go on from elsewhere, by --resume-from
+"""
+
+import hashlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from models.checkpoint import write_whole
+from models.errors import ConfigError
+
+STATE, BEST, AVERAGED = "state.pt", "best.pt", "ema.safetensors"
+FORMAT = 2
+
+
+@dataclass
+class Progress:
+    """Where a run is: `epoch` whole epochs and `step` steps of the next, with the figures' sums and seconds of that.
+
+    attempt: how often the run has gone back; best: number, score and figures of the best epoch, if there is one.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    attempt: int = 0
+    best: dict[str, Any] | None = None
+
+
+def save(file: Path, config: dict[str, Any], parts: dict[str, Any], progress: Progress) -> None:
+    """Write a state whole: a crash leaves the old one or the new one."""
+    content = {
+        "format": FORMAT,
+        "config": config,
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+        "progress": vars(progress),
+        "random": torch.get_rng_state(),
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(file, buffer.getvalue())
+
+
+def load(file: Path, config: dict[str, Any], parts: dict[str, Any], device: torch.device) -> Progress:
+    """Load a state into `parts`; ConfigError where it is of another configuration or layout."""
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    remedy = "use another --out, or --no-resume to begin again"
+    if content.get("format") != FORMAT:
+        raise ConfigError(f"{file} was written by another version of this program; {remedy}")
+    theirs = content["config"]
+    if differing := sorted(k for k in config.keys() | theirs.keys() if config.get(k) != theirs.get(k)):
+        raise ConfigError(f"{file} is of a run with other {', '.join(differing)}; {remedy}")
+    for name, part in parts.items():
+        part.load_state_dict(content["parts"][name])
+    torch.set_rng_state(content["random"])
+    progress = Progress(**content["progress"])
+    progress.sums = {name: value.to(device) for name, value in progress.sums.items()}
+    return progress
+
+
+def export(file: Path, model: nn.Module, *, epoch: int) -> None:
+    """Write averaged weights as float16, with the number of epochs behind them."""
+    tensors = {
+        name: (value.half() if value.is_floating_point() else value).contiguous()
+        for name, value in model.state_dict().items()
+    }
+    write_whole(file, save_tensors(tensors, metadata={"epoch": str(epoch)}))
+
+
+def take_over(file: Path, models: tuple[nn.Module, ...]) -> None:
+    """Load exported weights into each model; ConfigError where they cannot be read or do not fit."""
+    try:
+        tensors = load_tensors(file.read_bytes())
+        for model in models:
+            model.load_state_dict(tensors)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"resume_from={file} cannot be read: {error}") from error
+    except RuntimeError as error:  # load_state_dict names the keys and shapes
+        raise ConfigError(f"resume_from={file} does not fit what is trained: {error}") from error
+
+
+def digest(file: Path | None) -> str | None:
+    """Return the SHA-256 of a file, if there is one to be read."""
+    try:
+        return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None
