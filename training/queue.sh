@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The shipped classifiers, one after another; about ten hours on two cores with AMX:
+#   nohup nice training/queue.sh RUNS CIFAR10 CIFAR100 >> queue.log 2>&1 &
+# RUNS is a folder for the runs, the others image folders. A run that was ended goes on from its state; finished ones
+# are skipped. PYTHON chooses the interpreter.
+set -euo pipefail
+runs=$1 cifar10=$2 cifar100=$3
+cd "$(dirname "$0")/.."
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296}
+
+train() { # NAME DATA EPOCHS, then options
+  local name=$1 data=$2 epochs=$3
+  shift 3
+  test -f "$runs/$name/checkpoint/card.json" && grep -q pgd_accuracy "$runs/$name/checkpoint/card.json" && return
+  echo "$(date -u +%FT%TZ) $name"
+  "${PYTHON:-python3}" -m training classifier --data "$data" --out "$runs/$name" --id "$name" --epochs "$epochs" \
+    --arch preact_resnet18 --activation silu --precision bfloat16 "$@" 2> "$runs/$name.err"
+}
+
+mkdir -p "$runs"
+train cifar10-half "$cifar10" 40 --width 0.5 --method n-fgsm --qub
+train cifar10-natural "$cifar10" 20 --width 0.5 --method natural
+train cifar100 "$cifar100" 40 --width 0.5 --method n-fgsm --qub
+train cifar10-large "$cifar10" 30 --method n-fgsm --qub
+echo "$(date -u +%FT%TZ) done"
