@@ -13,12 +13,13 @@ RUN python3 -m venv /opt/unperturb && pip install --no-cache-dir --disable-pip-v
 COPY pyproject.toml constraints.txt ./
 RUN uv pip install --no-cache --python /opt/unperturb/bin/python --constraint constraints.txt -r pyproject.toml
 COPY README.md LICENSE ./
+COPY unperturb unperturb
 COPY models models
 COPY training training
 COPY service service
 COPY benchmarks benchmarks
 RUN uv pip install --no-cache --no-deps --python /opt/unperturb/bin/python . \
-    && rm -rf models training service benchmarks build
+    && rm -rf unperturb models training service benchmarks build
 
 RUN useradd --system --uid 10001 --no-create-home unperturb
 USER unperturb

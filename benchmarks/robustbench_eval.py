@@ -16,19 +16,20 @@ from typing import Literal
 
 import torch
 
-from benchmarks import attacks, results
-from benchmarks.attacks.scene import BUDGETS, Threat
-from benchmarks.corruptions import CorruptionRun
-from benchmarks.estimate import announce
-from benchmarks.evaluation import Evaluation, Plan
-from benchmarks.evaluation_data import EvaluationSet, load_images
-from models import checkpoint
-from models.checkpoint import Checkpoint
-from models.errors import ConfigError, UnperturbError
-from models.options import as_json, option, parse
-from models.provenance import digest_of
-from models.purifiers import build_purifier
-from models.robustbench_adapter import foreign_checkpoint, parse_name
+from unperturb.benchmarks.reporting import results
+from unperturb.benchmarks.robustness import attacks
+from unperturb.benchmarks.robustness.attacks.scene import BUDGETS, Threat
+from unperturb.benchmarks.robustness.corruptions import CorruptionRun
+from unperturb.benchmarks.robustness.data import EvaluationSet, load_images
+from unperturb.benchmarks.robustness.estimate import announce
+from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.errors import ConfigError, UnperturbError
+from unperturb.models.networks.robustbench import foreign_checkpoint, parse_name
+from unperturb.models.options import as_json, option, parse
+from unperturb.models.provenance import digest_of
+from unperturb.models.purifiers.registry import build_purifier
 
 EPSILON = {"Linf": 8 / 255, "L2": 0.5}
 

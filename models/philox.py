@@ -7,7 +7,7 @@ tensor arithmetic, so that it runs on any device, has no state and gives one ima
 import torch
 from torch import Tensor
 
-from models.shapes import Float, Int
+from unperturb.models.shapes import Float, Int
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -2,7 +2,7 @@
 
 import typer
 
-from service.main import serve
+from unperturb.service.cli import serve
 
 if __name__ == "__main__":
     typer.run(serve)

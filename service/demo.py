@@ -8,12 +8,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.attack import pgd
-from models.checkpoint import Card
-from models.defended import DefendedClassifier
-from models.errors import ConfigError
-from models.shapes import Float
-from service.answer import top
+from unperturb.models.attacks.pgd import pgd
+from unperturb.models.checkpoints.store import Card
+from unperturb.models.errors import ConfigError
+from unperturb.models.purifiers.defended import DefendedClassifier
+from unperturb.models.shapes import Float
+from unperturb.service.http.answer import top
 
 SAMPLE = Path(__file__).parent / "assets" / "sample.png"
 EPSILON = 8 / 255

@@ -16,10 +16,10 @@ import torch
 from fastapi import FastAPI
 from ray import serve
 
-from models.errors import ConfigError
-from service import logs
-from service.app import create_app
-from service.settings import Settings
+from unperturb.models.errors import ConfigError
+from unperturb.service.http.app import create_app
+from unperturb.service.settings import Settings
+from unperturb.service.telemetry import logs
 
 TARGET_SHARE = 0.75  # of the slots: a replica is added when more requests than that are in progress on each
 

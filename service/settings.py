@@ -7,10 +7,10 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from models.captured import Execution, check_compiler
-from models.folding import Precision
-from models.reverse_attack import PRESETS
-from service.keys import PAIR, KeyRing
+from unperturb.models.inference.captured import Execution, check_compiler
+from unperturb.models.inference.folding import Precision
+from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.keys import PAIR, KeyRing
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]

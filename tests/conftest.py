@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from models import checkpoint
-from models.backbones import Architecture, build
-from models.checkpoint import Card, Checkpoint, HeadCard
-from models.contrastive import NegativesBank, ProjectionHead
-from models.defended import DefendedClassifier
-from models.projected_gradient import RAMP, ProjectedGradient
-from models.restorer import Restorer, RestorerCard
-from models.reverse_attack import ReverseAttack, ReverseAttackConfig
+from unperturb.models.attacks.projected_gradient import RAMP, ProjectedGradient
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.store import Card, Checkpoint, HeadCard
+from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead
+from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.restorer import Restorer, RestorerCard
+from unperturb.models.purifiers.defended import DefendedClassifier
+from unperturb.models.purifiers.reverse_attack import ReverseAttack, ReverseAttackConfig
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -108,7 +108,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engines(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
-    from tests.engines import starting  # what computes is tested without the service's packages, too
+    from tests.support.engines import starting  # what computes is tested without the service's packages, too
 
     with starting(tiny_folder) as make:
         yield make
@@ -116,7 +116,7 @@ def engines(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
 
 @pytest.fixture(scope="module")
 def client(tiny_folder: Path) -> Iterator[Any]:
-    from tests.serving import serving
+    from tests.support.serving import serving
 
     with serving(tiny_folder) as opened:
         yield opened

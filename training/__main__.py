@@ -3,16 +3,16 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from models.errors import UnperturbError
-from models.options import parse
-from training.classifier import ClassifierConfig, train_classifier
-from training.gate import GateConfig, set_gates
-from training.generator import GeneratorConfig, train_generator
-from training.head import HeadConfig, train_head
-from training.knn import KnnConfig, make_knn
-from training.linear import LinearConfig, train_linear
-from training.pretrain import PretrainConfig, pretrain
-from training.restorer import RestorerConfig, train_restorer
+from unperturb.models.errors import UnperturbError
+from unperturb.models.options import parse
+from unperturb.training.contrastive.pretrain import PretrainConfig, pretrain
+from unperturb.training.purifier.gate import GateConfig, set_gates
+from unperturb.training.purifier.generator import GeneratorConfig, train_generator
+from unperturb.training.purifier.head import HeadConfig, train_head
+from unperturb.training.purifier.restorer import RestorerConfig, train_restorer
+from unperturb.training.supervised.classifier import ClassifierConfig, train_classifier
+from unperturb.training.supervised.knn import KnnConfig, make_knn
+from unperturb.training.supervised.linear import LinearConfig, train_linear
 
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "classifier": (ClassifierConfig, train_classifier),

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.shapes import Float, UInt8
+from unperturb.models.shapes import Float, UInt8
 
 
 def pad_crop_flip(

@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from models.checkpoint import Card
-from models.errors import ConfigError, DataError
-from models.pixels import to_rgb, to_size
-from models.shapes import Int, UInt8
-from training.loop import RunConfig
+from unperturb.models.checkpoints.store import Card
+from unperturb.models.errors import ConfigError, DataError
+from unperturb.models.pixels import to_rgb, to_size
+from unperturb.models.shapes import Int, UInt8
+from unperturb.training.loop import RunConfig
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 

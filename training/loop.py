@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from models.errors import ConfigError
-from models.options import as_json, option
-from training import seeds, state
-from training import world as worlds
-from training.log import RunLog, show
-from training.state import AVERAGED, BEST, STATE, Progress
-from training.world import World
+from unperturb.models.errors import ConfigError
+from unperturb.models.options import as_json, option
+from unperturb.training import seeds, state
+from unperturb.training import world as worlds
+from unperturb.training.log import RunLog, show
+from unperturb.training.state import AVERAGED, BEST, STATE, Progress
+from unperturb.training.world import World
 
 SYNC_EVERY = 20  # steps between reads of the device for the progress bar
 ATTEMPTS = 3  # how often a run goes back to its best epoch before it ends there

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from models.shapes import Int
+from unperturb.models.shapes import Int
 
 EPOCHS = 1000  # of one seed, before the next seed's begin
 

@@ -17,8 +17,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from models.checkpoint import write_whole
-from models.errors import ConfigError
+from unperturb.models.checkpoints.store import write_whole
+from unperturb.models.errors import ConfigError
 
 STATE, BEST, AVERAGED = "state.pt", "best.pt", "ema.safetensors"
 FORMAT = 2

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.errors import ConfigError
+from unperturb.models.errors import ConfigError
 
 
 class World(NamedTuple):

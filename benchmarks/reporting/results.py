@@ -1,0 +1,60 @@
+"""A result file: what was measured, of what, by which commit, on which machine."""
+
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unperturb.models import provenance
+from unperturb.models.attacks.pgd import wilson
+from unperturb.models.checkpoints.store import write_whole
+
+SCHEMA_VERSION = 1
+PLACES = ("out", "cache")  # where files lie on one machine: no part of a result
+FOLDER = Path(__file__).resolve().parents[1] / "results"
+
+
+def write(path: Path, *, script: str, config: dict[str, Any], results: dict[str, Any]) -> None:
+    """Write one result as JSON, with its provenance."""
+    config = {key: value for key, value in config.items() if key not in PLACES}
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "script": script,
+        "config": config,
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "machine": {
+            "device": config["device"],
+            "name": torch.cuda.get_device_name() if config["device"].startswith("cuda") else platform.machine(),
+            "cpu_threads": torch.get_num_threads(),
+        },
+        "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def accuracy(correct: list[bool]) -> dict[str, Any]:
+    """A share with n and its 95% Wilson interval."""
+    found = wilson(sum(correct), len(correct))
+    return {"accuracy": found.value, "n": found.n, "interval": [found.low, found.high]}
+
+
+def gain(after: list[bool], before: list[bool]) -> dict[str, Any]:
+    """The mean difference of paired outcomes, with its 95% normal interval, in shares of 1."""
+    difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+    mean = float(difference.mean())
+    half = 1.959963984540054 * float(difference.std()) / len(difference) ** 0.5
+    return {"mean": mean, "n": len(difference), "interval": [mean - half, mean + half]}
+
+
+def where(machine: dict[str, Any]) -> str:
+    """A record's device by name."""
+    if not machine["device"].startswith("cpu"):
+        return str(machine["name"])
+    threads = machine["cpu_threads"]
+    return f"{threads} CPU thread{'s' * (threads != 1)}"

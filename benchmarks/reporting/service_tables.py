@@ -1,0 +1,119 @@
+"""The README's tables of the service, from the results of load.py, side_by_side.py and faults.py."""
+
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+from unperturb.benchmarks.reporting.results import where
+
+
+def load_table(record: dict[str, Any]) -> str:
+    """Latency and rejections against offered load."""
+    found = record["results"]
+    offered = f"offered, of {found['capacity']:.0f} images/s; {where(record['machine'])}"
+    rows = [
+        f"| {offered} | answered/s | refused | p50 ms | p95 ms | p99 ms |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| one request to an idle server | | | {found['solo_ms']:.0f} | | |",
+        f"| one request right after another | | | {found['back_to_back_ms']:.0f} | | |",
+    ]
+    for row in found["loads"]:
+        cells = [
+            f"{row['share']:.0%}", f"{row['goodput']:.1f}", f"{row['rejected']:.1%}",
+            *(f"{row[f'p{p}_ms']:.0f}" for p in (50, 95, 99)),
+        ]  # fmt: skip
+        rows.append(f"| {' | '.join(cells)} |")
+    rows += [
+        "",
+        f"At 80% p99 is {found['p99_at_80_over_solo']:.1f} times the request to an idle server; at 300% goodput is "
+        f"{found['goodput_at_300_over_best']:.0%} of the best row's; statuses: {', '.join(found['statuses'])}.",
+    ]
+    return "\n".join(rows)
+
+
+def side_by_side_table(record: dict[str, Any]) -> str:
+    """Three servers under the same arrivals; the mean of the rounds."""
+    found, config = record["results"], record["config"]
+    rows = [
+        f"| load, of {found['capacity']:.1f} images/s | server | work/s | work within {config['within_s']:g} s, /s "
+        "| p99 of `default`, s | of `published`, s | not answered of `default` | of `published` |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for load in config["loads"]:
+        for name, loads in found["servers"].items():
+            turns = loads[load]
+            cells = [f"{_mean(turn[key] for turn in turns):.1f}" for key in ("work", "work_within")]
+            presets = [
+                [turn["presets"][preset] for turn in turns if preset in turn["presets"]]
+                for preset in ("default", "published")
+            ]
+            for seen in presets:
+                known = [one["p99_ms"] / 1000 for one in seen if one["p99_ms"] is not None]
+                cells.append(f"{_mean(known):.1f}" if known else "")
+            cells += [f"{_mean(one['rejected'] for one in seen):.0%}" if seen else "" for seen in presets]
+            rows.append(f"| {float(load):.0%} | {name} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def faults_table(record: dict[str, Any]) -> str:
+    """Each part and how it ended."""
+    found = record["results"]
+    rows = ["| fault | what was seen | well |", "| --- | --- | --- |"]
+    for name, words in WORDS.items():
+        if name in found:
+            rows.append(
+                f"| {name.replace('_', ' ')} | {words(found[name])} | {'yes' if found[name]['well'] else '**no**'} |"
+            )
+    return "\n".join(rows)
+
+
+def bulk_line(record: dict[str, Any]) -> str:
+    """The memory of a bulk run."""
+    found = record["results"]
+    return (
+        f"{found['count']:,} images in one process (`python benchmarks/serving/bulk_memory.py`): "
+        f"{found['rss_after_first_chunk_mib']:,.0f} MiB of memory after the first {record['config']['chunk']}, "
+        f"{found['peak_rss_mib']:,.0f} MiB at most."
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _counts(statuses: dict[str, int]) -> str:
+    named = {"0": "no answer"}
+    ordered = sorted(statuses.items(), key=lambda pair: pair[0] in named)
+    return ", ".join(f"{named.get(status, status)}: {count:,}" for status, count in ordered)
+
+
+def _mutated(part: dict[str, Any]) -> str:
+    return "; ".join(f"{kind}: {_counts(counts)}" for kind, counts in part["statuses"].items())
+
+
+def _bombs(part: dict[str, Any]) -> str:
+    slowest = max(row["slowest_s"] for row in part["bombs"].values())
+    seen = sorted({status for row in part["bombs"].values() for status in row["statuses"]})
+    return f"{len(part['bombs'])} kinds, four at once: {', '.join(seen)}; slowest {slowest:.1f} s"
+
+
+def _soak(part: dict[str, Any]) -> str:
+    growth = part["memory_growth_after_warm_up"]
+    return (
+        f"{part['minutes']:.0f} minutes at {part['offered']:.0f} images/s, over capacity: {_counts(part['statuses'])}; "
+        f"memory {growth:+.1%} after warm-up"
+    )
+
+
+WORDS = {
+    "killed": lambda part: f"worker killed under load: {_counts(part['statuses'])}, these only after its end; exit "
+    f"status {part['exit_status']}; started anew it answers",
+    "disconnects": lambda part: f"100 clients left beside 100 that stayed: {_counts(part['stayed']['statuses'])}; "
+    f"{part['images_left_over']:.0f} images left over",
+    "slow_loris": lambda part: f"200 stalled connections: {_counts(part['stalled'])}; others: "
+    f"{_counts(part['others']['statuses'])}",
+    "mutated": _mutated,
+    "bombs": _bombs,
+    "schemathesis": lambda part: f"{part['minutes']:.0f} minutes over the whole OpenAPI: {_counts(part['requests'])}",
+    "soak": _soak,
+}  # fmt: skip

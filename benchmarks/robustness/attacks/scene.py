@@ -1,0 +1,173 @@
+"""What an attack is given: images, labels, the defended classifier as it is served, the ball, and the budget."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.errors import ConfigError
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.generator import NoiseGenerator
+from unperturb.models.purifiers.base import NoPurifier
+from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
+from unperturb.models.shapes import Bool, Float, Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threat:
+    """The ball that an adversarial image stays in; epsilon in pixel units of [0, 1]."""
+
+    norm: Literal["linf", "l2"]
+    epsilon: float
+
+    def __post_init__(self) -> None:
+        """Refuse 8 where 8/255 is meant."""
+        top = 1.0 if self.norm == "linf" else 8.0
+        if not 0 < self.epsilon < top:
+            raise ConfigError(
+                f"epsilon={self.epsilon:g} is not in (0, {top:g}): it is in pixel units of [0, 1], as in 8/255"
+            )
+
+    def ball(self, **loop: object) -> ProjectedGradient:
+        """The ball as the one loop knows it: `begin` draws a start in it, `project` returns to it."""
+        fields = {"step_size": 0.0, "steps": 0, **loop}
+        return ProjectedGradient(direction="ascend", epsilon=self.epsilon, norm=self.norm, **fields)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How much each attack may spend.
+
+    apgd_steps, restarts: of every APGD; eot: draws of fresh seeds per gradient; targets: classes of the targeted loss
+    lambdas: weights of the contrastive term; unrolled_steps: purifier steps that a full gradient goes through
+    mates: the images of the batch that the attacker owns, beside the victim's
+    """
+
+    apgd_steps: int
+    restarts: int
+    eot: int
+    targets: int
+    lambdas: tuple[float, ...]
+    unrolled_steps: int
+    adaptive_steps: int
+    square_queries: int
+    rays_queries: int
+    mates: int
+    mate_steps: int
+
+
+BUDGETS = {
+    "fast": Budget(
+        apgd_steps=10, restarts=1, eot=4, targets=2, lambdas=(0.1, 1.0, 10.0), unrolled_steps=5, adaptive_steps=6,
+        square_queries=40, rays_queries=40, mates=3, mate_steps=2,
+    ),
+    "standard": Budget(
+        apgd_steps=50, restarts=1, eot=20, targets=9, lambdas=(0.1, 1.0, 10.0), unrolled_steps=5, adaptive_steps=30,
+        square_queries=1000, rays_queries=1000, mates=7, mate_steps=10,
+    ),
+    "full": Budget(
+        apgd_steps=100, restarts=5, eot=20, targets=9, lambdas=(0.1, 0.3, 1.0, 3.0, 10.0), unrolled_steps=5,
+        adaptive_steps=100, square_queries=5000, rays_queries=10000, mates=15, mate_steps=30,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """Images [n, 3, h, w] in [0, 1] that the defended classifier gets right, and what attacks them.
+
+    seeds:       per image, of the attack's own draws; a function of the image's place in the data set
+    served_seed: the seed that the service purifies with; the attacker knows it
+    known:       adversarial images of the static classifier (the clean image where there is none), to start from
+    generator:   a trained generator of noise, where the run has one
+    """
+
+    defended: DefendedClassifier
+    x: Tensor
+    labels: Tensor
+    seeds: Tensor
+    threat: Threat
+    budget: Budget
+    served_seed: int = 0
+    known: Tensor | None = None
+    generator: NoiseGenerator | None = None
+
+    @property
+    def purifies(self) -> bool:
+        """Whether there is a purifier at all."""
+        return not isinstance(self.defended.purifier, NoPurifier)
+
+    @property
+    def classifier(self) -> ImageClassifier:
+        """The static classifier."""
+        return self.defended.classifier
+
+    def logits(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Tensor:
+        """Class scores as served, or under another seed; differentiable as `defended.gradient` says."""
+        seed = self.served_seed if seed is None else seed
+        return self.defended(x, seed=seeds_of(seed, x))  # type: ignore[no-any-return]
+
+    def right(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Bool[Tensor, " batch"]:
+        """Which of `x` are given their label."""
+        with torch.no_grad():
+            return self.logits(x, seed=seed).argmax(1).eq(self.labels)
+
+    def project(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
+        """Back into the ball around the clean images, and into [0, 1]."""
+        return self.threat.ball().project(x, self.x)
+
+    def select(self, rows: Int[Tensor, " some"] | Bool[Tensor, " batch"]) -> "Scene":
+        """The scene of some of its images."""
+        known = None if self.known is None else self.known[rows]
+        return replace(self, x=self.x[rows], labels=self.labels[rows], seeds=self.seeds[rows], known=known)
+
+    def against(self, defended: DefendedClassifier) -> "Scene":
+        """The same images before another classifier."""
+        return replace(self, defended=defended)
+
+
+class Judged(NamedTuple):
+    """An objective's values [batch], and which images are misclassified as served (None where that is not known)."""
+
+    losses: Tensor
+    broken: Tensor | None
+
+
+# Maps images and the rows of the scene that they belong to, to what the attack raises.
+AttackObjective = Callable[[Float[Tensor, "some 3 h w"], Int[Tensor, " some"]], Judged]
+
+
+def cross_entropy_loss(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Tensor:
+    """Cross-entropy per image."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def dlr_loss(
+    logits: Float[Tensor, "batch classes"],
+    labels: Int[Tensor, " batch"],
+    targets: Int[Tensor, " batch"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """Difference of logits ratio (Croce & Hein 2020, eqs. 6 and 7), above 0 where the label (the target) has lost.
+
+    Untargeted needs 3 classes, targeted 4; with fewer the plain margin, whose scale does not matter to APGD's sign.
+    """
+    logits = logits.float()
+    ordered = logits.sort(dim=1, descending=True).values
+    own = logits.gather(1, labels[:, None])[:, 0]
+    classes = logits.shape[1]
+    if targets is not None and classes >= 4:
+        wanted = logits.gather(1, targets[:, None])[:, 0]
+        return (wanted - own) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
+    rival = logits.masked_fill(F.one_hot(labels, classes).bool(), float("-inf")).amax(1)
+    return rival - own if classes < 3 else (rival - own) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+
+
+def clearly_wrong(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+    """Which are misclassified by more than rounding can turn around when they are judged in another batch."""
+    logits = logits.detach().float()
+    own = logits.gather(1, labels[:, None])[:, 0]
+    return logits.scatter(1, labels[:, None], float("-inf")).amax(1) - own > 1e-3

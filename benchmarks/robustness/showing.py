@@ -1,0 +1,113 @@
+"""What a record shows of a defense beside its accuracies: loss curves, a panel of images, time per image, flags."""
+
+import base64
+import io
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unperturb.benchmarks.robustness.counting import suspicion_flags
+from unperturb.models.purifiers.defended import DefendedClassifier
+from unperturb.models.shapes import Float, Int
+
+CURVE_IMAGES, FLAG_IMAGES, TIMED_IMAGES, TURNS = 64, 16, 32, 3
+PANEL_PIXELS = 96
+
+
+def show(
+    defended: DefendedClassifier,
+    clean: Float[Tensor, "n 3 h w"],
+    attacked: Float[Tensor, "n 3 h w"],
+    labels: Int[Tensor, " n"],
+    *,
+    seed: int,
+    panel: int,
+) -> dict[str, Any]:
+    """All of it, from the first images, `panel` of them as pictures.
+
+    Everything but `ms_per_image` is the same in every run.
+    """
+    return {
+        "flags": suspicion_flags(defended, clean[:FLAG_IMAGES], labels[:FLAG_IMAGES], seed=seed),
+        "curves": {
+            "images": min(CURVE_IMAGES, len(clean)),
+            **{
+                name: _curve(defended, x[:CURVE_IMAGES], seed) for name, x in (("clean", clean), ("attacked", attacked))
+            },
+        },
+        "panel": _panel(defended, clean[:panel], attacked[:panel], labels[:panel], seed) if panel else [],
+        "ms_per_image": _ms_per_image(defended, clean[:TIMED_IMAGES], seed),
+    }
+
+
+def _curve(defended: DefendedClassifier, x: Tensor, seed: int) -> list[float]:
+    """The purifier's mean objective before each step."""
+    trace = defended.purify(x, seed=seed).trace
+    means = trace.losses.double().nanmean(1)  # of those that took the step
+    return [float(value) for value in means[means.isfinite()]]
+
+
+def _panel(
+    defended: DefendedClassifier, clean: Tensor, attacked: Tensor, labels: Tensor, seed: int
+) -> list[dict[str, Any]]:
+    with torch.no_grad():
+        purified = defended.purify(attacked, seed=seed).image
+        answers = {
+            "clean": defended.classifier(clean).argmax(1),
+            "attacked": defended.classifier(attacked).argmax(1),
+            "purified": defended.classifier(purified).argmax(1),
+        }
+    return [
+        {
+            "label": int(labels[row]),
+            "predicted": {name: int(values[row]) for name, values in answers.items()},
+            "images": {
+                "clean": _png(clean[row]), "attacked": _png(attacked[row]), "purified": _png(purified[row]),
+                "attack": _png(_amplified(attacked[row] - clean[row])),
+                "purification": _png(_amplified(purified[row] - attacked[row])),
+            },
+        }
+        for row in range(len(clean))
+    ]  # fmt: skip
+
+
+def _amplified(difference: Tensor) -> Tensor:
+    """A difference around mid-grey, its largest value at the end of the range."""
+    return 0.5 + 0.5 * difference / difference.abs().max().clamp(min=1e-8)
+
+
+def _png(image: Tensor) -> str:
+    """A PNG file in base64, at most 96 pixels wide: a record holds five for every image shown."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    picture = Image.fromarray(pixels)
+    if picture.width > PANEL_PIXELS:
+        picture = picture.resize((PANEL_PIXELS, PANEL_PIXELS * picture.height // picture.width), Image.Resampling.BOX)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _ms_per_image(defended: DefendedClassifier, x: Tensor, seed: int) -> dict[str, float]:
+    """The classifier alone and behind its purifier, each the fastest of its turns."""
+    best: dict[str, float] = {}
+    runs: dict[str, Callable[[], object]] = {
+        "classifier": lambda: defended.classifier(x), "defended": lambda: defended(x, seed=seed)
+    }  # fmt: skip
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            _wait(x)
+            started = time.perf_counter()
+            with torch.no_grad():
+                run()
+            _wait(x)
+            best[name] = min((time.perf_counter() - started) * 1000 / len(x), best.get(name, float("inf")))
+    return {**best, "times_the_classifier": best["defended"] / best["classifier"]}
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)

@@ -1,0 +1,140 @@
+"""`python benchmarks/serving/http_cost.py`: what HTTP and decoding cost, at saturation.
+
+The same images through the engine alone, which is handed pixels, and through the service, which is sent PNG files by
+clients on the same machine; in turn, the median of several turns. Before that, one request at a time to an idle server.
+"""
+
+import asyncio
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unperturb.benchmarks.reporting import results
+from unperturb.benchmarks.serving import open_loop
+from unperturb.models.errors import ConfigError, UnperturbError
+from unperturb.models.inference.captured import Execution
+from unperturb.models.inference.folding import Precision
+from unperturb.models.options import as_json, option, parse
+from unperturb.service.decoding.decode import decode
+from unperturb.service.engine.engine import Engine
+from unperturb.service.http.app import make_engine
+from unperturb.service.settings import Settings
+from unperturb.service.telemetry.metrics import Metrics
+
+PATIENCE = 1000.0  # nobody is refused: the excess waits
+WARM_UP_S = 900.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Saturate the engine and the service."""
+
+    checkpoint: str = option("shipped name or folder", "default")
+    preset: str = option("of the purifier", "default")
+    clients: int = option("requests in progress; 0: twice the slots", 0)
+    seconds: float = option("for each turn", 15.0)
+    turns: int = option("of each", 5)
+    seed: int = option("of the images", 0)
+    device: str = option("cpu, cuda, cuda:N, or several with commas", "cuda" if torch.cuda.is_available() else "cpu")
+    execution: Execution = option("how steps run", "eager")
+    precision: Precision = option("of the backbone in the steps", "float32")
+    out: Path | None = option("result file (default: results/http_cost/, named by these settings)", None)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if self.turns < 1 or self.clients < 0 or self.seconds <= 0:
+            raise ConfigError("turns and seconds must be above 0, clients at least 0")
+
+    @property
+    def file(self) -> Path:
+        """The result file."""
+        name = "_".join((self.preset, *self.device.replace(":", "").split(","), self.execution, self.precision))
+        return self.out or results.FOLDER / "http_cost" / f"{name}.json"
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Images a second of both, a figure for each turn."""
+    changed: dict[str, Any] = {
+        "checkpoint": config.checkpoint, "device": config.device, "preset": config.preset,
+        "execution": config.execution, "precision": config.precision, "patience": PATIENCE, "log_level": "warning",
+    }  # fmt: skip
+    environment = {f"UNPERTURB_{name.upper()}": str(value) for name, value in changed.items()}
+    settings, port = Settings(**changed), open_loop.free_port()
+    clients = config.clients or 2 * settings.slots * len(settings.devices)
+    files = open_loop.photos(64, seed=config.seed)
+    engine = make_engine(settings, Metrics())
+    engine.start()
+    if not engine.warm.wait(WARM_UP_S):
+        raise ConfigError(f"the engine has not warmed up: {engine.failure}")
+    alone: list[float] = []
+    served: list[float] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_loop.running(
+            open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
+        ),
+    ):
+        lone = through_http(f"http://127.0.0.1:{port}", files, config, clients=1)
+        for _ in range(config.turns):
+            alone.append(asyncio.run(through_engine(engine, files, config, clients=clients)))
+            served.append(through_http(f"http://127.0.0.1:{port}", files, config, clients=clients))
+            print(f"engine {alone[-1]:.1f} images/s, service {served[-1]:.1f} images/s", file=sys.stderr)
+    engine.stop(10.0)
+    middle = statistics.median(one / other for one, other in zip(served, alone, strict=True))
+    return {
+        "clients": clients, "engine_images_per_s": alone, "service_images_per_s": served, "share": middle,
+        "lone_ms": 1000 / lone,
+    }  # fmt: skip
+
+
+async def through_engine(engine: Engine, files: list[bytes], config: Config, *, clients: int) -> float:
+    """Images a second without HTTP or decoding."""
+    with engine.models.use(None) as model:
+        pixels = [decode(file, size=model.image_size, max_pixels=1 << 20).pixels for file in files]
+        started, done = time.perf_counter(), 0
+
+        async def client(number: int) -> None:
+            nonlocal done
+            while time.perf_counter() - started < config.seconds:
+                deadline = time.monotonic() + open_loop.REQUEST_TIMEOUT_S
+                image = pixels[(number + done) % len(pixels)]
+                await engine.submit(model, [image], stage=config.preset, seeds=[0], deadline=deadline)
+                done += 1
+
+        await asyncio.gather(*(client(number) for number in range(clients)))
+        return done / (time.perf_counter() - started)
+
+
+def through_http(url: str, files: list[bytes], config: Config, *, clients: int) -> float:
+    """Images a second of the service, to so many clients that each wait for their answer."""
+    requests = [open_loop.Prepared("/classify", file) for file in files]
+    started = time.perf_counter()
+    sent = asyncio.run(open_loop.saturate(url, requests, clients=clients, seconds=config.seconds, seed=config.seed))
+    lasted = time.perf_counter() - started
+    statuses = {one.status for one in sent}
+    if statuses != {200}:
+        raise ConfigError(f"the service answered {sorted(statuses)}: it was not measured")
+    return len(sent) / lasted
+
+
+def main(arguments: list[str]) -> int:
+    """Measure and write the result file."""
+    try:
+        config = parse(Config, arguments, program="benchmarks/serving/http_cost.py")
+        found = measure(config)
+    except UnperturbError as error:
+        print(f"benchmarks/serving/http_cost.py: {error}", file=sys.stderr)
+        return 2
+    results.write(config.file, script="benchmarks/serving/http_cost.py", config=as_json(config), results=found)
+    print(f"the service does {found['share']:.1%} of the engine's images a second")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""`python benchmarks/serving/load.py`: latency and rejections against offered load, from 10% to 300% of capacity.
+
+Open-loop Poisson arrivals. The client runs on the same machine as the service and takes part of its CPU.
+"""
+
+import asyncio
+import json
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unperturb.benchmarks.reporting import results
+from unperturb.benchmarks.serving import open_loop
+from unperturb.models.checkpoints.store import write_whole
+from unperturb.models.errors import ConfigError, UnperturbError
+from unperturb.models.options import as_json, option, parse
+
+CLIENTS = (1, 2, 4, 8, 16, 32)  # of the closed loops; the best of them is the capacity
+PAUSE_S = 0.2  # between lone requests: at low load a request meets a server that has been idle
+SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Offer the service more and more load."""
+
+    checkpoint: str = option("shipped name or folder", "default")
+    seconds: float = option("for each load", 30.0)
+    calibration_seconds: float = option("for the lone request, and for each closed loop that finds the capacity", 10.0)
+    patience: float = option("the service's UNPERTURB_PATIENCE; 0 for its own default", 0.0)
+    seed: int = option("of the arrivals and images", 0)
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+    out: Path = option("result file; a plot is written beside it", results.FOLDER / "load.json")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if min(self.seconds, self.calibration_seconds) <= 0:
+            raise ConfigError("seconds and calibration_seconds must be above 0")
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The lone request, the capacity, and every load."""
+    requests = [open_loop.Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
+    port = open_loop.free_port()
+    url, environment = f"http://127.0.0.1:{port}", {
+        "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device, "UNPERTURB_LOG_LEVEL": "warning",
+    }  # fmt: skip
+    if config.patience:
+        environment["UNPERTURB_PATIENCE"] = str(config.patience)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_loop.running(
+            open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
+        ),
+    ):
+        lone = asyncio.run(
+            open_loop.saturate(
+                url, requests, clients=1, seconds=config.calibration_seconds, seed=config.seed, pause_s=PAUSE_S
+            )
+        )
+        loops = {
+            clients: asyncio.run(
+                open_loop.saturate(url, requests, clients=clients, seconds=config.calibration_seconds, seed=config.seed)
+            )
+            for clients in CLIENTS
+        }
+        solo_ms, back_to_back_ms = (statistics.median(one.seconds * 1000 for one in sent) for sent in (lone, loops[1]))
+        closed = {
+            clients: sum(one.status == 200 for one in sent) / config.calibration_seconds
+            for clients, sent in loops.items()
+        }
+        capacity = max(closed.values())
+        print(f"closed loops: {closed}", file=sys.stderr)
+        print(
+            f"a lone request takes {solo_ms:.0f} ms, {back_to_back_ms:.0f} ms right after another; "
+            f"capacity {capacity:.1f} images/s",
+            file=sys.stderr,
+        )
+        rows = []
+        for i, share in enumerate(SHARES):
+            sent = asyncio.run(
+                open_loop.offer(url, requests, rate=share * capacity, seconds=config.seconds, seed=config.seed + i)
+            )
+            rows.append({"share": share, **open_loop.summary(sent, seconds=config.seconds)})
+            print(json.dumps(rows[-1]), file=sys.stderr)
+    best = max(row["goodput"] for row in rows)
+    at_80, at_300 = (next(row for row in rows if row["share"] == share) for share in (0.8, 3.0))
+    return {
+        "solo_ms": solo_ms,
+        "back_to_back_ms": back_to_back_ms,
+        "capacity": capacity,
+        "closed_loops": closed,
+        "loads": rows,
+        "p99_at_80_over_solo": at_80["p99_ms"] / solo_ms,
+        "goodput_at_300_over_best": at_300["goodput"] / best,
+        "statuses": sorted({status for row in rows for status in row["statuses"]}),
+    }
+
+
+def plot(found: dict[str, Any]) -> bytes:
+    """Latency, and the share that is refused, against offered load."""
+    from unperturb.benchmarks.reporting.plots import COLOURS, _figure, _png
+
+    plt, figure, axes = _figure(8, 4.2)
+    shares = [row["share"] * 100 for row in found["loads"]]
+    for colour, name in zip(COLOURS, ("p50", "p95", "p99"), strict=False):
+        axes.plot(shares, [row[f"{name}_ms"] for row in found["loads"]], marker="o", color=colour, label=name)
+    axes.axhline(found["solo_ms"], color="#8b949e", linestyle=":", label="a lone request")
+    axes.set_xlabel("offered load, % of capacity")
+    axes.set_ylabel("latency of answered requests, ms")
+    axes.set_ylim(bottom=0)
+    other = axes.twinx()
+    other.plot(shares, [row["rejected"] * 100 for row in found["loads"]], color="#57606a", linestyle="--")
+    other.set_ylabel("refused, % (dashed)")
+    other.set_ylim(0, 100)
+    other.spines[["top"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    return _png(plt, figure)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; 2 for a bad option."""
+    config = parse(Config, sys.argv[1:] if arguments is None else arguments, program="load.py")
+    try:
+        found = measure(config)
+    except UnperturbError as error:
+        print(f"load.py: {error}", file=sys.stderr)
+        return 2
+    results.write(config.out, script="benchmarks/serving/load.py", config=as_json(config), results=found)
+    write_whole(config.out.with_suffix(".png"), plot(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

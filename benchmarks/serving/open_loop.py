@@ -1,0 +1,173 @@
+"""An open-loop client: requests leave at times drawn beforehand, whether or not earlier ones have been answered.
+
+A closed loop, which sends the next request after the last answer, slows down with the server and so hides its queue.
+"""
+
+import asyncio
+import contextlib
+import io
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.request import urlopen
+
+import aiohttp
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+REQUEST_TIMEOUT_S = 60.0
+BACK_OFF_S = 0.2
+
+
+class Prepared(NamedTuple):
+    """A request that can be sent: its path, body and content type, and what it is called in the figures."""
+
+    path: str
+    body: bytes
+    kind: str = "image/png"
+    name: str = ""
+
+
+class Sent(NamedTuple):
+    """One request: when it left, how long its answer took in seconds, and the status (0 where there was none)."""
+
+    at: float
+    seconds: float
+    status: int
+    name: str
+
+
+def photos(count: int, *, seed: int, side: int = 32) -> list[bytes]:
+    """PNG files of smooth random images."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "PNG")
+        made.append(buffer.getvalue())
+    return made
+
+
+async def offer(url: str, requests: Sequence[Prepared], *, rate: float, seconds: float, seed: int) -> list[Sent]:
+    """POST requests, drawn from those, at Poisson arrivals of `rate` a second for `seconds`."""
+    generator, tasks, moment = random.Random(seed), [], 0.0
+    async with client_session() as session:
+        started = time.perf_counter()
+        while (moment := moment + generator.expovariate(rate)) < seconds:
+            chosen = generator.choice(requests)
+            if (ahead := started + moment - time.perf_counter()) > 0:
+                await asyncio.sleep(ahead)
+            tasks.append(asyncio.create_task(post(session, url, chosen, moment)))
+        return list(await asyncio.gather(*tasks))
+
+
+async def saturate(
+    url: str, requests: Sequence[Prepared], *, clients: int, seconds: float, seed: int, pause_s: float = 0.0
+) -> list[Sent]:
+    """A closed loop of so many clients, which finds the capacity.
+
+    With one client that pauses between its requests, it finds the latency of a lone request to an idle server.
+    """
+    ends_at = time.perf_counter() + seconds
+
+    async def client(number: int) -> list[Sent]:
+        generator, sent = random.Random(seed + number), []
+        while (now := time.perf_counter()) < ends_at:
+            sent.append(await post(session, url, generator.choice(requests), now))
+            if sent[-1].status != 200:  # it is the server that is to be measured, not how fast it refuses
+                await asyncio.sleep(BACK_OFF_S)
+            await asyncio.sleep(pause_s)
+        return sent
+
+    async with client_session() as session:
+        return [one for found in await asyncio.gather(*(client(i) for i in range(clients))) for one in found]
+
+
+def summary(sent: Sequence[Sent], *, seconds: float) -> dict[str, Any]:
+    """Counts by status, goodput (answers of status 200 a second), and percentiles of their latency in ms."""
+    good = sorted(one.seconds * 1000 for one in sent if one.status == 200)
+    lasted = max((one.at + one.seconds for one in sent), default=seconds) if sent and sent[0].at < seconds else seconds
+    return {
+        "offered": len(sent) / seconds,
+        "requests": len(sent),
+        "statuses": {str(status): count for status, count in sorted(Counter(one.status for one in sent).items())},
+        "goodput": len(good) / max(lasted, seconds),
+        "rejected": 1 - len(good) / max(len(sent), 1),
+        **{f"p{p}_ms": float(np.percentile(good, p)) if good else None for p in (50, 95, 99)},
+    }
+
+
+def client_session() -> aiohttp.ClientSession:
+    """A session of as many connections as it takes."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+    )
+
+
+async def burst(url: str, requests: Sequence[Prepared]) -> list[Sent]:
+    """All of the requests at once."""
+    async with client_session() as session:
+        return list(await asyncio.gather(*(post(session, url, request, 0.0) for request in requests)))
+
+
+async def post(session: aiohttp.ClientSession, url: str, request: Prepared, at: float) -> Sent:
+    """Send one request and read its answer."""
+    started, status = time.perf_counter(), 0
+    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+        async with session.post(
+            url + request.path, data=request.body, headers={"content-type": request.kind}
+        ) as answer:  # fmt: skip
+            await answer.read()
+            status = answer.status
+    return Sent(at, time.perf_counter() - started, status, request.name)
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], *, port: int, ready: str, log: Path, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:  # fmt: skip
+    """A server in a process of its own, from when `ready` answers 200; ended by SIGTERM."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        ends_at = time.monotonic() + 180
+        while True:
+            with contextlib.suppress(OSError), urlopen(f"http://127.0.0.1:{port}{ready}", timeout=5):
+                break
+            if process.poll() is not None or time.monotonic() > ends_at:
+                raise SystemExit(f"the server did not become ready: {' '.join(command)}\n{log.read_text()[-2000:]}")
+            time.sleep(0.2)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with contextlib.suppress(ProcessLookupError):  # what has outlived its parent would disturb the next
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def service(port: int) -> list[str]:
+    """The command of this project's service."""
+    return [sys.executable, "-m", "unperturb.service", "--port", str(port)]
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

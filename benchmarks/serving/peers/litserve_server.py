@@ -1,0 +1,42 @@
+"""`python -m benchmarks.peers.litserve_server PORT`: the purifier behind LitServe's dynamic batching."""
+
+import sys
+from typing import Any
+
+import litserve
+import torch
+
+from unperturb.benchmarks.serving.peers.shared import BATCH_WAIT_S, MAX_BATCH, Model
+
+
+class Api(litserve.LitAPI):  # type: ignore[misc]
+    """Decode, then batch, then predict, as LitServe's documentation shows it."""
+
+    def setup(self, device: str) -> None:
+        """Load the model."""
+        self.model = Model()
+
+    def decode_request(self, request: dict[str, Any]) -> tuple[torch.Tensor, str]:
+        """One request's image."""
+        return self.model.read(request)
+
+    def batch(self, inputs: list[Any]) -> list[Any]:
+        """Keep images and presets together."""
+        return list(inputs)
+
+    def predict(self, batch: list[Any]) -> list[dict[str, Any]]:
+        """A batch's answers."""
+        return self.model.answer(batch)
+
+    def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """One answer for each request."""
+        return output
+
+    def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The answer as JSON."""
+        return output
+
+
+if __name__ == "__main__":
+    server = litserve.LitServer(Api(max_batch_size=MAX_BATCH, batch_timeout=BATCH_WAIT_S), timeout=False)
+    server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")

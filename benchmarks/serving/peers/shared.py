@@ -1,0 +1,45 @@
+"""What both peers do with a batch: the same model and purifier as the service, a preset at a time."""
+
+import base64
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.purifiers.defended import DefendedClassifier, defend
+from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.decoding.decode import decode
+
+MAX_BATCH = int(os.environ.get("PEER_MAX_BATCH", "16"))
+BATCH_WAIT_S = 0.01
+
+
+class Model:
+    """The shipped checkpoint behind both presets."""
+
+    def __init__(self) -> None:
+        device = torch.device(os.environ.get("PEER_DEVICE", "cpu"))
+        loaded = checkpoint.load(os.environ.get("PEER_CHECKPOINT", "default"), device=device)
+        self.device, self.size = device, loaded.classifier.image_size
+        self.defended: dict[str, DefendedClassifier] = {
+            name: defend(loaded, config) for name, config in PRESETS.items()
+        }  # fmt: skip
+
+    def read(self, request: dict[str, Any]) -> tuple[torch.Tensor, str]:
+        """The pixels and the preset of a request's JSON."""
+        decoded = decode(base64.b64decode(request["inputs"]), size=self.size, max_pixels=50_000_000)
+        return torch.from_numpy(decoded.pixels).float() / 255, request["parameters"]["preset"]
+
+    def answer(self, batch: Sequence[tuple[torch.Tensor, str]]) -> list[dict[str, Any]]:
+        """The scores of every image; the presets of a batch one after the other."""
+        answers: list[dict[str, Any]] = [{}] * len(batch)
+        for preset, defended in self.defended.items():
+            places = [i for i, (_, wanted) in enumerate(batch) if wanted == preset]
+            if not places:
+                continue
+            result = defended.classify(torch.stack([batch[i][0] for i in places]).to(self.device), seed=0)
+            for i, scores in zip(places, result.logits.softmax(1).tolist(), strict=True):
+                answers[i] = {"scores": scores}
+        return answers

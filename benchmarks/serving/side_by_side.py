@@ -1,0 +1,161 @@
+"""`python benchmarks/serving/side_by_side.py`: this service, LitServe and Ray Serve around one purifier.
+
+In turn, on one machine, the same checkpoint, the same largest batch, and the same open-loop arrivals of mixed presets.
+The peers need `pip install 'unperturb[peers]'`.
+"""
+
+import asyncio
+import base64
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unperturb.benchmarks.reporting import results
+from unperturb.benchmarks.serving import open_loop
+from unperturb.benchmarks.serving.open_loop import Prepared, Sent
+from unperturb.models.errors import ConfigError
+from unperturb.models.options import as_json, option, parse
+from unperturb.models.purifiers.reverse_attack import PRESETS
+
+Servers = dict[str, dict[str, list[dict[str, Any]]]]  # by name, by load, a summary for each round
+PEERS = "unperturb.benchmarks.serving.peers"
+MEASURES = ("goodput", "goodput_within", "work", "work_within")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Measure three servers side by side."""
+
+    checkpoint: str = option("shipped name or folder", "default")
+    published: int = option("of ten requests, how many ask for the preset `published`; the rest `default`", 1)
+    max_batch: int = option("largest batch of every server", 16)
+    loads: tuple[str, ...] = option("shares of this service's capacity; may be given several times", ("0.7", "1.5"))
+    seconds: float = option("for each load", 30.0)
+    within_s: float = option(
+        "an answer counts towards goodput if it comes within so many seconds; this service's UNPERTURB_TIMEOUT_S", 5.0
+    )
+    patience: float = option("this service's UNPERTURB_PATIENCE; the peers take everything in", 1000.0)
+    rounds: int = option("times that each server is measured, in turn", 2)
+    seed: int = option("of the arrivals and images", 0)
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+    out: Path = option("result file", results.FOLDER / "side_by_side.json")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if not 0 <= self.published <= 10 or self.seconds <= 0 or self.rounds < 1:
+            raise ConfigError("published must be 0 to 10, seconds above 0, rounds at least 1")
+
+
+def requests(config: Config, path: str) -> list[Prepared]:
+    """JSON with an image and its preset; all three servers take the same."""
+    made = []
+    for i, file in enumerate(open_loop.photos(60, seed=config.seed)):
+        preset = "published" if i % 10 < config.published else "default"
+        body = {"inputs": base64.b64encode(file).decode(), "parameters": {"preset": preset}}
+        made.append(Prepared(path, json.dumps(body).encode(), "application/json", preset))
+    return made
+
+
+def servers(config: Config, port: int) -> dict[str, tuple[list[str], str, str]]:
+    """Name -> command, path of a request, path that is ready."""
+    peer = [sys.executable, "-m"]
+    return {
+        "unperturb": (open_loop.service(port), "/classify", "/readyz"),
+        "LitServe": ([*peer, f"{PEERS}.litserve_server", str(port)], "/predict", "/health"),
+        "Ray Serve, @serve.batch": (
+            [*peer, f"{PEERS}.ray_batch_server", str(port)],
+            "/",
+            "/",
+        ),
+    }
+
+
+def work(preset: str) -> float:
+    """What an image costs, in images of the preset `default`: its rows forward and (twice that) backward."""
+
+    def rows(name: str) -> int:
+        config = PRESETS[name]
+        return 3 * config.loop.steps * config.views + 2 * config.views + 2
+
+    return rows(preset) / rows("default")
+
+
+def figures(sent: list[Sent], config: Config) -> dict[str, Any]:
+    """The summary, of all and by preset, and the goodput within the limit."""
+    summary = open_loop.summary(sent, seconds=config.seconds)
+    good = [one for one in sent if one.status == 200]
+    in_time = [one for one in good if one.seconds <= config.within_s]
+    lasted_s = len(good) / summary["goodput"] if good else config.seconds
+    return {
+        **summary,
+        "goodput_within": len(in_time) / (config.seconds + config.within_s),  # the last may come so late
+        "work": sum(work(one.name) for one in good) / lasted_s,
+        "work_within": sum(work(one.name) for one in in_time) / (config.seconds + config.within_s),
+        "presets": {
+            name: open_loop.summary([one for one in sent if one.name == name], seconds=config.seconds)
+            for name in sorted({one.name for one in sent})
+        },
+    }
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """The capacity of this service, then every server under every load, `rounds` times in turn."""
+    capacity = 0.0
+    found: Servers = {name: {load: [] for load in config.loads} for name in servers(config, 0)}
+    for turn in range(config.rounds):
+        for name in found:
+            port = open_loop.free_port()
+            command, path, ready = servers(config, port)[name]
+            environment = {
+                "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device,
+                "UNPERTURB_MAX_BATCH": str(config.max_batch), "UNPERTURB_LOG_LEVEL": "warning",
+                "UNPERTURB_PATIENCE": str(config.patience), "UNPERTURB_TIMEOUT_S": str(config.within_s),
+                "PEER_CHECKPOINT": config.checkpoint, "PEER_DEVICE": config.device,
+                "PEER_MAX_BATCH": str(config.max_batch), "PYTHONPATH": str(open_loop.ROOT),
+            }  # fmt: skip
+            url, prepared = f"http://127.0.0.1:{port}", requests(config, path)
+            with (
+                tempfile.TemporaryDirectory() as folder,
+                open_loop.running(command, port=port, ready=ready, log=Path(folder) / "log", environment=environment),
+            ):
+                warm = asyncio.run(
+                    open_loop.saturate(url, prepared, clients=config.max_batch, seconds=20.0, seed=config.seed)
+                )
+                capacity = capacity or sum(one.status == 200 for one in warm) / 20.0
+                for i, load in enumerate(config.loads):
+                    sent = asyncio.run(
+                        open_loop.offer(
+                            url, prepared, rate=float(load) * capacity, seconds=config.seconds, seed=config.seed + i
+                        )
+                    )
+                    row = figures(sent, config)
+                    found[name][load].append(row)
+                    print(f"{turn} {name} {load}: {json.dumps(row)}", file=sys.stderr, flush=True)
+    return {"capacity": capacity, "servers": found, "times_the_peers": {key: times(found, key) for key in MEASURES}}
+
+
+def times(found: Servers, key: str) -> dict[str, dict[str, float]]:
+    """This service's mean over the rounds, in multiples of each peer's, by load."""
+    mean = {
+        name: {load: sum(row[key] for row in rows) / len(rows) for load, rows in loads.items()}
+        for name, loads in found.items()
+    }
+    own = mean.pop("unperturb")
+    return {name: {load: own[load] / max(value, 1e-9) for load, value in loads.items()} for name, loads in mean.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command."""
+    config = parse(Config, sys.argv[1:] if arguments is None else arguments, program="side_by_side.py")
+    script = "benchmarks/serving/side_by_side.py"
+    results.write(config.out, script=script, config=as_json(config), results=measure(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""A checkpoint is a folder: `model.safetensors` (classifier, head, bank, restorer) and `card.json` (what they are).
+
+Loading reads tensors and JSON only, so it runs no code from the folder, and refuses a folder whose weights are not
+those that the card names.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from unperturb.models import provenance
+from unperturb.models.checkpoints.gates import check_gates
+from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead
+from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.readout import ReadoutCard, SoftNeighbours, attach, blank_readout
+from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.restorer import Restorer, RestorerCard
+
+SCHEMA_VERSION = 1
+WEIGHTS, CARD = "model.safetensors", "card.json"
+PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
+_JSON_TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCard:
+    """The head's shape and the temperature that it was trained with."""
+
+    hidden: int
+    embedding_dim: int
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What `card.json` holds; an unknown key is refused.
+
+    `training`, `head_training`, `restorer_training` and `figures` are the resolved configurations and measurements, as
+    JSON; `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were
+    found.
+    """
+
+    id: str
+    architecture: Architecture
+    classes: tuple[str, ...]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    head: HeadCard | None = None
+    restorer: RestorerCard | None = None
+    bank_size: int = 0
+    readout: ReadoutCard = field(default_factory=ReadoutCard)
+    head_training: dict[str, Any] = field(default_factory=dict)
+    restorer_training: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
+    made_by: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A classifier, the head and bank that purify for it (or None, before a head is trained), the restorer of their
+    restored view (or None), and the card.
+    """
+
+    card: Card
+    classifier: ImageClassifier
+    head: ProjectionHead | None = None
+    bank: NegativesBank | None = None
+    restorer: Restorer | None = None
+
+
+def resolve(name: str | os.PathLike[str]) -> Path:
+    """The folder of a shipped checkpoint's name, or of a path."""
+    for folder in (Path(name), PRETRAINED / name):
+        if (folder / CARD).is_file():
+            return folder
+    shipped = ", ".join(sorted(p.parent.name for p in PRETRAINED.glob(f"*/{CARD}"))) or "none"
+    raise CheckpointError(f"{os.fspath(name)!r} is neither a folder with a {CARD} nor a shipped checkpoint ({shipped})")
+
+
+def save(folder: Path, checkpoint: Checkpoint, *, half: bool = True) -> Card:
+    """Write the folder (each file to a temporary one, then renamed; the card last) and return the finished card.
+
+    Weights are stored as float16 with `half`. Raises CheckpointError for weights that are not finite as stored.
+    """
+    outputs = checkpoint.card.architecture.num_classes
+    if len(checkpoint.card.classes) != outputs:
+        raise CheckpointError(
+            f"{folder}: {len(checkpoint.card.classes)} classes for {outputs} outputs; it was not saved"
+        )
+    digest = write_weights(folder / WEIGHTS, dict(_parts(checkpoint)), half=half)
+    card = dataclasses.replace(
+        checkpoint.card,
+        bank_size=0 if checkpoint.bank is None else len(checkpoint.bank.labels),
+        restorer=None if checkpoint.restorer is None else checkpoint.card.restorer,
+        restorer_training={} if checkpoint.restorer is None else checkpoint.card.restorer_training,
+        made_by={"commit": provenance.commit(), "versions": provenance.versions()},
+        weights_sha256=digest,
+    )
+    write_card(folder, card)
+    return card
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Replace the folder's card."""
+    write_whole(folder / CARD, (json.dumps(dataclasses.asdict(card), indent=2) + "\n").encode())
+
+
+def write_whole(path: Path, payload: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary.write_bytes(payload)
+    temporary.replace(path)
+
+
+def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
+    """The checkpoint of a folder or a shipped name, float32, in eval mode, frozen, on `device`.
+
+    Raises CheckpointError naming the file and the fault: missing, unknown keys, digest, shapes, non-finite weights.
+    """
+    folder = resolve(name)
+    card = read_card(folder)
+    empty = _empty(card, folder / CARD)
+    read_weights(folder / WEIGHTS, card.weights_sha256, dict(_parts(empty)))
+    for _, module in _parts(empty):
+        module.eval().requires_grad_(False).to(device)
+    banks = [] if empty.bank is None else [(empty.bank.embeddings, empty.bank.labels)]
+    if isinstance(readout := getattr(empty.classifier, "linear", None), SoftNeighbours):
+        banks.append((readout.bank, readout.labels))
+    for bank, labels in banks:
+        if labels.min() < 0 or labels.max() >= len(card.classes):
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: a bank has labels outside the card's {len(card.classes)} classes"
+            )
+        bank.copy_(nn.functional.normalize(bank, dim=1))  # float16 storage leaves lengths that are only nearly 1
+    return empty
+
+
+def write_weights(file: Path, parts: dict[str, nn.Module], *, half: bool = True) -> str:
+    """Write the parts' tensors as safetensors, floats as float16 with `half`; the file's SHA-256.
+
+    Raises CheckpointError for weights that are not finite as stored.
+    """
+    tensors: dict[str, Tensor] = {}
+    for part, module in parts.items():
+        for key, value in module.state_dict().items():
+            stored = value.detach().to("cpu", torch.float16 if half and value.is_floating_point() else value.dtype)
+            if not bool(stored.isfinite().all()):
+                raise CheckpointError(f"{part}.{key} is not finite as {stored.dtype}; it was not saved to {file}")
+            tensors[f"{part}.{key}"] = stored.contiguous()
+    payload = save_tensors(tensors)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, payload)
+    return hashlib.sha256(payload).hexdigest()
+
+
+def read_weights(file: Path, digest: str, parts: dict[str, nn.Module]) -> None:
+    """Fill the parts with the tensors of a file of that SHA-256; CheckpointError names what is wrong with it."""
+    try:
+        payload = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    found = hashlib.sha256(payload).hexdigest()
+    if found != digest:
+        raise CheckpointError(f"{file} has SHA-256 {found}, its card says {digest}; fetch it again")
+    try:
+        tensors = load_tensors(payload)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{file}: {key} holds values that are not finite")
+    expected = {f"{part}.{key}": v for part, module in parts.items() for key, v in module.state_dict().items()}
+    _same_layout(file, expected, tensors)
+    for part, module in parts.items():
+        module.load_state_dict({key: tensors[f"{part}.{key}"] for key in module.state_dict()})
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a checkpoint folder; raises CheckpointError for what it does not know."""
+    file = folder / CARD
+    raw = read_object(file)
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(f"{file} is not a card of schema version {SCHEMA_VERSION}")
+    values = dict(known_fields(Card, raw, file))
+    values["architecture"] = Architecture(**_tuples(known_fields(Architecture, raw.get("architecture"), file)))
+    if raw.get("head") is not None:
+        values["head"] = HeadCard(**known_fields(HeadCard, raw["head"], file))
+    if raw.get("restorer") is not None:
+        values["restorer"] = RestorerCard(**known_fields(RestorerCard, raw["restorer"], file))
+    if "readout" in raw:
+        try:
+            values["readout"] = ReadoutCard(**known_fields(ReadoutCard, raw["readout"], file))
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+    check_gates(raw.get("gates", {}), file)
+    card = Card(**_tuples(values))
+    if len(card.classes) != card.architecture.num_classes:
+        raise CheckpointError(f"{file} names {len(card.classes)} classes for {card.architecture.num_classes} outputs")
+    return card
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object of a file; CheckpointError where it is none."""
+    try:
+        raw = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    return raw if isinstance(raw, dict) else {}
+
+
+def _parts(checkpoint: Checkpoint) -> list[tuple[str, nn.Module]]:
+    named = (
+        ("classifier", checkpoint.classifier), ("head", checkpoint.head), ("bank", checkpoint.bank),
+        ("restorer", checkpoint.restorer),
+    )  # fmt: skip
+    return [(name, module) for name, module in named if module is not None]
+
+
+def _empty(card: Card, file: Path) -> Checkpoint:
+    """The modules that the card describes, with weights to be replaced."""
+    head = bank = restorer = None
+    try:
+        classifier = build(card.architecture, weights=False)
+        readout = blank_readout(card.readout, feature_dim=classifier.feature_dim, num_classes=classifier.num_classes)
+        if readout is not None:
+            attach(classifier, readout)
+        if card.head is not None:
+            head = ProjectionHead(
+                feature_dim=classifier.feature_dim,
+                hidden=card.head.hidden,
+                embedding_dim=card.head.embedding_dim,
+            )
+            if not (math.isfinite(card.head.temperature) and card.head.temperature > 0):
+                raise ConfigError(f"temperature={card.head.temperature!r} is not above 0")
+            blank = torch.ones(card.bank_size, card.head.embedding_dim)
+            bank = NegativesBank(blank, torch.zeros(card.bank_size, dtype=torch.int64))
+        if card.restorer is not None:
+            restorer = Restorer(card.restorer)
+    except (ConfigError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{file} describes a model that cannot be built: {error}") from error
+    return Checkpoint(card, classifier, head, bank, restorer)
+
+
+def _same_layout(file: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    faults = [f"lacks {key}" for key in expected.keys() - found.keys()]
+    faults += [f"holds an unknown {key}" for key in found.keys() - expected.keys()]
+    faults += [
+        f"{key} has shape {tuple(found[key].shape)}, the card's architecture {tuple(expected[key].shape)}"
+        for key in expected.keys() & found.keys()
+        if expected[key].shape != found[key].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise CheckpointError(f"{file} {'; '.join(sorted(faults)[:3])}{more}")
+
+
+def known_fields(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
+    """`raw` as keyword arguments of a dataclass: no unknown key, none missing, plain values of the right type."""
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: {kind.__name__} is not an object")
+    fields = dataclasses.fields(kind)
+    unknown = sorted(raw.keys() - {f.name for f in fields})
+    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - raw.keys())
+    if unknown or missing:
+        raise CheckpointError(f"{file}: {kind.__name__} has unknown keys {unknown}, lacks {missing}")
+    for name, hint in get_type_hints(kind).items():
+        if name in raw and hint in _JSON_TYPES and type(raw[name]) not in _JSON_TYPES[hint]:
+            raise CheckpointError(f"{file}: {name}={raw[name]!r} is not of type {hint.__name__}")
+    return raw
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -1,0 +1,214 @@
+"""One step of a stage at fixed sizes and addresses: replayed as one CUDA graph, compiled or not.
+
+Eager PyTorch launches some hundreds of kernels a step, which takes longer than the step's arithmetic for small batches;
+a captured graph launches them all at once. On a device without graphs the same code runs uncaptured.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from unperturb.models.attacks.projected_gradient import Descent
+from unperturb.models.errors import ConfigError
+from unperturb.models.inference.continuous import Slots, Stage, Stepped, step_together
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.shapes import Float, Int
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE
+
+Execution = Literal["eager", "captured", "compiled"]
+WARM_UP = 3  # steps before the capture, in which libraries choose their kernels
+Function = Callable[[Slots], tuple[Tensor, Tensor | None, Tensor]]
+
+
+class CapturedStep:
+    """`load` some images, `replay` steps of theirs; the iterates stay in place between replays.
+
+    size: images at most; fewer are filled up with black ones, whose results nobody sees
+    compiled: fuse the step's kernels by torch's compiler, for which `check_compiler` looks (some ten seconds)
+    pool: memory that graphs share which are never replayed at the same time
+    """
+
+    def __init__(
+        self,
+        classifier: ImageClassifier,
+        stage: Stage,
+        size: int,
+        *,
+        device: torch.device,
+        compiled: bool = False,
+        backend: str = "inductor",
+        pool: "_POOL_HANDLE | None" = None,
+    ) -> None:
+        side = classifier.image_size
+        with torch.inference_mode(False):
+            image = torch.zeros(size, 3, side, side, device=device)
+            number = torch.zeros(size, dtype=torch.int64, device=device)
+            velocity = image.clone() if stage.loop.momentum else None
+            anchors = stage.anchor(image)
+            self._state = Slots(image, image.clone(), velocity, number, number.clone(), number.clone(), anchors)
+            self._losses = torch.zeros(size, device=device)
+        self.size, self._used, self.device = size, 0, device
+
+        def step(slots: Slots) -> tuple[Tensor, Tensor | None, Tensor]:
+            (after,) = step_together(classifier, [(stage, slots)])
+            return after.x, after.velocity, after.losses
+
+        self._step: Function = _compiled(step, self._state, backend) if compiled else step
+        self._graph = self._captured(pool) if device.type == "cuda" else None
+
+    def load(self, slots: Slots) -> None:
+        """Take the images' state; whatever was here before is gone. At most `size` of them."""
+        count = len(slots.seeds)
+        for own, given in zip(self._state, slots, strict=True):
+            if own is None:
+                continue
+            own[count : self._used].zero_()
+            if given is None:
+                own[:count].zero_()  # a velocity before the first step
+            else:
+                own[:count].copy_(given)
+        self._used = count
+
+    def replay(self) -> Stepped:
+        """One step of every image loaded; what it gives is overwritten by the next."""
+        if self._graph is None:
+            self._advance()
+        else:
+            with torch.cuda.device(self.device):
+                self._graph.replay()
+        velocity = self._state.velocity
+        used = slice(self._used)
+        return Stepped(self._state.x[used], None if velocity is None else velocity[used], self._losses[used])
+
+    def _advance(self) -> None:
+        with torch.no_grad():
+            x, velocity, losses = self._step(self._state)
+            self._state.x.copy_(x)
+            if velocity is not None:
+                cast(Tensor, self._state.velocity).copy_(velocity)
+            self._losses.copy_(losses)
+            self._state.steps.add_(1)
+
+    def _captured(self, pool: "_POOL_HANDLE | None") -> torch.cuda.CUDAGraph:
+        with torch.cuda.device(self.device):
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    self._advance()
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._advance()
+        return graph
+
+
+class Stepper:
+    """Steps of a classifier's stages on one device, eagerly or from graphs for 1, 2, 4 … images, made at first use.
+
+    Raises ConfigError for `compiled` without a compiler.
+    """
+
+    def __init__(self, classifier: ImageClassifier, device: torch.device, *, execution: Execution) -> None:
+        if execution == "compiled":
+            check_compiler(device)
+        self.classifier, self.device, self.execution = classifier, device, execution
+        self._made: dict[tuple[Stage, int], CapturedStep] = {}
+        self._pool: _POOL_HANDLE | None = None
+
+    @property
+    def together(self) -> bool:
+        """Whether the parts of a step are one batch; a graph for each part is not."""
+        return self.execution == "eager"
+
+    def step(self, parts: Sequence[tuple[Stage, Slots]]) -> list[Stepped]:
+        """One step of every slot of every part."""
+        if self.together:
+            return step_together(self.classifier, parts)
+        after = []
+        for stage, slots in parts:
+            captured = self.captured(stage, bucket(len(slots.seeds)))
+            captured.load(slots)
+            stepped = captured.replay()
+            after.append(Stepped(*(None if part is None else part.clone() for part in stepped)))  # type: ignore[arg-type]
+        return after
+
+    def prepare(self, stage: Stage, count: int) -> None:
+        """Make what steps of so many images need, where that takes time; raises what goes wrong."""
+        if not self.together:
+            self.captured(stage, bucket(count))
+
+    def descend(self, stage: Stage, x0: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"]) -> Descent:
+        """All steps of a stage that needs no labels, for images in [0, 1] that begin together and end together."""
+        if stage.loop.halts:
+            raise ConfigError("a stage with a gate or settle ends images early; they are stepped one step at a time")
+        none = torch.zeros_like(seeds)
+        slots = Slots(x0, stage.loop.begin(x0, seeds), None, seeds, none, none, stage.anchor(x0))
+        losses = []
+        if self.execution == "eager":
+            for _ in range(stage.loop.steps):
+                (after,) = self.step([(stage, slots)])
+                slots = slots._replace(x=after.x, velocity=after.velocity, steps=slots.steps + 1)
+                losses.append(after.losses)
+            return Descent(slots.x, torch.stack(losses) if losses else x0.new_zeros((0, len(x0))))
+        captured = self.captured(stage, bucket(len(x0)))
+        captured.load(slots)
+        x = slots.x
+        for _ in range(stage.loop.steps):
+            x, _, loss = captured.replay()
+            losses.append(loss.clone())
+        return Descent(x.clone(), torch.stack(losses) if losses else x0.new_zeros((0, len(x0))))
+
+    def captured(self, stage: Stage, size: int) -> CapturedStep:
+        """The graph of a stage for so many images."""
+        if (stage, size) not in self._made:
+            if self._pool is None and self.device.type == "cuda":
+                self._pool = torch.cuda.graph_pool_handle()
+            self._made[stage, size] = CapturedStep(
+                self.classifier, stage, size, device=self.device, compiled=self.execution == "compiled",
+                pool=self._pool,
+            )  # fmt: skip
+        return self._made[stage, size]
+
+
+def check_compiler(device: torch.device) -> None:
+    """ConfigError where torch's compiler has no compiler to call: of C++ for a CPU, of C for a GPU."""
+    variable, names = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
+    names = (os.environ[variable],) if variable in os.environ else names
+    if not any(shutil.which(name) for name in names):
+        raise ConfigError(
+            f"execution='compiled' needs a compiler, and {' or '.join(names)} is not installed here: install it, or "
+            f"name another in the environment variable {variable}"
+        )
+
+
+def bucket(count: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def _compiled(step: Function, example: Slots, backend: str) -> Function:
+    """The step and its backward pass as one traced graph, compiled for the sizes of `example`."""
+    present = [i for i, part in enumerate(example) if part is not None]
+
+    def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:
+        parts: list[Tensor | None] = [None] * len(example)
+        for i, tensor in zip(present, tensors, strict=True):
+            parts[i] = tensor
+        return tuple(part for part in step(Slots(*parts)) if part is not None)  # type: ignore[arg-type]
+
+    traced = make_fx(of_tensors)(*(example[i] for i in present))
+    fast = torch.compile(traced, backend=backend, fullgraph=True, dynamic=False)
+
+    def run(slots: Slots) -> tuple[Tensor, Tensor | None, Tensor]:
+        x, *velocity, losses = fast(*(slots[i] for i in present))
+        return x, velocity[0] if velocity else None, losses
+
+    return run

@@ -1,0 +1,118 @@
+"""One step of many loops at once: images that are at different steps, of different presets, share one backbone pass.
+
+An objective is cut in two around the classifier's features: what images one image becomes (`inputs`), and its loss from
+their features (`loss_of`). Everything between is one batch. No tensor operation mixes the rows of two images, so that
+each image's result is its own, and not even a NaN passes from one to another.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.purifiers.reverse_attack import ReverseAttack
+from unperturb.models.shapes import Float, Int
+
+
+class Slots(NamedTuple):
+    """Images in the same stage: as received, as they are, velocity (None without momentum), seed, step, label, and
+    the stage's anchor of what was received (None where it has none).
+    """
+
+    x0: Float[Tensor, "batch 3 h w"]
+    x: Float[Tensor, "batch 3 h w"]
+    velocity: Float[Tensor, "batch 3 h w"] | None
+    seeds: Int[Tensor, " batch"]
+    steps: Int[Tensor, " batch"]
+    labels: Int[Tensor, " batch"]
+    anchors: Float[Tensor, "batch dim"] | None = None
+
+
+class Stage:
+    """A loop and its objective; `rows` images pass through the classifier for one image and step."""
+
+    loop: ProjectedGradient
+    rows: int
+
+    def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
+        """What the loss needs of the received images at every step, computed once; most need nothing."""
+        return None
+
+    def inputs(self, slots: Slots, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
+        """What the classifier sees of `x` at each slot's step; every subclass gives its own."""
+        raise TypeError(f"{type(self).__name__} does not define inputs()")
+
+    def loss_of(self, slots: Slots, features: Float[Tensor, "rows features"]) -> Float[Tensor, " batch"]:
+        """Each image's loss, from the features of its `inputs`; every subclass gives its own."""
+        raise TypeError(f"{type(self).__name__} does not define loss_of()")
+
+
+class Stepped(NamedTuple):
+    """After one step: the next iterate, the next velocity, and each image's loss before the step."""
+
+    x: Float[Tensor, "batch 3 h w"]
+    velocity: Float[Tensor, "batch 3 h w"] | None
+    losses: Float[Tensor, " batch"]
+
+
+def step_together(classifier: ImageClassifier, parts: Sequence[tuple[Stage, Slots]]) -> list[Stepped]:
+    """One step of every slot of every part, in one pass through the classifier; works under a caller's no_grad."""
+    with torch.inference_mode(False), torch.enable_grad():
+        iterates = [slots.x.detach().requires_grad_() for _, slots in parts]
+        rows = [stage.inputs(slots, x) for (stage, slots), x in zip(parts, iterates, strict=True)]
+        features = features_of(classifier, rows)
+        losses = [stage.loss_of(slots, f) for (stage, slots), f in zip(parts, features, strict=True)]
+        total = torch.stack([loss.sum() for loss in losses]).sum()
+        gradients = torch.autograd.grad(total, iterates)
+    after = []
+    for (stage, slots), gradient, loss in zip(parts, gradients, losses, strict=True):
+        x, velocity = stage.loop.advance(slots.x, slots.x0, gradient, slots.velocity)
+        after.append(Stepped(x, velocity, loss.detach()))
+    return after
+
+
+def features_of(classifier: ImageClassifier, parts: Sequence[Float[Tensor, "_ 3 h w"]]) -> tuple[Tensor, ...]:
+    """The features of several sets of images from one pass."""
+    features: tuple[Tensor, ...] = classifier.features(torch.cat(list(parts))).split([len(part) for part in parts])
+    return features
+
+
+class Purification(Stage):
+    """A reverse attack as a stage."""
+
+    def __init__(self, purifier: ReverseAttack) -> None:
+        self.purifier, self.loop, self.rows = purifier, purifier.loop, purifier.config.views
+
+    def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
+        """The embedding of the restored view."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.purifier.anchor(x0)
+
+    def inputs(self, slots: Slots, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
+        """The views of each slot's own step."""
+        return self.purifier.inputs(x, slots.steps, slots.seeds)
+
+    def loss_of(self, slots: Slots, features: Float[Tensor, "rows features"]) -> Float[Tensor, " batch"]:
+        """InfoNCE against the bank."""
+        return self.purifier.loss_of(features, slots.seeds, slots.anchors)
+
+
+class CrossEntropyAttack(Stage):
+    """PGD on the bare classifier as a stage: raise each image's cross-entropy with its slot's label."""
+
+    rows = 1
+
+    def __init__(self, classifier: ImageClassifier, loop: ProjectedGradient) -> None:
+        self.classifier, self.loop = classifier, loop
+
+    def inputs(self, slots: Slots, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
+        """The images themselves."""
+        return x
+
+    def loss_of(self, slots: Slots, features: Float[Tensor, "rows features"]) -> Float[Tensor, " batch"]:
+        """Cross-entropy with the label."""
+        return F.cross_entropy(self.classifier.logits(features).float(), slots.labels, reduction="none")

@@ -1,0 +1,115 @@
+"""A classifier made ready to be purified for: batch norm folded into convolutions, and its steps in bfloat16.
+
+What it computes is the same, up to rounding; every weight is frozen.
+"""
+
+import copy
+import dataclasses
+from collections import Counter
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils.hooks import RemovableHandle
+
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.shapes import Float
+
+Precision = Literal["float32", "bfloat16"]
+TOLERANCE = 1e-9  # of the features' largest, between a network and its folded copy in float64
+
+
+def prepared(checkpoint: Checkpoint, *, precision: Precision = "float32") -> Checkpoint:
+    """The checkpoint with a classifier for inference alone, on the same device."""
+    classifier = folded(checkpoint.classifier)
+    if precision == "bfloat16":
+        classifier = BFloat16Backbone(classifier)
+    return dataclasses.replace(checkpoint, classifier=classifier.eval().requires_grad_(False))
+
+
+def folded(classifier: ImageClassifier) -> ImageClassifier:
+    """A copy whose convolutions have taken in the batch norm that follows them (Jacob et al. 2018, section 3.2).
+
+    A convolution whose output something else reads as well keeps its batch norm, and a network that does not run in
+    float64 on the CPU, where this is tried, all of them.
+    """
+    device, side = next(classifier.parameters()).device, classifier.image_size
+    ready = copy.deepcopy(classifier).eval().requires_grad_(False).to("cpu", torch.float64)
+    probe = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        try:
+            expected = ready.features(probe)
+            pairs = _pairs(ready, probe)
+        except RuntimeError:  # of mixed types
+            return copy.deepcopy(classifier).eval()
+        for pair in pairs:
+            first, second = (ready.get_submodule(name) for name in pair)
+            fused = fuse_conv_bn_eval(cast(nn.Conv2d, first), cast(nn.BatchNorm2d, second))
+            _replace(ready, pair, (fused, nn.Identity()))
+            if not (ready.features(probe) - expected).abs().max() <= TOLERANCE * expected.abs().max():
+                _replace(ready, pair, (first, second))
+    return ready.to(device, torch.float32).to(memory_format=torch.channels_last)
+
+
+class BFloat16Backbone(ImageClassifier):
+    """A classifier whose features are computed in bfloat16 where their gradient is asked for, and come in float32.
+
+    That is the steps, most of the work. What is computed once an image, its classification above all, is exact: rounded
+    there as well, twice as many of the shipped checkpoint's labels change. A gate is compared with a step's own loss.
+    """
+
+    def __init__(self, classifier: ImageClassifier) -> None:
+        super().__init__(
+            feature_dim=classifier.feature_dim, num_classes=classifier.num_classes, image_size=classifier.image_size
+        )
+        self.exact, self.rounded = classifier, copy.deepcopy(classifier)
+        for module in self.rounded.modules():
+            if isinstance(module, nn.Conv2d):  # once, rather than at every step
+                module.to(torch.bfloat16)
+
+    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
+        """The classifier's features; `x` in [0, 1]."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.exact.features(x)
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return self.rounded.features(x).float()
+
+    def logits(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
+        """The classifier's own readout."""
+        return self.exact.logits(features)
+
+
+def _replace(network: nn.Module, names: tuple[str, str], modules: tuple[nn.Module, nn.Module]) -> None:
+    for name, module in zip(names, modules, strict=True):
+        network.set_submodule(name, module)
+
+
+def _pairs(network: ImageClassifier, probe: Tensor) -> list[tuple[str, str]]:
+    """The names of every convolution and the batch norm that is given its output, each called once."""
+    made: dict[int, str] = {}
+    alive: list[Tensor] = []  # so that no id is used again
+    found: list[tuple[str, str]] = []
+    calls: Counter[str] = Counter()
+
+    def watch(name: str, module: nn.Module) -> RemovableHandle:
+        def called(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            calls[name] += 1
+            alive.extend((inputs[0], output))
+            if isinstance(module, nn.Conv2d):
+                made[id(output)] = name
+            elif id(inputs[0]) in made:
+                found.append((made[id(inputs[0])], name))
+
+        return module.register_forward_hook(called)
+
+    hooks = [
+        watch(name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d) or (isinstance(module, nn.BatchNorm2d) and module.running_mean is not None)
+    ]  # fmt: skip
+    network.features(probe)
+    for hook in hooks:
+        hook.remove()
+    return [pair for pair in found if all(calls[name] == 1 for name in pair)]

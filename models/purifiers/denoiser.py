@@ -1,0 +1,46 @@
+"""The restored view alone, for comparison: what a checkpoint's restorer makes of an image is what is classified.
+
+The denoiser of Liao et al. (CVPR 2018) in front of the classifier: no steps, no loss, nothing random.
+"""
+
+import torch
+
+from unperturb.models.attacks.projected_gradient import Descent, Objective, ProjectedGradient
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.restorer import REACH, TIMES, Restorer
+from unperturb.models.purifiers.base import Purifier
+from unperturb.models.shapes import Float, Int
+
+
+class Denoiser(Purifier):
+    """Takes the restorer's estimate off `times` times over, within 2 epsilon."""
+
+    def __init__(self, classifier: ImageClassifier, restorer: Restorer, *, times: float = TIMES) -> None:
+        if not 0 <= times < float("inf"):
+            raise ConfigError(f"times={times} must be a number of at least 0")
+        loop = ProjectedGradient(direction="descend", epsilon=REACH * restorer.epsilon, step_size=0.0, steps=0)
+        super().__init__(classifier, loop)
+        self.restorer, self.times = restorer.eval(), times
+
+    def objective(self, x: Float[torch.Tensor, "batch 3 h w"], seeds: Int[torch.Tensor, " batch"]) -> Objective:
+        """Zero: it has no loss."""
+        return lambda iterate, _: iterate.new_zeros(len(iterate))
+
+    def descend(
+        self, x: Float[torch.Tensor, "batch 3 h w"], *, seeds: Int[torch.Tensor, " batch"], unrolled: bool = False
+    ) -> Descent:
+        """The restored images; with `unrolled`, with their gradient."""
+        with torch.set_grad_enabled(unrolled and torch.is_grad_enabled()):
+            return Descent(self.restorer.restored(x, factor=self.times), x.new_zeros((0, len(x))))
+
+
+def denoiser_of(checkpoint: Checkpoint, *, times: float = TIMES) -> Denoiser:
+    """The denoiser of a checkpoint; CheckpointError where it has no restorer."""
+    if checkpoint.restorer is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.card.id!r} has no restorer; train one: "
+            "python -m training restorer --checkpoint FOLDER --data … --out …"
+        )
+    return Denoiser(checkpoint.classifier, checkpoint.restorer, times=times)

@@ -1,0 +1,118 @@
+"""The registry of purifiers: `name[:preset|key=value,…]` and a checkpoint -> a purifier."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.checkpoints.gates import gate_of
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.errors import ConfigError
+from unperturb.models.purifiers import anti_adversary, hedge, reverse_attack
+from unperturb.models.purifiers.anti_adversary import AntiAdversary
+from unperturb.models.purifiers.base import NoPurifier, Purifier
+from unperturb.models.purifiers.defended import reverse_attack_of
+from unperturb.models.purifiers.denoiser import denoiser_of
+from unperturb.models.purifiers.hedge import Hedge
+
+LOOP_KEYS = {
+    "steps": int, "step_size": Fraction, "epsilon": Fraction, "momentum": Fraction, "start": str, "norm": str,
+    "settle": int, "gate": Fraction,
+}  # fmt: skip
+REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction, "restored": Fraction}
+NEGATIVES_KEYS = {"negatives": str, "count": int, "fraction": Fraction}
+
+
+def _none(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
+    _refuse("none", words, changes, {})
+    return NoPurifier(checkpoint.classifier)
+
+
+def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
+    name = words[0] if words else "default"
+    config = reverse_attack.preset(name)
+    _refuse("reverse-attack", words[1:], changes, {**LOOP_KEYS, **REVERSE_ATTACK_KEYS, **NEGATIVES_KEYS})
+    if changes.get("gate") == "auto":
+        others = [key for key in changes if key in {*REVERSE_ATTACK_KEYS, *NEGATIVES_KEYS, "start", "epsilon", "norm"}]
+        if others:
+            raise ConfigError(f"gate=auto was measured for the preset's own {others[0]}; give the gate as a number")
+        changes = {**changes, "gate": repr(gate_of(checkpoint.card, name))}
+
+    def among(keys: Mapping[str, object]) -> dict[str, str]:
+        return {key: value for key, value in changes.items() if key in keys}
+
+    policy = among(NEGATIVES_KEYS)
+    if "negatives" in policy:
+        policy["kind"] = policy.pop("negatives")
+    changed: reverse_attack.ReverseAttackConfig = _changed(config, among(REVERSE_ATTACK_KEYS), REVERSE_ATTACK_KEYS)
+    changed = dataclasses.replace(
+        changed, loop=_changed(config.loop, among(LOOP_KEYS), LOOP_KEYS),
+        negatives=_changed(config.negatives, policy, {**NEGATIVES_KEYS, "kind": str}),
+    )  # fmt: skip
+    return reverse_attack_of(checkpoint, changed)
+
+
+def _rival(
+    kind: Callable[..., Purifier], name: str, loop: ProjectedGradient
+) -> Callable[[Checkpoint, list[str], Mapping[str, str]], Purifier]:
+    def build(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
+        _refuse(name, words, changes, LOOP_KEYS)
+        return kind(checkpoint.classifier, _changed(loop, changes, LOOP_KEYS))
+
+    return build
+
+
+def _denoiser(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
+    known = {"times": Fraction}
+    _refuse("denoiser", words, changes, known)
+    return denoiser_of(checkpoint, **_values(changes, known))
+
+
+REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifier]] = {
+    "none": _none,
+    "reverse-attack": _reverse_attack,
+    "anti-adversary": _rival(AntiAdversary, "anti-adversary", anti_adversary.LOOP),
+    "hedge": _rival(Hedge, "hedge", hedge.LOOP),
+    "denoiser": _denoiser,
+}
+
+
+def build_purifier(spec: str, checkpoint: Checkpoint) -> Purifier:
+    """The purifier that `spec` names, for the checkpoint's classifier.
+
+    Raises ConfigError for an unknown name, preset or key or a value out of range, CheckpointError where the reverse
+    attack finds no head, or the denoiser no restorer.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in REGISTRY:
+        raise ConfigError(f"purifier {name!r} is not one of {', '.join(REGISTRY)}")
+    parts = [part.strip() for part in rest.split(",") if part.strip()]
+    words = [part for part in parts if "=" not in part]
+    changes = dict(part.split("=", 1) for part in parts if "=" in part)
+    return REGISTRY[name](checkpoint, words, changes)
+
+
+def _refuse(name: str, words: list[str], changes: Mapping[str, str], known: Mapping[str, object]) -> None:
+    if words:
+        raise ConfigError(f"purifier {name}: {words[0]!r} is neither a preset of it nor key=value")
+    unknown = [key for key in changes if key not in known]
+    if unknown:
+        raise ConfigError(f"purifier {name} has no {unknown[0]!r}; it has {', '.join(known) or 'no parameters'}")
+
+
+def _changed(config: Any, changes: Mapping[str, str], kinds: Mapping[str, Callable[[str], Any]]) -> Any:  # noqa: ANN401
+    """The frozen dataclass with the values that `changes` spell; it checks their ranges itself."""
+    return dataclasses.replace(config, **_values(changes, kinds))
+
+
+def _values(changes: Mapping[str, str], kinds: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+    """What `changes` spell; ConfigError names the one that is no number."""
+    values: dict[str, Any] = {}
+    for key, text in changes.items():
+        try:
+            value = kinds[key](text)
+        except (ValueError, ZeroDivisionError):
+            raise ConfigError(f"{key}={text!r} is not a {'whole ' * (kinds[key] is int)}number") from None
+        values[key] = float(value) if isinstance(value, Fraction) else value
+    return values

@@ -1,0 +1,163 @@
+"""The reverse attack: a small change that lowers an image's InfoNCE loss (Mao et al., ICCV 2021, arXiv 2103.14222).
+
+    minimise L_s(x0 + r)   subject to   |r|∞ ≤ ε_v,  x0 + r in [0, 1]
+
+Where the checkpoint has a restorer, the received image with its estimated perturbation taken off is one more view: its
+embedding, the anchor, stays as it is, and the others are drawn towards it. Other than in the paper's code, the
+negatives are a stored bank instead of the other images of the batch, so that an image's result is its own.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unperturb.models.attacks.projected_gradient import RAMP, Objective, ProjectedGradient
+from unperturb.models.contrastive.loss import NegativePolicy, NegativesBank, ProjectionHead, info_nce
+from unperturb.models.contrastive.views import ViewPolicy, make_views
+from unperturb.models.errors import ConfigError
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.restorer import TIMES, Restorer
+from unperturb.models.purifiers.base import Purifier
+from unperturb.models.shapes import Float, Int, UInt8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReverseAttackConfig:
+    """The purifier's parameters; epsilon and step_size are in `loop`, in pixel units of [0, 1].
+
+    policy: of the views; None: SimCLR's, or beside a restored view, mirrored alone
+    restored: how many times over the restorer's estimate is taken off for the restored view; 0, or a checkpoint without
+        a restorer: there is no such view
+    """
+
+    loop: ProjectedGradient
+    views: int
+    temperature: float = 0.2
+    negatives: NegativePolicy = field(default_factory=NegativePolicy)
+    policy: ViewPolicy | None = None
+    restored: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        if self.views < 2:
+            raise ConfigError(f"views={self.views} must be at least 2: one view has no positive")
+        if not 0 <= self.restored < float("inf"):
+            raise ConfigError(f"restored={self.restored} must be a number of at least 0")
+        if not 0 < self.temperature < float("inf"):
+            raise ConfigError(f"temperature={self.temperature} must be above 0")
+        if self.loop.direction != "descend":
+            raise ConfigError(f"direction={self.loop.direction!r}: a reverse attack descends")
+
+
+MIRRORED = ViewPolicy(
+    crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, grayscale=0.0
+)  # a restored view shows what is at each pixel; crops and colours hide it
+
+PRESETS: dict[str, ReverseAttackConfig] = {
+    "default": ReverseAttackConfig(
+        loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP),
+        views=2,
+        restored=TIMES,
+    ),
+    "fast": ReverseAttackConfig(
+        loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=6 / 255, steps=1, ramp=RAMP),
+        views=2,
+        restored=TIMES,
+    ),
+    "published": ReverseAttackConfig(
+        loop=ProjectedGradient(
+            direction="descend", epsilon=16 / 255, step_size=2 / 255, steps=40, start="uniform", ramp=RAMP
+        ),
+        views=4,
+    ),
+}
+
+
+def preset(name: str) -> ReverseAttackConfig:
+    """A preset by name; ConfigError lists the names."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+class ReverseAttack(Purifier):
+    """The purifier of one classifier, with its head and bank; no weight of theirs is ever changed."""
+
+    def __init__(
+        self,
+        classifier: ImageClassifier,
+        head: ProjectionHead,
+        bank: NegativesBank,
+        config: ReverseAttackConfig,
+        restorer: Restorer | None = None,
+    ) -> None:
+        super().__init__(classifier, config.loop)
+        self.restorer = restorer.eval() if restorer is not None and config.restored else None
+        self.head, self.bank, self.config = head.eval(), bank, config
+        self.policy = config.policy or (ViewPolicy() if self.restorer is None else MIRRORED)
+        if config.negatives.count > len(bank.labels):
+            raise ConfigError(f"negatives.count={config.negatives.count} of a bank of {len(bank.labels)}")
+        self.thresholds: Tensor | None
+        self.register_buffer("thresholds", config.negatives.thresholds(bank.embeddings), persistent=False)
+
+    def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
+        """The InfoNCE loss of each image, on new views at every step."""
+        if torch.is_grad_enabled() and x.requires_grad:  # each step's gradient goes through an anchor of its own
+            return lambda iterate, step: self.loss(iterate, step, seeds, self.anchor(x))
+        with torch.no_grad():
+            anchor = self.anchor(x)
+        return lambda iterate, step: self.loss(iterate, step, seeds, anchor)
+
+    def anchor(self, received: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
+        """The embedding of each received image's restored view; None without a restorer."""
+        if self.restorer is None:
+            return None
+        restored = self.restorer.restored(received, factor=self.config.restored)
+        embedding: Tensor = self.head(self.classifier.features(restored))
+        return embedding
+
+    def loss(
+        self,
+        x: Float[Tensor, "batch 3 h w"],
+        step: int | Int[Tensor, " batch"],
+        seeds: Int[Tensor, " batch"],
+        anchor: Float[Tensor, "batch dim"] | None,
+    ) -> Float[Tensor, " batch"]:
+        """InfoNCE of each image over the views of `step` and the anchor, against the bank."""
+        return self.loss_of(self.classifier.features(self.inputs(x, step, seeds)), seeds, anchor)
+
+    def inputs(
+        self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "rows 3 h w"]:
+        """The views of each image at its step, one image's after another's."""
+        return make_views(x, seeds=seeds, step=step, views=self.config.views, policy=self.policy).flatten(0, 1)
+
+    def loss_of(
+        self,
+        features: Float[Tensor, "rows features"],
+        seeds: Int[Tensor, " batch"],
+        anchor: Float[Tensor, "batch dim"] | None,
+    ) -> Float[Tensor, " batch"]:
+        """InfoNCE of each image from the features of its `inputs`, and its anchor."""
+        config, negatives = self.config, self.bank.embeddings
+        embeddings = self.head(features).view(len(seeds), config.views, -1)  # batch views dim
+        if anchor is not None:
+            embeddings = torch.cat((embeddings, anchor[:, None]), dim=1)
+        keep = config.negatives.keep(embeddings, negatives, seeds, self.thresholds)
+        return info_nce(embeddings, negatives, temperature=config.temperature, keep=keep)
+
+
+def to_uint8(
+    purified: Float[Tensor, "batch 3 h w"], received: Float[Tensor, "batch 3 h w"], *, epsilon: float
+) -> UInt8[Tensor, "batch 3 h w"]:
+    """Round to the nearest 8-bit image that is still within epsilon (L-infinity) of the received one.
+
+    Where no 8-bit value lies that near (epsilon under half a level and a received value between two), the nearest
+    level to the received value.
+    """
+    slack = 1e-3  # levels; float32 does not hold 8 / 255 exactly
+    low = ((received - epsilon) * 255 - slack).ceil()
+    high = ((received + epsilon) * 255 + slack).floor()
+    inside = torch.minimum(torch.maximum((purified * 255).round(), low), high)
+    return torch.where(low <= high, inside, (received * 255).round()).clamp(0, 255).to(torch.uint8)

@@ -1,0 +1,243 @@
+"""The command line: `unperturb serve | classify | purify | train | demo | key`.
+
+What is heavy is imported by the command that needs it: the decoding processes import this module too.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from unperturb.models.errors import RequestError, UnperturbError
+
+if TYPE_CHECKING:
+    import torch
+
+    from unperturb.models.checkpoints.store import Card
+    from unperturb.models.purifiers.defended import DefendedClassifier
+    from unperturb.service.decoding.decode import Decoded
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Purify images by a reverse attack, and classify them."
+)
+
+Files = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG or WebP")]
+CheckpointOption = Annotated[str, typer.Option(help="a shipped checkpoint's name, or a folder")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+PresetOption = Annotated[str, typer.Option(help="default, fast or published")]
+SeedOption = Annotated[int, typer.Option(min=0, help="of the random views")]
+
+
+def refusing(command: Callable[..., None]) -> Callable[..., None]:
+    """Print this project's own errors as one line, with status 2."""
+
+    @wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        try:
+            command(*args, **kwargs)
+        except ValidationError as error:
+            names = [f"UNPERTURB_{e['loc'][0]}: ".upper() if e["loc"] else "" for e in error.errors()]
+            faults = "; ".join(name + e["msg"] for name, e in zip(names, error.errors(), strict=True))
+            typer.echo(f"unperturb: {faults}", err=True)
+            raise typer.Exit(2) from error
+        except UnperturbError as error:
+            typer.echo(f"unperturb: {error}", err=True)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+@app.command()
+@refusing
+def serve(
+    host: Annotated[str | None, typer.Option(help="address (UNPERTURB_HOST, 127.0.0.1)")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="port (UNPERTURB_PORT, 8000)")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="name or folder (UNPERTURB_CHECKPOINT, default)")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N (UNPERTURB_DEVICE, auto)")] = None,
+) -> None:
+    """Start the HTTP service; every other setting is an environment variable UNPERTURB_…"""
+    from unperturb.service.demo import SAMPLE
+    from unperturb.service.http.app import create_app
+    from unperturb.service.http.server import Server
+    from unperturb.service.settings import Settings
+    from unperturb.service.telemetry import logs
+
+    given: dict[str, Any] = {"host": host, "port": port, "checkpoint": checkpoint, "device": device}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    logs.set_up(level=settings.log_level, style=settings.log_format)
+    failed: list[str] = []
+    service = create_app(settings, on_failure=failed.append)
+    server = Server(service, settings, failed)
+    url = f"http://{settings.host}:{settings.port}"
+    models, devices = service.state.engine.models.by_id, ", ".join(str(device) for device in settings.devices)
+    key = " -H 'Authorization: Bearer KEY'" if settings.keys.required else ""
+    print(f"\n  serving  {url}   (model {', '.join(models)} on {devices})")
+    print(f"  docs     {url}/docs")
+    print(f"  try      curl{key} -F image=@{os.path.relpath(SAMPLE)} '{url}/classify?top_k=3'\n", flush=True)
+    server.run()
+    if failed:
+        os._exit(1)  # not sys.exit: a worker that hangs on its device would never be joined
+
+
+@app.command()
+def key(name: Annotated[str, typer.Argument(help="whose key it is: letters, digits and . _ -")]) -> None:
+    """Make an API key, and the pair for UNPERTURB_API_KEYS or UNPERTURB_ADMIN_KEYS."""
+    from unperturb.service.keys import PAIR, new_key
+
+    secret, pair = new_key(name)
+    if not PAIR.fullmatch(pair):
+        typer.echo(f"unperturb: the name {name!r} has signs other than letters, digits and . _ -", err=True)
+        raise typer.Exit(2)
+    print(f"key (for the client; it is shown only now):  {secret}")
+    print(f"pair (for the service's settings):           {pair}")
+
+
+@app.command()
+@refusing
+def classify(
+    files: Files,
+    checkpoint: CheckpointOption = "default",
+    preset: PresetOption = "default",
+    seed: SeedOption = 0,
+    top_k: Annotated[int, typer.Option(min=1, help="classes to print")] = 3,
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
+) -> None:
+    """Classify image files through the reverse attack."""
+    from unperturb.service.http.answer import top
+
+    defended, card, place = _load(checkpoint, preset, device)
+    top_k = min(top_k, len(card.classes))
+    failed = 0
+    for file in files:
+        try:
+            decoded = _read(file, card.architecture.image_size)
+        except RequestError as error:
+            typer.echo(f"{file}: {error}", err=True)
+            failed += 1
+            continue
+        result = defended.classify(_batch(decoded, place), seed=seed)
+        predictions = top(result.logits[0].softmax(0).cpu().numpy(), card.classes, top_k)
+        before = top(result.unpurified_logits[0].softmax(0).cpu().numpy(), card.classes, top_k)
+        if as_json:
+            record = {"predictions": predictions, "unpurified": before}
+            shown = {name: [p.model_dump() for p in values] for name, values in record.items()}
+            print(json.dumps({"file": str(file), **shown}))
+        else:
+            print(f"{file}: {_line(predictions)}   (unpurified: {_line(before[:1])})")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+@refusing
+def purify(
+    file: Annotated[Path, typer.Argument(exists=True, help="image, folder of images, or Parquet file(s)")],
+    out: Annotated[Path, typer.Option(help="PNG to write, at the model's size; for many images, a folder")],
+    checkpoint: CheckpointOption = "default",
+    preset: PresetOption = "default",
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    column: Annotated[str, typer.Option(help="of Parquet: bytes, or a struct with bytes")] = "image",
+    chunk: Annotated[int, typer.Option(min=1, help="images to one part of the traces")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="images on the device at a time")] = 64,
+    by_ray: Annotated[bool, typer.Option("--ray", help="by Ray Data; --out must be seen by every node")] = False,
+    ray_actors: Annotated[int, typer.Option(min=1, help="each with a GPU or CPU core of its own")] = 1,
+) -> None:
+    """Write the purified image; of a folder or Parquet, every image and its trace, going on where it was ended."""
+    if file.is_dir() or file.suffix.lower() == ".parquet":
+        from unperturb.service.bulk.run import Job, run
+
+        job = Job(source=file, out=out, checkpoint=checkpoint, preset=preset, seed=seed, device=device, column=column,
+                  chunk=chunk, batch=batch)  # fmt: skip
+        count, failed = run(job, ray_actors=ray_actors if by_ray else 0)
+        print(f"{out}: {count} images, {failed} failed" + (f" (see status in {out / 'traces'})" if failed else ""))
+        if failed:
+            raise typer.Exit(1)
+        return
+    from unperturb.models.checkpoints.store import write_whole
+    from unperturb.models.purifiers.reverse_attack import to_uint8
+    from unperturb.service.http.answer import png
+
+    defended, card, place = _load(checkpoint, preset, device)
+    x = _batch(_read(file, card.architecture.image_size), place)
+    started = time.perf_counter()
+    purified = defended.purify(x, seed=seed)
+    pixels = to_uint8(purified.image, x, epsilon=defended.purifier.loop.epsilon)[0].cpu()
+    write_whole(out, png(pixels))
+    trace = purified.trace
+    print(
+        f"{out}: InfoNCE {float(trace.loss_before):.3f} -> {float(trace.loss_after):.3f}, largest change "
+        f"{float(trace.linf) * 255:.0f}/255, {time.perf_counter() - started:.2f} s"
+    )
+
+
+@app.command()
+@refusing
+def demo(
+    file: Annotated[
+        Path | None, typer.Argument(exists=True, dir_okay=False, help="default: the shipped drawing")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="picture to write")] = Path("demo.png"),
+    checkpoint: CheckpointOption = "default",
+    preset: PresetOption = "default",
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Attack an image, purify it, print the three predictions and write one picture of it all."""
+    from unperturb.service.demo import SAMPLE, run_demo
+
+    defended, card, place = _load(checkpoint, preset, device)
+    x = _batch(_read(file or SAMPLE, card.architecture.image_size), place)
+    for line in run_demo(defended, card, x, seed=seed, out=out):
+        print(line)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def train(context: typer.Context) -> None:
+    """Train a classifier or a head: the same as python -m training …"""
+    os.execv(sys.executable, [sys.executable, "-m", "unperturb.training", *context.args])
+
+
+def _load(name: str, preset: str, device: str) -> "tuple[DefendedClassifier, Card, torch.device]":
+    from unperturb.models.checkpoints import store as checkpoint
+    from unperturb.models.purifiers import reverse_attack
+    from unperturb.models.purifiers.defended import defend
+    from unperturb.service.settings import Settings
+
+    settings = Settings(checkpoint=name, device=device)
+    config, place = reverse_attack.preset(preset), settings.devices[0]
+    loaded = checkpoint.load(settings.checkpoint, device=place)
+    return defend(loaded, config), loaded.card, place
+
+
+def _read(file: Path, size: int) -> "Decoded":
+    from unperturb.service.decoding.decode import decode
+    from unperturb.service.settings import Settings
+
+    return decode(file.read_bytes(), size=size, max_pixels=Settings().max_pixels)
+
+
+def _batch(decoded: "Decoded", device: "torch.device") -> "torch.Tensor":
+    import torch
+
+    return torch.from_numpy(decoded.pixels)[None].to(device).float() / 255
+
+
+def _line(predictions: list[Any]) -> str:
+    return ", ".join(f"{p.label} {p.score:.1%}" for p in predictions)
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,71 @@
+"""Decoding in a bounded number of small processes: a file that hangs or crashes a decoder harms nothing else."""
+
+import asyncio
+import base64
+import os
+from functools import partial
+
+import anyio
+import anyio.to_process
+
+from unperturb.models.errors import UnprocessableError
+from unperturb.service.decoding.decode import Decoded, decode_within_memory
+
+START_TIMEOUT_S = 120.0
+ENDED = (anyio.BrokenWorkerProcess, ProcessLookupError)  # the latter: anyio's, of one that ended while it started
+DOT = base64.b64decode(  # a PNG of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
+
+
+class Decoders:
+    """At most `count` processes, each killed where one file takes it longer than `timeout_s`; for one event loop."""
+
+    def __init__(self, *, count: int, timeout_s: float) -> None:
+        self.count, self.timeout_s = count or os.cpu_count() or 1, timeout_s
+        self._free = asyncio.Semaphore(self.count)
+        self._limiter: anyio.CapacityLimiter | None = None
+        self._tasks: set[asyncio.Task[Decoded]] = set()
+
+    async def start(self) -> None:
+        """Start every process, so that the first requests wait for none; RuntimeError where they do not start.
+
+        One that has been idle for five minutes ends, and is started anew when it is wanted.
+        """
+        self._limiter = anyio.CapacityLimiter(self.count)
+        first = (self._decode(DOT, size=8, max_pixels=1, timeout_s=START_TIMEOUT_S) for _ in range(self.count))
+        try:
+            await asyncio.gather(*first)
+        except UnprocessableError as error:
+            raise RuntimeError("the decoding processes do not start") from error
+
+    async def decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
+        """What `decode.decode` gives or raises, and UnprocessableError where it takes too long or crashes.
+
+        A file whose client goes while it waits for a process is never decoded; one that is being decoded is decoded to
+        its end, since killing the process would cost more than it saves.
+        """
+        await self._free.acquire()  # waiting for a process is not the file's fault: it is not timed
+        task = asyncio.create_task(self._decode(payload, size=size, max_pixels=max_pixels, timeout_s=self.timeout_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: "asyncio.Task[Decoded]") -> None:
+        self._free.release()
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # has been seen, even where nobody waits
+
+    async def _decode(self, payload: bytes, *, size: int, max_pixels: int, timeout_s: float) -> Decoded:
+        work = partial(decode_within_memory, payload, size=size, max_pixels=max_pixels)
+        try:
+            with anyio.fail_after(timeout_s):
+                try:
+                    return await anyio.to_process.run_sync(work, cancellable=True, limiter=self._limiter)
+                except ENDED:  # perhaps while it was idle, which is not the file's doing
+                    return await anyio.to_process.run_sync(work, cancellable=True, limiter=self._limiter)
+        except TimeoutError as error:
+            raise UnprocessableError(f"the image could not be decoded within {timeout_s:g} s") from error
+        except ENDED as error:
+            raise UnprocessableError("the image is damaged: it crashed the decoder") from error

@@ -1,0 +1,53 @@
+"""What images cost a device, in seconds, and so what those in progress cost a newcomer."""
+
+from typing import NamedTuple
+
+from unperturb.service.engine.stages import passes, shape, step_passes
+
+LEAST = 0.01  # of a lone image's pass: timings are noisy, and work that costs nothing would have no bound
+
+
+class Spent(NamedTuple):
+    """So many batches through the classifier, with so many images forward in them, took so many seconds."""
+
+    batches: int
+    passes: int
+    seconds: float
+
+
+class Cost(NamedTuple):
+    """A batch takes `per_batch_s` whatever its size, and `per_pass_s` more for each image forward in it.
+
+    together: images of several stages share a batch
+    """
+
+    per_batch_s: float = 0.0
+    per_pass_s: float = 0.0
+    together: bool = True
+
+    @classmethod
+    def between(cls, small: Spent, large: Spent, *, together: bool = True) -> "Cost":
+        """The straight line through as many small batches and large ones."""
+        more = large.passes - small.passes
+        slope = (large.seconds - small.seconds) / more if more else small.seconds / small.passes
+        alone = small.seconds / small.passes
+        slope = min(max(slope, LEAST * alone), alone)
+        return cls((small.seconds - slope * small.passes) / small.batches, slope, together)
+
+    def seconds(self, batches: int, passes: int) -> float:
+        """What so much work takes."""
+        return batches * self.per_batch_s + passes * self.per_pass_s
+
+    def alone(self, stage: str | None) -> float:
+        """What one image takes that has the device for itself."""
+        return self.seconds(shape(stage)[0] + 1, passes(stage))
+
+    def beside(self, other: str | None, stage: str | None, *, together: bool = True) -> float:
+        """What an image in stage `other` adds to one in `stage`: they share each step until the first of them ends.
+
+        together: they are of the same model, whose batches they may share
+        """
+        (steps, rows), own_steps = shape(other), max(1, shape(stage)[0])
+        shared = passes(other) if steps <= own_steps else own_steps * step_passes(rows)
+        shares = together and (self.together or other == stage)
+        return self.seconds(0 if shares else min(steps, own_steps), shared)

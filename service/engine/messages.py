@@ -1,0 +1,100 @@
+"""What the service's process and a worker's process say to each other."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unperturb.service.engine.cost import Cost
+
+
+class Outcome(NamedTuple):
+    """One image's softmax scores after and before its stage, what the stage did, and timings in ms.
+
+    For an image without a stage both scores are the same, and the fields of the stage None or empty. `steps` are those
+    that it took, `losses` those before each on that step's views, and the one that ended it early; `loss_before` and
+    `loss_after` are on views that no step used. `linf` is in pixel units of [0, 1]; `image` [3, size, size], in [0, 1],
+    is there where it was asked for.
+    """
+
+    scores: NDArray[np.float32]
+    unpurified_scores: NDArray[np.float32]
+    image: NDArray[np.float32] | None = None
+    steps: int = 0
+    losses: tuple[float, ...] = ()
+    loss_before: float | None = None
+    loss_after: float | None = None
+    linf: float | None = None
+    queue_ms: float = 0.0
+    purify_ms: float = 0.0
+    classify_ms: float = 0.0
+
+
+class Load(NamedTuple):
+    """To a worker: load the checkpoint whose weights have that digest, warm it up, and answer with Loaded."""
+
+    model: int
+    name: str
+    digest: str
+
+
+class Unload(NamedTuple):
+    """To a worker: no more work comes for this model."""
+
+    model: int
+
+
+class Work(NamedTuple):
+    """To a worker: one image [3, size, size], uint8 or float32 in [0, 1]; `queued_at` is time.monotonic().
+
+    gate: a first loss up to which it is left as it is; None: it is not
+    """
+
+    id: int
+    model: int
+    image: NDArray[Any]
+    stage: str | None
+    seed: int
+    wants_image: bool
+    queued_at: float
+    gate: float | None = None
+
+
+class Gone(NamedTuple):
+    """To a worker: nobody waits for these any more."""
+
+    ids: tuple[int, ...]
+
+
+class Loading(NamedTuple):
+    """From a worker: one more piece of a model's warm-up is done."""
+
+    model: int
+
+
+class Loaded(NamedTuple):
+    """From a worker: what images cost on its device; or why it cannot serve the model."""
+
+    model: int
+    cost: Cost
+    refused: str | None = None
+
+
+class Stepped(NamedTuple):
+    """From a worker, after each step: slots in use, its seconds, what has ended, and the device's memory in bytes.
+
+    pace: its seconds in multiples of what the model's cost foretold
+    """
+
+    model: int
+    slots: int
+    seconds: float
+    pace: float | None
+    ended: list[tuple[int, Outcome | Exception]]
+    memory: int
+
+
+class Failed(NamedTuple):
+    """From a worker, its last words."""
+
+    reason: str

@@ -1,0 +1,121 @@
+"""Which models are served under which id, and who still uses one that has been replaced."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.store import Card
+from unperturb.models.errors import CheckpointError, ConfigError, NotFoundError
+from unperturb.service.engine.cost import Cost
+from unperturb.service.engine.stages import stages_of
+
+FARTHEST = 10.0  # times faster or slower than foretold
+FOLLOW = 0.1  # of each new observation's distance from the estimate
+
+
+@dataclass(eq=False)
+class Model:
+    """A model that is served under `id`; `number` tells two of one id apart.
+
+    cost:  of images on a device; measured in the warm-up
+    pace:  what work takes now, in multiples of its cost
+    users: requests that have begun on it
+    """
+
+    number: int
+    id: str
+    name: str
+    card: Card
+    cost: Cost = Cost()
+    pace: float = 1.0
+    users: int = 0
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that it takes."""
+        return self.card.architecture.image_size
+
+    def observe(self, pace: float) -> None:
+        """Follow what work takes; one step that hung tells little of the next."""
+        self.pace += FOLLOW * (min(max(pace, 1 / FARTHEST), FARTHEST) - self.pace)
+
+    def alone_s(self, stage: str | None) -> float:
+        """Estimated seconds of one image that has a device for itself."""
+        return self.pace * self.cost.alone(stage)
+
+    def beside_s(self, other: str | None, stage: str | None, model: "Model") -> float:
+        """Estimated seconds that one of its images, in stage `other`, adds to one of `model` in `stage`."""
+        return self.pace * self.cost.beside(other, stage, together=model is self)
+
+
+class Served:
+    """The models by id; `let_go` is called with one that is served no more, after the last request that began on it."""
+
+    def __init__(self, name: str, let_go: Callable[[Model], None]) -> None:
+        self._numbers, self._let_go, self._lock = itertools.count(1), let_go, threading.Lock()
+        self._replaced: set[Model] = set()
+        first = self.check(name, None)
+        self.by_id: dict[str, Model] = {first.id: first}
+        self.default_id = first.id
+
+    def check(self, name: str, id: str | None, *, digest: str | None = None) -> Model:
+        """What a checkpoint is, all of it having been read and checked.
+
+        Raises CheckpointError for one that cannot be served, or has another digest.
+        """
+        loaded = checkpoint.load(name)
+        stages_of(loaded)
+        if digest not in (None, loaded.card.weights_sha256):
+            raise CheckpointError(f"checkpoint {name!r} has SHA-256 {loaded.card.weights_sha256}, not {digest}")
+        return Model(next(self._numbers), id or loaded.card.id, name, loaded.card)
+
+    def get(self, id: str | None) -> Model:
+        """The model with that id, or the default one; NotFoundError lists the ids."""
+        found = self.by_id.get(self.default_id if id is None else id)
+        if found is None:
+            raise NotFoundError(f"model {id!r} is not loaded; {', '.join(sorted(self.by_id))} is")
+        return found
+
+    @contextmanager
+    def use(self, id: str | None) -> Iterator[Model]:
+        """The model, which stays loaded until the block's end even if it is replaced."""
+        with self._lock:
+            model = self.get(id)
+            model.users += 1
+        try:
+            yield model
+        finally:
+            with self._lock:
+                model.users -= 1
+            self._release()
+
+    def put(self, model: Model, *, default: bool) -> None:
+        """Serve a model, in place of one with the same id."""
+        with self._lock:
+            old = self.by_id.get(model.id)
+            self.by_id = {**self.by_id, model.id: model}
+            if default:
+                self.default_id = model.id
+            if old is not None:
+                self._replaced.add(old)
+        self._release()
+
+    def remove(self, id: str) -> None:
+        """Serve a model no more; ConfigError for the default one."""
+        with self._lock:
+            model = self.get(id)
+            if id == self.default_id:
+                raise ConfigError(f"model {id!r} is the default one; it can be replaced but not removed")
+            self.by_id = {name: one for name, one in self.by_id.items() if name != id}
+            self._replaced.add(model)
+        self._release()
+
+    def _release(self) -> None:
+        with self._lock:
+            unused = [model for model in self._replaced if not model.users]
+            self._replaced.difference_update(unused)
+        for model in unused:
+            self._let_go(model)

@@ -1,0 +1,264 @@
+"""The slots of one model on one device, and the tick that takes each of them one step further."""
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.errors import UnprocessableError
+from unperturb.models.inference.captured import Execution, Stepper
+from unperturb.models.inference.continuous import Slots, Stage, features_of
+from unperturb.service.engine.cost import Spent
+from unperturb.service.engine.messages import Outcome, Work
+from unperturb.service.engine.stages import ATTACK, begin_passes, finish_passes, stages_of, step_passes
+
+log = logging.getLogger("unperturb.engine")
+
+
+@dataclass(eq=False)
+class Slot:
+    """An image in progress: as received and as it is, the steps done, and the loss before each."""
+
+    work: Work
+    stage: Stage | None
+    x0: Tensor
+    x: Tensor
+    began_at: float
+    label: int = 0
+    anchor: Tensor | None = None
+    step: int = 0
+    velocity: Tensor | None = None
+    losses: list[Tensor] = field(default_factory=list)
+    halted: bool = False
+
+    @property
+    def loop(self) -> ProjectedGradient:
+        """Its stage's, with its own gate."""
+        assert self.stage is not None
+        return self.stage.loop if self.work.gate is None else replace(self.stage.loop, gate=self.work.gate)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last step is done."""
+        return self.stage is None or self.halted or self.step >= self.stage.loop.steps
+
+
+class Ended(NamedTuple):
+    """An image that has left its slot, and what came of it."""
+
+    id: int
+    result: Outcome | Exception
+
+
+class Lane:
+    """Slots of one replica. Nothing of a slot outlives it: the next job in its place begins from its own image."""
+
+    def __init__(self, loaded: Checkpoint, device: torch.device, *, execution: Execution) -> None:
+        self.classifier, self.stages, self.device = loaded.classifier, stages_of(loaded), device
+        self.stepper = Stepper(self.classifier, device, execution=execution)
+        self.batches = self.passes = 0  # through the classifier: what costs are estimated by
+        self.image_size = loaded.classifier.image_size
+        self.slots: list[Slot] = []
+
+    def admit(self, works: Iterable[Work]) -> list[Ended]:
+        """Give each image a slot; those that cannot begin come back."""
+        begun: list[Slot] = []
+        failed: list[Ended] = []
+        for work in works:
+            try:
+                begun.append(self._slot(work))
+            except (RuntimeError, KeyError) as error:
+                if isinstance(error, torch.AcceleratorError):
+                    raise
+                failed.append(Ended(work.id, error))
+        failed += self._isolated(self._begin, begun)
+        refused = {ended.id for ended in failed}
+        self.slots += [slot for slot in begun if slot.work.id not in refused]
+        return failed
+
+    def forget(self, ids: Iterable[int]) -> None:
+        """Free the slots of those that nobody waits for any more."""
+        gone = set(ids)
+        self.slots = [slot for slot in self.slots if slot.work.id not in gone]
+
+    def tick(self) -> list[Ended]:
+        """One step for every slot, then the outcomes of those that have done their last."""
+        ended = self._isolated(self._step, [slot for slot in self.slots if not slot.finished])
+        self.forget(id for id, _ in ended)
+        outcomes: list[Ended] = []
+        finished = [slot for slot in self.slots if slot.finished]
+        ended += self._isolated(lambda slots: outcomes.extend(self._finish(slots)), finished)
+        self.forget(slot.work.id for slot in finished)
+        return ended + outcomes
+
+    def rehearse(self, size: int) -> Generator[None, None, Spent]:
+        """`size` black images through a step and the end of every stage, a stage for each `next`.
+
+        Returns what that took; raises what went wrong.
+        """
+        black = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
+        spent, batches, passes = 0.0, self.batches, self.passes
+        for stage in (None, *self.stages):
+            if stage is not None:
+                self.stepper.prepare(self.stages[stage], size)
+            started = time.monotonic()
+            ended = self.admit(Work(-i, 0, black, stage, 0, False, started) for i in range(size))
+            ended += self.tick()
+            for slot in self.slots:  # not all of its steps: they are alike
+                slot.step = slot.stage.loop.steps if slot.stage else 0
+            for _, result in (*ended, *self.tick()):
+                if isinstance(result, Exception):
+                    raise result
+            spent += time.monotonic() - started
+            yield
+        return Spent(self.batches - batches, self.passes - passes, spent)
+
+    def _slot(self, work: Work) -> Slot:
+        image = torch.from_numpy(work.image).to(self.device)
+        image = image.float() / 255 if image.dtype == torch.uint8 else image
+        stage = self.stages[work.stage] if work.stage is not None else None
+        return Slot(work, stage, image, image, time.monotonic())
+
+    def _isolated(self, work: Callable[[list[Slot]], None], slots: list[Slot]) -> list[Ended]:
+        """Do `work` on all slots together; where that fails, on each alone, so that only the guilty ones fail.
+
+        `work` changes no slot unless it succeeds. A device that has failed is not a slot's fault, and is raised.
+        """
+        if not slots:
+            return []
+        try:
+            work(slots)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            if len(slots) == 1:
+                log.exception("an image failed")
+                return [Ended(slots[0].work.id, error)]
+            log.warning("a batch of %d failed (%s); its images are tried one at a time", len(slots), error)
+            return [ended for slot in slots for ended in self._isolated(work, [slot])]
+        return []
+
+    def _begin(self, slots: list[Slot]) -> None:
+        """The first iterate and the stage's anchor; the label that an attack leads away from is what it has now."""
+        attacked = [slot for slot in slots if slot.work.stage == ATTACK]
+        labels: list[int] = []
+        with torch.no_grad():
+            if attacked:
+                labels = self.classifier(torch.stack([slot.x0 for slot in attacked])).argmax(1).tolist()
+            first = []
+            for stage, part in _by_stage(slots):
+                x0 = _stack(part, "x0")
+                begun = stage.loop.begin(x0, self._integers(slot.work.seed for slot in part))
+                first.append((part, begun, stage.anchor(x0)))
+                self.passes += sum(begin_passes(slot.work.stage) for slot in part)
+        for slot, label in zip(attacked, labels, strict=True):
+            slot.label = label
+        for part, images, anchors in first:
+            for i, slot in enumerate(part):
+                slot.x, slot.anchor = images[i], None if anchors is None else anchors[i]
+
+    def _step(self, slots: list[Slot]) -> None:
+        parts = _by_stage(slots)
+        states = [(stage, self._state(part)) for stage, part in parts]
+        stepped = self.stepper.step(states)
+        self.batches += 1 if self.stepper.together else len(parts)
+        self.passes += sum(len(part) * step_passes(stage.rows) for stage, part in parts)
+        for (_, part), after in zip(parts, stepped, strict=True):
+            losses = after.losses.cpu()  # they say who goes on
+            for i, slot in enumerate(part):
+                slot.losses.append(losses[i])
+                slot.velocity = None if after.velocity is None else after.velocity[i]
+                if slot.loop.halts and not slot.loop.goes_on(torch.stack(slot.losses)[:, None]):
+                    slot.halted, slot.x = True, slot.x if slot.step else slot.x0
+                else:
+                    slot.x, slot.step = after.x[i], slot.step + 1
+
+    def _finish(self, slots: list[Slot]) -> list[Ended]:
+        """The losses before and after on new views, and both classifications, in one pass through the classifier."""
+        started = time.monotonic()
+        parts = _by_stage(slots)
+        staged = [slot for _, part in parts for slot in part]
+        ordered = staged + [slot for slot in slots if slot.stage is None]
+        images: list[Tensor] = []
+        states: list[Slots] = []
+        with torch.no_grad():
+            for stage, part in parts:
+                state = self._state(part)
+                state = state._replace(steps=torch.full_like(state.steps, stage.loop.steps))  # no step used those views
+                states.append(state)
+                twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
+                images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
+            images += [_stack(ordered, "x0"), *([_stack(staged, "x")] if staged else [])]
+            features = features_of(self.classifier, images)
+            self.batches += 1
+            self.passes += sum(finish_passes(slot.stage.rows) if slot.stage else 1 for slot in slots)
+            scores = self.classifier.logits(torch.cat(features[2 * len(parts) :])).float().softmax(1).cpu().numpy()
+            losses = [
+                stage.loss_of(state, part).cpu()
+                for (stage, _), state, *pair in zip(parts, states, features[::2], features[1::2], strict=False)
+                for part in pair
+            ]
+            linf = (_stack(staged, "x") - _stack(staged, "x0")).abs().amax((1, 2, 3)).tolist() if staged else []
+        unpurified = scores[: len(ordered)]
+        purified = np.concatenate((scores[len(ordered) :], unpurified[len(staged) :]))
+        loss_before = torch.cat(losses[::2]).tolist() if losses else []
+        loss_after = torch.cat(losses[1::2]).tolist() if losses else []
+        now = time.monotonic()
+        done = []
+        for i, slot in enumerate(ordered):
+            outcome = Outcome(
+                purified[i], unpurified[i], queue_ms=(slot.began_at - slot.work.queued_at) * 1000,
+                purify_ms=(started - slot.began_at) * 1000 if slot.stage else 0.0,
+                classify_ms=(now - started) * 1000,
+            )  # fmt: skip
+            if slot.stage is not None:
+                outcome = outcome._replace(
+                    image=slot.x.cpu().numpy().copy() if slot.work.wants_image else None,
+                    steps=slot.step, losses=tuple(torch.stack(slot.losses).tolist()) if slot.losses else (),
+                    loss_before=loss_before[i], loss_after=loss_after[i],
+                    linf=linf[i],
+                )  # fmt: skip
+            done.append(Ended(slot.work.id, _if_finite(outcome)))
+        return done
+
+    def _state(self, slots: list[Slot]) -> Slots:
+        return Slots(
+            x0=_stack(slots, "x0"), x=_stack(slots, "x"), velocity=_stack_if_there(slots, "velocity"),
+            seeds=self._integers(slot.work.seed for slot in slots),
+            steps=self._integers(slot.step for slot in slots),
+            labels=self._integers(slot.label for slot in slots), anchors=_stack_if_there(slots, "anchor"),
+        )  # fmt: skip
+
+    def _integers(self, values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int64).to(self.device)
+
+
+def _by_stage(slots: list[Slot]) -> list[tuple[Stage, list[Slot]]]:
+    """The slots that have a stage, together with those of the same stage and state."""
+    parts: dict[tuple[int, bool], tuple[Stage, list[Slot]]] = {}
+    for slot in slots:
+        if slot.stage is not None:
+            key = id(slot.stage), slot.velocity is None
+            parts.setdefault(key, (slot.stage, []))[1].append(slot)
+    return list(parts.values())
+
+
+def _stack(slots: list[Slot], name: str) -> Tensor:
+    return torch.stack([getattr(slot, name) for slot in slots])
+
+
+def _stack_if_there(slots: list[Slot], name: str) -> Tensor | None:
+    return None if getattr(slots[0], name) is None else _stack(slots, name)
+
+
+def _if_finite(outcome: Outcome) -> Outcome | Exception:
+    if np.isfinite(np.concatenate((outcome.scores, outcome.unpurified_scores, outcome.losses))).all():
+        return outcome
+    return UnprocessableError("the model's scores for this image are not finite numbers")

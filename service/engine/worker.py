@@ -1,0 +1,155 @@
+"""A worker owns one device: `python -m service.worker FD …`, in a process of its own.
+
+Its Python does not wait for the web server's, nor the server for its steps; and whatever happens to its device, the
+server is there to answer everybody. It fills free slots between steps, and reports after each.
+"""
+
+import logging
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import torch
+
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.errors import CheckpointError
+from unperturb.models.inference.captured import Execution, bucket
+from unperturb.models.inference.folding import Precision, prepared
+from unperturb.service.engine.cost import Cost
+from unperturb.service.engine.messages import Failed, Gone, Load, Loaded, Loading, Stepped, Unload, Work
+from unperturb.service.engine.scheduler import Ended, Lane
+from unperturb.service.telemetry import logs
+
+log = logging.getLogger("unperturb.worker")
+DONE = object()
+
+
+class WorkerConfig(NamedTuple):
+    """device, as torch names it; slots: images at a time; threads: torch's on the CPU; how it steps and logs."""
+
+    device: str
+    slots: int
+    threads: int
+    execution: Execution
+    precision: Precision
+    log_level: str
+    log_format: str
+
+
+def work(server: Connection, config: WorkerConfig) -> None:
+    """Serve until the server hangs up; a failure of the device is reported and ends it too."""
+    torch.set_num_threads(config.threads)
+    try:
+        _Worker(server, config).run()
+    except (EOFError, ConnectionError):
+        log.info("the server has hung up")
+    except Exception as error:
+        log.exception("the worker failed")
+        server.send(Failed(type(error).__name__))
+
+
+class _Worker:
+    def __init__(self, server: Connection, config: WorkerConfig) -> None:
+        self.server, self.config, self.device = server, config, torch.device(config.device)
+        self.lanes: dict[int, Lane] = {}
+        self.costs: dict[int, Cost] = {}
+        self.loading: deque[tuple[int, Iterator[None]]] = deque()
+
+    def run(self) -> None:
+        while True:
+            self._read()
+            for model, lane in list(self.lanes.items()):
+                if lane.slots:
+                    self._tick(model, lane)
+            if self.loading:  # a piece at a time, between steps
+                model, pieces = self.loading[0]
+                if next(pieces, DONE) is DONE:
+                    self.loading.popleft()
+                else:
+                    self.server.send(Loading(model))
+
+    def _read(self) -> None:
+        """Everything that the server has said; waits for it where there is nothing else to do."""
+        new: dict[int, list[Work]] = {}
+        while self.server.poll(0 if new or self._busy() else None):
+            match self.server.recv():
+                case Work() as one:
+                    new.setdefault(one.model, []).append(one)
+                case Gone(ids):
+                    new = {model: [one for one in works if one.id not in ids] for model, works in new.items()}
+                    for lane in self.lanes.values():
+                        lane.forget(ids)
+                case Load(model, name, digest):
+                    self.loading.append((model, self._load(model, name, digest)))
+                case None:
+                    raise EOFError
+                case Unload(model):
+                    self.lanes.pop(model, None)
+                    self.costs.pop(model, None)
+        for model, works in new.items():
+            if works and (ended := self.lanes[model].admit(works)):
+                self._report(model, 0, 0.0, None, ended)
+
+    def _busy(self) -> bool:
+        return bool(self.loading) or any(lane.slots for lane in self.lanes.values())
+
+    def _load(self, model: int, name: str, digest: str) -> Iterator[None]:
+        """Load a checkpoint and warm it up, a piece for each `next`; a checkpoint's fault is its own alone."""
+        started = time.monotonic()
+        try:
+            loaded = checkpoint.load(name, device=self.device)
+            if loaded.card.weights_sha256 != digest:
+                raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
+            ready = prepared(loaded, precision=self.config.precision)
+            lane = Lane(ready, self.device, execution=self.config.execution)
+            for size in sorted({bucket(n) for n in range(1, self.config.slots)} | {self.config.slots}):
+                yield
+                yield from lane.rehearse(size)
+            spent = []  # measured when all is warm
+            for size in (self.config.slots, 1, 1):
+                spent.append((yield from lane.rehearse(size)))
+            cost = Cost.between(min(spent[1:], key=lambda one: one.seconds), spent[0], together=lane.stepper.together)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            log.exception("checkpoint %s cannot be served", name)
+            reason = str(error) if isinstance(error, CheckpointError) else f"it does not run: {error}"
+            self.server.send(Loaded(model, Cost(), reason))
+            return
+        self.lanes[model], self.costs[model] = lane, cost
+        log.info("warmed up %s on %s in %.1f s", loaded.card.id, self.device, time.monotonic() - started)
+        self.server.send(Loaded(model, cost))
+
+    def _tick(self, model: int, lane: Lane) -> None:
+        batches, passes = lane.batches, lane.passes
+        slots = sum(not slot.finished for slot in lane.slots)
+        started = time.monotonic()
+        ended = lane.tick()
+        if self.device.type == "cuda":  # admission is between steps: launch no further than the device is
+            torch.cuda.synchronize(self.device)
+        seconds = time.monotonic() - started
+        expected = self.costs[model].seconds(lane.batches - batches, lane.passes - passes)
+        failed = any(isinstance(one.result, Exception) for one in ended)  # its other steps were not done
+        self._report(model, slots, seconds, seconds / expected if expected and not failed else None, ended)
+
+    def _report(
+        self, model: int, slots: int, seconds: float, pace: float | None, ended: list[Ended]
+    ) -> None:  # fmt: skip
+        memory = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
+        self.server.send(Stepped(model, slots, seconds, pace, [(one.id, one.result) for one in ended], memory))
+
+
+if __name__ == "__main__":
+    for _signal in (signal.SIGINT, signal.SIGTERM):  # the server ends it, when all is answered
+        signal.signal(_signal, signal.SIG_IGN)
+    _descriptor, _device, _slots, _threads, *_rest = sys.argv[1:]
+    _config = WorkerConfig(_device, int(_slots), int(_threads), *_rest)  # type: ignore[arg-type]
+    logs.set_up(level=_config.log_level, style=_config.log_format)
+    work(Connection(int(_descriptor)), _config)
+    logging.shutdown()
+    os._exit(0)  # a broken device may hang in its own clean-up

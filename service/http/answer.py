@@ -1,0 +1,175 @@
+"""The JSON answer of a classification, for the service and the command line."""
+
+import base64
+from io import BytesIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from unperturb.models.purifiers.reverse_attack import PRESETS, to_uint8
+from unperturb.models.shapes import Float, UInt8
+from unperturb.service.decoding.decode import Decoded
+from unperturb.service.engine.messages import Outcome
+from unperturb.service.engine.registry import Model
+
+
+class ModelName(BaseModel):
+    """Which checkpoint answered."""
+
+    id: str
+    digest: str = Field(description="SHA-256 of the weights")
+
+
+class Prediction(BaseModel):
+    """One class and its softmax score."""
+
+    index: int
+    label: str
+    score: float = Field(ge=0, le=1)
+
+
+class Unpurified(BaseModel):
+    """What the classifier says of the image as it was received."""
+
+    predictions: list[Prediction]
+
+
+class Purification(BaseModel):
+    """What the purifier did; all null but `applied` where it was not asked to. Distances in units of [0, 1].
+
+    `applied` is false, too, where `purify=auto` left the image as it is.
+    """
+
+    applied: bool
+    preset: str | None = None
+    steps: int | None = None
+    views: int | None = None
+    epsilon: float | None = None
+    loss_before: float | None = Field(None, description="InfoNCE of the received image")
+    loss_after: float | None = Field(None, description="InfoNCE of the purified image, on the same views")
+    linf: float | None = Field(None, description="largest change of a channel of a pixel")
+    changed_label: bool | None = None
+    image: str | None = Field(None, description="the purified image as base64 PNG, where asked for")
+
+
+class Size(BaseModel):
+    """A width and a height in pixels."""
+
+    width: int
+    height: int
+
+
+class Input(BaseModel):
+    """The file as received; `resized_to` is null where it had the model's size."""
+
+    width: int
+    height: int
+    mode: str = Field(description="Pillow's name of the pixel format")
+    resized_to: Size | None
+
+
+class Timings(BaseModel):
+    """Milliseconds; purify and classify are those of the batch that the image was in."""
+
+    decode: float
+    queue: float
+    purify: float
+    classify: float
+    total: float
+
+
+class Answer(BaseModel):
+    """The answer of POST /classify."""
+
+    request_id: str
+    model: ModelName
+    predictions: list[Prediction]
+    unpurified: Unpurified
+    purification: Purification
+    input: Input
+    timings_ms: Timings
+
+
+class Answers(BaseModel):
+    """The answers to a list of images, in its order."""
+
+    request_id: str
+    answers: list[Answer]
+
+
+def answer(
+    outcome: Outcome, decoded: Decoded, model: Model, *,
+    request_id: str, preset: str | None, top_k: int, return_image: bool, decode_ms: float, total_ms: float,
+) -> Answer:  # fmt: skip
+    """The answer for one image."""
+    card = model.card
+    predictions = top(outcome.scores, card.classes, top_k)
+    unpurified = top(outcome.unpurified_scores, card.classes, top_k)
+    size = model.image_size
+    image = None
+    if return_image and preset is not None and outcome.image is not None:
+        image = to_png(torch.from_numpy(outcome.image), pixels(decoded), epsilon=PRESETS[preset].loop.epsilon)
+    return Answer(
+        request_id=request_id,
+        model=ModelName(id=model.id, digest=card.weights_sha256),
+        predictions=predictions,
+        unpurified=Unpurified(predictions=unpurified),
+        purification=_purification(
+            outcome, preset, changed=predictions[0].index != unpurified[0].index, image=image
+        ),
+        input=Input(
+            width=decoded.width, height=decoded.height, mode=decoded.mode,
+            resized_to=Size(width=size, height=size) if decoded.resized else None,
+        ),
+        timings_ms=Timings(
+            decode=round(decode_ms, 3), queue=round(outcome.queue_ms, 3), purify=round(outcome.purify_ms, 3),
+            classify=round(outcome.classify_ms, 3), total=round(total_ms, 3),
+        ),
+    )  # fmt: skip
+
+
+def pixels(decoded: Decoded) -> Float[Tensor, "3 size size"]:
+    """The received image in [0, 1]."""
+    return torch.from_numpy(decoded.pixels).float() / 255
+
+
+def top(scores: NDArray[np.float32], classes: tuple[str, ...], k: int) -> list[Prediction]:
+    """The `k` highest scores, highest first."""
+    return [
+        Prediction(index=index, label=classes[index], score=min(1.0, float(scores[index])))
+        for index in np.argsort(-scores, kind="stable")[:k].tolist()
+    ]
+
+
+def png(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
+    """The pixels as a PNG file."""
+    buffer = BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def to_png(image: Float[Tensor, "3 h w"], received: Float[Tensor, "3 h w"], *, epsilon: float) -> bytes:
+    """An image as an 8-bit PNG, within epsilon of the received one."""
+    return png(to_uint8(image[None], received[None], epsilon=epsilon)[0])
+
+
+def _purification(outcome: Outcome, preset: str | None, *, changed: bool, image: bytes | None) -> Purification:
+    if preset is None:
+        return Purification(applied=False)
+    config = PRESETS[preset]
+    return Purification(
+        applied=outcome.steps > 0,
+        preset=preset,
+        steps=outcome.steps,
+        views=config.views,
+        epsilon=config.loop.epsilon,
+        loss_before=outcome.loss_before,
+        loss_after=outcome.loss_after,
+        linf=outcome.linf,
+        changed_label=changed,
+        image=base64.b64encode(image).decode() if image is not None else None,
+    )

@@ -1,0 +1,109 @@
+"""The FastAPI app: `create_app(settings)`."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.responses import RedirectResponse
+
+from unperturb.service.engine.admission import Admission
+from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.handle import WorkerHandle
+from unperturb.service.engine.worker import WorkerConfig
+from unperturb.service.http import problem
+from unperturb.service.http.gateway import Gateway
+from unperturb.service.http.observe import Observe
+from unperturb.service.http.routes import classify, health, kserve, models, page
+from unperturb.service.settings import Settings
+from unperturb.service.telemetry import tracing
+from unperturb.service.telemetry.metrics import Metrics
+from unperturb.service.version import VERSION
+
+
+def make_engine(
+    settings: Settings,
+    metrics: Metrics,
+    *,
+    on_failure: Callable[[str], None] | None = None,
+    handle: Callable[..., WorkerHandle] = WorkerHandle,
+) -> Engine:
+    """The engine as set, not started."""
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // len(settings.devices))
+    return Engine(
+        settings.checkpoint,
+        workers=[
+            WorkerConfig(
+                device=str(device),
+                slots=settings.slots,
+                threads=threads,
+                execution=settings.execution,
+                precision=settings.precision,
+                log_level=settings.log_level,
+                log_format=settings.log_format,
+            )
+            for device in settings.devices
+        ],
+        admission=Admission(settings.max_queue, settings.patience, settings.preset),
+        stall_s=settings.stall_s,
+        metrics=metrics,
+        on_failure=on_failure,
+        handle=handle,
+    )
+
+
+def create_app(
+    settings: Settings | None = None,
+    *,
+    on_failure: Callable[[str], None] | None = None,
+    handle: Callable[..., WorkerHandle] = WorkerHandle,
+    warm_first: bool = False,
+) -> FastAPI:
+    """The service; loads the checkpoint (CheckpointError says what is wrong with it), warms up after start.
+
+    on_failure is called, from a thread, when the service can never serve again and its process should be restarted;
+    handle hosts a worker; warm_first ends the app's start-up only after the warm-up, for a router that asks no /readyz.
+    """
+    settings = settings or Settings()
+    tracer = tracing.set_up()
+    metrics = Metrics()
+    engine = make_engine(settings, metrics, on_failure=on_failure, handle=handle)
+    metrics.watch(
+        queue_length=lambda: engine.waiting,
+        slots_in_use=lambda: engine.in_slots,
+        memory=lambda: {w.config.device: w.memory for w in engine.workers if w.config.device.startswith("cuda")},
+    )
+    gateway = Gateway(settings, engine, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await gateway.decoders.start()
+        engine.start()
+        while warm_first and not engine.warm.is_set() and engine.failure is None:
+            await asyncio.sleep(0.1)
+        yield
+        await asyncio.to_thread(engine.stop, settings.grace_s)
+        if tracer is not None:
+            await asyncio.to_thread(tracer.close)
+
+    app = FastAPI(
+        title="unperturb",
+        summary="Purifies an image by a reverse attack, then classifies it.",
+        version=VERSION,
+        lifespan=lifespan,
+    )
+    app.state.engine, app.state.gateway = engine, gateway
+    app.add_middleware(Observe, metrics=metrics, tracing=tracer)
+    problem.install(app)
+    for family in (classify, kserve, models, health):
+        app.include_router(family.router(gateway))
+    if settings.page:
+        app.include_router(page.router(gateway))
+    else:
+
+        @app.get("/", include_in_schema=False)
+        async def root() -> RedirectResponse:
+            return RedirectResponse("/docs")
+
+    return app

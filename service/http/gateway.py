@@ -1,0 +1,160 @@
+"""What every route that computes does: who asks, how much they may ask for, how long they wait, if they still do."""
+
+import asyncio
+import math
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Header, Request
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
+
+from unperturb.models.errors import DeadlineError, MalformedRequestError, RequestError
+from unperturb.service.decoding.decode import Decoded
+from unperturb.service.decoding.decoders import Decoders
+from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.messages import Outcome
+from unperturb.service.engine.registry import Model
+from unperturb.service.http.limits import Limits
+from unperturb.service.http.upload import Upload, read_images
+from unperturb.service.settings import Settings
+from unperturb.service.telemetry.metrics import Metrics
+
+T = TypeVar("T")
+Timeout = Annotated[
+    float | None,
+    Header(alias="x-timeout-s", gt=0, allow_inf_nan=False, description="seconds after which nobody waits; past it 504"),
+]
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """One request that was let in: its client, its deadline on time.monotonic's clock, and when it came."""
+
+    request: Request
+    client: str
+    deadline: float
+    started: float
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return str(self.request.scope["request_id"])
+
+    @property
+    def spent_ms(self) -> float:
+        """Milliseconds since the request's head."""
+        return (time.perf_counter() - self.started) * 1000
+
+
+class Gateway:
+    """Between the routes and the engine."""
+
+    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
+        self.settings, self.engine, self.metrics = settings, engine, metrics
+        self.keys = settings.keys
+        self.decoders = Decoders(count=settings.decoders, timeout_s=settings.decode_timeout_s)
+        self.limits = Limits(per_client=settings.max_per_client, total=settings.max_in_progress)
+
+    @contextmanager
+    def admit(
+        self, request: Request, timeout_s: float | None, told: tuple[str | None, str | None] | None
+    ) -> Iterator[Ticket]:
+        """Let one request in, counted as one image until its number is known (`count`).
+
+        told: the model's id and the images' stage, where the request's head says which
+
+        Raises UnauthorizedError, TooManyRequestsError, and NotReadyError where the engine could not take it now: better
+        before its body is read and decoded than after.
+        """
+        started = time.perf_counter()
+        user = self.keys.user(request)
+        client = f"key {user}" if user is not None else (request.client.host if request.client else "unknown")
+        request.scope["client_name"] = client
+        deadline = time.monotonic() + min(timeout_s or math.inf, self.settings.timeout_s)
+        id, stage = told or (None, self.settings.preset)
+        models = self.engine.models
+        self.engine.refuse_if_full(models.by_id.get(id or models.default_id) if told else None, stage)
+        with self.limits.hold(client, 1):
+            yield Ticket(request, client, deadline, started)
+
+    def count(self, ticket: Ticket, images: int) -> AbstractContextManager[None]:
+        """Count a request as its number of images against every limit; TooManyRequestsError, NotReadyError."""
+        return self.limits.hold(ticket.client, images - 1)
+
+    async def read(self, ticket: Ticket) -> Upload:
+        """The files of the request."""
+        limits = self.settings
+        return await read_images(
+            ticket.request,
+            max_bytes=limits.max_body_bytes,
+            max_images=limits.max_images,
+            timeout_s=self.upload_s(ticket),
+        )
+
+    def upload_s(self, ticket: Ticket) -> float:
+        """Seconds that the body may still take."""
+        return min(self.settings.upload_timeout_s, max(0.0, ticket.deadline - time.monotonic()))
+
+    async def read_one(self, ticket: Ticket) -> Upload:
+        """The one file of a request that takes no list; MalformedRequestError for a list."""
+        upload = await self.read(ticket)
+        if upload.many or upload.parameters:
+            raise MalformedRequestError("this route takes one image, as a field `image` or as the body itself")
+        return upload
+
+    async def decode(self, ticket: Ticket, upload: Upload, model: Model) -> list[Decoded]:
+        """The pixels of every file, at the model's size; an error names which of several files it is."""
+
+        async def one(i: int, payload: bytes) -> Decoded:
+            try:
+                return await self.decoders.decode(payload, size=model.image_size, max_pixels=self.settings.max_pixels)
+            except RequestError as error:
+                raise (type(error)(f"image {i}: {error}") if upload.many else error) from error
+
+        every = asyncio.gather(*(one(i, payload) for i, payload in enumerate(upload.files)))
+        return await self._while_waited_for(ticket, "decode", every)
+
+    async def run(
+        self, ticket: Ticket, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seed: int,
+        wants_image: bool = False, begun: bool = False, gate: float | None = None,
+    ) -> list[Outcome]:  # fmt: skip
+        """Through the engine, each image with the seed; `begun` and `gate` as Engine.submit has them."""
+        work = self.engine.submit(
+            model, images, stage=stage, seeds=[seed] * len(images), deadline=ticket.deadline, wants_image=wants_image,
+            begun=begun, gate=gate,
+        )  # fmt: skip
+        outcomes = await self._while_waited_for(ticket, stage or "classify", work)
+        for outcome in outcomes:
+            self.metrics.answered(outcome, stage)
+        return outcomes
+
+    async def _while_waited_for(
+        self, ticket: Ticket, name: str, work: "Coroutine[Any, Any, T] | asyncio.Future[T]"
+    ) -> T:
+        """The result of `work`, which is cancelled when its client goes (ClientDisconnect) or the deadline passes."""
+        began_at = time.time_ns()
+        task = asyncio.ensure_future(work)
+        watcher = asyncio.create_task(_gone(ticket.request))
+        try:
+            left_s = max(0.0, ticket.deadline - time.monotonic())
+            await asyncio.wait({task, watcher}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            raise (
+                ClientDisconnect if watcher.done() else DeadlineError("the deadline passed before the answer was there")
+            )
+        finally:
+            ticket.request.scope.setdefault("parts", []).append((name, began_at, time.time_ns()))
+            for pending in (task, watcher):
+                pending.cancel()
+            await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has closed its connection; the body has been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,89 @@
+"""Errors as RFC 9457 problem+json, in one place."""
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from unperturb.models.errors import CheckpointError, ConfigError, RequestError
+
+log = logging.getLogger("unperturb.service")
+MEDIA_TYPE = "application/problem+json"
+FAULTS_SHOWN = 8
+CLIENT_CLOSED_REQUEST = 499  # the number that nginx gives a request whose client left
+
+
+class Problem(BaseModel):
+    """RFC 9457, section 3.1; `type` is about:blank, so `title` is the status's name."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    request_id: str
+
+
+def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI of these errors."""
+    return {status: {"model": Problem, "content": {MEDIA_TYPE: {}}} for status in statuses}
+
+
+def problem(request: Request, status: int, detail: str, *, retry_after_s: int | None = None) -> JSONResponse:
+    """The answer of an error; under /v2/ with the member `error` that KServe's clients read."""
+    body = Problem(
+        title=HTTPStatus(status).phrase,
+        status=status,
+        detail=detail,
+        request_id=request.scope.get("request_id", ""),
+    ).model_dump()
+    if request.url.path.startswith("/v2/"):
+        body["error"] = detail
+    headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else {}
+    if status == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(body, status, headers, media_type=MEDIA_TYPE)
+
+
+def install(app: FastAPI) -> None:
+    """Map every exception to its problem; a 500 shows no exception text."""
+
+    async def refused(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestError)
+        request.scope["rejected"] = type(error).__name__.removesuffix("Error")
+        return problem(request, error.status, str(error), retry_after_s=error.retry_after_s)
+
+    async def out_of_range(request: Request, error: Exception) -> JSONResponse:
+        return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
+
+    async def invalid(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        request.scope["rejected"] = "Invalid"
+        faults = [f"{'.'.join(str(part) for part in e['loc'][1:])}: {e['msg']}" for e in error.errors()[:FAULTS_SHOWN]]
+        return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(faults))
+
+    async def http(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        answer = problem(request, error.status_code, error.detail)
+        answer.headers.update(error.headers or {})
+        return answer
+
+    async def gone(request: Request, _: Exception) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)  # for the log alone: nobody reads it
+
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        log.error("request failed", exc_info=error, extra={"request_id": request.scope.get("request_id")})
+        answer = problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error; the service's log has it")
+        answer.headers["x-request-id"] = request.scope.get("request_id", "")  # this one is sent outside of Observe
+        return answer
+
+    for kind, handler in (
+        (RequestError, refused), (ConfigError, out_of_range), (CheckpointError, out_of_range),
+        (RequestValidationError, invalid), (HTTPException, http), (ClientDisconnect, gone), (Exception, unexpected),
+    ):  # fmt: skip
+        app.add_exception_handler(kind, handler)

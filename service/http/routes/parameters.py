@@ -1,0 +1,79 @@
+"""What a request may ask for, in its query or in a JSON body."""
+
+from typing import Annotated, Any, Literal
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from unperturb.models.checkpoints.gates import GATE_SEED, gate_of
+from unperturb.models.errors import CheckpointError, UnprocessableError
+from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.registry import Model
+
+MAX_SEED = 2**63 - 1
+SHOWN = 5
+
+
+class Purify(BaseModel):
+    """Which model, and how its purifier runs; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(None, description="id of a loaded model; the default one where none is named")
+    preset: Annotated[str | None, Field(json_schema_extra={"enum": list(PRESETS)})] = Field(
+        None, description="of the purifier; the service's own default where none is named"
+    )
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="of the purifier's random views")
+
+    @field_validator("preset")
+    @classmethod
+    def preset_exists(cls, value: str | None) -> str | None:
+        """Refuse an unknown preset."""
+        if value is not None and value not in PRESETS:
+            raise ValueError(f"{value!r} is not one of {', '.join(PRESETS)}")
+        return value
+
+
+class PurifyOrNot(Purify):
+    """And whether it runs."""
+
+    purify: Literal["always", "auto", "never"] = Field(
+        "always", description="run the reverse attack first; auto: but for images whose loss is that of clean ones"
+    )
+
+    def stage(self, default: str) -> str | None:
+        """The preset that its images go through, `default` where none is named; None without purification."""
+        return None if self.purify == "never" else self.preset or default
+
+    def gate(self, model: Model, default: str) -> float | None:
+        """The first loss up to which an image is left as it is; UnprocessableError where the model has none."""
+        if self.purify != "auto":
+            return None
+        if self.seed != GATE_SEED:
+            raise UnprocessableError(f"seed: purify=auto was measured with the seed {GATE_SEED}, not {self.seed}")
+        try:
+            return gate_of(model.card, self.preset or default)
+        except CheckpointError as error:
+            raise UnprocessableError(f"purify: {error}") from error
+
+
+class Classify(PurifyOrNot):
+    """And what the answer shows."""
+
+    top_k: int | None = Field(None, ge=1, description="classes in the answer; 5, or all of fewer, where none is named")
+    return_image: bool = Field(False, description="put the purified image into the answer")
+
+    def updated(self, parameters: dict[str, Any]) -> "Classify":
+        """With those of a JSON body above those of the query."""
+        try:
+            return Classify.model_validate({**self.model_dump(exclude_unset=True), **parameters})
+        except ValidationError as error:
+            faults = [{**e, "loc": ("body", "parameters", *e["loc"])} for e in error.errors()]
+            raise RequestValidationError(faults) from error
+
+    def classes(self, model: Model) -> int:
+        """How many classes to show; UnprocessableError for more than there are."""
+        count = len(model.card.classes)
+        if self.top_k is not None and self.top_k > count:
+            raise UnprocessableError(f"top_k: {self.top_k} is more than the model's {count} classes")
+        return self.top_k or min(SHOWN, count)

@@ -1,0 +1,133 @@
+"""Tensors in the forms of the KServe v2 protocol: JSON lists, or raw little-endian bytes behind the JSON.
+
+Open Inference Protocol, version 2, with the binary tensor data extension.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unperturb.models.errors import MalformedRequestError, UnprocessableError
+from unperturb.service.http import json_body
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")
+}  # fmt: skip
+INPUT = "image"
+HEADER_LENGTH = "inference-header-content-length"
+
+
+class InputTensor(BaseModel):
+    """One input; its values in `data`, or in so many bytes behind the JSON."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Literal["image"]
+    shape: list[int] = Field(min_length=4, max_length=4, description="[batch, 3, size, size]")
+    datatype: Literal["FP32", "UINT8"] = Field(description="FP32 in [0, 1], or UINT8")
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    data: list[Any] | None = None
+
+
+class OutputRequest(BaseModel):
+    """One output that is asked for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class InferRequest(BaseModel):
+    """The JSON of POST /v2/models/<id>/infer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    inputs: list[InputTensor] = Field(min_length=1, max_length=1)
+    outputs: list[OutputRequest] = Field(default_factory=list, max_length=16)
+
+
+def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, NDArray[Any]]:
+    """The request and its input [batch, 3, size, size], uint8 or float32 in [0, 1].
+
+    Raises MalformedRequestError for what is not of the protocol's form, UnprocessableError for values out of range.
+    """
+    if header_length is None:
+        head, rest = body, b""
+    else:
+        if not header_length.isdecimal() or len(header_length) > 12 or not 0 < int(header_length) <= len(body):
+            raise MalformedRequestError(f"{HEADER_LENGTH}: {header_length[:20]!r} is not a length within the body")
+        head, rest = body[: int(header_length)], body[int(header_length) :]
+    try:
+        request = InferRequest.model_validate(json_body.parse(head, unbounded="data"))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise MalformedRequestError(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}") from error
+    names = [output.name for output in request.outputs]
+    if len(set(names)) < len(names):
+        raise MalformedRequestError("an output is asked for twice")
+    values = _values(request.inputs[0], rest)
+    request.inputs[0].data = None  # a list of numbers is many times as large as the array
+    return request, values
+
+
+def _values(tensor: InputTensor, rest: bytes) -> NDArray[Any]:
+    dtype, count = DTYPES[tensor.datatype], math.prod(tensor.shape)
+    if min(tensor.shape) < 1 or tensor.shape[1] != 3:
+        raise MalformedRequestError(f"shape {tensor.shape} is not [batch, 3, size, size]")
+    size = tensor.parameters.get("binary_data_size")
+    if (size is None) == (tensor.data is None):
+        raise MalformedRequestError("an input has either `data` or the parameter `binary_data_size`")
+    if size is not None:
+        if size != len(rest) or size != count * dtype.itemsize:
+            raise MalformedRequestError(
+                f"binary_data_size={size!r} does not fit shape {tensor.shape} of {tensor.datatype} "
+                f"and the {len(rest)} bytes behind the JSON"
+            )
+        values = np.frombuffer(rest, dtype)
+    else:
+        try:
+            values = np.asarray(tensor.data, dtype=np.float64).reshape(-1)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise MalformedRequestError("`data` is not a list of numbers of one shape") from error
+        if values.size != count:
+            raise MalformedRequestError(f"`data` has {values.size} numbers for shape {tensor.shape}")
+    low, high = (0, 255) if tensor.datatype == "UINT8" else (0, 1)
+    if not bool(np.all((values >= low) & (values <= high))):  # also false for NaN
+        raise UnprocessableError(f"the image has values outside [{low}, {high}] (or that are not numbers)")
+    return values.reshape(tensor.shape).astype(np.uint8 if tensor.datatype == "UINT8" else np.float32)
+
+
+def write_infer(
+    request: InferRequest, model: str, outputs: Mapping[str, NDArray[Any]], default: tuple[str, ...]
+) -> tuple[bytes, int | None]:
+    """The response's body, and the length of its JSON where tensors follow as bytes.
+
+    `default` names the outputs of a request that names none; MalformedRequestError for an unknown one.
+    """
+    wanted = request.outputs or [OutputRequest(name=name) for name in default]
+    everything_binary = bool(request.parameters.get("binary_data_output", False))
+    described, raw = [], []
+    for output in wanted:
+        values = outputs[output.name]
+        datatype = next(name for name, dtype in DTYPES.items() if dtype == values.dtype)
+        entry: dict[str, Any] = {"name": output.name, "shape": list(values.shape), "datatype": datatype}
+        if output.parameters.get("binary_data", everything_binary):
+            payload = values.tobytes()
+            entry["parameters"] = {"binary_data_size": len(payload)}
+            raw.append(payload)
+        else:
+            entry["data"] = values.reshape(-1).tolist()
+        described.append(entry)
+    answer: dict[str, Any] = {"model_name": model, "outputs": described}
+    if request.id is not None:
+        answer["id"] = request.id
+    head = json.dumps(answer).encode()
+    return b"".join((head, *raw)), len(head) if raw else None

@@ -1,0 +1,182 @@
+"""The images of a request: multipart files, a raw body, or base64 in JSON, within limits on size, number and time."""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from unperturb.models.errors import MalformedRequestError, TooLargeError, UnsupportedTypeError, UploadTimeoutError
+from unperturb.service.http import json_body
+from unperturb.service.http.schemas import inlined
+
+_BINARY = {"type": "string", "format": "binary"}
+
+
+class JsonBody(BaseModel):
+    """Images as base64; `parameters` are those of the query, and stand above them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    inputs: str | list[str] = Field(description="base64 of one file, or of each of several")
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class Upload(NamedTuple):
+    """The files' bytes; whether they came as a list, and are so answered; the parameters of a JSON body."""
+
+    files: list[bytes]
+    many: bool
+    parameters: dict[str, Any]
+
+
+def body_schema(*, many: bool) -> dict[str, Any]:
+    """The OpenAPI of the body; `many` where a list is taken too."""
+    properties: dict[str, Any] = {"image": _BINARY}
+    content: dict[str, Any] = {
+        "multipart/form-data": {"schema": {"type": "object", "properties": properties, "required": ["image"]}},
+        **{f"image/{kind}": {"schema": _BINARY} for kind in ("jpeg", "png", "webp")},
+    }
+    if many:
+        properties["images"] = {"type": "array", "items": _BINARY, "description": "instead of `image`: several files"}
+        del content["multipart/form-data"]["schema"]["required"]
+        content["application/json"] = {"schema": inlined(JsonBody)}
+    return {"required": True, "content": content}
+
+
+def media_type(request: Request) -> str:
+    """Of the body, without its parameters."""
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+def is_json(request: Request) -> bool:
+    """Whether the body is JSON."""
+    return media_type(request) == "application/json"
+
+
+async def read_images(request: Request, *, max_bytes: int, max_images: int, timeout_s: float) -> Upload:
+    """The images of a request's body.
+
+    Raises TooLargeError past `max_bytes` of body (as announced, or as they come) or `max_images`, UploadTimeoutError
+    past `timeout_s`, UnsupportedTypeError for a body of no known form, MalformedRequestError for a broken one.
+    """
+    kind = media_type(request)
+    if kind.startswith("image/"):
+        body = await read_within(request, max_bytes=max_bytes, timeout_s=timeout_s)
+        return Upload([body], many=False, parameters={})
+    if kind == "application/json":
+        body = await read_within(request, max_bytes=max_bytes, timeout_s=timeout_s)
+        return await asyncio.to_thread(_from_json, body, max_images)
+    if kind == "multipart/form-data":
+        async with _in_time(timeout_s):
+            return await _from_form(request, max_bytes, max_images)
+    raise UnsupportedTypeError(
+        f"content type {kind or 'none'!r} is not multipart/form-data with a field `image`, image/* or application/json"
+    )
+
+
+async def read_within(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
+    """The whole body; TooLargeError past `max_bytes`, UploadTimeoutError past `timeout_s`."""
+    try:
+        async with _in_time(timeout_s):
+            return b"".join([chunk async for chunk in _limited(request, max_bytes)])
+    except _PastLimit as error:
+        raise too_large(max_bytes) from error
+
+
+@asynccontextmanager
+async def _in_time(timeout_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise UploadTimeoutError(f"the body did not arrive within {timeout_s:.3g} s") from error
+
+
+def too_large(max_bytes: int) -> TooLargeError:
+    """The refusal of a body over the limit."""
+    return TooLargeError(f"the body has more than {max_bytes:,} bytes; at most that many are accepted")
+
+
+def too_many(found: int | None, max_images: int) -> TooLargeError:
+    """The refusal of a list over the limit; None where it was not counted to its end."""
+    shown = f"{found} images" if found is not None else "more images"
+    return TooLargeError(f"the request has {shown}; at most {max_images} are accepted")
+
+
+def _from_json(body: bytes, max_images: int) -> Upload:
+    value = json_body.parse(body)
+    if isinstance(value.get("inputs"), list) and len(value["inputs"]) > max_images:
+        raise too_many(len(value["inputs"]), max_images)
+    try:
+        parsed = JsonBody.model_validate(value)
+    except ValidationError as error:
+        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
+    many = not isinstance(parsed.inputs, str)
+    texts = parsed.inputs if isinstance(parsed.inputs, list) else [parsed.inputs]
+    files = []
+    for i, text in enumerate(texts):
+        try:
+            files.append(base64.b64decode(text, validate=True))
+        except (binascii.Error, ValueError) as error:
+            where = f"inputs[{i}]" if many else "inputs"
+            raise MalformedRequestError(f"{where} is not base64 (addresses are not fetched)") from error
+    return _some(Upload(files, many, parsed.parameters))
+
+
+async def _from_form(request: Request, max_bytes: int, max_images: int) -> Upload:
+    body = _limited(request, max_bytes)
+    try:
+        form = await MultiPartParser(request.headers, body, max_files=max_images, max_fields=8).parse()
+    except _PastLimit as error:
+        raise too_large(max_bytes) from error
+    except MultiPartException as error:
+        if "Too many files" in error.message:
+            raise too_many(None, max_images) from error
+        raise MalformedRequestError(f"the multipart form cannot be read: {error.message}") from error
+    except KeyError as error:
+        raise MalformedRequestError("the multipart form names no boundary in its content type") from error
+    try:
+        one, several = ([f for f in form.getlist(name) if isinstance(f, UploadFile)] for name in ("image", "images"))
+        if len(one) == 1 and not several:
+            return Upload([await one[0].read()], many=False, parameters={})
+        if one:
+            raise MalformedRequestError("the form has more than a single field `image`; a list is fields `images`")
+        if not several:
+            raise MalformedRequestError("the form has no file in a field `image` or `images`")
+        return Upload([await file.read() for file in several], many=True, parameters={})
+    finally:
+        await form.close()
+
+
+def _some(upload: Upload) -> Upload:
+    if not upload.files:
+        raise MalformedRequestError("`inputs` is empty: no image")
+    return upload
+
+
+class _PastLimit(MultiPartException):
+    """The body is over the limit; of a kind on which the form's parser closes the files that it has opened."""
+
+    def __init__(self) -> None:
+        super().__init__("the body is over the limit")
+
+
+async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """The body's chunks; _PastLimit once they are, or are announced to be, more than `max_bytes`."""
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > max_bytes:
+        raise _PastLimit
+    received = 0
+    async for chunk in request.stream():
+        received += len(chunk)
+        if received > max_bytes:
+            raise _PastLimit
+        yield chunk

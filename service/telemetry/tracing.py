@@ -1,0 +1,72 @@
+"""OpenTelemetry spans, where its packages are installed (the extra `tracing`) and an endpoint is set."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.types import Scope
+
+from unperturb.models.errors import ConfigError
+from unperturb.service.version import VERSION
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+class Tracing:
+    """One span for each request, under the caller's own where it sends a `traceparent`, and one for each part of it."""
+
+    def __init__(self, exporter: Any) -> None:  # noqa: ANN401
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        self.provider = TracerProvider(resource=Resource.create({"service.name": "unperturb"}))
+        self.provider.add_span_processor(BatchSpanProcessor(exporter))
+        self.tracer = self.provider.get_tracer("unperturb", VERSION)
+
+    def record(self, scope: Scope, facts: dict[str, Any], began_at: int) -> None:
+        """The request that has just ended; `began_at` in nanoseconds since 1970."""
+        from opentelemetry.propagate import extract
+        from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
+
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        span = self.tracer.start_span(
+            f"{facts['method']} {facts['route']}", context=extract(headers), kind=SpanKind.SERVER, start_time=began_at,
+            attributes={
+                "http.request.method": facts["method"], "http.route": facts["route"],
+                "http.response.status_code": facts["status"], "unperturb.preset": facts["preset"],
+                "unperturb.request_id": facts["request_id"],
+            },
+        )  # fmt: skip
+        if facts["status"] >= 500:
+            span.set_status(Status(StatusCode.ERROR))
+        for name, start, end in parts(scope):
+            child = self.tracer.start_span(name, context=set_span_in_context(span), start_time=start)
+            child.end(end)
+        span.end()
+
+    def close(self) -> None:
+        """Send what is left."""
+        self.provider.shutdown()
+
+
+def parts(scope: Scope) -> Iterable[tuple[str, int, int]]:
+    """The request's parts: name, start and end in nanoseconds since 1970."""
+    found: list[tuple[str, int, int]] = scope.get("parts", [])
+    return found
+
+
+def set_up() -> Tracing | None:
+    """Tracing to the endpoint that the standard variables name; None where none does.
+
+    Raises ConfigError where an endpoint is set but the packages are missing.
+    """
+    if not any(os.environ.get(name) for name in ENDPOINTS):
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    except ImportError as error:
+        raise ConfigError(
+            f"{ENDPOINTS[1]} is set, but OpenTelemetry's packages are missing: pip install 'unperturb[tracing]'"
+        ) from error
+    return Tracing(OTLPSpanExporter())

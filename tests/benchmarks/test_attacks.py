@@ -1,0 +1,288 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tests.conftest import make_defended
+from unperturb.benchmarks.robustness import attacks
+from unperturb.benchmarks.robustness.attacks import adaptive, black_box, controls, label_free
+from unperturb.benchmarks.robustness.attacks.apgd import apgd, checkpoints
+from unperturb.benchmarks.robustness.attacks.autoattack import autoattack
+from unperturb.benchmarks.robustness.attacks.scene import (
+    BUDGETS,
+    Budget,
+    Judged,
+    Scene,
+    Threat,
+    cross_entropy_loss,
+    dlr_loss,
+)
+from unperturb.benchmarks.robustness.data import EvaluationSet
+from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
+from unperturb.models.attacks.instance import DISTANCES, Distance
+from unperturb.models.attacks.projected_gradient import Descent
+from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.errors import ConfigError
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.generator import NoiseGenerator
+from unperturb.models.networks.registry import Architecture
+from unperturb.models.purifiers.anti_adversary import AntiAdversary
+from unperturb.models.purifiers.base import NoPurifier, Purifier
+from unperturb.models.purifiers.defended import DefendedClassifier
+from unperturb.models.purifiers.hedge import Hedge
+
+TINY = Budget(
+    apgd_steps=5, restarts=2, eot=2, targets=2, lambdas=(0.1, 10.0), unrolled_steps=2, adaptive_steps=3,
+    square_queries=20, rays_queries=60, mates=2, mate_steps=2,
+)  # fmt: skip
+THREATS = [Threat(norm="linf", epsilon=8 / 255), Threat(norm="l2", epsilon=0.5)]
+
+
+class LinearClassifier(ImageClassifier):
+    """Two or more classes by one matrix on the pixels: its robustness has a closed form."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(feature_dim=weight.shape[1], num_classes=len(weight), image_size=8)
+        self.weight = torch.nn.Parameter(weight)
+
+    def features(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        scores: Tensor = features @ self.weight.T
+        return scores
+
+
+def linear(classes: int = 2) -> LinearClassifier:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(classes, 192, generator=generator)
+    return LinearClassifier(weight - weight.mean(1, keepdim=True)).requires_grad_(False)  # grey decides nothing
+
+
+def linear_scene(threat: Threat, *, classes: int = 2, n: int = 200) -> Scene:
+    """Images far enough from 0 and 1 for the box never to bind, with labels that the classifier gives them."""
+    generator = torch.Generator().manual_seed(6)
+    classifier = linear(classes)
+    x = 0.5 + 0.05 * torch.randn(n, 3, 8, 8, generator=generator).clamp(-3, 3)
+    labels = classifier(x).argmax(1)
+    return Scene(
+        defended=DefendedClassifier(classifier, NoPurifier(classifier)), x=x, labels=labels, seeds=torch.arange(n),
+        threat=threat, budget=BUDGETS["fast"],
+    )  # fmt: skip
+
+
+def exactly_robust(scene: Scene) -> Tensor:
+    """The label's margin over every other class, less epsilon times the dual norm of the weights' difference."""
+    weight = scene.classifier.weight
+    assert isinstance(weight, Tensor)
+    dual = 1 if scene.threat.norm == "linf" else 2
+    logits: Tensor = scene.classifier(scene.x)
+    own = logits.gather(1, scene.labels[:, None])
+    reach: Tensor = scene.threat.epsilon * (weight[scene.labels][:, None] - weight[None]).norm(p=dual, dim=2)
+    slack = own - logits - reach  # image class
+    return (slack > 0).scatter(1, scene.labels[:, None], True).all(1)
+
+
+@pytest.mark.parametrize("threat", [Threat(norm="linf", epsilon=1 / 255), Threat(norm="l2", epsilon=0.05)], ids=str)
+def test_linear_classifier_is_broken_exactly_where_the_closed_form_says(threat: Threat) -> None:
+    scene = linear_scene(threat)
+    exact = exactly_robust(scene)
+    assert 0.1 < exact.float().mean() < 0.9
+    found = scene.project(adaptive.bpda_apgd_ce(scene))
+    assert torch.equal(scene.right(found), exact)
+
+
+@pytest.mark.parametrize("threat", [Threat(norm="linf", epsilon=1 / 255), Threat(norm="l2", epsilon=0.05)], ids=str)
+def test_reported_accuracy_of_a_linear_classifier_is_the_exact_one(threat: Threat, tmp_path: Path) -> None:
+    scene = linear_scene(threat, n=16)
+    architecture = Architecture(name="linear", num_classes=2, image_size=8)
+    subject = Checkpoint(
+        Card(id="linear", architecture=architecture, classes=("0", "1"), data={}, training={}), scene.classifier
+    )
+    plan = Plan(dataset="cifar10", threat=threat, budget=BUDGETS["fast"], attacks=attacks.FAST, chunk=16)
+    data = EvaluationSet(scene.x, scene.labels, "generated", str(threat))
+    found = Evaluation(
+        subject, lambda counted: NoPurifier(counted.classifier), data, plan, folder=tmp_path, device=torch.device("cpu")
+    ).run()
+    exact = exactly_robust(scene)
+    assert 0 < exact.float().mean() < 1
+    assert found["figures"]["worst_case"]["accuracy"] == exact.double().mean().item()
+    assert found["outcomes"]["bpda-apgd-ce"] == exact.int().tolist()
+
+
+@pytest.mark.parametrize("threat", [Threat(norm="linf", epsilon=1 / 255), Threat(norm="l2", epsilon=0.05)], ids=str)
+def test_targeted_loss_breaks_a_linear_classifier_of_five_classes_exactly(threat: Threat) -> None:
+    scene = linear_scene(threat, classes=5)
+    scene = replace(scene, budget=replace(BUDGETS["standard"], targets=4, apgd_steps=100))
+    broken = ~scene.right(scene.project(adaptive.bpda_apgd_dlr(scene)))
+    exact = exactly_robust(scene)
+    assert not (broken & exact).any()
+    assert (broken != ~exact).sum() <= 2  # the ratio's denominator turns the gradient a little
+
+
+def test_apgd_halves_at_the_published_checkpoints() -> None:
+    # p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06) from 0 and 0.22 (Croce & Hein 2020, section 3)
+    assert checkpoints(100)[:7] == [22, 41, 57, 70, 80, 87, 93]
+
+
+def test_apgd_follows_numpys_reading_of_algorithm_1() -> None:
+    target, steps, eps = 0.31, 20, 0.1
+    scene = linear_scene(Threat(norm="linf", epsilon=eps), n=1)
+    scale = torch.linspace(0.5, 2, 192).view(1, 3, 8, 8)
+    objective = lambda x, _: Judged((-((x - target) ** 2) * scale).sum((1, 2, 3)), None)  # noqa: E731
+    found = apgd(scene, objective, steps=steps, start=scene.x)
+    weight, x0 = scale[0].double().numpy(), scene.x[0].double().numpy()
+
+    def f(x: NDArray[np.float64]) -> float:
+        return float(-(weight * (x - target) ** 2).sum())
+
+    def clip(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.clip(np.clip(x, x0 - eps, x0 + eps), 0, 1)
+
+    x, last, eta, rises, mark = x0, x0, 2 * eps, 0, 0
+    loss = best_loss = f(x)
+    best, eta_was, best_was = x, eta, best_loss
+    for k in range(1, steps + 1):
+        z = clip(x + eta * np.sign(-2 * weight * (x - target)))
+        new = z if k == 1 else clip(x + 0.75 * (z - x) + 0.25 * (x - last))
+        last, x = x, new
+        rises, loss = rises + (f(x) > loss), f(x)
+        if loss > best_loss:
+            best, best_loss = x, loss
+        if k in checkpoints(steps):
+            stalled = rises < 0.75 * (k - mark) or (eta_was == eta and best_was == best_loss)
+            eta_was, best_was, mark, rises = eta, best_loss, k, 0
+            if stalled:
+                eta, x, loss = eta / 2, best, best_loss
+    assert np.abs(found[0].double().numpy() - best).max() < 1e-4
+
+
+def test_dlr_losses_are_those_of_the_paper() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.5, -1.0], [0.0, 2.0, 1.0, 4.0]])
+    labels, targets = torch.tensor([0, 1]), torch.tensor([2, 3])
+    assert torch.allclose(dlr_loss(logits, labels), torch.tensor([-(3 - 1) / (3 - 0.5), -(2 - 4) / (4 - 1.0)]))
+    wanted = torch.tensor([-(3 - 0.5) / (3 - (0.5 - 1) / 2), -(2 - 4) / (4 - (1 + 0) / 2)])
+    assert torch.allclose(dlr_loss(logits, labels, targets), wanted)
+
+
+def tiny_scene(images: Tensor, threat: Threat, defended: DefendedClassifier | None = None) -> Scene:
+    defended = defended or make_defended()
+    with torch.no_grad():
+        labels = defended(images, seed=0).argmax(1)
+    return Scene(
+        defended=defended, x=images, labels=labels, seeds=torch.arange(8), threat=threat, budget=TINY,
+        generator=NoiseGenerator(width=8, epsilon=8 / 255),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_instance_attack_moves_the_purified_features_further_than_noise(images: Tensor, distance: Distance) -> None:
+    scene = tiny_scene(images, THREATS[0])
+    moved = []
+    with torch.no_grad():
+        for x in (scene.x, controls.noise(scene), label_free.instance(scene, distance)):
+            features = scene.classifier.features(scene.defended.purified(x, seed=0))
+            moved.append(torch.nn.functional.normalize(features, dim=1))
+    by_noise, by_attack = ((x - moved[0]).norm(dim=1).mean() for x in moved[1:])
+    assert by_attack > 1.5 * by_noise
+
+
+def test_one_image_alone_can_be_attacked_without_labels(images: Tensor) -> None:
+    scene = tiny_scene(images, THREATS[0]).select(torch.tensor([3]))
+    assert label_free.instance(scene, "sim").isfinite().all()
+
+
+def test_generator_is_scaled_to_the_ball_and_asked_for_where_it_is_missing(images: Tensor) -> None:
+    scene = tiny_scene(images, Threat(norm="linf", epsilon=0.2))
+    assert scene.generator is not None
+    expected = (images + 0.2 * scene.generator.noise(images)).clamp(0, 1)
+    assert torch.allclose(label_free.generated(scene), expected, atol=1e-6)
+    with pytest.raises(ConfigError, match="--generator"):
+        label_free.generated(replace(scene, generator=None))
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+@pytest.mark.parametrize("name", [*attacks.ATTACKS])
+def test_every_attack_stays_in_the_ball_and_changes_no_weight(images: Tensor, name: str, threat: Threat) -> None:
+    scene = tiny_scene(images, threat)
+    before = {key: value.clone() for key, value in scene.defended.state_dict().items()}
+    found = attacks.ATTACKS[name].run(scene)
+    points = found[0] if isinstance(found, tuple) else found
+    delta = (points - images).flatten(1)
+    size = delta.abs().amax(1) if threat.norm == "linf" else delta.norm(dim=1)
+    assert (size <= threat.epsilon + 1e-6).all()
+    assert points.min() >= 0
+    assert points.max() <= 1
+    assert not points.requires_grad
+    assert all(torch.equal(value, before[key]) for key, value in scene.defended.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name != "noise"])
+def test_every_attack_does_the_same_twice(images: Tensor, name: str) -> None:
+    scene = tiny_scene(images, THREATS[0])
+    one, other = (attacks.ATTACKS[name].run(scene) for _ in range(2))
+    for a, b in zip(*(found if isinstance(found, tuple) else (found,) for found in (one, other)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("purifier", [AntiAdversary, Hedge])
+def test_adaptive_attacks_run_on_the_rivals(images: Tensor, purifier: type[AntiAdversary] | type[Hedge]) -> None:
+    classifier = make_defended().classifier
+    scene = tiny_scene(images, THREATS[0], DefendedClassifier(classifier, purifier(classifier)))
+    for name in ("bpda-contrastive", "unrolled", "intermediate"):
+        assert scene.project(attacks.ATTACKS[name].run(scene)).isfinite().all()  # type: ignore[arg-type]
+
+
+def test_square_and_rays_break_a_classifier_without_its_gradient() -> None:
+    scene = linear_scene(Threat(norm="linf", epsilon=8 / 255), n=40)
+    budget = replace(scene.budget, square_queries=300, rays_queries=500)
+    scene = replace(scene, budget=budget)
+    assert not exactly_robust(scene).any()
+    for attack in (black_box.square, black_box.rays):
+        assert scene.right(scene.project(attack(scene))).float().mean() < 0.5, attack.__name__
+
+
+class Averaging(Purifier):
+    """Ties an image to its batch: what the published procedure's negatives do, in the extreme."""
+
+    def descend(self, x: Tensor, *, seeds: Tensor, unrolled: bool = False) -> Descent:
+        return Descent((0.2 * x + 0.8 * x.mean(0, keepdim=True)), x.new_zeros((0, len(x))))
+
+
+def test_batchmate_breaks_a_defense_that_mixes_images_and_no_other() -> None:
+    scene = linear_scene(Threat(norm="linf", epsilon=1 / 255), n=10)
+    coupled = Averaging(scene.classifier, NoPurifier(scene.classifier).loop)
+    open_scene = scene.against(DefendedClassifier(scene.classifier, coupled))
+    alone = open_scene.defended(scene.x[:1])  # one image: the mean of the batch is itself
+    assert torch.allclose(alone, scene.classifier(scene.x[:1]), atol=1e-5)
+    _, broken = controls.batchmate(replace(open_scene, budget=replace(TINY, mates=4, mate_steps=5)))
+    assert broken.float().mean() > 0.8
+    _, broken = controls.batchmate(scene)
+    assert not broken.any()
+
+
+def test_autoattack_runs_in_a_process_of_its_own_and_agrees_with_the_closed_form() -> None:
+    scene = linear_scene(Threat(norm="linf", epsilon=1 / 255), n=30)
+    points, warnings = autoattack(scene.classifier, scene.x, scene.labels, threat=scene.threat, seed=0)
+    assert torch.equal(scene.right(points), exactly_robust(scene))
+    assert not any("dynamic" in warning for warning in warnings)
+
+
+def test_epsilon_of_8_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match="8/255"):
+        Threat(norm="linf", epsilon=8)
+
+
+@pytest.mark.parametrize("text", ["", "pgd", "noise,pgd"])
+def test_unknown_attack_is_refused_with_the_names(text: str) -> None:
+    with pytest.raises(ConfigError, match="bpda-apgd-ce"):
+        attacks.chosen(text)
+
+
+def test_transfer_brings_autoattack_with_it() -> None:
+    assert attacks.chosen("transfer") == ("autoattack", "transfer")
+    assert cross_entropy_loss(torch.zeros(1, 2), torch.tensor([0])).item() == pytest.approx(0.6931, abs=1e-4)

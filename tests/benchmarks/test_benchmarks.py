@@ -1,0 +1,173 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tests.conftest import make_checkpoint, make_config
+from tests.training.test_training import classifier_arguments
+from unperturb.benchmarks.purifier import preset_sweep, purification, purify_speed
+from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
+from unperturb.benchmarks.reporting import results, speed_tables
+from unperturb.benchmarks.reporting import tables as readme
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.inference.folding import prepared
+from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.training import data
+from unperturb.training.__main__ import main as train
+
+
+def test_gain_is_the_paired_difference_with_its_interval() -> None:
+    after, before = [True, True, False, True], [True, False, False, False]
+    found = results.gain(after, before)
+    assert found["mean"] == 0.5
+    half = 1.959963984540054 * torch.tensor([0.0, 1, 0, 1]).std().item() / 2
+    assert found["interval"] == pytest.approx([0.5 - half, 0.5 + half])
+
+
+def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = tmp_path / "checkpoint", tmp_path / "out.json"
+    checkpoint.save(folder, make_checkpoint())
+    presets = dict.fromkeys(PRESETS, PRESETS["default"])  # 40 steps are for no test
+    monkeypatch.setattr(purification, "PRESETS", presets)
+    arguments = ["--data", str(image_folder), "--checkpoint", str(folder), "--n", "12", "--adaptive-n", "6", "--steps",
+                 "2", "--timed", "4", "--repeats", "1", "--device", "cpu", "--out", str(out), "--cache", str(tmp_path),
+                 "--write-card"]  # fmt: skip
+    assert purification.main(arguments) == 0
+    record = json.loads(out.read_text())
+    assert record["schema_version"] == results.SCHEMA_VERSION
+    assert record["config"]["seed"] == 0
+    accuracy = record["results"]["accuracy"]
+    assert set(accuracy) == {"classifier", *PRESETS}
+    for cells in accuracy.values():
+        for name in ("clean", "attacked", "noise"):
+            low, high = cells[name]["interval"]
+            assert cells[name]["n"] == 12
+            assert low <= cells[name]["accuracy"] <= high
+    assert accuracy["default"]["clean"] == accuracy["published"]["clean"]  # the same parameters, images and seed
+    assert accuracy["default"]["adaptive_bpda"]["n"] == 6
+    timed = record["results"]["time"]
+    assert timed["times_faster_than_published_procedure"]["default"] > 0
+    assert checkpoint.load(folder).card.figures["purification"] == accuracy
+    for table in (readme.purification_table(record), readme.time_table(record)):
+        assert table.count("\n") >= 4
+
+
+def test_sweep_measures_on_images_that_training_kept_back(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(classifier_arguments(image_folder, tmp_path / "run", "--epochs", "1")) == 0
+    made, tiny = checkpoint.load(tmp_path / "run" / "checkpoint"), make_checkpoint()
+    assert made.classifier.feature_dim == tiny.classifier.feature_dim
+    card = dataclasses.replace(made.card, head=tiny.card.head, restorer=tiny.card.restorer)
+    whole = dataclasses.replace(tiny, card=card, classifier=made.classifier)
+    checkpoint.save(tmp_path / "head", whole)
+    few = dict(list(preset_sweep.candidates().items())[:2])
+    monkeypatch.setattr(preset_sweep, "candidates", lambda: few)
+    out = tmp_path / "sweep.json"
+    arguments = ["--data", str(image_folder), "--checkpoint", str(tmp_path / "head"), "--device", "cpu", "--out",
+                 str(out), "--cache", str(tmp_path)]  # fmt: skip
+    assert preset_sweep.main(arguments) == 0
+    record = json.loads(out.read_text())
+    assert record["results"]["rows"]["base"]["clean"]["n"] == 9  # what the run held out
+    assert readme.sweep_table(record).count("\n") == 4
+    monkeypatch.setattr(preset_sweep, "restored_candidates", lambda: {"default": PRESETS["default"]})
+    assert preset_sweep.main([*arguments, "--restored"]) == 0
+    rows = json.loads(out.read_text())["results"]["rows"]
+    assert rows.keys() == {"no purifier", "restored view itself", "default"}
+    assert rows["restored view itself"]["attacked"]["n"] == 9
+    checkpoint.save(tmp_path / "head", dataclasses.replace(whole, restorer=None))
+    assert preset_sweep.main([*arguments, "--restored"]) == 2
+    assert "has no restorer; train one: python -m training restorer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])
+def test_bad_argument_is_refused(bad: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", "nowhere", "--checkpoint", str(tiny_folder), "--device", "cpu", *bad]
+    assert purification.main(arguments) == 2
+    assert bad[1] in capsys.readouterr().err
+
+
+def test_published_procedure_depends_on_the_batchmates_as_the_reverse_attack_does_not(images: torch.Tensor) -> None:
+    procedure = PublishedProcedure(make_checkpoint(), steps=3, epsilon=8 / 255)
+    torch.manual_seed(0)
+    first = procedure(images[:4])
+    torch.manual_seed(0)
+    other = procedure(torch.cat((images[:1], images[5:])))
+    assert ((first - images[:4]).abs() <= 8 / 255 + 1e-6).all()
+    assert not torch.allclose(first[0], other[0])
+
+
+def test_speed_of_every_way_is_measured_beside_the_published_procedure(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(purify_speed, "PRESETS", {name: PRESETS["default"] for name in ("default", "published")})
+    monkeypatch.setitem(purify_speed.MATRIX, "cpu", 64)
+    out = tmp_path / "speed.json"
+    arguments = ["--checkpoint", str(tiny_folder), "--batch", "1", "--batch", "3", "--steps", "2", "--views", "3",
+                 "--blocks", "2", "--device", "cpu", "--out", str(out)]  # fmt: skip
+    assert purify_speed.main(arguments) == 0
+    found = json.loads(out.read_text())["results"]
+    assert found["batches"].keys() == {"1", "3"}
+    for cells in found["batches"].values():
+        assert cells.keys() == {"published procedure", "eager", "preset default", "preset published"}
+        assert cells["preset default"]["way"] == "eager"
+        assert cells["published procedure"]["times_published_procedure"] == 1
+        assert len(cells["eager"]["seconds"]) == 2
+    three = found["batches"]["3"]["eager"]
+    assert three["passes_per_s"] == pytest.approx(three["images_per_s"] * 2 * 3)
+    # of one step of one view: forward and the input's gradient, which is as much again
+    loaded = checkpoint.load(tiny_folder)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        loaded.classifier.features(torch.rand(1, 3, 32, 32))
+    per_pass = three["flop_per_s"] / three["passes_per_s"]
+    assert 1.7 < per_pass / counter.get_total_flops() < 2.4
+    record = json.loads(out.read_text())
+    table = speed_tables.speed_table(record)
+    assert table.splitlines()[2].startswith("| published procedure | 2 x 3 |")
+    assert f"{three['images_per_s']:.1f}/s, {three['times_published_procedure']:.1f}x" in table
+    assert speed_tables.speed_plot(record).startswith(b"\x89PNG")
+
+
+def test_speed_of_an_architecture_is_measured_from_a_single_image_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(purify_speed, "PRESETS", {name: make_config(steps=1) for name in ("default", "published")})
+    monkeypatch.setitem(purify_speed.MATRIX, "cpu", 64)
+    out = tmp_path / "speed.json"
+    arguments = ["--arch", "wide_resnet_10_1", "--batch", "1", "--steps", "2", "--blocks", "1", "--device", "cpu",
+                 "--precision", "bfloat16", "--out", str(out)]  # fmt: skip
+    assert purify_speed.main(arguments) == 0
+    assert json.loads(out.read_text())["results"]["batches"]["1"].keys() >= {"published procedure", "eager, bfloat16"}
+    config = purify_speed.Config(arch="wide_resnet_10_1", device="cpu")
+    made = purify_speed.subject(config)
+    assert made.head is not None
+    assert not any(module.training for part in (made.classifier, made.head) for module in part.modules())
+
+
+def test_ways_are_compared_by_label(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    settings = {"checkpoint": str(tiny_folder), "data": str(image_folder), "n": 10, "steps": 2, "cache": tmp_path}
+    config = purify_speed.Config(device="cpu", **settings)  # type: ignore[arg-type]
+    ways = purify_speed.Ways(config, checkpoint.load(tiny_folder))
+    ways.add("captured", "float32", prepared(checkpoint.load(tiny_folder)), "captured")
+    dataset = data.load(str(image_folder), image_size=32, cache=tmp_path)
+    found = purify_speed.agreement(config, ways, dataset)["captured"]
+    assert found == {"n": 10, "same_label": 1.0, "largest_margin_of_the_differing": None}
+    ways.ways["captured"].ready.classifier.get_submodule("linear").weight.data.neg_()  # type: ignore[operator]
+    found = purify_speed.agreement(config, ways, dataset)["captured"]
+    assert found["same_label"] < 1
+    assert found["largest_margin_of_the_differing"] > 0
+
+
+@pytest.mark.parametrize(
+    "bad", [["--batch", "0"], ["--views", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]]
+)
+def test_bad_argument_of_the_speed_is_refused(
+    bad: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert purify_speed.main(["--checkpoint", str(tiny_folder), "--device", "cpu", *bad]) == 2
+    assert bad[0].strip("-") in capsys.readouterr().err

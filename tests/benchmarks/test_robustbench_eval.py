@@ -1,0 +1,267 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import CLASSES
+from unperturb.benchmarks import robustbench_eval
+from unperturb.benchmarks.reporting import report
+from unperturb.benchmarks.reporting.rows import load_runs, published_rows
+from unperturb.benchmarks.robustness import corruptions
+from unperturb.benchmarks.robustness.data import load_images, wordnet_ids
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.errors import DataError
+from unperturb.models.networks import generator
+from unperturb.models.networks.generator import GeneratorCard, NoiseGenerator
+from unperturb.models.networks.registry import Architecture, build
+
+SCRIPT = Path(robustbench_eval.__file__)
+
+
+def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "--model", str(model), "--data", str(data), "--n-examples", "8", "--chunk", "4", "--budget", "fast",
+        "--device", "cpu", "--out", str(out), "--cache", str(out.parent / "cache"), *more,
+    ]  # fmt: skip
+
+
+QUICK = ("--attacks", "noise,bpda-apgd-ce,unrolled", "--purifier", "none", "--purifier", "reverse-attack:steps=2")
+
+
+def without_times(record: dict[str, Any]) -> dict[str, Any]:
+    record = {key: value for key, value in record.items() if key != "finished_at"}
+    return {**record, "results": {key: value for key, value in record["results"].items() if key != "timings"}}
+
+
+def records(folder: Path) -> dict[str, Any]:
+    return {file.name: without_times(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))}
+
+
+def test_each_model_and_purifier_is_one_result_file_with_what_made_it(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *QUICK)) == 0
+    found = records(tmp_path / "out")
+    assert len(found) == 2
+    said = capsys.readouterr().out
+    assert "at most" in said
+    assert said.count("worst case") == 2
+    for record in found.values():
+        results = record["results"]
+        assert record["config"]["seed"] == 0
+        assert results["data"] == {"dataset": "cifar10", "source": "folder", "sha256": results["data"]["sha256"]}
+        assert results["classes"] == list(CLASSES)
+        for name, cell in results["figures"]["attacks"].items():
+            assert cell["n"] == 8
+            assert cell["accuracy"] == sum(results["outcomes"][name]) / 8
+            assert cell["interval"][0] <= cell["accuracy"] <= cell["interval"][1]
+        assert results["indices"] == list(range(8))
+        assert len(results["panel"]) == 4
+    none = next(record for name, record in found.items() if "_none_" in name)["results"]
+    assert none["not_applicable"] == ["unrolled"]
+    assert str(tmp_path) not in json.dumps(found)
+    assert str(tiny_folder) not in json.dumps(found)
+
+
+def test_label_free_attacks_and_a_generator_are_run_by_name(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = GeneratorCard(id="g", epsilon=8 / 255, width=8, classifier_sha256=("", ""))
+    generator.save(tmp_path / "g", NoiseGenerator(width=8, epsilon=8 / 255), card)
+    named = ("--attacks", "instance-cos,instance-sim,generator", "--purifier", "reverse-attack:steps=2")
+    with_it = arguments(tiny_folder, image_folder, tmp_path / "out", *named, "--generator", str(tmp_path / "g"))
+    assert robustbench_eval.main(with_it) == 0
+    (record,) = records(tmp_path / "out").values()
+    assert {"instance-cos", "instance-sim", "generator"} <= record["results"]["outcomes"].keys()
+    assert str(tmp_path) not in json.dumps(record)
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *named)) == 2
+    assert "--generator FOLDER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("times", "attacks"),
+    [
+        (1, "noise,bpda-apgd-ce,intermediate"),
+        pytest.param(
+            10, "noise,bpda-apgd-ce,bpda-apgd-dlr,intermediate,unrolled,rays", marks=pytest.mark.slow, id="often"
+        ),
+    ],
+)
+def test_killed_at_random_moments_it_ends_with_the_same_files(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, times: int, attacks: str
+) -> None:
+    more = ("--attacks", attacks, "--purifier", "reverse-attack")
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "undisturbed", *more)) == 0
+    command = [sys.executable, str(SCRIPT), *arguments(tiny_folder, image_folder, tmp_path / "killed", *more)]
+    chance, kills = random.Random(0), 0
+    while kills < times:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(list((tmp_path / "killed").rglob("*.npz")))
+        until = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until:  # a kill counts once there is something to lose
+            if len(list((tmp_path / "killed").rglob("*.npz"))) > before:
+                break
+            time.sleep(0.05)
+        time.sleep(chance.random() * 0.3)
+        if process.poll() is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= times / 2
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    assert records(tmp_path / "killed") == records(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (["--epsilon", "8"], "8/255"),
+        (["--model", "no/such"], "no/such"),
+        (["--purifier", "bleach"], "bleach"),
+        (["--purifier", "reverse-attack:speed=9"], "speed"),
+        (["--purifier", "hedge:steps=many"], "steps"),
+        (["--attacks", "magic"], "magic"),
+        (["--n-examples", "99"], "99"),
+        (["--n-examples", "0"], "n_examples"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--shard", "4/3"], "4/3"),
+        (["--device", "abacus"], "abacus"),
+        (["--epsilon", "1"], "8/255"),
+        (["--dataset", "cifar100", "--model", "robustbench:Wong2020Fast:cifar10:Linf"], "another data set"),
+        (["--device", "cuda:99"], "cuda:99"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_argument_is_refused_before_any_compute(
+    bad: list[str], says: str, tiny_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *bad)) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_shards_are_merged_by_the_report(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "whole", *QUICK)) == 0
+    for shard in ("1/2", "2/2"):
+        more = (*QUICK, "--shard", shard)
+        assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "parts", *more)) == 0
+    whole, parts = load_runs(tmp_path / "whole"), load_runs(tmp_path / "parts")
+    assert [run["results"]["figures"] for run in whole] == [run["results"]["figures"] for run in parts]
+    next((tmp_path / "parts").glob("*.shard-2-of-2.json")).unlink()
+    with pytest.raises(DataError, match="shard"):
+        load_runs(tmp_path / "parts")
+
+
+def test_processes_of_torchrun_are_shards(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ("--attacks", "noise", "--purifier", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")  # two chunks leave the third process nothing to do
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
+    (run,) = load_runs(tmp_path / "out")
+    assert run["results"]["indices"] == list(range(8))
+
+
+def test_report_is_whole_and_marks_published_rows(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for epsilon in ("4/255", "8/255"):
+        more = (*QUICK, "--epsilon", epsilon)
+        assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
+    assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert text.count("| measured |") == 4
+    assert "| Bartoldson2024Adversarial_WRN-94-16 | none | 10,000 |  | 93.7 | 73.7" in text
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+    assert page.count("data:image/png") >= 5
+    assert (tmp_path / "report" / "accuracy-against-perturbation-size.png").is_file()
+    assert report.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "x")]) == 2
+    assert "nothing" in capsys.readouterr().err
+
+
+def test_published_rows_are_those_of_the_same_threat() -> None:
+    assert {row.measured for row in published_rows(("cifar10", "Linf", 8 / 255))} == {False}
+    assert not published_rows(("cifar10", "Linf", 2 / 255))
+    assert len(published_rows(("imagenet", "Linf", 4 / 255))) > 5
+    assert len(published_rows(("cifar10", "L2", 0.5))) > 5
+
+
+def test_corruptions_are_generated_from_local_images_and_say_so(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
+    more = (
+        "--threat-model", "corruptions", "--purifier", "none", "--purifier", "reverse-attack:steps=1",
+        "--n-examples", "4", "--chunk", "2",
+    )  # fmt: skip
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
+    for record in records(tmp_path / "out").values():
+        found = record["results"]
+        assert found["corruptions"] == "generated"
+        assert len(found["outcomes"]) == 1 + 15 * 5
+        cells = [cell["accuracy"] for name, cell in found["figures"]["attacks"].items() if name != "clean"]
+        assert found["figures"]["corruptions_mean"] == pytest.approx(sum(cells) / 75)
+    assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
+    assert "generated corruptions" in (tmp_path / "report" / "report.md").read_text()
+    for shard in ("1/2", "2/2"):
+        assert (
+            robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "parts", *more, "--shard", shard))
+            == 0
+        )
+    whole, parts = load_runs(tmp_path / "out"), load_runs(tmp_path / "parts")
+    assert [run["results"]["figures"] for run in whole] == [run["results"]["figures"] for run in parts]
+
+
+@pytest.mark.parametrize("kind", corruptions.KINDS)
+def test_generated_corruption_is_the_same_twice_and_no_copy(images: torch.Tensor, kind: str) -> None:
+    pytest.importorskip("imagecorruptions", exc_type=ImportError)
+    pixels = (images[:2] * 255).round().byte()
+    one, other = (corruptions.generate(pixels, kind, 5) for _ in range(2))
+    assert torch.equal(one, other)
+    assert not torch.equal(one, pixels)
+
+
+def test_imagenet_images_and_class_order_work_end_to_end(tmp_path: Path) -> None:
+    ids = wordnet_ids()
+    assert ids[0] == "n01440764"  # tench
+    assert ids[207] == "n02099601"  # golden retriever
+    torch.manual_seed(0)
+    architecture = Architecture(name="resnet50", num_classes=1000, image_size=224)
+    subject = Checkpoint(
+        Card(id="random", architecture=architecture, classes=ids, data={}, training={"by": "nobody"}),
+        build(architecture),
+    )
+    checkpoint.save(tmp_path / "model", subject)
+    folder = tmp_path / "val"
+    generator = np.random.default_rng(0)
+    from PIL import Image
+
+    for name in (ids[207], ids[3]):  # a partial folder: a class is its WordNet id's, not its rank among folders
+        (folder / name).mkdir(parents=True)
+        Image.fromarray(generator.integers(0, 255, (240, 300, 3), dtype=np.uint8)).save(folder / name / "a.png")
+    data = load_images("imagenet", folder, n=2, image_size=224, classes=ids, cache=tmp_path / "cache")
+    assert sorted(data.labels.tolist()) == [3, 207]
+    more = ["--model", str(tmp_path / "model"), "--dataset", "imagenet", "--epsilon", "4/255", "--data", str(folder),
+            "--n-examples", "2", "--budget", "fast", "--attacks", "noise,bpda-apgd-ce", "--purifier", "hedge:steps=1",
+            "--device", "cpu", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]  # fmt: skip
+    assert robustbench_eval.main(more) == 0
+    (record,) = records(tmp_path / "out").values()
+    assert record["results"]["figures"]["worst_case"]["n"] == 2

@@ -1,0 +1,174 @@
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from tests.conftest import make_checkpoint
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.store import CARD, WEIGHTS, Checkpoint, load, read_card
+from unperturb.models.errors import CheckpointError
+from unperturb.models.purifiers.defended import defend
+from unperturb.models.purifiers.reverse_attack import PRESETS
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    checkpoint.save(tmp_path, make_checkpoint())
+    return tmp_path
+
+
+def rewrite_card(folder: Path, **changed: object) -> None:
+    raw = json.loads((folder / CARD).read_text())
+    (folder / CARD).write_text(json.dumps({**raw, **changed}))
+
+
+def rewrite_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Other weights with a digest that fits, as a hostile card would have."""
+    payload = save(tensors)
+    (folder / WEIGHTS).write_bytes(payload)
+    import hashlib
+
+    rewrite_card(folder, weights_sha256=hashlib.sha256(payload).hexdigest())
+
+
+def test_round_trip_in_full_precision_gives_the_same_scores(tmp_path: Path, images: torch.Tensor) -> None:
+    made = make_checkpoint()
+    card = checkpoint.save(tmp_path, made, half=False)
+    loaded = load(tmp_path)
+    assert loaded.card == card
+    assert torch.equal(loaded.classifier(images), made.classifier(images))
+    assert loaded.head is not None
+    assert made.head is not None
+    features = made.classifier.features(images)
+    assert torch.equal(loaded.head(features), made.head(features))
+    assert loaded.bank is not None
+    assert made.bank is not None
+    assert torch.allclose(loaded.bank.embeddings, made.bank.embeddings, atol=1e-7)
+    assert torch.equal(loaded.bank.labels, made.bank.labels)
+    assert not any(p.requires_grad for p in loaded.classifier.parameters())
+
+
+def test_half_precision_storage_loads_as_float32(folder: Path, images: torch.Tensor) -> None:
+    loaded = load(folder)
+    assert {p.dtype for p in loaded.classifier.parameters()} == {torch.float32}
+    assert torch.allclose(loaded.classifier(images), make_checkpoint().classifier(images), atol=1e-2)
+    assert loaded.bank is not None
+    assert torch.allclose(loaded.bank.embeddings.norm(dim=1), torch.ones(40), atol=1e-6)
+
+
+def test_card_holds_digest_versions_and_schema(folder: Path) -> None:
+    card = read_card(folder)
+    assert len(card.weights_sha256) == 64
+    assert card.made_by["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert card.bank_size == 40
+
+
+def test_classifier_alone_round_trips_but_cannot_purify(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, make_checkpoint(head=False))
+    loaded = load(tmp_path)
+    assert loaded.head is None
+    with pytest.raises(CheckpointError, match="no head"):
+        defend(loaded, PRESETS["default"])
+
+
+def test_altered_weights_are_refused(folder: Path) -> None:
+    payload = bytearray((folder / WEIGHTS).read_bytes())
+    payload[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(payload)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has SHA-256"):
+        load(folder)
+
+
+def test_pickle_in_place_of_weights_is_not_run(folder: Path, tmp_path: Path) -> None:
+    """Invariant 7."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (str(tmp_path / "exploded"),)
+
+    import hashlib
+
+    payload = pickle.dumps(Bomb())
+    (folder / WEIGHTS).write_bytes(payload)
+    rewrite_card(folder, weights_sha256=hashlib.sha256(payload).hexdigest())
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_wrong_shape_unknown_and_missing_tensors_are_refused_by_name(folder: Path) -> None:
+    good = load_file(folder / WEIGHTS)
+    rewrite_weights(folder, {**good, "classifier.linear.bias": torch.zeros(4)})
+    with pytest.raises(CheckpointError, match=r"classifier\.linear\.bias has shape \(4,\)"):
+        load(folder)
+    rewrite_weights(folder, {**good, "classifier.extra": torch.zeros(4)})
+    with pytest.raises(CheckpointError, match=r"unknown classifier\.extra"):
+        load(folder)
+    rewrite_weights(folder, {k: v for k, v in good.items() if k != "head.layers.0.bias"})
+    with pytest.raises(CheckpointError, match=r"lacks head\.layers\.0\.bias"):
+        load(folder)
+
+
+def test_weights_that_are_not_finite_are_refused_on_load_and_on_save(folder: Path) -> None:
+    good = load_file(folder / WEIGHTS)
+    rewrite_weights(folder, {**good, "classifier.linear.bias": torch.tensor([0.0, float("nan"), 0.0])})
+    with pytest.raises(CheckpointError, match=r"classifier\.linear\.bias holds values that are not finite"):
+        load(folder)
+    made = make_checkpoint()
+    with torch.no_grad():
+        next(made.classifier.parameters()).fill_(1e6)  # finite, but not as float16
+    before = (folder / WEIGHTS).read_bytes()
+    with pytest.raises(CheckpointError, match="float16"):
+        checkpoint.save(folder, made)
+    assert (folder / WEIGHTS).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"surprise": 1}, r"unknown keys \['surprise'\]"),
+        ({"schema_version": 99}, "schema version 1"),
+        ({"architecture": {"name": "preact_resnet18"}}, "lacks"),
+        ({"architecture": {"name": "resnet9", "num_classes": 3}}, "resnet9"),
+        ({"architecture": {"name": "preact_resnet18", "num_classes": "3"}}, "num_classes='3' is not of type int"),
+        ({"classes": ["one"]}, "1 classes for 3"),
+        ({"head": {"hidden": 8, "embedding_dim": 4, "temperature": -1.0}}, "temperature"),
+        ({"head": {"hidden": -8, "embedding_dim": 4, "temperature": 0.2}}, "cannot be built"),
+    ],
+    ids=["unknown", "schema", "missing", "architecture", "type", "classes", "temperature", "negative"],
+)
+def test_card_that_it_does_not_know_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
+    rewrite_card(folder, **change)
+    with pytest.raises(CheckpointError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe"])
+def test_card_that_is_no_card_is_refused(folder: Path, content: bytes) -> None:
+    (folder / CARD).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"card\.json"):
+        load(folder)
+
+
+def test_missing_folder_and_missing_weights_are_named(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="no/such/place"):
+        load("no/such/place")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        load(folder)
+
+
+def test_crash_while_saving_leaves_the_old_checkpoint(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    old = load(folder).card
+    monkeypatch.setattr(Path, "replace", fail)
+    made = make_checkpoint()
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(folder, Checkpoint(dataclasses.replace(made.card, id="new"), made.classifier))
+    assert load(folder).card == old

@@ -1,0 +1,126 @@
+"""The gate: measured on clean images that training kept back, stored on the card, and read from there."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import make_checkpoint
+from tests.training.test_training import classifier_arguments
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.gates import gate_of
+from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.purifiers.registry import build_purifier
+from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.training import data
+from unperturb.training.__main__ import main as train
+
+
+@pytest.fixture(scope="module")
+def folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained classifier with a head, random as it is, whose card says what was held out."""
+    root = tmp_path_factory.mktemp("gate")
+    assert train(classifier_arguments(image_folder, root / "run", "--epochs", "1")) == 0
+    made, tiny = checkpoint.load(root / "run" / "checkpoint"), make_checkpoint()
+    head_training = {"held_out": 9, "seed": 0, "data_sha256": made.card.data["sha256"]}
+    card = dataclasses.replace(made.card, head=tiny.card.head, head_training=head_training)
+    checkpoint.save(root / "head", checkpoint.Checkpoint(card, made.classifier, tiny.head, tiny.bank))
+    return root / "head"
+
+
+def test_gate_is_the_quantile_of_clean_images_losses(
+    folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(PRESETS, "published")
+    arguments = [
+        "gate",
+        "--checkpoint",
+        str(folder),
+        "--data",
+        str(image_folder),
+        "--quantile",
+        "0.7",
+        "--device",
+        "cpu",
+    ]
+    assert train([*arguments, "--cache", str(tmp_path)]) == 0
+    loaded = checkpoint.load(folder)
+    assert loaded.card.gates.keys() == set(PRESETS)
+    dataset = data.load(str(image_folder), image_size=32, cache=tmp_path)
+    held = data.kept_back(dataset, loaded.card)
+    x, seeds = held.images.float() / 255, torch.zeros(9, dtype=torch.int64)  # as served
+    for name in PRESETS:
+        gate = loaded.card.gates[name]
+        losses = build_purifier(f"reverse-attack:{name}", loaded).descend(x, seeds=seeds).losses[0]
+        assert gate["loss"] == pytest.approx(float(losses.quantile(0.7)), abs=1e-4)
+        assert gate["n"] == 9
+        assert gate["clean_left"] == pytest.approx(6 / 9, abs=0.12)
+        left = build_purifier(f"reverse-attack:{name},gate=auto", loaded).descend(x, seeds=seeds)
+        unchanged = (left.image == x).flatten(1).all(1)
+        assert torch.equal(unchanged, losses <= gate["loss"])
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "says"),
+    [
+        ("reverse-attack:gate=auto", CheckpointError, "training gate"),
+        ("reverse-attack:gate=auto,views=4", ConfigError, "views"),
+        ("reverse-attack:gate=soon", ConfigError, "gate"),
+    ],
+)
+def test_gate_that_is_not_there_is_refused(spec: str, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        build_purifier(spec, make_checkpoint())
+
+
+@pytest.mark.parametrize(
+    "gates", [{"default": {"loss": float("nan")}}, {"default": {}}, {"default": 5.0}, [], "x"], ids=str
+)
+def test_card_with_a_bad_gate_is_refused(gates: object, tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_folder, tmp_path / "bad")
+    card = json.loads((tmp_path / "bad" / "card.json").read_text())
+    (tmp_path / "bad" / "card.json").write_text(json.dumps({**card, "gates": gates}))
+    with pytest.raises(CheckpointError, match="gate"):
+        checkpoint.load(tmp_path / "bad")
+
+
+def test_shipped_checkpoint_has_a_gate_for_every_preset() -> None:
+    card = checkpoint.read_card(checkpoint.resolve("default"))
+    for name in PRESETS:
+        assert 0 < gate_of(card, name) < 20
+        assert card.gates[name]["n"] == 1000
+
+
+def test_gate_of_other_weights_is_refused(folder: Path) -> None:
+    loaded = checkpoint.load(folder)
+    gates = {"default": {"loss": 1.0, "weights_sha256": "0" * 64}}
+    other = dataclasses.replace(loaded, card=dataclasses.replace(loaded.card, gates=gates))
+    with pytest.raises(CheckpointError, match="these weights"):
+        build_purifier("reverse-attack:gate=auto", other)
+
+
+def test_images_that_the_head_was_trained_on_are_not_held_back(
+    folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    card, dataset = checkpoint.load(folder).card, data.load(str(image_folder), image_size=32, cache=tmp_path)
+    other = dataclasses.replace(card, head_training={**card.head_training, "held_out": 30, "seed": 1})
+    both = data.kept_back(dataset, other)
+    for seed, count in ((0, 9), (1, 30)):
+        _, held = data.hold_out(dataset.train, count, seed=seed)
+        assert all(any(torch.equal(image, one) for one in held.images) for image in both.images)
+    assert 0 < len(both.labels) < 9
+    with pytest.raises(ConfigError, match="other images"):
+        data.kept_back(dataset._replace(digest="0"), card)
+    with pytest.raises(ConfigError, match="does not say"):
+        data.kept_back(dataset, make_checkpoint().card)
+
+
+@pytest.mark.parametrize(
+    "bad", [["--quantile", "1"], ["--images", "-1"], ["--checkpoint", "no/such"]], ids=lambda b: b[0]
+)
+def test_bad_argument_is_refused(bad: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(["gate", "--checkpoint", str(folder), "--data", "nowhere", "--device", "cpu", *bad]) == 2
+    assert bad[1] in capsys.readouterr().err

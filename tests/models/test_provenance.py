@@ -1,0 +1,31 @@
+"""What made an artefact."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from unperturb.models import provenance
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *arguments], cwd=folder, check=True)
+
+
+def test_commit_tells_changed_code_but_not_new_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, figures = tmp_path / "models" / "a.py", tmp_path / "benchmarks" / "results" / "a.json"
+    for file in (code, figures):
+        file.parent.mkdir(parents=True)
+        file.write_text("1\n")
+    monkeypatch.setattr(provenance, "__file__", str(code))
+    assert provenance.commit() is None
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    clean = provenance.commit()
+    assert clean is not None
+    assert len(clean) == 40
+    figures.write_text("2\n")
+    assert provenance.commit() == clean
+    code.write_text("2\n")
+    assert provenance.commit() == clean + "+changes"

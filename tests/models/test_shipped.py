@@ -1,0 +1,100 @@
+"""The shipped checkpoint, on real images where they are at hand."""
+
+import importlib.util
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from tests.support.serving import wait_until_ready
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.service.http.app import create_app
+from unperturb.service.settings import Settings
+
+UNPACK = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
+real_images = pytest.mark.skipif(not UNPACK.is_file(), reason="the real CIFAR-10 images are not at ../shared/data")
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    with TestClient(create_app(Settings(device="cpu", patience=1e6, timeout_s=1000.0))) as opened:
+        wait_until_ready(opened)
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def test_images() -> tuple[list[bytes], list[int]]:
+    """The first 1,000 real test images as PNG files, and their labels."""
+    spec = importlib.util.spec_from_file_location("unpack", UNPACK)
+    assert spec is not None
+    assert spec.loader is not None
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    images, labels = unpack.read("cifar10", "test", 1000)
+    files = []
+    for image in images:
+        buffer = BytesIO()
+        Image.fromarray(image).save(buffer, "PNG")
+        files.append(buffer.getvalue())
+    return files, labels.tolist()
+
+
+def test_it_ships_whole_small_and_with_the_figures_that_it_must_have() -> None:
+    folder = checkpoint.resolve("default")
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 24e6
+    loaded = checkpoint.load("default")
+    assert loaded.bank is not None
+    assert 1000 <= len(loaded.bank.labels) <= 4000
+    test = loaded.card.figures["test"]
+    assert test["n"] == 10_000
+    assert test["clean_accuracy"] >= 0.65
+    assert test["pgd_accuracy"] >= 0.36
+    measured = loaded.card.figures["purification"]
+    for preset in ("default", "fast"):
+        assert measured[preset]["attacked"]["n"] == 1000
+        assert measured[preset]["attacked"]["gain"]["mean"] >= 0.05
+        assert measured[preset]["clean"]["gain"]["mean"] >= -0.01
+    for name in ("clean", "attacked"):  # what `fast` must keep to be that
+        assert measured["fast"][name]["accuracy"] >= measured["published"][name]["accuracy"] - 0.005
+
+
+@real_images
+@pytest.mark.parametrize("purify", ["always", "never"])
+def test_posted_images_give_the_accuracy_that_the_card_states(
+    client: TestClient, test_images: tuple[list[bytes], list[int]], purify: str
+) -> None:
+    files, labels = test_images
+
+    def predict(payload: bytes) -> int:
+        answer = client.post(f"/classify?purify={purify}", content=payload, headers={"content-type": "image/png"})
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["predictions"][0]["index"])
+
+    with ThreadPoolExecutor(32) as pool:
+        found = np.mean(np.array(list(pool.map(predict, files))) == np.array(labels))
+    figures = checkpoint.read_card(checkpoint.resolve("default")).figures["purification"]
+    stated = figures["default" if purify == "always" else "classifier"]["clean"]["accuracy"]
+    assert abs(found - stated) <= 0.005
+
+
+@real_images
+@pytest.mark.parametrize(("preset", "tolerance"), [("default", 1e-4), ("fast", 1e-4), ("published", 1e-3)])
+def test_image_alone_and_among_31_others_gets_the_same_scores(
+    client: TestClient, test_images: tuple[list[bytes], list[int]], preset: str, tolerance: float
+) -> None:
+    files, _ = test_images
+
+    def scores(payload: bytes) -> dict[int, float]:
+        answer = client.post(f"/classify?preset={preset}&top_k=10", files={"image": payload})
+        return {p["index"]: p["score"] for p in answer.json()["predictions"]}
+
+    alone = [scores(payload) for payload in files[:4]]
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(scores, files[:32]))
+    for one, other in zip(alone, together, strict=False):
+        assert max(abs(one[i] - other[i]) for i in one) < tolerance

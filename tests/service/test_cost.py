@@ -1,0 +1,64 @@
+"""What images cost a device, against hand-made timings."""
+
+import pytest
+
+from unperturb.models.checkpoints.store import read_card, resolve
+from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.cost import Cost, Spent
+from unperturb.service.engine.registry import Model
+from unperturb.service.engine.stages import ATTACK, passes, shape
+
+STAGES = [None, ATTACK, *PRESETS]
+
+
+def test_line_through_two_timings_gives_both_back() -> None:
+    small, large = Spent(3, 10, 0.40), Spent(3, 160, 1.15)
+    cost = Cost.between(small, large)
+    assert cost.seconds(3, 10) == pytest.approx(0.40)
+    assert cost.seconds(3, 160) == pytest.approx(1.15)
+
+
+@pytest.mark.parametrize(
+    "large",
+    [Spent(3, 160, 0.39), Spent(3, 160, 100.0), Spent(3, 10, 0.4)],
+    ids=["free in a batch", "dearer in a batch", "slots for one"],
+)
+def test_noisy_timings_give_no_negative_cost(large: Spent) -> None:
+    cost = Cost.between(Spent(3, 10, 0.40), large)
+    assert min(cost) >= 0
+    assert cost.seconds(3, 10) == pytest.approx(0.40)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_equal_images_add_all_of_their_passes(stage: str | None) -> None:
+    cost = Cost(per_batch_s=0.5, per_pass_s=0.001)
+    assert cost.alone(stage) == pytest.approx(0.5 * (shape(stage)[0] + 1) + 0.001 * passes(stage))
+    if stage is not None:
+        assert cost.beside(stage, stage) == pytest.approx(0.001 * passes(stage))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("other", STAGES)
+def test_other_image_adds_no_more_than_its_own_passes(stage: str | None, other: str | None) -> None:
+    assert 0 < Cost(0.0, 1.0).beside(other, stage) <= passes(other)
+
+
+def test_another_models_images_cost_batches_of_their_own() -> None:
+    cost = Cost(per_batch_s=10.0, per_pass_s=1.0)
+    steps = PRESETS["default"].loop.steps
+    assert cost.beside("published", "default", together=False) == cost.beside("published", "default") + 10 * steps
+
+
+def test_one_step_that_hung_does_not_change_the_pace_for_long() -> None:
+    model = Model(1, "a", "a", read_card(resolve("default")))
+    model.observe(1e6)
+    assert 1 < model.pace < 2
+    for _ in range(100):
+        model.observe(1e-6)
+    assert 0.1 <= model.pace < 0.11
+
+
+def test_long_neighbour_adds_only_the_steps_that_are_shared() -> None:
+    few, many = PRESETS["default"], PRESETS["published"]
+    assert Cost(0.0, 1.0).beside("published", "default") == few.loop.steps * many.views * 3
+    assert Cost(0.0, 1.0).beside("published", None) == many.views * 3

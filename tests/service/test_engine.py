@@ -1,0 +1,146 @@
+"""The engine: continuous batches of different presets, and what each image gets."""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support.engines import close, one, submit, uint8
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.inference.folding import prepared
+from unperturb.models.purifiers.defended import defend
+from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine import scheduler as lane
+from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.handle import WorkerHandle
+from unperturb.service.engine.messages import Outcome, Work
+from unperturb.service.engine.scheduler import Lane
+from unperturb.service.engine.stages import ATTACK, stages_of
+from unperturb.service.engine.worker import WorkerConfig
+
+
+@pytest.mark.parametrize("preset", ["default", "published"])
+@pytest.mark.parametrize("execution", ["eager", "captured"])
+def test_outcome_is_that_of_the_defended_classifier(
+    engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, preset: str, execution: str
+) -> None:
+    engine = engines(execution=execution, slots=2)
+    expected = defend(prepared(checkpoint.load(tiny_folder)), PRESETS[preset]).classify(images[:1], seed=7)
+    outcome = one(engine, uint8(images)[0], preset, seed=7, wants_image=True)
+    assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)
+    assert close(outcome.unpurified_scores, expected.unpurified_logits[0].softmax(0), 1e-5)
+    assert outcome.loss_before is not None
+    assert outcome.loss_after is not None
+    assert outcome.linf is not None
+    assert close(outcome.image, expected.image[0], 1e-3)
+    assert abs(outcome.loss_before - float(expected.trace.loss_before)) < 1e-3
+    assert abs(outcome.loss_after - float(expected.trace.loss_after)) < 1e-2
+    assert abs(outcome.linf - float(expected.trace.linf)) < 1e-4
+    assert close(np.array(outcome.losses), expected.trace.losses[:, 0], 1e-2)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch's compiler needs g++")
+def test_compiled_steps_give_the_same_outcome(
+    engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane, "stages_of", lambda loaded: {"default": stages_of(loaded)["default"]})  # for time's sake
+    compiler, compiled = torch.compile, []
+
+    def watched(*given: Any, **options: Any) -> Any:
+        compiled.append(given)
+        return compiler(*given, **options)
+
+    monkeypatch.setattr(torch, "compile", watched)
+    engine = engines(execution="compiled", slots=1)
+    expected = defend(prepared(checkpoint.load(tiny_folder)), PRESETS["default"]).classify(images[:1], seed=7)
+    outcome = one(engine, uint8(images)[0], "default", seed=7, wants_image=True)
+    assert len(compiled) == 1
+    assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)
+    assert close(outcome.image, expected.image[0], 1e-3)
+
+
+def test_presets_attacks_and_plain_images_share_batches_and_keep_their_own_answers(
+    engines: Callable[..., Engine], images: torch.Tensor
+) -> None:
+    engine, pixels = engines(slots=16), uint8(images)
+    kinds = ["default", "published", None, ATTACK]
+    alone = [one(engine, pixels[i], kind, seed=i) for i, kind in enumerate(kinds)]
+    mixed: set[frozenset[str | None]] = set()
+    tick = Lane.tick
+
+    def watched(lane: Lane) -> Any:
+        mixed.add(frozenset(slot.work.stage for slot in lane.slots))
+        return tick(lane)
+
+    async def together() -> list[list[Outcome]]:
+        return await asyncio.gather(
+            *(submit(engine, [pixels[i]], kind, seed=i) for i, kind in enumerate(kinds)),
+            *(submit(engine, pixels, kind, seed=9) for kind in kinds),
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lane, "tick", watched)
+        found = asyncio.run(together())
+    assert any({"default", "published", ATTACK} <= kinds for kinds in mixed)
+    for (outcome,), expected in zip(found, alone, strict=False):
+        assert close(outcome.scores, expected.scores, 1e-4)
+        assert outcome.loss_before == pytest.approx(expected.loss_before, abs=1e-4)
+
+
+def test_attack_raises_the_loss_within_its_ball(engines: Callable[..., Engine], images: torch.Tensor) -> None:
+    outcome = one(engines(), uint8(images)[0], ATTACK, wants_image=True)
+    assert outcome.loss_before is not None
+    assert outcome.loss_after is not None
+    assert outcome.loss_after > outcome.loss_before
+    assert outcome.image is not None
+    assert np.abs(outcome.image - images[0].numpy()).max() <= 8 / 255 + 1e-6
+
+
+def test_newcomer_with_few_steps_overtakes_one_with_many(engines: Callable[..., Engine], images: torch.Tensor) -> None:
+    engine, pixels, order = engines(), uint8(images), []
+
+    async def noted(name: str, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        await submit(engine, [pixels[0]], name)
+        order.append(name)
+
+    async def both() -> None:
+        await asyncio.gather(noted("published", 0), noted("default", 0.02))
+
+    asyncio.run(both())
+    assert order == ["default", "published"]
+
+
+def test_two_devices_share_one_queue(engines: Callable[..., Engine], images: torch.Tensor) -> None:
+    engine = engines(workers=2, slots=2)
+
+    async def run() -> list[Outcome]:
+        task = asyncio.create_task(submit(engine, uint8(images) * 2))
+        await asyncio.sleep(0)
+        assert [len(worker.busy) for worker in engine.workers] == [2, 2]
+        assert engine.waiting == 12
+        return await task
+
+    found = asyncio.run(run())
+    for first, again in zip(found[:8], found[8:], strict=True):
+        assert close(first.scores, again.scores, 1e-4)
+
+
+def test_images_without_steps_do_not_take_the_slots_of_those_with() -> None:
+    handle = WorkerHandle(WorkerConfig("cpu", 2, 1, "eager", "float32", "warning", "text"), lambda *_: None)
+    black = np.zeros((3, 8, 8), dtype=np.uint8)
+    for i in range(2):
+        handle.give(Work(i, 1, black, None, 0, False, 0.0))
+    assert handle.room(None) == 0
+    assert handle.room("default") == 2
+    for i in range(2, 4):
+        handle.give(Work(i, 1, black, "default", 0, False, 0.0))
+    assert handle.room("default") == 0
+    handle.take_back([0, 2])
+    assert handle.room(None) == 1
+    assert handle.room("default") == 1

@@ -1,0 +1,153 @@
+"""The engine's bounded queue, deadlines, and clients that have gone."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.engines import hold_steps, submit, uint8
+from unperturb.models.errors import DeadlineError, NotReadyError
+from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.cost import Cost
+from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.scheduler import Lane, Slot
+from unperturb.service.engine.stages import passes
+
+
+def test_queue_is_bounded_by_count_and_refuses_a_list_as_a_whole(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pixels = engines(slots=2, max_queue=3), uint8(images)
+    go = hold_steps(monkeypatch)
+
+    async def fill() -> None:
+        waiting = [asyncio.create_task(submit(engine, [pixels[0]])) for _ in range(2)]
+        while engine.in_slots < 2:
+            await asyncio.sleep(0.005)
+        waiting.append(asyncio.create_task(submit(engine, pixels[:2])))
+        await asyncio.sleep(0.02)
+        with pytest.raises(NotReadyError, match=r"2 images are waiting, and at most 3 may") as refused:
+            await submit(engine, pixels[:2])
+        assert refused.value.retry_after_s is not None
+        assert refused.value.retry_after_s >= 1
+        assert engine.waiting == 2
+        go.set()
+        assert [len(done) for done in await asyncio.gather(*waiting)] == [1, 1, 2]
+
+    asyncio.run(fill())
+
+
+def test_queue_is_bounded_by_work(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pixels = engines(patience=1 / 3, usual="published"), uint8(images)
+    go = hold_steps(monkeypatch)
+
+    async def fill() -> None:
+        engine.models.get(None).cost = Cost(per_pass_s=30 / passes("published"))
+        waiting = asyncio.create_task(submit(engine, [pixels[0]], "published"))
+        await asyncio.sleep(0)
+        with pytest.raises(NotReadyError, match=r"would take about 30\.00 s, at most 10\.00 s may") as refused:
+            await submit(engine, [pixels[0]], "published")
+        assert refused.value.retry_after_s == 20
+        few = asyncio.create_task(submit(engine, [pixels[0]]))  # does not wait for all of the other's steps
+        begun = asyncio.create_task(submit(engine, [pixels[0]], "published", begun=True))
+        await asyncio.sleep(0.02)
+        go.set()
+        await asyncio.gather(waiting, few, begun)
+
+    asyncio.run(fill())
+
+
+def test_patience_is_in_multiples_of_a_newcomers_own_time(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pixels = engines(patience=1.5), uint8(images)
+    go = hold_steps(monkeypatch)
+
+    async def fill() -> None:
+        engine.models.get(None).cost = Cost(per_pass_s=0.01)  # a batch saves nothing
+        waiting = [asyncio.create_task(submit(engine, pixels[:3]))]  # a lone request is taken whatever its size
+        await asyncio.sleep(0)
+        with pytest.raises(NotReadyError, match="at most"):
+            await submit(engine, [pixels[0]])
+        with pytest.raises(NotReadyError, match="at most"):
+            engine.refuse_if_full(engine.models.get(None), "default")
+        engine.refuse_if_full(None, "default")  # who does not say yet what it is
+        waiting.append(asyncio.create_task(submit(engine, [pixels[0]], "published")))  # its own time is longer
+        await asyncio.sleep(0.02)
+        go.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(fill())
+
+
+def test_newcomer_that_others_would_make_late_is_refused(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pixels = engines(), uint8(images)
+    go = hold_steps(monkeypatch)
+
+    async def fill() -> None:
+        engine.models.get(None).cost = Cost(per_pass_s=10 / passes("default"))
+        waiting = [asyncio.create_task(submit(engine, [pixels[0]], timeout_s=1))]  # alone it is taken
+        await asyncio.sleep(0)
+        with pytest.raises(NotReadyError, match=r"about 10\.00 s, at most [45]\.\d\d s may"):
+            await submit(engine, [pixels[0]], timeout_s=15)
+        waiting.append(asyncio.create_task(submit(engine, [pixels[0]], timeout_s=30)))
+        await asyncio.sleep(0.02)
+        go.set()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+    asyncio.run(fill())
+
+
+def test_deadline_frees_the_slot_between_steps_and_is_checked_in_the_queue(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pixels = engines(slots=2), uint8(images)
+    go = hold_steps(monkeypatch)
+
+    async def expire() -> list[Any]:
+        engine.models.get(None).cost = Cost()  # so that none is refused for what it would take
+        in_slots = [asyncio.create_task(submit(engine, [pixels[0]], "published", timeout_s=0.2)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert engine.in_slots == 2
+        queued = asyncio.create_task(submit(engine, [pixels[1]], timeout_s=0.2))
+        alive = asyncio.create_task(submit(engine, [pixels[2]]))
+        await asyncio.sleep(0.3)
+        go.set()
+        return await asyncio.gather(*in_slots, queued, alive, return_exceptions=True)
+
+    *late, alive = asyncio.run(expire())
+    assert [type(error) for error in late] == [DeadlineError] * 3
+    assert len(alive) == 1
+    assert engine.in_slots == 0
+
+
+def test_cancelled_request_frees_its_slot_at_the_next_step(
+    engines: Callable[..., Engine], images: torch.Tensor
+) -> None:
+    engine, steps = engines(), []
+    step = Lane._step
+
+    def counted(lane: Lane, slots: list[Slot]) -> None:
+        steps.append(len(slots))
+        step(lane, slots)
+
+    async def leave() -> None:
+        task = asyncio.create_task(submit(engine, uint8(images), "published"))
+        while not steps:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lane, "_step", counted)
+        asyncio.run(leave())
+        before = len(steps)
+        time.sleep(0.3)
+    assert len(steps) <= before + 1 < PRESETS["published"].loop.steps

@@ -1,0 +1,151 @@
+"""The KServe v2 protocol, by its official client and by hand."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+
+from tests.support.engines import ThreadHandle
+from tests.support.serving import photo, settings, wait_until_ready
+from unperturb.service.http.app import create_app
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def address(tiny_folder: Path) -> Iterator[str]:
+    """A real server in a thread."""
+    app = create_app(settings(tiny_folder), handle=ThreadHandle)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not (server.started and app.state.engine.warm.is_set()):
+        assert thread.is_alive()
+        time.sleep(0.02)
+    yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def client(tiny_folder: Path) -> Iterator[TestClient]:
+    with TestClient(create_app(settings(tiny_folder), handle=ThreadHandle)) as opened:
+        wait_until_ready(opened)
+        yield opened
+
+
+def batch(count: int = 2) -> np.ndarray[Any, np.dtype[np.float32]]:
+    return np.random.default_rng(0).random((count, 3, 32, 32), dtype=np.float32)
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
+@pytest.mark.parametrize("datatype", ["FP32", "UINT8"])
+def test_official_client_is_served(address: str, binary: bool, datatype: str) -> None:
+    from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
+
+    with InferenceServerClient(address) as official:
+        assert official.is_server_live()
+        assert official.is_server_ready()
+        assert official.is_model_ready("tiny")
+        metadata = official.get_model_metadata("tiny")
+        assert metadata["inputs"] == [{"name": "image", "datatype": "FP32", "shape": [-1, 3, 32, 32]}]
+        images = batch() if datatype == "FP32" else (batch() * 255).astype(np.uint8)
+        tensor = InferInput("image", list(images.shape), datatype)
+        tensor.set_data_from_numpy(images, binary_data=binary)
+        wanted = [
+            InferRequestedOutput(name, binary_data=binary)
+            for name in ("scores", "label", "unpurified_scores", "purified", "loss_before", "loss_after", "linf")
+        ]
+        result = official.infer(
+            "tiny", [tensor], outputs=wanted, request_id="seven", parameters={"preset": "default", "seed": 3}
+        )
+        assert result.get_response()["id"] == "seven"
+        scores, purified = result.as_numpy("scores"), result.as_numpy("purified")
+        assert scores.shape == (2, 3)
+        assert np.allclose(scores.sum(1), 1, atol=1e-5)
+        assert result.as_numpy("label").tolist() == scores.argmax(1).tolist()
+        received = images if datatype == "FP32" else images / np.float32(255)
+        assert np.allclose(np.abs(purified - received).max((1, 2, 3)), result.as_numpy("linf"), atol=1e-5)
+        assert 0 < result.as_numpy("linf").max() <= 8 / 255 + 1e-6
+
+
+def test_client_is_told_what_is_wrong(address: str) -> None:
+    from tritonclient.http import InferenceServerClient, InferInput
+    from tritonclient.utils import InferenceServerException
+
+    with InferenceServerClient(address) as official:
+        tensor = InferInput("image", [1, 3, 8, 8], "FP32")
+        tensor.set_data_from_numpy(np.zeros((1, 3, 8, 8), dtype=np.float32))
+        with pytest.raises(InferenceServerException, match=r"takes \[batch, 3, 32, 32\]"):
+            official.infer("tiny", [tensor])
+        with pytest.raises(InferenceServerException, match="'other' is not loaded"):
+            official.get_model_metadata("other")
+
+
+def test_scores_are_those_of_classify(client: TestClient) -> None:
+    from io import BytesIO
+
+    from PIL import Image
+
+    pixels = np.asarray(Image.open(BytesIO(photo()))).transpose(2, 0, 1)[None]
+    body = {
+        "inputs": [{"name": "image", "shape": list(pixels.shape), "datatype": "UINT8", "data": pixels.tolist()}],
+        "parameters": {"seed": 5},
+    }
+    answer = client.post("/v2/models/tiny/infer", json=body).json()
+    scores = next(output for output in answer["outputs"] if output["name"] == "scores")["data"]
+    expected = client.post("/classify?seed=5", files={"image": photo()}).json()["predictions"]
+    for one in expected:
+        assert abs(scores[one["index"]] - one["score"]) < 1e-5
+
+
+def request(**changed: Any) -> dict[str, Any]:
+    tensor = {"name": "image", "shape": [1, 3, 32, 32], "datatype": "FP32", "data": [0.5] * 3072, **changed}
+    return {"inputs": [tensor]}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (request(data=[0.5] * 3071), 400, "3071 numbers"),
+        (request(data=[float("nan")] * 3072), 422, "not numbers"),
+        (request(data=[1.5] * 3072), 422, "outside [0, 1]"),
+        (request(data=[-1] * 3072, datatype="UINT8"), 422, "outside [0, 255]"),
+        (request(data=[[0.5], [0.5, 0.5]]), 400, "one shape"),
+        (request(data=["x"] * 3072), 400, "numbers"),
+        (request(shape=[1, 3, -32, -32]), 400, "shape"),
+        (request(shape=[1, 1, 96, 32]), 400, "shape"),
+        (request(shape=[3072]), 400, "shape"),
+        (request(name="pixels"), 400, "name"),
+        (request(datatype="FP64"), 400, "datatype"),
+        (request(data=None), 400, "either"),
+        (request(data=None, parameters={"binary_data_size": 4}), 400, "binary_data_size=4"),
+        ({**request(), "outputs": [{"name": "logits"}]}, 400, "'logits' is not one of"),
+        ({**request(), "outputs": [{"name": "scores"}] * 2}, 400, "asked for twice"),
+        ({**request(), "parameters": {"colour": 1}}, 422, "parameters.colour"),
+        ({**request(), "parameters": {"purify": "never"}, "outputs": [{"name": "linf"}]}, 400, "'linf'"),
+        ({"inputs": []}, 400, "inputs"),
+        (request(shape=[40, 3, 32, 32], data=[0.5] * 3072 * 40), 413, "40 images; at most 32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_bad_tensor_is_refused_by_name(client: TestClient, body: dict[str, Any], status: int, message: str) -> None:
+    answer = client.post("/v2/models/tiny/infer", content=json.dumps(body))
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["error"]
+
+
+@pytest.mark.parametrize("length", ["x", "-1", "0", "99999999", "1e3", "9" * 5000])
+def test_bad_header_length_is_refused(client: TestClient, length: str) -> None:
+    answer = client.post(
+        "/v2/models/tiny/infer", content=b"{}", headers={"inference-header-content-length": length}
+    )  # fmt: skip
+    assert answer.status_code == 400
+    assert "inference-header-content-length" in answer.json()["error"]

@@ -1,0 +1,95 @@
+"""The command line."""
+
+import json
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from tests.support.serving import photo
+from unperturb.service.cli import app
+from unperturb.service.keys import digest
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    path.write_bytes(photo())
+    return path
+
+
+def test_classify_prints_a_line_for_each_file_and_json_on_request(file: Path, tiny_folder: Path) -> None:
+    result = run(app, ["classify", str(file), str(file), "--checkpoint", str(tiny_folder), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count(f"{file}: ") == 2
+    assert "unpurified" in result.output
+    result = run(app, ["classify", str(file), "--checkpoint", str(tiny_folder), "--json", "--top-k", "2"])
+    record = json.loads(result.output)
+    assert len(record["predictions"]) == 2
+    assert record["predictions"][0]["label"] in ("red", "green", "blue")
+
+
+def test_classify_names_a_broken_file_and_goes_on(file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(photo()[:80])
+    result = run(app, ["classify", str(broken), str(file), "--checkpoint", str(tiny_folder)])
+    assert result.exit_code == 1
+    assert f"{broken}: the image is damaged" in result.output
+    assert f"{file}: " in result.output
+
+
+def test_purify_writes_a_png_within_epsilon(file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "purified.png"
+    result = run(app, ["purify", str(file), "--out", str(out), "--checkpoint", str(tiny_folder)])
+    assert result.exit_code == 0, result.output
+    difference = np.abs(np.asarray(Image.open(out)).astype(int) - np.asarray(Image.open(BytesIO(photo()))).astype(int))
+    assert 0 < difference.max() <= 8
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["file", "shipped drawing"])
+def test_demo_prints_three_predictions_and_writes_a_picture(
+    file: Path, tiny_folder: Path, tmp_path: Path, given: bool
+) -> None:
+    out = tmp_path / "demo.png"
+    result = run(app, ["demo", *([str(file)] if given else []), "--out", str(out), "--checkpoint", str(tiny_folder)])
+    assert result.exit_code == 0, result.output
+    assert [line.split(":")[0] for line in result.output.splitlines()[:3]] == ["original", "attacked", "purified"]
+    with Image.open(out) as picture:
+        assert min(picture.size) > 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "no/such"], "no/such"),
+        (["--preset", "best"], "'best' is not one of default, fast, published"),
+        (["--device", "tpu"], "tpu"),
+    ],
+)
+def test_bad_option_is_refused_in_one_line(file: Path, arguments: list[str], message: str) -> None:
+    result = run(app, ["classify", str(file), *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_train_is_the_training_module() -> None:
+    done = subprocess.run([sys.executable, "-c", "from service.main import main; main()", "train", "--help"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0
+    assert "classifier" in done.stdout
+    assert "head" in done.stdout
+
+
+def test_key_prints_a_secret_and_the_pair_that_knows_it() -> None:
+    result = run(app, ["key", "ann"])
+    secret, pair = (line.split(":", 1)[1].strip() for line in result.output.splitlines())
+    assert pair == f"ann:{digest(secret)}"
+    assert run(app, ["key", "a b"]).exit_code == 2

@@ -1,0 +1,119 @@
+"""Metrics, logs and traces."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from tests.support.engines import ThreadHandle
+from tests.support.serving import photo, settings, wait_until_ready
+from unperturb.models.errors import ConfigError
+from unperturb.service.http.app import create_app
+from unperturb.service.telemetry import tracing
+from unperturb.service.telemetry.logs import JsonLines, Text
+
+
+@pytest.fixture(scope="module")
+def client(tiny_folder: Path) -> Iterator[TestClient]:
+    with TestClient(create_app(settings(tiny_folder), handle=ThreadHandle)) as opened:
+        wait_until_ready(opened)
+        yield opened
+
+
+def value(client: TestClient, sample: str) -> float:
+    """A sample of /metrics; 0 where it is not there yet."""
+    for line in client.get("/metrics").text.splitlines():
+        if line.startswith(f"{sample} "):
+            return float(line.rsplit(" ", 1)[1])
+    return 0.0
+
+
+def test_metrics_count_what_happened(client: TestClient) -> None:
+    names = {
+        "requests": 'unperturb_requests_total{preset="default",route="/classify",status="200"}',
+        "refused": 'unperturb_rejected_total{reason="UnsupportedType"}',
+        "images": 'unperturb_images_total{preset="default"}',
+        "steps": "unperturb_steps_total",
+        "waits": "unperturb_queue_wait_seconds_count",
+        "linf": 'unperturb_purification_linf_count{preset="default"}',
+        "drops": 'unperturb_purification_loss_drop_count{preset="default"}',
+        "batches": "unperturb_batch_slots_count",
+    }
+    before = {key: value(client, name) for key, name in names.items()}
+    body = client.post("/classify", files=[("images", photo(i)) for i in range(3)])
+    assert body.status_code == 200
+    assert client.post("/classify", content=b"GIF89a", headers={"content-type": "image/png"}).status_code == 415
+    added = {key: value(client, name) - before[key] for key, name in names.items()}
+    assert added["requests"] == 1
+    assert added["refused"] == 1
+    assert added["images"] == added["waits"] == added["linf"] == added["drops"] == 3
+    assert added["steps"] == 15  # three images, five steps
+    assert added["batches"] >= 5
+    assert value(client, "unperturb_queue_length") == value(client, "unperturb_slots_in_use") == 0
+    assert client.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_log_has_a_line_for_each_request_and_nothing_of_the_image(
+    client: TestClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="unperturb.access"):
+        answer = client.post("/classify", files={"image": photo()}, headers={"x-request-id": "my-id_1"})
+    (record,) = [r for r in caplog.records if r.name == "unperturb.access"]
+    line = json.loads(JsonLines().format(record))
+    assert answer.headers["x-request-id"] == answer.json()["request_id"] == line["request_id"] == "my-id_1"
+    assert (line["method"], line["route"], line["status"], line["preset"]) == ("POST", "/classify", 200, "default")
+    assert line["ms"] > 0
+    assert line["level"] == "info"
+    assert set(line) == {
+        "time", "level", "logger", "message", "request_id", "method", "route", "status", "ms", "client", "preset"
+    }  # fmt: skip
+    assert "route=/classify" in Text().format(record)
+
+
+def test_exception_is_in_the_log_and_an_odd_id_is_replaced(client: TestClient) -> None:
+    try:
+        raise ValueError("inside")
+    except ValueError as error:
+        record = logging.LogRecord("x", logging.ERROR, "file", 1, "it failed", (), (ValueError, error, None))
+    assert "ValueError: inside" in json.loads(JsonLines().format(record))["exception"]
+    for odd in ("a b", "x" * 65, 'a"b', "<script>"):
+        answer = client.get("/healthz", headers={"x-request-id": odd})
+        assert answer.headers["x-request-id"] != odd
+
+
+def test_requests_become_spans_under_the_callers_own(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    exporter = InMemorySpanExporter()
+    monkeypatch.setattr(tracing, "set_up", lambda: tracing.Tracing(exporter))
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    with TestClient(create_app(settings(tiny_folder), handle=ThreadHandle)) as traced:
+        wait_until_ready(traced)
+        traced.post("/classify", files={"image": photo()}, headers={"traceparent": parent})
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    request = spans["POST /classify"]
+    assert request.parent is not None
+    assert f"{request.parent.span_id:016x}" == "b7ad6b7169203331"
+    assert request.attributes is not None
+    assert request.attributes["http.response.status_code"] == 200
+    for name in ("decode", "default"):
+        child = spans[name]
+        assert child.parent is not None
+        assert child.parent.span_id == request.context.span_id
+        assert child.start_time is not None
+        assert child.end_time is not None
+        assert child.end_time > child.start_time
+
+
+def test_tracing_is_off_without_an_endpoint_and_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in tracing.ENDPOINTS:
+        monkeypatch.delenv(name, raising=False)
+    assert tracing.set_up() is None
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setitem(__import__("sys").modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(ConfigError, match=r"unperturb\[tracing\]"):
+        tracing.set_up()

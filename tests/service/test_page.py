@@ -1,0 +1,318 @@
+"""The web page, in a headless Chromium against the running app."""
+
+import base64
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from numpy.typing import NDArray
+from PIL import Image
+from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect, sync_playwright
+
+from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.stages import ATTACK_LOOP
+from unperturb.service.http.app import create_app
+from unperturb.service.keys import digest
+from unperturb.service.settings import Settings
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+KEY = "the-key-of-the-tests"
+
+expect.set_options(timeout=20_000)  # a page shares the machine's cores with the service
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def address(tiny_folder: Path) -> Iterator[str]:
+    """Of the app, which asks for no key but refuses an unknown one."""
+    keys = {"tester": digest(KEY)}
+    settings = Settings(
+        checkpoint=str(tiny_folder),
+        device="cpu",
+        threads=1,
+        max_batch=1,
+        decoders=1,
+        api_keys=keys,
+        authentication="off",
+    )
+    app = create_app(settings)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert app.state.engine.warm.wait(60)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.should_exit = True
+        thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright, playwright.chromium.launch(
+        executable_path=CHROMIUM, args=["--no-sandbox"]
+    ) as opened:  # fmt: skip
+        yield opened
+
+
+@pytest.fixture
+def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """The page in a context of its own; afterwards no request has left its origin, and no script has failed."""
+    context = browser.new_context(**{"reduced_motion": "reduce", **getattr(request, "param", {})})
+    asked: list[str] = []
+    faults: list[str] = []
+    context.on("request", lambda sent: asked.append(sent.url.removeprefix("blob:")))
+    opened = context.new_page()
+    opened.on("pageerror", lambda error: faults.append(str(error)))
+    opened.on("console", lambda message: faults.append(message.text) if "Security Policy" in message.text else None)
+    answer = opened.goto(address)
+    assert answer is not None
+    assert "default-src 'none'" in answer.headers["content-security-policy"]  # whose violations would be faults
+    yield opened
+    context.close()
+    assert asked
+    assert [url for url in asked if not url.startswith((address, "data:"))] == []
+    assert faults == []
+
+
+def photo(seed: int = 0) -> FilePayload:
+    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC).save(buffer, "PNG")
+    return {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+
+
+def use_sample(page: Page) -> None:
+    page.get_by_role("button", name="sample").click()
+    expect(page.locator("#name")).to_have_text("the sample drawing")  # it is fetched
+
+
+def press_run(page: Page) -> Any:
+    """The service's answer, once the page has drawn it."""
+    with page.expect_response("**/inspect?*") as response:
+        page.get_by_role("button", name="Run").click()
+    expect(page.locator("#result")).to_be_visible()
+    return response.value.json()
+
+
+def card(page: Page, title: str) -> Locator:
+    return page.locator("section", has=page.get_by_role("heading", name=title, exact=True))
+
+
+def pixels_of(url: str | None) -> NDArray[np.int64]:
+    """Of a PNG in a data: address."""
+    assert url is not None
+    return np.asarray(Image.open(BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")).astype(np.int64)
+
+
+def shown(page: Page, title: str) -> NDArray[np.int64]:
+    return pixels_of(card(page, title).get_by_role("img").get_attribute("src"))
+
+
+def assert_amplified_difference(page: Page, after: str, before: str) -> None:
+    change = shown(page, after) - shown(page, before)
+    largest = np.abs(change).max()
+    difference = card(page, f"{after} minus {before.lower()}")
+    drawn = pixels_of(difference.locator("canvas").evaluate("canvas => canvas.toDataURL()"))
+    assert np.abs(drawn - (128 + 127 / largest * change)).max() <= 0.5 + 1e-9
+    expect(difference).to_contain_text(f"{round(127 / largest, 1):g} times amplified")
+    expect(difference).to_contain_text(f"Largest: {largest}/255")
+
+
+def test_attacked_file_is_shown_at_every_point_of_its_way(page: Page) -> None:
+    page.locator("#file").set_input_files(photo())
+    expect(page.locator("#drop")).to_contain_text("photo.png")
+    page.get_by_label("Attack it first").check()
+    answer = press_run(page)
+    for name in ("original", "attacked", "purified"):
+        seen = card(page, name.capitalize())
+        np.testing.assert_array_equal(
+            shown(page, name.capitalize()), pixels_of(f"data:image/png;base64,{answer[name]['image']}")
+        )
+        expect(seen.get_by_role("listitem")).to_have_text(
+            [f"{p['label']}{p['score']:.1%}" for p in answer[name]["predictions"]]
+        )
+        width = seen.locator(".bar i").first.evaluate("bar => bar.style.width")
+        assert float(width.removesuffix("%")) == round(100 * answer[name]["predictions"][0]["score"], 1)
+    assert_amplified_difference(page, "Attacked", "Original")
+    assert_amplified_difference(page, "Purified", "Attacked")
+
+    loss = card(page, "InfoNCE loss")
+    label = loss.get_by_role("img").get_attribute("aria-label")
+    assert label is not None
+    assert label.endswith(", ".join(f"{value:.2f}" for value in answer["losses"]))
+    expect(loss.locator("circle")).to_have_count(PRESETS["default"].loop.steps)
+    expect(loss).to_contain_text(f"{answer['loss_before']:.2f} before and {answer['loss_after']:.2f} after")
+    expect(loss.locator("text")).to_contain_text(["step", "loss before the step"])
+
+    time = card(page, "Time")
+    assert list(answer["timings_ms"]) == time.get_by_role("rowheader").all_inner_texts()
+    expect(time).to_contain_text(f"{answer['timings_ms']['total']:.1f} ms")
+    details = card(page, "Details")
+    for fact in ("tiny", "32 \u00d7 32", answer["model"]["digest"][:12], f"{answer['linf'] * 255:.3g}/255"):
+        expect(details).to_contain_text(fact)
+    labels = [answer[name]["predictions"][0]["label"] for name in ("original", "attacked", "purified")]
+    for label in labels:
+        expect(page.get_by_role("status")).to_contain_text(label)
+
+
+def test_sample_without_an_attack_has_one_difference(page: Page) -> None:
+    use_sample(page)
+    page.get_by_label("Purifier").select_option("published")
+    answer = press_run(page)
+    assert (answer["preset"], answer["attacked"]) == ("published", None)
+    expect(page.get_by_role("heading", level=2)).to_have_text(
+        ["Original", "Purified", "Purified minus original", "InfoNCE loss", "Time", "Details"]
+    )
+    assert_amplified_difference(page, "Purified", "Original")
+    expect(page.locator("circle")).to_have_count(PRESETS["published"].loop.steps)
+
+
+def test_keyboard_alone_runs_it(page: Page) -> None:
+    # subscribed to before the page is loaded again: Chromium may take a while to heed it, and the key would be lost
+    page.on("filechooser", lambda chooser: chooser.set_files(photo()))
+    page.reload()
+    page.keyboard.press("Tab")
+    assert page.locator("#drop").evaluate("drop => getComputedStyle(drop).outlineStyle") == "solid"
+    page.keyboard.press("Enter")
+    expect(page.locator("#drop")).to_contain_text("photo.png")
+    for key in ("Tab", "Tab", "Space", "Tab", "Tab", "Tab", "Enter"):  # sample, attack, preset, API key, run
+        page.keyboard.press(key)
+    expect(page.get_by_role("img", name="The attacked image")).to_be_visible()
+    expect(page.get_by_role("button", name="Run")).to_be_focused()
+
+
+def test_dropped_file_of_a_type_unknown_to_the_browser_is_sent_as_a_form(page: Page) -> None:
+    transfer = page.evaluate_handle(
+        """async (base64) => {
+            const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], "dropped"));
+            return transfer;
+        }""",
+        base64.b64encode(photo()["buffer"]).decode(),
+    )
+    page.locator("#drop").dispatch_event("dragover", {"dataTransfer": transfer})
+    page.locator("#drop").dispatch_event("drop", {"dataTransfer": transfer})
+    expect(page.locator("#drop")).to_contain_text("dropped")
+    with page.expect_request("**/inspect?*") as sent:
+        press_run(page)
+    assert (sent.value.header_value("content-type") or "").startswith("multipart/form-data")
+
+
+def test_refused_file_and_no_file_are_told_in_words(page: Page) -> None:
+    status = page.locator("[aria-live]")
+    page.get_by_role("button", name="Run").click()
+    expect(status).to_have_text("Choose an image first.")
+    page.locator("#file").set_input_files({"name": "a.txt", "mimeType": "text/plain", "buffer": b"no image"})
+    page.get_by_role("button", name="Run").click()
+    expect(status).to_contain_text("(415): the bytes are not an image")
+    page.locator("#file").set_input_files(photo())
+    expect(status).to_have_text("")
+    press_run(page)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (
+            {"status": 503, "headers": {"Retry-After": "7"}, "json": {"title": "Busy", "detail": "too many"}},
+            "Busy (503): too many. Try again in 7 s.",
+        ),
+        ({"status": 502, "body": "<html>a proxy's own</html>"}, "The request failed (502)."),
+        (None, "the service cannot be reached"),
+    ],
+    ids=["overloaded", "not JSON", "no network"],
+)
+def test_failure_is_told_in_words(page: Page, answer: dict[str, Any] | None, words: str) -> None:
+    page.route("**/inspect?*", lambda route: route.abort() if answer is None else route.fulfill(**answer))
+    use_sample(page)
+    page.get_by_role("button", name="Run").click()
+    expect(page.get_by_role("status")).to_contain_text(words)
+    page.unroute("**/inspect?*")
+    press_run(page)
+
+
+def test_unknown_key_opens_the_field_and_the_right_one_is_kept_for_the_tab(page: Page) -> None:
+    use_sample(page)
+    key, summary = page.locator("#key"), page.get_by_text("API key", exact=True)
+    summary.click()
+    key.fill("another")
+    summary.click()
+    expect(key).to_be_hidden()
+    page.get_by_role("button", name="Run").click()
+    expect(page.get_by_role("status")).to_contain_text("(401): the API key is not known here")
+    expect(key).to_be_focused()
+    key.fill(KEY)
+    page.reload()
+    use_sample(page)
+    with page.expect_request("**/inspect?*") as sent:
+        press_run(page)
+    assert sent.value.header_value("authorization") == f"Bearer {KEY}"
+    assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+
+
+def test_answer_for_an_image_that_was_replaced_is_not_shown(page: Page) -> None:
+    held: list[Route] = []
+    page.route("**/inspect?*", lambda route: held.append(route))  # it answers no request
+    page.locator("#file").set_input_files(photo())
+    with page.expect_request("**/inspect?*"):
+        page.get_by_role("button", name="Run").click()
+    expect(page.get_by_role("status")).to_contain_text("Purifying")
+    expect(page.get_by_role("button", name="Running")).to_have_attribute("aria-disabled", "true")
+    with page.expect_event("requestfailed"):
+        page.locator("#file").set_input_files(photo(1))
+    expect(page.get_by_role("button", name="Run", exact=True)).to_have_attribute("aria-disabled", "false")
+    expect(page.get_by_role("status")).to_have_text("")
+    expect(page.locator("#result")).to_be_hidden()
+
+
+@pytest.mark.parametrize("page", [{"viewport": {"width": 375, "height": 700}}], ids=["375 px"], indirect=True)
+def test_phone_needs_no_sideways_scrolling(page: Page) -> None:
+    use_sample(page)
+    page.get_by_label("Attack it first").check()
+    press_run(page)
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    expect(page.get_by_role("status")).to_be_in_viewport()
+    expect(card(page, "Original")).to_be_in_viewport()
+
+
+@pytest.mark.parametrize(
+    ("page", "dark"),
+    [({"color_scheme": "dark"}, True), ({"color_scheme": "light"}, False)],
+    ids=["dark", "light"],
+    indirect=["page"],
+)
+def test_colours_follow_the_system_and_can_be_read(page: Page, dark: bool) -> None:
+    page.get_by_role("button", name="Run").click()  # an error has a colour of its own
+
+    def luminance(selector: str, colour: str) -> float:
+        found = page.locator(selector).first.evaluate("(one, name) => getComputedStyle(one)[name]", colour)
+        channels = np.array([int(part) for part in re.findall(r"\d+", found)[:3]]) / 255
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        return float(linear @ (0.2126, 0.7152, 0.0722))
+
+    ground = luminance("body", "backgroundColor")
+    assert ground < 0.05 if dark else ground > 0.8
+    for selector, behind in (("body", "body"), ("header p", "body"), ("#status", "body"), ("footer a", "body"),
+                             ("#hint", "#drop"), ("#run", "#run")):  # fmt: skip
+        pair = sorted((luminance(selector, "color"), luminance(behind, "backgroundColor")))
+        assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, selector  # WCAG 2.2, 1.4.3
+
+
+def test_page_tells_what_the_service_does(page: Page) -> None:
+    def described(steps: int, epsilon: float) -> str:
+        return f"{steps} step{'s' * (steps > 1)}, at most {round(epsilon * 255)}/255"
+
+    options = page.get_by_label("Purifier").locator("option")
+    assert [one.get_attribute("value") for one in options.all()] == list(PRESETS)
+    expect(options).to_contain_text([described(one.loop.steps, one.loop.epsilon) for one in PRESETS.values()])
+    expect(page.locator("#attack-hint")).to_contain_text(described(ATTACK_LOOP.steps, ATTACK_LOOP.epsilon))

@@ -1,0 +1,153 @@
+"""The service as a process: slow clients, clients that leave, SIGTERM, and a worker that dies."""
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import psutil
+import pytest
+
+from tests.support.engines import wait_until
+from tests.support.serving import photo
+from unperturb.benchmarks.serving import hostile, open_loop
+from unperturb.benchmarks.serving.watch import Server, metric, tree
+
+
+@contextmanager
+def serving(checkpoint: Path, log: Path) -> Iterator[Server]:
+    port = open_loop.free_port()
+    environment = {
+        "UNPERTURB_CHECKPOINT": str(checkpoint), "UNPERTURB_DEVICE": "cpu", "UNPERTURB_HEADER_TIMEOUT_S": "1",
+        "UNPERTURB_UPLOAD_TIMEOUT_S": "1", "UNPERTURB_MAX_BATCH": "4", "UNPERTURB_PATIENCE": "1000",
+        "UNPERTURB_THREADS": "1",
+    }  # fmt: skip
+    with open_loop.running(
+        open_loop.service(port), port=port, ready="/readyz", log=log, environment=environment
+    ) as process:
+        yield Server(port, f"http://127.0.0.1:{port}", process)
+
+
+@pytest.fixture
+def server(tiny_folder: Path, tmp_path: Path) -> Iterator[Server]:
+    with serving(tiny_folder, tmp_path / "log") as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def lasting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """For tests that the server outlives."""
+    with serving(tiny_folder, tmp_path_factory.mktemp("server") / "log") as one:
+        yield one
+
+
+def post(url: str, path: str = "/classify?preset=published") -> int:
+    """The status of an answer."""
+    request = Request(url + path, data=photo(), headers={"content-type": "image/png"})
+    try:
+        with urlopen(request, timeout=60) as answer:
+            return int(answer.status)
+    except HTTPError as error:
+        return error.code
+
+
+def kill(processes: list[psutil.Process]) -> None:
+    for one in processes:
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+
+
+def test_stalled_and_leaving_clients_cost_nothing_and_sigterm_drains(server: Server, tmp_path: Path) -> None:
+    ended = asyncio.run(hostile.stall(server.port, count=6, seconds=8.0))
+    assert ended == {"closed": 3, "HTTP/1.1 408 Request Timeout": 3}
+
+    steps = "unperturb_steps_total"
+    asyncio.run(hostile.leave_early(server.port, photo(), count=4, after_s=0.2))
+    wait_until(lambda: metric(server, "unperturb_slots_in_use") + metric(server, "unperturb_queue_length") == 0, 10)
+    time.sleep(1.0)  # the step that they left in
+    done = metric(server, steps)
+    assert done < 4 * 40  # not all of their steps
+    time.sleep(0.5)
+    assert metric(server, steps) == done
+
+    with ThreadPoolExecutor(8) as pool:
+        sent = [pool.submit(post, server.url) for _ in range(8)]
+        held = ("unperturb_slots_in_use", "unperturb_queue_length")  # all have arrived: a later one is refused
+        wait_until(lambda: sum(metric(server, name) for name in held) == 8, 10)
+        server.process.send_signal(signal.SIGTERM)
+        statuses = [one.result() for one in sent]
+    assert statuses == [200] * 8
+    assert server.process.wait(30) == 0
+    log = (tmp_path / "log").read_text()
+    assert f"{server.url}/docs" in log
+    assert "curl -F image=@" in log
+    for line in log.splitlines():
+        assert not line.startswith("Traceback"), line
+        if line.startswith("{"):
+            json.loads(line)
+
+
+def test_dead_worker_is_answered_for_and_ends_the_process_with_a_status(server: Server) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(post, server.url) for _ in range(4)]
+        wait_until(lambda: metric(server, "unperturb_slots_in_use") == 4, 10)
+        (worker,) = [one for one in tree(server.process.pid) if "unperturb.service.engine.worker" in one.cmdline()]
+        worker.kill()
+        assert [one.result() for one in sent] == [503] * 4
+    assert server.process.wait(30) == 1
+
+
+def decoders(server: Server) -> list[psutil.Process]:
+    return [one for one in tree(server.process.pid) if "anyio.to_process" in one.cmdline()]
+
+
+def test_file_that_crashes_every_decoder_it_meets_answers_422_and_others_go_on(lasting: Server) -> None:
+    assert post(lasting.url) == 200
+    with ThreadPoolExecutor(1) as pool:
+        slow = hostile.bombs()["a PNG of 49 million black pixels"]
+        request = Request(f"{lasting.url}/classify?purify=never", data=slow, headers={"content-type": "image/png"})
+        sent = pool.submit(lambda: urlopen(request, timeout=60))
+        while not sent.done():
+            kill(decoders(lasting))
+            time.sleep(0.02)
+        with pytest.raises(HTTPError) as refused:
+            sent.result()
+    assert refused.value.code == 422
+    assert "crashed the decoder" in json.load(refused.value)["detail"]
+    assert post(lasting.url) == 200
+
+
+def test_decoders_that_ended_while_idle_fail_no_request(lasting: Server) -> None:
+    killed = decoders(lasting)
+    kill(killed)
+    assert post(lasting.url) == 200
+    assert not set(killed) & set(decoders(lasting))
+
+
+def test_decoders_are_small_processes_without_torch(lasting: Server) -> None:
+    found = decoders(lasting)
+    assert found
+    for one in found:
+        assert not [part.path for part in one.memory_maps() if "torch" in part.path]
+
+
+def test_port_in_use_ends_the_start(tiny_folder: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run(
+            [
+                *open_loop.service(taken.getsockname()[1]), "--checkpoint", str(tiny_folder), "--device", "cpu",
+            ],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode not in (0, None)
+    assert "address already in use" in done.stderr

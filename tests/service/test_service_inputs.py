@@ -1,0 +1,128 @@
+"""Lists, base64 JSON, and the image itself."""
+
+import base64
+import json
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from tests.support.serving import photo
+from unperturb.models.purifiers.reverse_attack import PRESETS
+
+
+def base64_of(payload: bytes) -> str:
+    return base64.b64encode(payload).decode()
+
+
+def test_list_is_answered_in_its_order_as_each_image_alone(client: TestClient) -> None:
+    files = [("images", (f"{i}.png", photo(i), "image/png")) for i in range(5)]
+    body = client.post("/classify?seed=4", files=files).json()
+    assert list(body) == ["request_id", "answers"]
+    for i, found in enumerate(body["answers"]):
+        alone = client.post("/classify?seed=4", files={"image": photo(i)}).json()
+        for one, other in zip(found["predictions"], alone["predictions"], strict=True):
+            assert one["index"] == other["index"]
+            assert abs(one["score"] - other["score"]) < 1e-4
+
+
+def test_json_takes_one_image_or_a_list_and_its_parameters_stand_above_the_query(client: TestClient) -> None:
+    body = {"inputs": base64_of(photo()), "parameters": {"top_k": 1, "preset": "default"}}
+    answer = client.post("/classify?top_k=3&preset=published", json=body).json()
+    assert len(answer["predictions"]) == 1
+    assert answer["purification"]["preset"] == "default"
+    several = client.post("/classify", json={"inputs": [base64_of(photo(i)) for i in range(2)]}).json()
+    assert len(several["answers"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ("{", 400, "not JSON"),
+        ({"inputs": "https://example.org/a.png"}, 400, "not base64 (addresses are not fetched)"),
+        ({"inputs": [base64_of(photo()), "?"]}, 400, "inputs[1]"),
+        ({"inputs": []}, 400, "empty"),
+        ({"inputs": [base64_of(photo()), base64_of(b"GIF89a")]}, 415, "image 1: the bytes"),
+        ({"inputs": base64_of(photo()), "parameters": {"top_k": 9}}, 422, "top_k"),
+        ({"inputs": base64_of(photo()), "parameters": {"colour": 9}}, 422, "parameters.colour"),
+        ({"inputs": base64_of(photo()), "url": "x"}, 422, "url"),
+        ({}, 422, "inputs"),
+        ({"inputs": [base64_of(photo())] * 33}, 413, "33 images; at most 32"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 60 else "",
+)
+def test_bad_json_is_refused_by_name(client: TestClient, body: Any, status: int, message: str) -> None:
+    content = body if isinstance(body, str) else json.dumps(body)
+    answer = client.post("/classify", content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/classify", "/v2/models/tiny/infer"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": [1] * 2000},
+        {"inputs": "", "parameters": {str(i): 1 for i in range(2000)}},
+        {"inputs": [], "outputs": [{"name": "scores"}] * 1000},
+        [[[]] * 1001],
+    ],
+    ids=["list", "parameters", "outputs", "no object"],
+)
+def test_json_of_too_many_members_is_refused_before_each_costs_an_error(
+    client: TestClient, path: str, body: Any
+) -> None:
+    answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    assert len(answer.text) < 1000
+    assert "more than 1,000 members" in answer.text or "not a JSON object" in answer.text
+
+
+def test_too_many_files_are_refused(client: TestClient) -> None:
+    answer = client.post("/classify", files=[("images", photo())] * 33)
+    assert answer.status_code == 413
+    assert "at most 32" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_purified_image_itself_is_within_epsilon(client: TestClient, bits: int) -> None:
+    answer = client.post(f"/purify?bits={bits}&seed=2", files={"image": photo()})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.content[24] == bits  # IHDR: the bit depth
+    full = 2**bits - 1
+    purified = read_png(answer.content).astype(float) / full
+    received = np.asarray(Image.open(BytesIO(photo()))) / 255
+    assert purified.shape == (32, 32, 3)
+    assert 0 < np.abs(purified - received).max() <= PRESETS["default"].loop.epsilon + 0.5 / full
+    assert float(answer.headers["x-purification-linf"]) == pytest.approx(np.abs(purified - received).max(), abs=0.003)
+
+
+def read_png(payload: bytes) -> np.ndarray[Any, np.dtype[Any]]:
+    """By OpenCV, which reads 16 bits a channel."""
+    import cv2
+
+    pixels = cv2.imdecode(np.frombuffer(payload, np.uint8), cv2.IMREAD_UNCHANGED)
+    assert pixels is not None
+    return pixels[:, :, ::-1]
+
+
+def test_inspection_shows_every_step_of_the_way(client: TestClient) -> None:
+    body = client.post("/inspect?attack=true", files={"image": photo()}).json()
+    original, attacked, purified = (
+        np.asarray(Image.open(BytesIO(base64.b64decode(body[name]["image"])))).astype(int)
+        for name in ("original", "attacked", "purified")
+    )
+    assert np.array_equal(original, np.asarray(Image.open(BytesIO(photo()))))
+    assert 0 < np.abs(attacked - original).max() <= 8
+    assert 0 < np.abs(purified - attacked).max() <= 8
+    assert len(body["losses"]) == PRESETS["default"].loop.steps
+    top = body["original"]["predictions"][0]
+    after = {p["index"]: p["score"] for p in body["attacked"]["predictions"]}
+    assert after[top["index"]] < top["score"]
+    plain = client.post("/inspect", files={"image": photo()}).json()
+    assert plain["attacked"] is None
+    assert plain["original"]["predictions"] == body["original"]["predictions"]

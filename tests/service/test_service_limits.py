@@ -1,0 +1,116 @@
+"""Limits, deadlines, keys, and models that come and go."""
+
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from pydantic import ValidationError
+
+from tests.support.engines import ThreadHandle, other_checkpoint
+from tests.support.serving import photo, settings, wait_until_ready
+from unperturb.service.http.app import create_app
+from unperturb.service.keys import digest
+from unperturb.service.settings import Settings
+
+
+def test_deadline_of_the_header_is_kept(client: TestClient) -> None:
+    answer = client.post("/classify?preset=published", files={"image": photo()}, headers={"x-timeout-s": "0.02"})
+    assert answer.status_code == 504
+    assert "deadline" in answer.json()["detail"]
+    for bad in ("0", "-1", "nan", "soon"):
+        answer = client.post("/classify", files={"image": photo()}, headers={"x-timeout-s": bad})
+        assert answer.status_code == 422
+        assert "x-timeout-s" in answer.json()["detail"]
+
+
+def test_limits_count_a_list_as_its_images(tiny_folder: Path) -> None:
+    app = create_app(
+        settings(tiny_folder, max_per_client=4, max_images=8, max_queue=2, max_batch=1), handle=ThreadHandle
+    )
+    with TestClient(app) as small:
+        wait_until_ready(small)
+        answer = small.post("/classify", files=[("images", photo())] * 5)
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"]
+        assert "at most 4" in answer.json()["detail"]
+        answer = small.post("/classify", files=[("images", photo())] * 4)  # one has a slot
+        assert answer.status_code == 503
+        assert "at most 2 may" in answer.json()["detail"]
+        assert answer.headers["retry-after"]
+        assert small.post("/classify", files=[("images", photo())] * 3).status_code == 200
+
+
+def test_strangers_need_a_key_where_one_is_required(tiny_folder: Path) -> None:
+    app = create_app(settings(tiny_folder, host="0.0.0.0", api_keys={"ann": digest("secret")}), handle=ThreadHandle)
+    with TestClient(app) as guarded:
+        wait_until_ready(guarded)
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"authorization": "secret"}):
+            for path in ("/classify", "/purify", "/inspect", "/v2/models/tiny/infer"):
+                answer = guarded.post(path, files={"image": photo()}, headers=headers)
+                assert answer.status_code == 401, path
+                assert answer.headers["www-authenticate"] == "Bearer"
+        assert guarded.get("/metrics").status_code == 401
+        assert guarded.get("/readyz").status_code == guarded.get("/").status_code == 200
+        for headers in ({"authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+            assert guarded.post("/classify", files={"image": photo()}, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "example.org", "::"])
+def test_serving_strangers_without_keys_is_refused_unless_switched_off_by_name(host: str, tiny_folder: Path) -> None:
+    with pytest.raises(ValidationError, match="UNPERTURB_AUTHENTICATION=off"):
+        settings(tiny_folder, host=host)
+    assert not settings(tiny_folder, host=host, authentication="off").keys.required
+    assert not settings(tiny_folder, host="127.0.0.1").keys.required
+
+
+def test_keys_come_from_the_environment_and_a_key_in_their_place_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNPERTURB_API_KEYS", f"ann:{digest('a')}, bob:{digest('b')}")
+    assert Settings().api_keys == {"ann": digest("a"), "bob": digest("b")}
+    monkeypatch.setenv("UNPERTURB_API_KEYS", f"ann:{digest('a')},ann:{digest('b')}")
+    with pytest.raises(ValidationError, match="'ann' is named twice"):
+        Settings()
+    monkeypatch.setenv("UNPERTURB_API_KEYS", "ann:plain-secret")
+    with pytest.raises(ValidationError, match="unperturb key NAME"):
+        Settings()
+
+
+def test_models_are_loaded_replaced_and_removed_by_an_administrator(
+    client: TestClient, tmp_path: Path, tiny_folder: Path
+) -> None:
+    new, admin = other_checkpoint(tmp_path), {"authorization": "Bearer admin's"}
+    for headers, status in (({}, 401), ({"authorization": "Bearer user's"}, 403)):
+        assert client.post("/models", json={"checkpoint": new}, headers=headers).status_code == status
+        assert client.delete("/models/other", headers=headers).status_code == status
+    for body, status, message in (
+        ({"checkpoint": "no/such"}, 422, "no/such"),
+        ({"checkpoint": new, "digest": "0" * 64}, 422, "not 000"),
+        ({"checkpoint": new, "id": "a/b"}, 422, "id"),
+        ({}, 422, "checkpoint"),
+    ):
+        answer = client.post("/models", json=body, headers=admin)
+        assert answer.status_code == status
+        assert message in answer.json()["detail"]
+    answer = client.post("/models", json={"checkpoint": new, "id": "other"}, headers=admin)
+    assert answer.status_code == 201, answer.text
+    assert [m["id"] for m in client.get("/models").json()] == ["tiny", "other"]
+    assert client.get("/models/other").json()["weights_sha256"] == answer.json()["digest"]
+    first, second = (client.post(f"/classify?model={id}", files={"image": photo()}).json() for id in ("tiny", "other"))
+    assert second["model"] == {"id": "other", "digest": answer.json()["digest"]}
+    assert first["predictions"] != second["predictions"]
+    assert client.delete("/models/tiny", headers=admin).status_code == 422
+    assert client.delete("/models/other", headers=admin).status_code == 204
+    assert client.post("/classify?model=other", files={"image": photo()}).status_code == 404
+
+
+def test_body_of_a_model_is_not_read_before_the_key_and_is_bounded(client: TestClient) -> None:
+    admin = {"authorization": "Bearer admin's"}
+    assert client.post("/models", content=b"x" * 100_000).status_code == 401
+    assert client.post("/models", content=b"x" * 100_000, headers=admin).status_code == 413
+    assert client.post("/models", content=b"x", headers=admin).status_code == 400
+
+
+def test_without_an_administrators_key_models_cannot_be_changed(tiny_folder: Path) -> None:
+    app = create_app(settings(tiny_folder), handle=ThreadHandle)
+    answer = TestClient(app).post("/models", json={"checkpoint": "default"})
+    assert answer.status_code == 403
+    assert "UNPERTURB_ADMIN_KEYS" in answer.json()["detail"]

@@ -1,0 +1,153 @@
+"""The restorer: its bounds and training, and the reverse attack's restored view."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import RESTORER, make_checkpoint, make_config
+from tests.training.test_training import read_log
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.contrastive.loss import info_nce
+from unperturb.models.contrastive.views import make_views
+from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.networks.restorer import Restorer, RestorerCard
+from unperturb.models.purifiers.defended import defend, reverse_attack_of
+from unperturb.models.purifiers.registry import build_purifier
+from unperturb.models.purifiers.reverse_attack import MIRRORED, PRESETS, ReverseAttack, ReverseAttackConfig
+from unperturb.training.__main__ import main
+
+RESTORED = PRESETS["default"]
+
+
+def config(*, steps: int = 3) -> ReverseAttackConfig:
+    return dataclasses.replace(make_config(steps=steps), restored=8.0)
+
+
+@pytest.mark.parametrize("factor", [1.0, 8.0, 100.0])
+def test_restored_view_is_the_image_less_its_estimate_within_two_epsilon(factor: float, images: torch.Tensor) -> None:
+    restorer = make_checkpoint().restorer
+    assert restorer is not None
+    estimate, epsilon = restorer(images), 8 / 255
+    assert estimate.abs().max() < 1
+    expected = images - (factor * epsilon * estimate).clamp(-2 * epsilon, 2 * epsilon)
+    assert torch.allclose(restorer.restored(images, factor=factor), expected.clamp(0, 1), atol=1e-6)
+
+
+def test_loss_is_infonce_of_the_views_and_the_restored_one(images: torch.Tensor) -> None:
+    made, seeds = make_checkpoint(), torch.arange(8)
+    assert made.restorer is not None
+    assert made.head is not None
+    assert made.bank is not None
+    purifier = reverse_attack_of(made, config())
+    x = (images + 0.02).clamp(0, 1)
+    views = make_views(x, seeds=seeds, step=1, views=2, policy=MIRRORED).unbind(1)
+    shown = (*views, made.restorer.restored(images, factor=8.0))  # of what was received, not of the iterate
+    embeddings = torch.stack([made.head(made.classifier.features(view)) for view in shown], dim=1)
+    expected = info_nce(embeddings, made.bank.embeddings, temperature=0.2)
+    assert torch.allclose(purifier.objective(images, seeds)(x, 1), expected, atol=1e-5)
+
+
+def test_steps_draw_an_image_towards_its_restored_view(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Restorer, "restored", lambda _, x, *, factor: x.flip(0))  # another image, for once
+    made = make_checkpoint()
+    assert made.head is not None
+    assert made.bank is not None
+    before, aims = (made.head(made.classifier.features(x)) for x in (images, images.flip(0)))
+    made.bank.embeddings.copy_(-F.normalize(aims.mean(0), dim=0))  # so that negatives do not pull elsewhere
+    purified = defend(made, RESTORED).purify(images).image
+    after = made.head(made.classifier.features(purified))
+    assert F.cosine_similarity(after, aims).mean() > F.cosine_similarity(before, aims).mean() + 1e-4
+
+
+def test_an_images_result_does_not_depend_on_its_batch(images: torch.Tensor) -> None:
+    defended = defend(make_checkpoint(), RESTORED)
+    together, alone = defended.purify(images, seed=0).image, defended.purify(images[5:6], seed=0).image
+    assert torch.allclose(together[5], alone[0], atol=1e-4)
+
+
+def test_unrolled_gradient_goes_through_the_restorer(images: torch.Tensor) -> None:
+    """Against the same step written out: what the received image does by way of its restored view is not left out."""
+    made = make_checkpoint()
+    x0, seeds = images[:2].clone().requires_grad_(), torch.arange(2)
+    once = config(steps=1)
+    once = dataclasses.replace(
+        once, loop=dataclasses.replace(once.loop, start="zero", norm="l2", epsilon=9.0, step_size=1.0)
+    )
+    purifier = reverse_attack_of(made, once)
+    weights = torch.randn(2, 3, 32, 32)
+    (found,) = torch.autograd.grad(
+        (purifier.descend(x0, seeds=seeds, unrolled=True).image * weights).sum(), x0
+    )  # fmt: skip
+
+    def by_hand(received: torch.Tensor) -> torch.Tensor:
+        x = x0 * 1.0
+        (slope,) = torch.autograd.grad(purifier.objective(received, seeds)(x, 0).sum(), x, create_graph=True)
+        after = (x - slope / slope.flatten(1).norm(dim=1).view(-1, 1, 1, 1)).clamp(0, 1)
+        return torch.autograd.grad((after * weights).sum(), x0)[0]
+
+    expected, without = by_hand(x0), by_hand(x0.detach())
+    through = (expected - without).norm()
+    assert through > 1e-3 * expected.norm()
+    assert (found - expected).norm() < 0.05 * through
+
+
+def test_checkpoint_without_a_restorer_has_no_restored_view(images: torch.Tensor) -> None:
+    plain, made = dataclasses.replace(RESTORED, restored=0.0), make_checkpoint()
+    without = dataclasses.replace(made, card=dataclasses.replace(made.card, restorer=None), restorer=None)
+    one, other = defend(without, RESTORED).purify(images), defend(made, plain).purify(images)
+    assert torch.equal(one.image, other.image)
+    assert not torch.equal(one.image, defend(made, RESTORED).purify(images).image)
+
+
+def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
+    made = make_checkpoint()
+    checkpoint.save(tmp_path / "one", made, half=False)
+    loaded = checkpoint.load(tmp_path / "one")
+    assert loaded.restorer is not None
+    assert made.restorer is not None
+    assert torch.equal(loaded.restorer(images), made.restorer(images))
+    checkpoint.save(tmp_path / "other", dataclasses.replace(made, restorer=None))
+    without = checkpoint.load(tmp_path / "other")  # as a readout's training leaves it: the restorer was another's
+    assert without.restorer is None
+    assert without.card.restorer is None
+    checkpoint.write_card(tmp_path / "other", dataclasses.replace(without.card, restorer=RESTORER))
+    with pytest.raises(CheckpointError, match=r"lacks restorer\."):
+        checkpoint.load(tmp_path / "other")
+    with pytest.raises(ConfigError, match="epsilon=8"):
+        Restorer(RestorerCard(width=4, depth=2, epsilon=8.0))
+    with pytest.raises(ConfigError, match="restored=-1"):
+        build_purifier("reverse-attack:restored=-1", made)
+    purifier = build_purifier("reverse-attack:restored=4", made)
+    assert isinstance(purifier, ReverseAttack)
+    assert (purifier.config.restored, purifier.policy) == (4, MIRRORED)
+
+
+def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "base", make_checkpoint())
+    out = tmp_path / "run"
+    arguments = ["restorer", "--checkpoint", str(tmp_path / "base"), "--data", str(image_folder), "--out", str(out),
+                 "--cache", str(tmp_path), "--epochs", "12", "--batch-size", "21", "--held-out", "9", "--width", "8",
+                 "--depth", "2", "--attack-steps", "3", "--epsilon", "40/255", "--attack-step-size", "20/255",
+                 "--device", "cpu"]  # fmt: skip
+    assert main(arguments) == 0
+    log = read_log(out)
+    assert log[-1]["held_out_error"] < log[0]["held_out_error"]
+    assert log[-1]["held_out_signs"] > 0.55
+    made, before = checkpoint.load(out / "checkpoint"), checkpoint.load(tmp_path / "base")
+    assert made.card.restorer == RestorerCard(width=8, depth=2, epsilon=40 / 255)
+    assert made.card.restorer_training["attack_steps"] == 3
+    for name, value in before.classifier.state_dict().items():
+        assert torch.equal(value, made.classifier.state_dict()[name])
+
+
+@pytest.mark.parametrize("bad", [["--attack-steps", "0"], ["--held-out", "0"], ["--width", "0"]], ids=lambda b: b[0])
+def test_bad_argument_is_refused(
+    bad: list[str], image_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["restorer", "--checkpoint", str(tiny_folder), "--data", str(image_folder), "--out", str(tmp_path),
+                 "--device", "cpu", "--cache", str(tmp_path)]  # fmt: skip
+    assert main([*arguments, *bad]) == 2
+    assert bad[0].strip("-").replace("-", "_") in capsys.readouterr().err

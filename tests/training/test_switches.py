@@ -1,0 +1,117 @@
+"""Switches of the classifier's and the head's training: by formula, and from the command line."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.conftest import make_checkpoint
+from tests.training.test_training import classifier_arguments, read_log
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.networks.registry import Architecture, build
+from unperturb.training.__main__ import main
+from unperturb.training.state import STATE
+from unperturb.training.supervised.self_adaptive import AdaptiveTargets
+from unperturb.training.supervised.weight_perturbation import at_worst_weights
+from unperturb.training.world import World
+
+HERE = World(0, 1, torch.device("cpu"))
+
+
+def test_self_adaptive_targets_follow_the_predictions_in_numpy() -> None:
+    """Huang et al. 2020, algorithm 1."""
+    labels, momentum = torch.tensor([0, 2, 1, 1]), 0.9
+    adaptive = AdaptiveTargets(labels, num_classes=3, momentum=momentum, warmup_epochs=1, world=HERE)
+    rows, logits = torch.tensor([2, 0]), torch.randn(2, 3)
+    p = logits.double().softmax(1).numpy()
+    one_hot = np.eye(3)[labels.numpy()]
+    for epoch, targets in ((0, one_hot[[2, 0]]), (1, momentum * one_hot[[2, 0]] + (1 - momentum) * p)):
+        found = float(adaptive.fit(rows, epoch)(logits))
+        weights = targets.max(1)
+        expected = (weights * -(targets * np.log(p)).sum(1)).sum() / weights.sum()
+        assert abs(found - expected) < 1e-5
+    assert torch.equal(adaptive.targets[[1, 3]], torch.eye(3)[labels[[1, 3]]])  # not in the batch
+
+
+def test_weight_perturbation_raises_the_loss_by_gamma_and_leaves_the_weights(images: torch.Tensor) -> None:
+    """Wu et al. 2020, eq. 10, against a copy whose weights are moved by hand."""
+    model = build(Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu")).train()
+    labels = torch.arange(8) % 3
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    moved = copy.deepcopy(model)
+    loss = F.cross_entropy(moved(images), labels)
+    layers = {name: value for name, value in moved.named_parameters() if value.ndim > 1}
+    with torch.no_grad():
+        for value, slope in zip(layers.values(), torch.autograd.grad(loss, list(layers.values())), strict=True):
+            value.add_(0.01 * value.norm() * slope / slope.norm())
+    forward = at_worst_weights(model, lambda run: F.cross_entropy(run(images), labels), gamma=0.01)
+    found = F.cross_entropy(forward(images), labels)
+    assert torch.allclose(found, F.cross_entropy(moved(images), labels), atol=1e-4)
+    assert found > loss
+    found.backward()
+    for name, value in model.named_parameters():
+        assert torch.equal(value, weights[name])
+        assert value.grad is not None
+    assert int(model.get_submodule("norm").get_buffer("num_batches_tracked")) == 1
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        ["--self-adaptive-from", "2", "--method", "pgd"],
+        ["--self-adaptive-from", "0", "--method", "trades"],
+        ["--weight-perturbation", "5e-3", "--method", "trades"],
+        ["--labelled", "0.34", "--method", "natural"],
+        ["--labelled", "0.34", "--self-supervised-weight", "1", "--method", "natural"],
+        [
+            "--labelled",
+            "0.34",
+            "--self-supervised-weight",
+            "1",
+            "--method",
+            "natural",
+            "--false-negatives",
+            "quantile",
+            "--false-negatives-from",
+            "2",
+        ],
+        ["--images", "40"],
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_switch_of_the_classifier_learns(switches: list[str], image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(classifier_arguments(image_folder, out, *switches, "--epochs", "8", "--test-images", "15")) == 0
+    card = checkpoint.load(out / "checkpoint").card
+    assert card.figures["test"]["clean_accuracy"] > 0.55
+    assert card.figures["test"]["n"] == 15
+    assert card.data["labelled"] == (21 if "--labelled" in switches else 40 if "--images" in switches else 63)
+
+
+def test_resumed_self_adaptive_run_has_its_targets(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = classifier_arguments(image_folder, out, "--self-adaptive-from", "0", "--method", "natural")
+    assert main([*arguments, "--epochs", "2"]) == 0
+    state = torch.load(out / STATE, weights_only=True)
+    targets = state["parts"]["memory"]["targets"]
+    assert targets.shape == (63, 3)
+    assert ((targets.amax(1) < 1).sum()) > 50  # they have moved
+    assert torch.allclose(targets.sum(1), torch.ones(63), atol=1e-5)
+
+
+def test_adversarial_head_learns_on_attacked_views(image_folder: Path, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "base", make_checkpoint(head=False))
+    out = tmp_path / "head"
+    arguments = ["head", "--classifier", str(tmp_path / "base"), "--data", str(image_folder), "--out", str(out),
+                 "--cache", str(tmp_path), "--batch-size", "21", "--epochs", "3", "--held-out", "9", "--bank-size",
+                 "30", "--hidden", "16", "--embedding-dim", "8", "--adversarial", "--attack-steps", "2",
+                 "--false-negatives", "top", "--device", "cpu"]  # fmt: skip
+    assert main(arguments) == 0
+    loaded = checkpoint.load(out / "checkpoint")
+    assert loaded.card.head_training["adversarial"]
+    log = read_log(out)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert "precision" in log[-1]

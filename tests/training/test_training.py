@@ -1,0 +1,233 @@
+"""The trainer from the command line, on a small image folder whose classes are colours."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from unperturb.models.attacks.pgd import evaluating
+from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.networks.registry import Architecture, build
+from unperturb.training.__main__ import COMMANDS, main
+from unperturb.training.log import LOG
+from unperturb.training.loop import learning_rate
+from unperturb.training.state import STATE
+from unperturb.training.supervised.adversarial import METHODS, Batch, Method, smoothed
+from unperturb.training.supervised.classifier import ClassifierConfig
+
+SMALL = ["--arch", "wide_resnet_10_1", "--activation", "silu", "--batch-size", "12", "--held-out", "9", "--lr", "0.05",
+         "--ema", "0.8", "--attack-steps", "1", "--attack-step-size", "10/255", "--device", "cpu"]  # fmt: skip
+
+
+def classifier_arguments(data: Path, out: Path, *more: str) -> list[str]:
+    return ["classifier", "--data", str(data), "--out", str(out), "--cache", str(out.parent), *SMALL, *more]
+
+
+def read_log(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_classifier_learns_and_ships_a_loadable_checkpoint(method: str, image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(classifier_arguments(image_folder, out, "--method", method, "--epochs", "6")) == 0
+    loaded = checkpoint.load(out / "checkpoint")
+    test = loaded.card.figures["test"]
+    assert test["clean_accuracy"] > 0.6
+    assert test["n"] == 18
+    assert test["clean_interval"][0] < test["clean_accuracy"] <= test["clean_interval"][1]
+    assert loaded.card.data["train_images"] == 72
+    assert loaded.card.training["method"] == method
+    assert "out" not in loaded.card.training
+    log = read_log(out)
+    assert [entry["epoch"] for entry in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_head_trains_on_the_frozen_classifier_and_builds_a_bank(image_folder: Path, tmp_path: Path) -> None:
+    base = tmp_path / "classifier"
+    assert main(classifier_arguments(image_folder, base, "--epochs", "1")) == 0
+    out = tmp_path / "head"
+    arguments = ["head", "--classifier", str(base / "checkpoint"), "--data", str(image_folder), "--out", str(out),
+                 "--cache", str(tmp_path), "--batch-size", "21", "--epochs", "4", "--held-out", "9",
+                 "--bank-size", "30",
+                 "--queue", "16", "--lr", "0.01", "--ema", "0.5", "--hidden", "16", "--embedding-dim", "8",
+                 "--device", "cpu"]  # fmt: skip
+    assert main(arguments) == 0
+    loaded, before = checkpoint.load(out / "checkpoint"), checkpoint.load(base / "checkpoint")
+    for name, value in before.classifier.state_dict().items():
+        assert torch.equal(loaded.classifier.state_dict()[name], value), name
+    assert loaded.bank is not None
+    assert loaded.bank.embeddings.shape == (30, 8)
+    assert loaded.card.figures == before.card.figures
+    assert loaded.card.head_training["queue"] == 16
+    log = read_log(out)
+    assert log[-1]["held_out_loss"] < log[0]["held_out_loss"]
+
+
+def test_resumed_run_ends_where_an_uninterrupted_one_does(image_folder: Path, tmp_path: Path) -> None:
+    """Killed with SIGKILL in the middle of an epoch; the same command again."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert main(classifier_arguments(image_folder, whole, "--epochs", "12")) == 0
+    command = [
+        sys.executable,
+        "-m",
+        "unperturb.training",
+        *classifier_arguments(image_folder, killed, "--epochs", "12"),
+    ]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not ((killed / LOG).exists() and len(read_log(killed)) >= 2) and time.monotonic() < deadline:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = len(read_log(killed))
+    assert 2 <= finished < 12
+    assert main(classifier_arguments(image_folder, killed, "--epochs", "12")) == 0
+    epochs = [entry["epoch"] for entry in read_log(killed)]
+    assert len(epochs) - 12 <= 1  # at most one epoch was done twice
+    assert sorted(set(epochs)) == list(range(1, 13))
+    ends = [checkpoint.load(out / "checkpoint") for out in (whole, killed)]
+    for name, value in ends[0].classifier.state_dict().items():
+        assert torch.allclose(ends[1].classifier.state_dict()[name].float(), value.float(), atol=2e-3), name
+
+
+def test_state_of_another_configuration_is_refused_by_the_fields_name(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(classifier_arguments(image_folder, out, "--epochs", "1")) == 0
+    assert main(classifier_arguments(image_folder, out, "--epochs", "1", "--beta", "3")) == 2
+    assert "other beta" in capsys.readouterr().err
+    assert main(classifier_arguments(image_folder, out, "--epochs", "1", "--beta", "3", "--no-resume")) == 0
+
+
+def test_interrupt_says_how_to_go_on(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unperturb.training.state.save", interrupt)
+    assert main(classifier_arguments(image_folder, tmp_path / "run", "--epochs", "2")) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "run" / STATE).exists()
+
+
+def test_two_processes_train_one_model(image_folder: Path, tmp_path: Path) -> None:
+    """torchrun with two CPU processes: the same global batch, one checkpoint."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+               "unperturb.training",
+               *classifier_arguments(image_folder, out, "--epochs", "4")]  # fmt: skip
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(read_log(out)) == 4
+    assert checkpoint.load(out / "checkpoint").card.figures["test"]["clean_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere/train is not a folder"),
+        (["--lr", "-1"], "lr=-1"),
+        (["--lr", "abc"], "abc"),
+        (["--epochs", "0"], "epochs=0"),
+        (["--batch-size", "100"], "batch_size=100 is over the 63 training images"),
+        (["--arch", "resnet9000"], "resnet9000"),
+        (["--method", "magic"], "magic"),
+        (["--surprise", "1"], "--surprise"),
+        (["--label-smoothing", "2"], "label_smoothing=2"),
+        (["--device", "cuda:99"], "cuda"),
+        (["--false-negatives", "top"], "set --self-supervised-weight"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_argument_is_refused_with_its_name(
+    arguments: list[str], message: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(classifier_arguments(image_folder, tmp_path / "run", *arguments))
+    except SystemExit as error:  # argparse's own refusals
+        status = int(error.code or 0)
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_memory_too_small_is_refused_before_the_first_epoch(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(METHODS, "trades", Method(too_large, METHODS["trades"].loss))
+    assert main(classifier_arguments(image_folder, tmp_path / "run")) == 2
+    assert "batch_size=12 does not fit into the memory of cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_attack_of_a_training_step_leaves_batchnorm_and_mode_alone(method: str) -> None:
+    model = build(Architecture(name="wide_resnet_10_1", num_classes=3)).train()
+    norm = model.get_submodule("norm")
+    attack = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=2, start="uniform")
+    numbers = torch.arange(4)
+    batch = Batch(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), numbers, numbers)
+    before = int(norm.get_buffer("num_batches_tracked"))
+    crafted = METHODS[method].craft(model, batch, attack)
+    METHODS[method].loss(model, batch, crafted, smoothed(batch.labels, 0.0), 1.0).loss.backward()
+    assert int(norm.get_buffer("num_batches_tracked")) == before + 1  # one pass in training mode
+    assert norm.training
+
+
+def test_evaluating_gives_every_module_its_mode_back() -> None:
+    model = build(Architecture(name="wide_resnet_10_1", num_classes=3)).train()
+    model.get_submodule("norm").eval()
+    before = [module.training for module in model.modules()]
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
+
+
+def test_trades_is_the_sum_of_its_two_terms() -> None:
+    """Zhang et al. 2019, eq. 5, against the definition of KL, with an attack of no steps."""
+    model = build(Architecture(name="wide_resnet_10_1", num_classes=3))
+    attack = ProjectedGradient(direction="ascend", epsilon=0.1, step_size=0.1, steps=0, start="uniform")
+    x, labels, seeds = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), torch.arange(4)
+    batch = Batch(x, labels, seeds, seeds)
+    trades = METHODS["trades"]
+    crafted = trades.craft(model, batch, attack)
+    found = trades.loss(model, batch, crafted, smoothed(labels, 0.0), 3.0).loss
+    p, q = model(x).softmax(1), model(attack.begin(x, seeds)).softmax(1)
+    expected = -p[torch.arange(4), labels].log().mean() + 3 * (p * (p / q).log()).sum(1).mean()
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_one_cycle_rises_to_the_peak_and_falls_to_zero() -> None:
+    config = ClassifierConfig(data="x", out=Path("x"), lr=0.4, warmup=0.25)
+    rates = [learning_rate(config, p / 100) for p in range(101)]
+    assert rates[0] == 0
+    assert max(rates) == rates[25] == 0.4
+    assert rates[100] < 1e-9
+    cosine = ClassifierConfig(data="x", out=Path("x"), lr=0.4, schedule="cosine")
+    assert learning_rate(cosine, 0.0) == 0.4
+    assert abs(learning_rate(cosine, 0.5) - 0.2) < 1e-9
+
+
+def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, (config, _) in COMMANDS.items():
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        for name in (field.name for field in dataclasses.fields(config)):
+            assert f"--{name.replace('_', '-')}" in text

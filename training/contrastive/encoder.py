@@ -1,0 +1,93 @@
+"""What contrastive training trains: a backbone and its projector, as one module; and its checkpoint."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from unperturb.models.attacks.pgd import evaluating
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.store import Card, Checkpoint, HeadCard
+from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead
+from unperturb.models.errors import ConfigError
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.readout import NoReadout, ReadoutCard, attach
+from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.shapes import Float
+from unperturb.training import data
+
+BATCH = 250
+
+
+class Encoder(nn.Module):
+    """Images in [0, 1] -> features of the backbone -> unit embeddings of the projector."""
+
+    def __init__(self, backbone: ImageClassifier, projector: ProjectionHead) -> None:
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+
+    def features(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch features"]:
+        """The backbone's, as a readout sees them."""
+        return self.backbone.features(x)
+
+    def forward(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"]:
+        """Embeddings of unit length."""
+        return cast(Tensor, self.projector(self.features(x)).float())
+
+
+def fresh(architecture: Architecture, head: HeadCard) -> Encoder:
+    """An encoder with random weights, in training mode."""
+    backbone = build(architecture)
+    attach(backbone, NoReadout())
+    projector = ProjectionHead(
+        feature_dim=backbone.feature_dim, hidden=head.hidden, embedding_dim=head.embedding_dim
+    )  # fmt: skip
+    return Encoder(backbone, projector).train()
+
+
+def reopened(name: str, *, image_size: int) -> tuple[Encoder, Checkpoint]:
+    """The encoder of a checkpoint with its projector, to be trained on.
+
+    Raises ConfigError where its images are of another size, or where it has no projector.
+    """
+    found = checkpoint.load(name)
+    if found.card.architecture.image_size != image_size:
+        raise ConfigError(f"image_size={image_size}, but {name} takes images of {found.card.architecture.image_size}")
+    if found.head is None:
+        raise ConfigError(f"{name} has no projector; begin with a checkpoint of `training pretrain` or `training head`")
+    attach(found.classifier, NoReadout())
+    return Encoder(found.classifier, found.head).train().requires_grad_(True), found
+
+
+def bank_of(encoder: nn.Module, train: data.Split, *, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """What `encoder` makes of `size` random training images as they are [size, dim] float32, and their labels."""
+    if not 0 < size <= len(train.labels):
+        raise ConfigError(f"bank_size={size} is not in 1 to {len(train.labels)}, the number of training images")
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))[:size]
+    order = order.to(train.images.device)
+    parts = []
+    with torch.no_grad(), evaluating(encoder):
+        for indices in order.split(BATCH):
+            parts.append(encoder(train.images[indices].float() / 255).float())
+    return torch.cat(parts), train.labels[order]
+
+
+def bank_for(base: Checkpoint, dataset: data.DataSet, train: data.Split, *, seed: int) -> NegativesBank | None:
+    """A checkpoint's bank of negatives, made anew of `train` where its own is of other classes than the data set's."""
+    if base.head is None or base.bank is None or base.card.classes == dataset.classes:
+        return base.bank
+    size = min(len(base.bank.labels), len(train.labels))
+    return NegativesBank(*bank_of(Encoder(base.classifier, base.head), train, size=size, seed=seed))
+
+
+def finished(
+    encoder: Encoder, train: data.Split, dataset: data.DataSet, *, id: str, architecture: Architecture, head: HeadCard,
+    bank_size: int, seed: int, training: dict[str, Any],
+) -> Checkpoint:  # fmt: skip
+    """The checkpoint of a trained encoder: no readout yet; its projector and a bank, with which it can purify."""
+    embeddings, labels = bank_of(encoder, train, size=bank_size, seed=seed)
+    card = Card(
+        id=id, architecture=architecture, classes=dataset.classes, data=data.described(dataset, train),
+        training=training, head=head, readout=ReadoutCard(kind="none"),
+    )  # fmt: skip
+    return Checkpoint(card, encoder.backbone, encoder.projector, NegativesBank(embeddings, labels))

@@ -1,0 +1,169 @@
+"""`python -m training pretrain`: an encoder without labels -> a checkpoint with backbone, projector and bank.
+
+`python -m training linear` or `knn` makes a classifier of it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from unperturb.models.attacks.pgd import evaluating
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.store import HeadCard
+from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
+from unperturb.models.contrastive.views import make_views
+from unperturb.models.errors import ConfigError
+from unperturb.models.networks.registry import Architecture
+from unperturb.models.options import option
+from unperturb.training import data, loop, seeds, world
+from unperturb.training.contrastive.contrast import POLICY, Batch, Contrast, ContrastConfig, Loss, embed_together
+from unperturb.training.contrastive.deacl import DeACL
+from unperturb.training.contrastive.encoder import BATCH, Encoder, finished, fresh, reopened
+from unperturb.training.contrastive.moco import MoCo
+from unperturb.training.contrastive.mutual_information import MutualInformation
+from unperturb.training.contrastive.rocl import RoCL
+from unperturb.training.contrastive.simclr import SimCLR
+from unperturb.training.world import World
+
+
+class Method(Protocol):
+    """One way to train an encoder: `model` is trained, `memory` is what else a resumed run needs."""
+
+    @property
+    def model(self) -> nn.Module: ...  # noqa: D102
+
+    @property
+    def memory(self) -> nn.Module: ...  # noqa: D102
+
+    def loss(self, batch: Batch) -> Loss:
+        """The mean loss of a batch, and figures for the log."""
+        ...
+
+
+GOES_ON = ("deacl", "mutual-information")  # methods that need an encoder to begin with
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(ContrastConfig):
+    """Train an encoder without labels: SimCLR, MoCo, RoCL, DeACL, or self-supervised adversarial training."""
+
+    method: Literal["simclr", "moco", "rocl", "deacl", "mutual-information"] = option("training method", "simclr")
+    encoder: str | None = option("checkpoint to begin with, its architecture and projector; deacl's teacher", None)
+    arch: str = option("architecture (see models/networks/registry.py)", "preact_resnet18")
+    activation: str = option("relu, silu, gelu, softplus, or native: as published", "native")
+    image_size: int = option("side of the images in pixels", 32)
+    epochs: int = option("passes over the training images", 100)
+    batch_size: int = option("images a step, over all processes", 256)
+    lr: float = option("peak learning rate", 1e-3)
+    weight_decay: float = option("weight decay", 1e-6)
+    optimizer: Literal["sgd", "adam"] = option("optimizer", "adam")
+    warmup: float = option("share of the run in which one-cycle rises", 0.1)
+    ema: float = option("decay of the averaged weights per step; 0 for none", 0.0)
+    queue: int = option("keys kept as negatives (moco)", 4096)
+    key_momentum: float = option("of the key encoder's weights (moco)", 0.99)
+    adversarial_weight: float = option("λ, of the term that is of attacked views alone (rocl)", 1 / 256)
+    id: str = option("name on the checkpoint's card", "encoder")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        super().__post_init__()
+        if self.queue < 1 or self.adversarial_weight < 0 or not 0 <= self.key_momentum < 1:
+            raise ConfigError(
+                f"queue={self.queue}, adversarial_weight={self.adversarial_weight}, "
+                f"key_momentum={self.key_momentum}: out of range"
+            )
+        if self.method in GOES_ON and self.encoder is None:
+            raise ConfigError(f"method={self.method} goes on from a trained encoder; name its checkpoint: --encoder")
+
+
+METHODS: dict[str, Callable[[PretrainConfig, Contrast, Encoder, World], Method]] = {
+    "simclr": lambda _, contrast, encoder, __: SimCLR(contrast, encoder),
+    "moco": lambda config, contrast, encoder, here: MoCo(
+        contrast, encoder, here, queue=config.queue, key_momentum=config.key_momentum
+    ),
+    "rocl": lambda config, contrast, encoder, _: RoCL(
+        contrast, encoder, adversarial_weight=config.adversarial_weight
+    ),
+    "deacl": lambda _, contrast, encoder, __: DeACL(contrast, encoder),
+    "mutual-information": lambda _, contrast, encoder, __: MutualInformation(contrast, encoder),
+}  # fmt: skip
+
+
+class PretrainTask:
+    """The loop's task for METHODS."""
+
+    def __init__(
+        self, config: PretrainConfig, encoder: Encoder, train: data.Split, held: data.Split, here: World
+    ) -> None:
+        self.config, self.train, self.held = config, train, held
+        self.images = len(train.labels)
+        self.method = METHODS[config.method](config, Contrast(config, self.images, here), encoder, here)
+        self.model, self.memory = self.method.model, self.method.memory
+
+    def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The method's loss on a batch."""
+        self.model.train()
+        own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
+        batch = Batch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
+        return self.method.loss(batch)
+
+    def validate(self, averaged: nn.Module) -> dict[str, int | float]:
+        """NT-Xent of two views of held-out images; it says little of robustness, so that the last epoch is stored."""
+        assert isinstance(averaged, Encoder)
+        total = 0.0
+        device = self.held.images.device
+        with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, device):
+            for indices in torch.arange(len(self.held.labels), device=device).split(BATCH):
+                x = self.held.images[indices].float() / 255
+                views = make_views(x, seeds=indices, step=0, views=2, policy=POLICY)
+                embeddings = embed_together(averaged, views)
+                negatives, keep = in_batch_negatives(embeddings)
+                losses = info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep)
+                total += float(losses.sum())
+        return {"loss": total / len(self.held.labels)}
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train to the last epoch and write OUT/checkpoint."""
+    here = world.join(config.device)
+    torch.manual_seed(config.seed)
+    head = HeadCard(hidden=config.hidden, embedding_dim=config.embedding_dim, temperature=config.temperature)
+    dataset = data.load(config.data, image_size=config.image_size, cache=config.cache)
+    resolved: dict[str, object] = {}
+    if config.encoder is None:
+        architecture = Architecture(
+            name=config.arch, num_classes=len(dataset.classes), image_size=config.image_size,
+            activation=config.activation,
+        )  # fmt: skip
+        encoder = fresh(architecture, head)
+    else:
+        encoder, begun = reopened(config.encoder, image_size=config.image_size)
+        assert begun.card.head is not None
+        architecture = dataclasses.replace(begun.card.architecture, num_classes=len(dataset.classes))
+        head = dataclasses.replace(begun.card.head, temperature=config.temperature)
+        resolved = {
+            "encoder_sha256": begun.card.weights_sha256, "arch": architecture.name, "hidden": head.hidden,
+            "activation": architecture.activation, "embedding_dim": head.embedding_dim,
+        }  # fmt: skip
+    encoder.to(here.device)
+    kept, held = data.training_images(dataset.train, config)
+    train = data.resident(kept, here.device)
+    task = PretrainTask(config, encoder, train, data.resident(held, here.device), here)
+    fitted = loop.fit(task, config, here)
+    if here.rank == 0:
+        assert isinstance(fitted.model, Encoder)
+        training = {
+            **loop.comparable(config), **resolved, "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures
+        }  # fmt: skip
+        out = config.out / "checkpoint"
+        made = finished(
+            fitted.model, train, dataset, id=config.id, architecture=architecture, head=head,
+            bank_size=min(config.bank_size, len(train.labels)), seed=config.seed, training=training,
+        )  # fmt: skip
+        checkpoint.save(out, made)
+        print(f"{out}: encoder by {config.method}, NT-Xent {fitted.figures['held_out_loss']:.3f} on held-out images")
+    world.leave(here)

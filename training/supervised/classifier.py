@@ -1,0 +1,137 @@
+"""`python -m training classifier`: an image data set -> a checkpoint with a (robust) classifier."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unperturb.models.attacks.pgd import Classify
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.errors import ConfigError
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.registry import (
+    CIFAR10_MEAN,
+    CIFAR10_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TORCHVISION,
+    Architecture,
+    build,
+)
+from unperturb.models.options import option
+from unperturb.training import data, loop, world
+from unperturb.training.contrastive.encoder import Encoder
+from unperturb.training.contrastive.false_negatives import FalseNegativeConfig
+from unperturb.training.supervised.adversarial import Batch, Fit
+from unperturb.training.supervised.base import SupervisedConfig, SupervisedTask, report
+from unperturb.training.supervised.self_adaptive import AdaptiveTargets
+from unperturb.training.supervised.semi_supervised import SemiSupervisedTask
+from unperturb.training.supervised.weight_perturbation import at_worst_weights
+from unperturb.training.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
+    """Train a classifier: natural, PGD, N-FGSM or TRADES."""
+
+    arch: str = option("architecture (see models/networks/registry.py)", "preact_resnet18")
+    width: float = option("factor on preact_resnet18's channels", 1.0)
+    activation: str = option("relu, silu, gelu, softplus, or native: as published", "native")
+    image_size: int = option("side of the images in pixels", 32)
+    pretrained: bool = option("start from torchvision's ImageNet weights", False)
+    self_adaptive_from: int | None = option("epoch from which self-adaptive targets move (default: never)", None)
+    self_adaptive_momentum: float = option("of self-adaptive targets", 0.9)
+    weight_perturbation: float = option("gamma of adversarial weight perturbation; 0 for none", 0.0)
+    labelled: float = option("share of the training images whose labels are used", 1.0)
+    self_supervised_weight: float = option("of NT-Xent on all training images (S4L); 0 for none", 0.0)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be run."""
+        super().__post_init__()
+        if not (0 < self.labelled <= 1 and self.self_supervised_weight >= 0 and self.weight_perturbation >= 0):
+            raise ConfigError(
+                f"labelled={self.labelled}, self_supervised_weight={self.self_supervised_weight}, "
+                f"weight_perturbation={self.weight_perturbation}: out of range"
+            )
+        if self.false_negatives != "keep" and not self.self_supervised_weight:
+            raise ConfigError(
+                f"false_negatives={self.false_negatives!r}: only S4L has negatives; set --self-supervised-weight"
+            )
+        if not 0 <= self.self_adaptive_momentum < 1 or (self.self_adaptive_from or 0) < 0:
+            raise ConfigError(
+                f"self_adaptive_momentum={self.self_adaptive_momentum}, self_adaptive_from={self.self_adaptive_from}: "
+                "out of range"
+            )
+
+
+class ClassifierTask(SupervisedTask):
+    """A whole classifier, with self-adaptive targets and weight perturbation where they are asked for."""
+
+    config: ClassifierConfig
+
+    def __init__(
+        self, config: ClassifierConfig, model: ImageClassifier, train: data.Split, held: data.Split, here: World
+    ) -> None:
+        super().__init__(config, model, train, held)
+        if config.self_adaptive_from is not None:
+            self.memory = AdaptiveTargets(
+                train.labels, num_classes=model.num_classes, momentum=config.self_adaptive_momentum,
+                warmup_epochs=config.self_adaptive_from, world=here,
+            )  # fmt: skip
+
+    def fit(self, batch: Batch, epoch: int) -> Fit:
+        """Self-adaptive targets, or the labels."""
+        if isinstance(self.memory, AdaptiveTargets):
+            return self.memory.fit(batch.indices, epoch)
+        return super().fit(batch, epoch)
+
+    def forward_pass(self, model: nn.Module, batch: Batch, crafted: Tensor) -> Classify:
+        """At the worst weights nearby, or at the weights."""
+        if not self.config.weight_perturbation:
+            return model
+        plain = super().fit(batch, 0)
+        return at_worst_weights(
+            model, lambda forward: self.method.loss(forward, batch, crafted, plain, self.config.beta).loss,
+            gamma=self.config.weight_perturbation,
+        )  # fmt: skip
+
+
+def train_classifier(config: ClassifierConfig) -> None:
+    """Train, choose the epoch on held-out training images, write OUT/checkpoint, and test that once."""
+    here = world.join(config.device)
+    dataset = data.load(config.data, image_size=config.image_size, cache=config.cache)
+    large = config.arch in TORCHVISION
+    architecture = Architecture(
+        name=config.arch, num_classes=len(dataset.classes), image_size=config.image_size, activation=config.activation,
+        width=config.width, mean=IMAGENET_MEAN if large else CIFAR10_MEAN, std=IMAGENET_STD if large else CIFAR10_STD,
+    )  # fmt: skip
+    torch.manual_seed(config.seed)
+    model = build(architecture, pretrained=config.pretrained).to(here.device)
+    kept, held = data.training_images(dataset.train, config)
+    labelled = max(1, round(config.labelled * len(kept.labels)))
+    if config.labelled < 1:  # those whose labels are used come first
+        order = torch.randperm(len(kept.labels), generator=torch.Generator().manual_seed(config.seed + 2))
+        kept = data.Split(kept.images[order], kept.labels[order])
+    if not config.self_supervised_weight:
+        kept = data.Split(kept.images[:labelled], kept.labels[:labelled])
+    train, held = data.resident(kept, here.device), data.resident(held, here.device)
+    supervised = ClassifierTask(config, model, train, held, here)
+    task: loop.Task = supervised
+    if config.self_supervised_weight:
+        task = SemiSupervisedTask(
+            supervised, model, config, here, labelled=labelled, weight=config.self_supervised_weight
+        )
+    fitted = loop.fit(task, config, here, collapsed=supervised.collapsed)
+    if here.rank == 0:
+        classifier = fitted.model.backbone if isinstance(fitted.model, Encoder) else fitted.model
+        assert isinstance(classifier, ImageClassifier)
+        card = Card(
+            id=config.id, architecture=architecture, classes=dataset.classes,
+            data={**data.described(dataset, kept), "held_out_of_train": config.held_out, "labelled": labelled},
+            training={**loop.comparable(config), "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures},
+        )  # fmt: skip
+        out = config.out / "checkpoint"
+        checkpoint.save(out, Checkpoint(card, classifier))
+        report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)
+    world.leave(here)

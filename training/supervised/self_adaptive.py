@@ -1,0 +1,49 @@
+"""Self-adaptive training (Huang, Zhang, Zhang, NeurIPS 2020, algorithm 1): targets that follow the model's predictions.
+
+    t ← m · t + (1 - m) · p  after a warm-up, w = max t,  loss = Σ w · H(t, p) / Σ w
+
+Labels that the model cannot fit stop being pressed on it, which is what adversarial training overfits to.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unperturb.models.shapes import Float, Int
+from unperturb.training import world as worlds
+from unperturb.training.supervised.adversarial import Fit
+from unperturb.training.world import World
+
+
+class AdaptiveTargets(nn.Module):
+    """One target distribution per training image, beginning as its label."""
+
+    targets: Tensor
+
+    def __init__(
+        self, labels: Int[Tensor, " images"], *, num_classes: int, momentum: float, warmup_epochs: int, world: World
+    ) -> None:
+        super().__init__()
+        self.register_buffer("targets", F.one_hot(labels, num_classes).float())
+        self.momentum, self.warmup_epochs, self.world = momentum, warmup_epochs, world
+
+    def fit(self, indices: Int[Tensor, " batch"], epoch: int) -> Fit:
+        """The loss of a batch, which moves its targets first (after the warm-up)."""
+
+        def loss(logits: Float[Tensor, "batch classes"]) -> Tensor:
+            logits = logits.float()
+            if epoch >= self.warmup_epochs:
+                self._move(indices, logits.detach().softmax(1))
+            targets = self.targets[indices].clone()
+            weights = targets.amax(1)
+            return (weights * -(targets * logits.log_softmax(1)).sum(1)).sum() / weights.sum()
+
+        return loss
+
+    def _move(self, indices: Tensor, predictions: Tensor) -> None:
+        """On every process, whichever of them had the image."""
+        where, predicted = worlds.gather(self.world, indices), worlds.gather(self.world, predictions)
+        sums = torch.zeros_like(self.targets).index_add_(0, where, predicted)  # an image may come twice
+        count = torch.zeros_like(self.targets[:, :1]).index_add_(0, where, torch.ones_like(predicted[:, :1]))
+        moved = self.momentum * self.targets + (1 - self.momentum) * sums / count.clamp(min=1)
+        self.targets.copy_(torch.where(count > 0, moved, self.targets))
