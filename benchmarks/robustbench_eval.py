@@ -150,9 +150,13 @@ def run_all(config: Config) -> list[Path]:
     for model in config.model:
         subject = load_model(model, config)
         data = load_images(
-            config.dataset, config.data, n=config.n_examples, image_size=subject.classifier.image_size,
-            classes=subject.card.classes, cache=config.cache,
-        )  # fmt: skip
+            config.dataset,
+            config.data,
+            n=config.n_examples,
+            image_size=subject.classifier.image_size,
+            classes=subject.card.classes,
+            cache=config.cache,
+        )
         if not model.startswith("robustbench:") and model != subject.card.id and Path(model).is_dir():
             model = f"{subject.card.id}-{subject.card.weights_sha256[:8]}"  # no path of a machine in names
         for purifier in config.purifier:

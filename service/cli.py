@@ -155,8 +155,17 @@ def purify(
     if file.is_dir() or file.suffix.lower() == ".parquet":
         from unperturb.service.bulk.run import Job, run
 
-        job = Job(source=file, out=out, checkpoint=checkpoint, preset=preset, seed=seed, device=device, column=column,
-                  chunk=chunk, batch=batch)  # fmt: skip
+        job = Job(
+            source=file,
+            out=out,
+            checkpoint=checkpoint,
+            preset=preset,
+            seed=seed,
+            device=device,
+            column=column,
+            chunk=chunk,
+            batch=batch,
+        )
         count, failed = run(job, ray_actors=ray_actors if by_ray else 0)
         print(f"{out}: {count} images, {failed} failed" + (f" (see status in {out / 'traces'})" if failed else ""))
         if failed:

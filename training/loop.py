@@ -242,9 +242,7 @@ class _Run:
         if not math.isfinite(means["loss"]):
             raise ConfigError(f"the loss is {means['loss']} in epoch {number}; lower --lr={config.lr}")
         now.epoch, now.step, now.sums, now.seconds = number, 0, {}, 0.0
-        return {
-            "epoch": number, **means, "lr": rate, "seconds": seconds, "images_per_s": steps * images / seconds
-        }  # fmt: skip
+        return {"epoch": number, **means, "lr": rate, "seconds": seconds, "images_per_s": steps * images / seconds}
 
     def _step(self, indices: Tensor, step: int, rate: float) -> dict[str, Tensor]:
         """One step of the optimizer and the average; the loss and the task's figures."""

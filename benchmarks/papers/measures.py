@@ -87,7 +87,7 @@ def neighbours(subject: Subject) -> dict[str, Any]:
     assert isinstance(votes, SoftNeighbours)
     everyone = SoftNeighbours(
         votes.bank, votes.labels, num_classes=votes.num_classes, neighbours=0, temperature=votes.temperature
-    )  # fmt: skip
+    )
     right: dict[str, list[bool]] = {}
     for x, labels, numbers in subject.test():
         right.setdefault("clean", []).extend(correct(classifier, x, labels))
@@ -148,8 +148,10 @@ def detector(subject: Subject) -> dict[str, Any]:
             of_class += int(same.sum())
             possible += same.numel()
         figures[f"bank, {kind}"] = {
-            "precision": hits / max(dropped, 1), "recall": hits / of_class, "chance": of_class / possible
-        }  # fmt: skip
+            "precision": hits / max(dropped, 1),
+            "recall": hits / of_class,
+            "chance": of_class / possible,
+        }
     return figures
 
 
@@ -158,8 +160,13 @@ def overfitting(subject: Subject) -> dict[str, Any]:
     curve = [entry["held_out_pgd_accuracy"] for entry in _log(subject.run)]
     smooth = [sum(curve[max(0, i - 2) : i + 1]) / len(curve[max(0, i - 2) : i + 1]) for i in range(len(curve))]
     best = max(smooth)
-    return {"best": best, "best_epoch": smooth.index(best) + 1, "last": smooth[-1], "gap": best - smooth[-1],
-            "curve": curve}  # fmt: skip
+    return {
+        "best": best,
+        "best_epoch": smooth.index(best) + 1,
+        "last": smooth[-1],
+        "gap": best - smooth[-1],
+        "curve": curve,
+    }
 
 
 def generator(subject: Subject) -> dict[str, Any]:
@@ -183,8 +190,20 @@ def harness(subject: Subject) -> dict[str, Any]:
     The runs of a scale share a folder, since AutoAttack on the classifier alone is the same for every head of it.
     """
     out = subject.run.parents[1] / "harness"
-    arguments = ["--model", str(subject.folder), "--purifier", "reverse-attack", "--attacks", HARNESS_ATTACKS,
-                 "--out", str(out), "--device", str(subject.device), "--panel", "0"]  # fmt: skip
+    arguments = [
+        "--model",
+        str(subject.folder),
+        "--purifier",
+        "reverse-attack",
+        "--attacks",
+        HARNESS_ATTACKS,
+        "--out",
+        str(out),
+        "--device",
+        str(subject.device),
+        "--panel",
+        "0",
+    ]
     if Path(subject.source).exists():
         arguments += ["--data", subject.source]
     for key, value in subject.scale.harness.items():

@@ -48,8 +48,16 @@ class Scale:
 SCALES: dict[str, Scale] = {
     "small": Scale(
         contrast={
-            "arch": "wide_resnet_10_1", "activation": "silu", "images": "5000", "epochs": "20", "batch-size": "128",
-            "lr": "2e-3", "hidden": "256", "embedding-dim": "64", "attack-steps": "3", "attack-step-size": "4/255",
+            "arch": "wide_resnet_10_1",
+            "activation": "silu",
+            "images": "5000",
+            "epochs": "20",
+            "batch-size": "128",
+            "lr": "2e-3",
+            "hidden": "256",
+            "embedding-dim": "64",
+            "attack-steps": "3",
+            "attack-step-size": "4/255",
             "held-out": "250",
         },
         fine_tuning={"epochs": "8"},
@@ -57,32 +65,75 @@ SCALES: dict[str, Scale] = {
         knn={"bank": "5000"},
         false_negatives={"false-negative-share": "0.05"},
         supervised={
-            "arch": "wide_resnet_10_1", "activation": "silu", "images": "5000", "epochs": "20", "batch-size": "128",
-            "lr": "0.1", "held-out": "250", "label-smoothing": "0", "ema": "0.9",
+            "arch": "wide_resnet_10_1",
+            "activation": "silu",
+            "images": "5000",
+            "epochs": "20",
+            "batch-size": "128",
+            "lr": "0.1",
+            "held-out": "250",
+            "label-smoothing": "0",
+            "ema": "0.9",
         },
         overfitting={
-            "arch": "wide_resnet_10_2", "image-size": "16", "images": "1000", "epochs": "40", "batch-size": "50",
-            "lr": "0.05", "schedule": "constant", "ema": "0", "held-out": "500", "label-smoothing": "0", "pad": "0",
-            "method": "pgd", "epsilon": "4/255", "attack-steps": "2", "attack-step-size": "3/255",
+            "arch": "wide_resnet_10_2",
+            "image-size": "16",
+            "images": "1000",
+            "epochs": "40",
+            "batch-size": "50",
+            "lr": "0.05",
+            "schedule": "constant",
+            "ema": "0",
+            "held-out": "500",
+            "label-smoothing": "0",
+            "pad": "0",
+            "method": "pgd",
+            "epsilon": "4/255",
+            "attack-steps": "2",
+            "attack-step-size": "3/255",
         },
         labels={
-            "arch": "wide_resnet_10_1", "activation": "silu", "images": "5000", "labelled": "0.1", "batch-size": "100",
-            "lr": "0.05", "method": "natural", "held-out": "250", "label-smoothing": "0", "ema": "0.9",
+            "arch": "wide_resnet_10_1",
+            "activation": "silu",
+            "images": "5000",
+            "labelled": "0.1",
+            "batch-size": "100",
+            "lr": "0.05",
+            "method": "natural",
+            "held-out": "250",
+            "label-smoothing": "0",
+            "ema": "0.9",
         },
         generator={"images": "5000", "epochs": "5", "held-out": "250", "width": "16"},
         frozen={
-            "images": "10000", "epochs": "16", "batch-size": "64", "optimizer": "adam", "lr": "2e-3", "ema": "0.9",
-            "label-smoothing": "0", "held-out": "250",
+            "images": "10000",
+            "epochs": "16",
+            "batch-size": "64",
+            "optimizer": "adam",
+            "lr": "2e-3",
+            "ema": "0.9",
+            "label-smoothing": "0",
+            "held-out": "250",
         },
-        head={"classifier": "default", "images": "5000", "epochs": "4", "batch-size": "250", "held-out": "500",
-              "attack-steps": "2",
-              "attack-step-size": "6/255"},
+        head={
+            "classifier": "default",
+            "images": "5000",
+            "epochs": "4",
+            "batch-size": "250",
+            "held-out": "500",
+            "attack-steps": "2",
+            "attack-step-size": "6/255",
+        },
         harness={"n-examples": "128", "budget": "fast"},
         test_images=1000,
     ),
     "full": Scale(
         contrast={
-            "arch": "preact_resnet18", "epochs": "200", "batch-size": "512", "hidden": "2048", "queue": "16384",
+            "arch": "preact_resnet18",
+            "epochs": "200",
+            "batch-size": "512",
+            "hidden": "2048",
+            "queue": "16384",
         },
         fine_tuning={"epochs": "50"},
         readout={"epochs": "100"},
@@ -90,7 +141,11 @@ SCALES: dict[str, Scale] = {
         false_negatives={"false-negatives-from": "60"},
         supervised={"arch": "preact_resnet18", "epochs": "60"},
         overfitting={
-            "arch": "preact_resnet18", "epochs": "120", "schedule": "cosine", "method": "pgd", "attack-steps": "10",
+            "arch": "preact_resnet18",
+            "epochs": "120",
+            "schedule": "cosine",
+            "method": "pgd",
+            "attack-steps": "10",
             "ema": "0",
         },
         labels={"arch": "preact_resnet18", "labelled": "0.1", "method": "natural"},
@@ -100,7 +155,7 @@ SCALES: dict[str, Scale] = {
         harness={"n-examples": "1000", "budget": "standard"},
         test_images=0,
     ),
-}  # fmt: skip
+}
 
 
 def arms(scale: Scale) -> dict[str, Arm]:
@@ -150,20 +205,25 @@ def arms(scale: Scale) -> dict[str, Arm]:
     supervised("relu", scale.overfitting, {"activation": "relu"}, measures=("test", "overfitting"))
     warm = str(int(scale.overfitting["epochs"]) // 4)
     supervised(
-        "self-adaptive", scale.overfitting, {"activation": "silu", "self-adaptive-from": warm},
+        "self-adaptive",
+        scale.overfitting,
+        {"activation": "silu", "self-adaptive-from": warm},
         measures=("test", "overfitting"),
-    )  # fmt: skip
+    )
     supervised(
-        "weight-perturbation", scale.overfitting, {"activation": "silu", "weight-perturbation": "5e-3"},
+        "weight-perturbation",
+        scale.overfitting,
+        {"activation": "silu", "weight-perturbation": "5e-3"},
         measures=("test", "overfitting"),
-    )  # fmt: skip
+    )
     epochs = int(contrast["epochs"])
     supervised("labels-only", scale.labels, {"epochs": str(epochs * 10)})  # as many steps as S4L: a tenth of the images
     supervised("s4l", scale.labels, {"epochs": str(epochs), "self-supervised-weight": "1"})
     made["rocl-robust-linear"] = Arm(
-        command="linear", options={**readout, "method": "pgd", "attack-steps": "3", "attack-step-size": "4/255",
-                                   "epochs": "5"}, needs="rocl",
-    )  # fmt: skip
+        command="linear",
+        options={**readout, "method": "pgd", "attack-steps": "3", "attack-step-size": "4/255", "epochs": "5"},
+        needs="rocl",
+    )
     made["efficientnet"] = Arm(
         command="classifier",
         options={**scale.frozen, **tested, "arch": "efficientnet_b0", "method": "natural"},
@@ -173,9 +233,12 @@ def arms(scale: Scale) -> dict[str, Arm]:
         command="linear", options={**readout, **untested, "hidden": "256"}, needs="efficientnet", seeds=1
     )
     made["generator"] = Arm(
-        command="generator", options={**scale.generator, **tested}, needs="efficientnet-dense", measures=("generator",),
+        command="generator",
+        options={**scale.generator, **tested},
+        needs="efficientnet-dense",
+        measures=("generator",),
         seeds=5,  # they differ much
-    )  # fmt: skip
+    )
     for name, more in (("head-plain", {}), ("head-robust", {"adversarial": ""})):
         made[name] = Arm(command="head", options={**scale.head, **more}, measures=("harness",))
     for name in ("simclr", "rocl"):

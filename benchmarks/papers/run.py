@@ -123,9 +123,11 @@ class Campaign:
     def identity(self, name: str) -> dict[str, Any]:
         """What an arm's figures depend on, beside the code and the seed."""
         return {
-            "scale": self.config.scale, "options": self.chain(name), "data": self.dataset(name).name,
+            "scale": self.config.scale,
+            "options": self.chain(name),
+            "data": self.dataset(name).name,
             "data_sha256": self.dataset(name).digest,
-        }  # fmt: skip
+        }
 
     def file(self, name: str) -> Path:
         """The arm's result file."""
@@ -148,15 +150,25 @@ class Campaign:
             return
         torch.set_num_threads(self._threads())
         subject = Subject(
-            trained / MADE.get(arm.command, "checkpoint"), trained, self.dataset(name), self.config.data,
-            SCALES[self.config.scale], torch.device(self.config.device),
-        )  # fmt: skip
+            trained / MADE.get(arm.command, "checkpoint"),
+            trained,
+            self.dataset(name),
+            self.config.data,
+            SCALES[self.config.scale],
+            torch.device(self.config.device),
+        )
         started = time.perf_counter()
         figures = {measure: MEASURES[measure](subject) for measure in arm.measures}
-        self._record(name, seed, {
-            "commit": provenance.commit(), "training": _cost(run), "figures": figures,
-            "measured_in_s": round(time.perf_counter() - started, 1),
-        })  # fmt: skip
+        self._record(
+            name,
+            seed,
+            {
+                "commit": provenance.commit(),
+                "training": _cost(run),
+                "figures": figures,
+                "measured_in_s": round(time.perf_counter() - started, 1),
+            },
+        )
         print(f"{name}, seed {seed}: done", flush=True)
 
     def dataset(self, name: str) -> data.DataSet:
@@ -194,9 +206,11 @@ class Campaign:
         with self.lock:
             seeds = {**self._before(name), str(seed): found}
             results.write(
-                self.file(name), script="benchmarks/papers/run.py", config=settings,
+                self.file(name),
+                script="benchmarks/papers/run.py",
+                config=settings,
                 results={**self.identity(name), "seeds": dict(sorted(seeds.items()))},
-            )  # fmt: skip
+            )
 
 
 def _cost(run: Path) -> dict[str, Any]:

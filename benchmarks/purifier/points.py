@@ -36,9 +36,14 @@ def make_points(
     parts = []
     for indices in torch.arange(len(labels), device=labels.device).split(batch):
         attacked = pgd(
-            classifier, clean[indices], labels[indices], epsilon=epsilon, step_size=epsilon / 4, steps=steps,
+            classifier,
+            clean[indices],
+            labels[indices],
+            epsilon=epsilon,
+            step_size=epsilon / 4,
+            steps=steps,
             seeds=seed * (1 << 32) + indices,
-        )  # fmt: skip
+        )
         parts.append(attacked)
     signs = torch.rand(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean.device).sub(0.5).sign()
     return Points(clean, torch.cat(parts), (clean + epsilon * signs).clamp(0, 1), labels)
@@ -74,9 +79,14 @@ def bpda(
     indices = torch.arange(len(labels), device=labels.device)
     for chunk in tqdm(indices.split(batch), desc="BPDA", leave=False):
         attacked = pgd(
-            lambda x: defended(x, seed=seeds_of(seed, x)), clean[chunk], labels[chunk], epsilon=epsilon,
-            step_size=epsilon / 4, steps=steps, seeds=seed * (1 << 32) + chunk,
-        )  # fmt: skip
+            lambda x: defended(x, seed=seeds_of(seed, x)),
+            clean[chunk],
+            labels[chunk],
+            epsilon=epsilon,
+            step_size=epsilon / 4,
+            steps=steps,
+            seeds=seed * (1 << 32) + chunk,
+        )
         withstood += correct(lambda x: defended(x, seed=seeds_of(seed, x)), attacked, labels[chunk], batch=batch)
     return withstood
 

@@ -146,9 +146,10 @@ def main(arguments: list[str]) -> int:
                 defended, made.sets()[name], labels, seed=config.seed, batch=config.batch, name=title
             )
             rows[title][name] = {
-                **results.accuracy(found.correct), "gain": results.gain(found.correct, static[name]),
+                **results.accuracy(found.correct),
+                "gain": results.gain(found.correct, static[name]),
                 **points.describe(found),
-            }  # fmt: skip
+            }
         rows[title]["ms_per_image"] = (time.perf_counter() - started) * 1000 / (2 * len(labels))
         clean, attacked = (rows[title][name]["gain"]["mean"] for name in names)
         print(f"{title:24} clean {clean:+.1%}  attacked {attacked:+.1%}  {rows[title]['ms_per_image']:.0f} ms")

@@ -17,21 +17,29 @@ class PublishedProcedure:
     """Purify a batch of at least two images; `steps` of `step_size` in a ball of `epsilon`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, *, views: int = 4, steps: int = 40, step_size: float = 2 / 255,
-        epsilon: float = 16 / 255, temperature: float = 0.2,
-    ) -> None:  # fmt: skip
+        self,
+        checkpoint: Checkpoint,
+        *,
+        views: int = 4,
+        steps: int = 40,
+        step_size: float = 2 / 255,
+        epsilon: float = 16 / 255,
+        temperature: float = 0.2,
+    ) -> None:
         assert checkpoint.head is not None
         self.classifier: nn.Module = checkpoint.classifier.requires_grad_(True)
         self.features, self.head = checkpoint.classifier.features, checkpoint.head.requires_grad_(True)
         self.views, self.steps, self.step_size, self.epsilon = views, steps, step_size, epsilon
         self.temperature = temperature
         size = checkpoint.classifier.image_size
-        self.transform = transforms.Compose([
-            transforms.RandomResizedCrop(size, antialias=True),
-            transforms.RandomHorizontalFlip(),
-            transforms.ColorJitter(0.8, 0.8, 0.8, 0.2),
-            transforms.RandomGrayscale(0.2),
-        ])  # fmt: skip
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomResizedCrop(size, antialias=True),
+                transforms.RandomHorizontalFlip(),
+                transforms.ColorJitter(0.8, 0.8, 0.8, 0.2),
+                transforms.RandomGrayscale(0.2),
+            ]
+        )
 
     def __call__(self, x0: Tensor) -> Tensor:
         """[batch, 3, h, w] in [0, 1] -> purified."""

@@ -78,9 +78,14 @@ def measure(config: Config, loaded: Checkpoint, images: Tensor, labels: Tensor) 
     if config.adaptive_n:
         first = slice(config.adaptive_n)
         withstood = points.bpda(
-            defend(loaded, PRESETS["default"]), made.clean[first], labels[first], epsilon=config.epsilon,
-            steps=config.steps, seed=seed, batch=batch,
-        )  # fmt: skip
+            defend(loaded, PRESETS["default"]),
+            made.clean[first],
+            labels[first],
+            epsilon=config.epsilon,
+            steps=config.steps,
+            seed=seed,
+            batch=batch,
+        )
         found["default"]["adaptive_bpda"] = {
             **results.accuracy(withstood),
             "gain": results.gain(withstood, static["attacked"][first]),

@@ -78,9 +78,12 @@ def subject(config: Config) -> Checkpoint:
     torch.manual_seed(0)
     architecture = Architecture(name=config.arch, num_classes=10)
     classifier = build(architecture).eval().requires_grad_(False).to(config.device)
-    head = ProjectionHead(
-        feature_dim=classifier.feature_dim, hidden=HEAD.hidden, embedding_dim=HEAD.embedding_dim
-    ).eval().requires_grad_(False).to(config.device)  # fmt: skip
+    head = (
+        ProjectionHead(feature_dim=classifier.feature_dim, hidden=HEAD.hidden, embedding_dim=HEAD.embedding_dim)
+        .eval()
+        .requires_grad_(False)
+        .to(config.device)
+    )
     bank = NegativesBank(torch.randn(BANK, HEAD.embedding_dim), torch.zeros(BANK, dtype=torch.int64)).to(config.device)
     names = tuple(str(number) for number in range(10))
     card = Card(id=config.arch, architecture=architecture, classes=names, data={}, training={}, head=HEAD)
@@ -161,11 +164,19 @@ def measure(config: Config, ways: Ways, size: int) -> dict[str, Any]:
     for name, (precision, steps, views, _) in every.items():
         seconds, passes = statistics.median(spent[name]), size * steps * views
         found[name] = {
-            "precision": precision, "steps": steps, "views": views, "seconds": spent[name], "ms": seconds * 1000,
-            "ms_per_step": seconds * 1000 / steps, "images_per_s": size / seconds, "passes_per_s": passes / seconds,
-            "peak_bytes": memory[name], "times_published_procedure": plain / seconds,
-            "flop_per_s": flop * passes / seconds, "of_rate": flop * passes / seconds / ways.rates[precision],
-        }  # fmt: skip
+            "precision": precision,
+            "steps": steps,
+            "views": views,
+            "seconds": spent[name],
+            "ms": seconds * 1000,
+            "ms_per_step": seconds * 1000 / steps,
+            "images_per_s": size / seconds,
+            "passes_per_s": passes / seconds,
+            "peak_bytes": memory[name],
+            "times_published_procedure": plain / seconds,
+            "flop_per_s": flop * passes / seconds,
+            "of_rate": flop * passes / seconds / ways.rates[precision],
+        }
         found[name]["way"] = fastest if name.startswith("preset") else name
     return found
 
@@ -238,9 +249,10 @@ def agreement(config: Config, ways: Ways, dataset: data.DataSet) -> dict[str, An
     for name, other in scores.items():
         differs = exact.argmax(1) != other.argmax(1)
         found[name] = {
-            "n": len(exact), "same_label": float((~differs).float().mean()),
+            "n": len(exact),
+            "same_label": float((~differs).float().mean()),
             "largest_margin_of_the_differing": float(margin[differs].max()) if differs.any() else None,
-        }  # fmt: skip
+        }
     return found
 
 
@@ -267,10 +279,14 @@ def main(arguments: list[str]) -> int:
     where = torch.cuda.get_device_name(ways.device) if ways.device.type == "cuda" else "cpu"
     out = config.out or results.FOLDER / "purify_speed" / f"{card.architecture.name}_{where.replace(' ', '-')}.json"
     found: dict[str, Any] = {
-        "architecture": card.architecture.name, "weights_sha256": card.weights_sha256 or None,
-        "flop_per_s": ways.rates, "bytes_per_s": device_bandwidth(ways.device), "batches": {},
-        "tf32": torch.backends.cudnn.allow_tf32, "allocator": os.environ.get("GLIBC_TUNABLES", ""),
-    }  # fmt: skip
+        "architecture": card.architecture.name,
+        "weights_sha256": card.weights_sha256 or None,
+        "flop_per_s": ways.rates,
+        "bytes_per_s": device_bandwidth(ways.device),
+        "batches": {},
+        "tf32": torch.backends.cudnn.allow_tf32,
+        "allocator": os.environ.get("GLIBC_TUNABLES", ""),
+    }
     if dataset is not None:
         found["agreement"] = agreement(config, ways, dataset)
         print(found["agreement"], flush=True)

@@ -63,8 +63,12 @@ def _headline(runs: list[dict[str, Any]]) -> bytes | None:
     plt, figure, axes = _figure(8, 0.9 + 0.75 * len(runs))
     for place, run in enumerate(reversed(runs)):
         row: Row = measured_row(run)
-        bars = (("clean", row.clean, FAINT), ("static AutoAttack", row.static, COLOURS[0]),
-                ("transfer", row.transfer, COLOURS[2]), ("worst case", row.worst, COLOURS[1]))  # fmt: skip
+        bars = (
+            ("clean", row.clean, FAINT),
+            ("static AutoAttack", row.static, COLOURS[0]),
+            ("transfer", row.transfer, COLOURS[2]),
+            ("worst case", row.worst, COLOURS[1]),
+        )
         for offset, (name, value, colour) in enumerate(bars):
             y = place + 0.3 - 0.2 * offset
             if value is None:
@@ -73,8 +77,14 @@ def _headline(runs: list[dict[str, Any]]) -> bytes | None:
             if name == "worst case" and row.interval:
                 low, high = (100 * bound for bound in row.interval)
                 axes.plot([low, high], [y, y], color=INK, linewidth=1)
-            axes.text(max(value, (row.interval or (0, 0))[1] if name == "worst case" else 0) * 100 + 0.7, y,
-                      f"{value * 100:.1f}", va="center", fontsize=8, color=INK)  # fmt: skip
+            axes.text(
+                max(value, (row.interval or (0, 0))[1] if name == "worst case" else 0) * 100 + 0.7,
+                y,
+                f"{value * 100:.1f}",
+                va="center",
+                fontsize=8,
+                color=INK,
+            )
     handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     order = [name for name in ("clean", "static AutoAttack", "transfer", "worst case")]
     for name, colour in zip(order, (FAINT, COLOURS[0], COLOURS[2], COLOURS[1]), strict=True):
@@ -99,9 +109,13 @@ def _every_attack(runs: list[dict[str, Any]]) -> bytes | None:
         shown = [(place, cells[name]["accuracy"] * 100) for place, name in enumerate(names) if name in cells]
         shift = (number - (len(runs) - 1) / 2) * 0.14
         axes.plot(
-            [value for _, value in shown], [place + shift for place, _ in shown], "o", markersize=5,
-            color=COLOURS[number % len(COLOURS)], label=label(run, runs),
-        )  # fmt: skip
+            [value for _, value in shown],
+            [place + shift for place, _ in shown],
+            "o",
+            markersize=5,
+            color=COLOURS[number % len(COLOURS)],
+            label=label(run, runs),
+        )
     shown_names = ["autoattack (no purifier)" if name == "autoattack" else name for name in names]
     axes.set_yticks(range(len(names)), shown_names)
     axes.invert_yaxis()
@@ -156,9 +170,14 @@ def _by_time(runs: list[dict[str, Any]]) -> bytes | None:
             continue
         low, high = (100 * (row.worst - row.interval[0]), 100 * (row.interval[1] - row.worst))
         axes.errorbar(
-            row.ms_per_image, row.worst * 100, yerr=[[low], [high]], fmt="o", capsize=3,
-            color=COLOURS[number % len(COLOURS)], label=label(run, runs),
-        )  # fmt: skip
+            row.ms_per_image,
+            row.worst * 100,
+            yerr=[[low], [high]],
+            fmt="o",
+            capsize=3,
+            color=COLOURS[number % len(COLOURS)],
+            label=label(run, runs),
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(f"ms per image, purified and classified ({runs[0]['machine']['device']}; logarithmic)")
@@ -179,9 +198,12 @@ def _curves(runs: list[dict[str, Any]]) -> bytes | None:
         scale = curves["clean"][0] or 1.0
         for name, style in (("clean", "-"), ("attacked", "--")):
             axes.plot(
-                range(len(curves[name])), [value / scale for value in curves[name]], style,
-                color=COLOURS[number % len(COLOURS)], label=f"{label(run, shown)}, {name}",
-            )  # fmt: skip
+                range(len(curves[name])),
+                [value / scale for value in curves[name]],
+                style,
+                color=COLOURS[number % len(COLOURS)],
+                label=f"{label(run, shown)}, {name}",
+            )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")

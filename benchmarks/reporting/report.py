@@ -26,9 +26,18 @@ from unperturb.models.errors import UnperturbError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 HEADS = (
-    "model", "purifier", "n", "budget", "clean", "static AA", "transfer", "worst case", "mean / worst of 10",
-    "ms / image", "source",
-)  # fmt: skip
+    "model",
+    "purifier",
+    "n",
+    "budget",
+    "clean",
+    "static AA",
+    "transfer",
+    "worst case",
+    "mean / worst of 10",
+    "ms / image",
+    "source",
+)
 NOTES = (
     "static AA: standard AutoAttack on the classifier without its purifier. transfer: those points through the "
     "purifier. worst case: an image counts as broken when any attack that was run broke it (95% Wilson interval); for "
@@ -56,16 +65,31 @@ def cells(row: Row) -> list[str]:
     ms = "" if row.ms_per_image is None else f"{row.ms_per_image:.2f}"
     again = "" if row.worst_of_draws is None else f"{percent(row.mean_of_draws)} / {percent(row.worst_of_draws)}"
     return [
-        row.model, row.purifier, f"{row.n:,}", row.budget, percent(row.clean), percent(row.static),
-        percent(row.transfer), worst, again, ms, source,
-    ]  # fmt: skip
+        row.model,
+        row.purifier,
+        f"{row.n:,}",
+        row.budget,
+        percent(row.clean),
+        percent(row.static),
+        percent(row.transfer),
+        worst,
+        again,
+        ms,
+        source,
+    ]
 
 
 def sort_keys(row: Row) -> list[float | str]:
     """What each cell of the page sorts by."""
     numbers = (row.clean, row.static, row.transfer, row.worst, row.worst_of_draws, row.ms_per_image)
-    return [row.model, row.purifier, row.n, row.budget, *(-1.0 if value is None else value for value in numbers),
-            "measured" if row.measured else "published"]  # fmt: skip
+    return [
+        row.model,
+        row.purifier,
+        row.n,
+        row.budget,
+        *(-1.0 if value is None else value for value in numbers),
+        "measured" if row.measured else "published",
+    ]
 
 
 def title_of(group: tuple[str, str, float]) -> str:

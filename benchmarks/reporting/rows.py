@@ -98,9 +98,12 @@ def measured_row(run: dict[str, Any]) -> Row:
     figures = found["figures"]
     accuracy = {name: cell["accuracy"] for name, cell in figures["attacks"].items()}
     common = {
-        "model": found["model"]["spec"], "purifier": found["purifier_spec"], "measured": True,
-        "n": figures["attacks"]["clean"]["n"], "clean": accuracy["clean"],
-    }  # fmt: skip
+        "model": found["model"]["spec"],
+        "purifier": found["purifier_spec"],
+        "measured": True,
+        "n": figures["attacks"]["clean"]["n"],
+        "clean": accuracy["clean"],
+    }
     if "corruptions_mean" in figures:
         remark = "generated corruptions" if found["corruptions"] == "generated" else ""
         return Row(**common, worst=figures["corruptions_mean"], remark=remark)
@@ -135,11 +138,16 @@ def published_rows(group: tuple[str, str, float]) -> list[Row]:
             worst = _share(card["corruptions_accuracy"]) if threat == "corruptions" else external or published
             rows.append(
                 Row(
-                    model=card["model"], purifier="none", measured=False, n=10000 if dataset != "imagenet" else 5000,
-                    clean=float(card["clean_accuracy"]) / 100, static=published, worst=worst,
+                    model=card["model"],
+                    purifier="none",
+                    measured=False,
+                    n=10000 if dataset != "imagenet" else 5000,
+                    clean=float(card["clean_accuracy"]) / 100,
+                    static=published,
+                    worst=worst,
                     remark="unreliable" if card["unreliable"] == "True" else "",
                 )
-            )  # fmt: skip
+            )
     return sorted(rows, key=lambda row: -(row.worst or 0))
 
 

@@ -19,9 +19,11 @@ def load_table(record: dict[str, Any]) -> str:
     ]
     for row in found["loads"]:
         cells = [
-            f"{row['share']:.0%}", f"{row['goodput']:.1f}", f"{row['rejected']:.1%}",
+            f"{row['share']:.0%}",
+            f"{row['goodput']:.1f}",
+            f"{row['rejected']:.1%}",
             *(f"{row[f'p{p}_ms']:.0f}" for p in (50, 95, 99)),
-        ]  # fmt: skip
+        ]
         rows.append(f"| {' | '.join(cells)} |")
     rows += [
         "",
@@ -106,14 +108,19 @@ def _soak(part: dict[str, Any]) -> str:
 
 
 WORDS = {
-    "killed": lambda part: f"worker killed under load: {_counts(part['statuses'])}, these only after its end; exit "
-    f"status {part['exit_status']}; started anew it answers",
-    "disconnects": lambda part: f"100 clients left beside 100 that stayed: {_counts(part['stayed']['statuses'])}; "
-    f"{part['images_left_over']:.0f} images left over",
-    "slow_loris": lambda part: f"200 stalled connections: {_counts(part['stalled'])}; others: "
-    f"{_counts(part['others']['statuses'])}",
+    "killed": lambda part: (
+        f"worker killed under load: {_counts(part['statuses'])}, these only after its end; exit "
+        f"status {part['exit_status']}; started anew it answers"
+    ),
+    "disconnects": lambda part: (
+        f"100 clients left beside 100 that stayed: {_counts(part['stayed']['statuses'])}; "
+        f"{part['images_left_over']:.0f} images left over"
+    ),
+    "slow_loris": lambda part: (
+        f"200 stalled connections: {_counts(part['stalled'])}; others: {_counts(part['others']['statuses'])}"
+    ),
     "mutated": _mutated,
     "bombs": _bombs,
     "schemathesis": lambda part: f"{part['minutes']:.0f} minutes over the whole OpenAPI: {_counts(part['requests'])}",
     "soak": _soak,
-}  # fmt: skip
+}

@@ -16,9 +16,12 @@ from unperturb.benchmarks.reporting.speed_tables import http_table, speed_plot, 
 from unperturb.models.checkpoints import store as checkpoint
 
 SERVICE = {
-    "load": load_table, "load_patient": load_table, "side_by_side": side_by_side_table, "faults": faults_table,
+    "load": load_table,
+    "load_patient": load_table,
+    "side_by_side": side_by_side_table,
+    "faults": faults_table,
     "bulk_memory": bulk_line,
-}  # fmt: skip
+}
 ROBUSTNESS = FOLDER / "robustness"
 UNROLLED = FOLDER / "robustness_unrolled"
 PLOTS = {"Every attack": "every-attack.png"}

@@ -88,16 +88,29 @@ class Evaluation:
             noise = card.weights_sha256
         self.randomised = self._is_randomised()
         common = {
-            "data": data.digest, "seed": plan.seed, "chunk": plan.chunk, "threat": dataclasses.asdict(plan.threat),
-            "code": code_digest(), "versions": provenance.versions(), "device": device.type, "source": data.source,
-            "architecture": dataclasses.asdict(subject.card.architecture), "dataset": plan.dataset,
-        }  # fmt: skip
+            "data": data.digest,
+            "seed": plan.seed,
+            "chunk": plan.chunk,
+            "threat": dataclasses.asdict(plan.threat),
+            "code": code_digest(),
+            "versions": provenance.versions(),
+            "device": device.type,
+            "source": data.source,
+            "architecture": dataclasses.asdict(subject.card.architecture),
+            "dataset": plan.dataset,
+        }
         self.static = Units(folder, {**common, "classifier": digest_of(counting)})
         self.units = Units(
             folder,
-            {**common, "budget": dataclasses.asdict(plan.budget), "defended": digest_of(purifier),
-             "purifier": describe(purifier), "warm": AUTOATTACK in self.names, "generator": noise},
-        )  # fmt: skip
+            {
+                **common,
+                "budget": dataclasses.asdict(plan.budget),
+                "defended": digest_of(purifier),
+                "purifier": describe(purifier),
+                "warm": AUTOATTACK in self.names,
+                "generator": noise,
+            },
+        )
 
     def _check_logits(self) -> None:
         x = self.data.images[:2].to(self.device)
@@ -133,9 +146,13 @@ class Evaluation:
         counted = {name: units[0] for name, units in collected.items() if name != AUTOATTACK or not self.purifies}
         first = chunks[0]
         shown = show(
-            self.defended, self.data.images[first].to(self.device), hardest(counted).to(self.device),
-            self.data.labels[first].to(self.device), seed=SERVED_SEED, panel=self.plan.panel,
-        )  # fmt: skip
+            self.defended,
+            self.data.images[first].to(self.device),
+            hardest(counted).to(self.device),
+            self.data.labels[first].to(self.device),
+            seed=SERVED_SEED,
+            panel=self.plan.panel,
+        )
         n = len(outcomes[CLEAN])
         return {
             "purifies": self.purifies,
@@ -151,14 +168,15 @@ class Evaluation:
                     "forward": sum(unit.forward_passes for unit in units) / n,
                     "backward": sum(unit.backward_passes for unit in units) / n,
                 }
-                for name, units in collected.items() if name != AUTOATTACK
+                for name, units in collected.items()
+                if name != AUTOATTACK
             },
             "timings": {
                 "seconds": {name: sum(unit.seconds for unit in units) for name, units in collected.items()},
                 "ms_per_image": shown.pop("ms_per_image"),
             },
             **shown,
-        }  # fmt: skip
+        }
 
     def headline(self, found: dict[str, Any]) -> str:
         """One line of the result."""
@@ -170,11 +188,15 @@ class Evaluation:
         """Every unit of one chunk, stored ones from the disk; images that are wrong already are not attacked."""
         number = int(indices[0]) // self.plan.chunk
         whole = Scene(
-            defended=self.defended, x=self.data.images[indices].to(self.device),
+            defended=self.defended,
+            x=self.data.images[indices].to(self.device),
             labels=self.data.labels[indices].to(self.device),
-            seeds=((self.plan.seed << 24) + indices).to(self.device), threat=self.plan.threat,
-            budget=self.plan.budget, served_seed=SERVED_SEED, generator=self.generator,
-        )  # fmt: skip
+            seeds=((self.plan.seed << 24) + indices).to(self.device),
+            threat=self.plan.threat,
+            budget=self.plan.budget,
+            served_seed=SERVED_SEED,
+            generator=self.generator,
+        )
 
         def get(name: str, compute: Callable[[], Unit], units: Units = self.units) -> Unit:
             say(name)
@@ -236,9 +258,13 @@ class Evaluation:
 
     def _autoattack(self, whole: Scene) -> Unit:
         points, notes = autoattack(
-            self.counting.counted, whole.x, whole.labels, threat=whole.threat, seed=self.plan.seed,
+            self.counting.counted,
+            whole.x,
+            whole.labels,
+            threat=whole.threat,
+            seed=self.plan.seed,
             batch=self.plan.chunk,
-        )  # fmt: skip
+        )
         static = whole.against(DefendedClassifier(self.counting, NoPurifier(self.counting)))
         return self._judged(static, points)._replace(notes=notes)
 
@@ -260,9 +286,10 @@ class Evaluation:
         before, started = (counting.forward_passes, counting.backward_passes), time.perf_counter()
         unit = compute()
         return unit._replace(
-            forward_passes=counting.forward_passes - before[0], backward_passes=counting.backward_passes - before[1],
+            forward_passes=counting.forward_passes - before[0],
+            backward_passes=counting.backward_passes - before[1],
             seconds=time.perf_counter() - started,
-        )  # fmt: skip
+        )
 
 
 def describe(purifier: Purifier) -> dict[str, Any]:

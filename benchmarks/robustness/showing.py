@@ -66,13 +66,15 @@ def _panel(
             "label": int(labels[row]),
             "predicted": {name: int(values[row]) for name, values in answers.items()},
             "images": {
-                "clean": _png(clean[row]), "attacked": _png(attacked[row]), "purified": _png(purified[row]),
+                "clean": _png(clean[row]),
+                "attacked": _png(attacked[row]),
+                "purified": _png(purified[row]),
                 "attack": _png(_amplified(attacked[row] - clean[row])),
                 "purification": _png(_amplified(purified[row] - attacked[row])),
             },
         }
         for row in range(len(clean))
-    ]  # fmt: skip
+    ]
 
 
 def _amplified(difference: Tensor) -> Tensor:
@@ -95,8 +97,9 @@ def _ms_per_image(defended: DefendedClassifier, x: Tensor, seed: int) -> dict[st
     """The classifier alone and behind its purifier, each the fastest of its turns."""
     best: dict[str, float] = {}
     runs: dict[str, Callable[[], object]] = {
-        "classifier": lambda: defended.classifier(x), "defended": lambda: defended(x, seed=seed)
-    }  # fmt: skip
+        "classifier": lambda: defended.classifier(x),
+        "defended": lambda: defended(x, seed=seed),
+    }
     for _ in range(TURNS):
         for name, run in runs.items():
             _wait(x)

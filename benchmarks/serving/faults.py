@@ -67,10 +67,14 @@ def serving(config: Config, **settings: str) -> Iterator[Server]:
     """The service with short limits for stalled clients."""
     port = open_loop.free_port()
     environment = {
-        "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device,
-        "UNPERTURB_LOG_LEVEL": "warning", "UNPERTURB_HEADER_TIMEOUT_S": "3", "UNPERTURB_UPLOAD_TIMEOUT_S": "3",
-        "UNPERTURB_MAX_PER_CLIENT": "512", **settings,
-    }  # fmt: skip
+        "UNPERTURB_CHECKPOINT": config.checkpoint,
+        "UNPERTURB_DEVICE": config.device,
+        "UNPERTURB_LOG_LEVEL": "warning",
+        "UNPERTURB_HEADER_TIMEOUT_S": "3",
+        "UNPERTURB_UPLOAD_TIMEOUT_S": "3",
+        "UNPERTURB_MAX_PER_CLIENT": "512",
+        **settings,
+    }
     with (
         tempfile.TemporaryDirectory() as folder,
         open_loop.running(
@@ -89,9 +93,7 @@ def killed(config: Config) -> dict[str, Any]:
     """SIGKILL to the worker's process in mid-batch."""
 
     async def run(server: Server) -> list[Sent]:
-        task = asyncio.create_task(
-            open_loop.offer(server.url, pngs(config), rate=40.0, seconds=4.0, seed=config.seed)
-        )  # fmt: skip
+        task = asyncio.create_task(open_loop.offer(server.url, pngs(config), rate=40.0, seconds=4.0, seed=config.seed))
         await asyncio.sleep(KILL_AT_S)
         (worker,) = [one for one in tree(server.process.pid) if "unperturb.service.engine.worker" in one.cmdline()]
         worker.kill()
@@ -104,10 +106,14 @@ def killed(config: Config) -> dict[str, Any]:
     with serving(config) as server:
         again = asyncio.run(open_loop.saturate(server.url, pngs(config), clients=1, seconds=2.0, seed=config.seed))
     return {
-        "statuses": statuses(sent), "exit_status": status, "after_restart": statuses(again),
-        "well": status == 1 and waiting <= {200, 503} and {s.status for s in sent} <= {0, 200, 503}
+        "statuses": statuses(sent),
+        "exit_status": status,
+        "after_restart": statuses(again),
+        "well": status == 1
+        and waiting <= {200, 503}
+        and {s.status for s in sent} <= {0, 200, 503}
         and {s.status for s in again} == {200},
-    }  # fmt: skip
+    }
 
 
 def disconnects(config: Config) -> dict[str, Any]:
@@ -126,9 +132,11 @@ def disconnects(config: Config) -> dict[str, Any]:
         left = metric(server, "unperturb_slots_in_use") + metric(server, "unperturb_queue_length")
         alone = asyncio.run(open_loop.saturate(server.url, pngs(config), clients=1, seconds=3.0, seed=config.seed))
     return {
-        "stayed": open_loop.summary(sent, seconds=10.0), "images_left_over": left, "after": statuses(alone),
+        "stayed": open_loop.summary(sent, seconds=10.0),
+        "images_left_over": left,
+        "after": statuses(alone),
         "well": {one.status for one in sent} <= EXPECTED and left == 0,
-    }  # fmt: skip
+    }
 
 
 def slow_loris(config: Config) -> dict[str, Any]:
@@ -142,9 +150,10 @@ def slow_loris(config: Config) -> dict[str, Any]:
     with serving(config, UNPERTURB_PATIENCE="1000") as server:
         ended, sent = asyncio.run(run(server))
     return {
-        "stalled": dict(ended), "others": open_loop.summary(sent, seconds=10.0),
+        "stalled": dict(ended),
+        "others": open_loop.summary(sent, seconds=10.0),
         "well": "still open" not in ended and {one.status for one in sent} == {200},
-    }  # fmt: skip
+    }
 
 
 def mutated(config: Config) -> dict[str, Any]:
@@ -168,9 +177,10 @@ def mutated(config: Config) -> dict[str, Any]:
         found = {kind: statuses(asyncio.run(run(server, kind))) for kind in hostile.FORMATS}
         after = memory(server.process.pid)
     return {
-        "statuses": found, "memory_mb": [before, after],
+        "statuses": found,
+        "memory_mb": [before, after],
         "well": all({int(s) for s in counts} <= EXPECTED for counts in found.values()),
-    }  # fmt: skip
+    }
 
 
 def bombs(config: Config) -> dict[str, Any]:
@@ -181,15 +191,18 @@ def bombs(config: Config) -> dict[str, Any]:
             request = Prepared("/classify?purify=never", file)
             sent = asyncio.run(open_loop.burst(server.url, [request] * 4))
             found[name] = {
-                "bytes": len(file), "statuses": statuses(sent), "slowest_s": max(one.seconds for one in sent),
+                "bytes": len(file),
+                "statuses": statuses(sent),
+                "slowest_s": max(one.seconds for one in sent),
                 "memory_mb": memory(server.process.pid),
-            }  # fmt: skip
+            }
         after = asyncio.run(open_loop.saturate(server.url, pngs(config), clients=1, seconds=2.0, seed=config.seed))
     return {
-        "bombs": found, "after": statuses(after),
+        "bombs": found,
+        "after": statuses(after),
         "well": all({int(s) for s in row["statuses"]} <= EXPECTED for row in found.values())
         and {one.status for one in after} == {200},
-    }  # fmt: skip
+    }
 
 
 def schemathesis(config: Config) -> dict[str, Any]:
@@ -201,13 +214,29 @@ def schemathesis(config: Config) -> dict[str, Any]:
         settings.write_text('[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", 503, 504]\n')
         done = subprocess.run(
             [
-                str(Path(sys.executable).parent / "schemathesis"), "--config-file", str(settings), "run",
-                f"{server.url}/openapi.json", "--seed", str(config.seed), "--max-time", str(math.ceil(seconds)),
-                "--request-timeout", "60", "--header", f"Authorization: Bearer {key}", "--no-color", "--checks",
+                str(Path(sys.executable).parent / "schemathesis"),
+                "--config-file",
+                str(settings),
+                "run",
+                f"{server.url}/openapi.json",
+                "--seed",
+                str(config.seed),
+                "--max-time",
+                str(math.ceil(seconds)),
+                "--request-timeout",
+                "60",
+                "--header",
+                f"Authorization: Bearer {key}",
+                "--no-color",
+                "--checks",
                 "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
             ],
-            capture_output=True, text=True, check=False, timeout=seconds + 600, cwd=folder,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=seconds + 600,
+            cwd=folder,
+        )
         failures = done.stdout[-6000:] if done.returncode else ""
         alive = server.process.poll() is None
         answered = text_metrics(server)
@@ -216,9 +245,12 @@ def schemathesis(config: Config) -> dict[str, Any]:
         if line.startswith("unperturb_requests_total"):
             by_status[line.split('status="')[1].split('"')[0]] += int(float(line.rsplit(" ", 1)[1]))
     return {
-        "minutes": config.schemathesis_minutes, "requests": dict(by_status), "failures": failures,
-        "alive": alive, "well": alive and not failures and "500" not in by_status,
-    }  # fmt: skip
+        "minutes": config.schemathesis_minutes,
+        "requests": dict(by_status),
+        "failures": failures,
+        "alive": alive,
+        "well": alive and not failures and "500" not in by_status,
+    }
 
 
 def soak(config: Config) -> dict[str, Any]:
@@ -226,19 +258,20 @@ def soak(config: Config) -> dict[str, Any]:
     seconds = config.soak_minutes * 60
     found: list[Sent] = []
     with serving(config) as server:
-        full = asyncio.run(
-            open_loop.saturate(server.url, pngs(config), clients=32, seconds=20.0, seed=config.seed)
-        )  # fmt: skip
+        full = asyncio.run(open_loop.saturate(server.url, pngs(config), clients=32, seconds=20.0, seed=config.seed))
         capacity = sum(one.status == 200 for one in full) / 20.0
         samples: list[dict[str, float]] = []
         slice_s, started = min(60.0, seconds), time.monotonic()
         while time.monotonic() - started < seconds:
             found += asyncio.run(
                 open_loop.offer(
-                    server.url, pngs(config), rate=config.soak_share * capacity, seconds=slice_s,
+                    server.url,
+                    pngs(config),
+                    rate=config.soak_share * capacity,
+                    seconds=slice_s,
                     seed=config.seed + len(samples),
                 )
-            )  # fmt: skip
+            )
             samples.append({"minute": (time.monotonic() - started) / 60, "memory_mb": memory(server.process.pid)})
             print(json.dumps({**samples[-1], **statuses(found)}), file=sys.stderr, flush=True)
         alive = server.process.poll() is None
@@ -251,18 +284,32 @@ def soak(config: Config) -> dict[str, Any]:
     growth = samples[-1]["memory_mb"] / warm - 1 if warm else None
     good = sorted(one.seconds for one in found if one.status == 200)
     return {
-        "minutes": (time.monotonic() - started) / 60, "capacity": capacity, "offered": config.soak_share * capacity,
-        "requests": len(found), "statuses": statuses(found), "p99_s": good[int(0.99 * len(good))] if good else None,
-        "answered_by_the_service": served - len(full), "memory": samples, "memory_growth_after_warm_up": growth,
-        "well": alive and {one.status for one in found} <= {200, 429, 503} and served - len(full) == len(found)
-        and growth is not None and growth < 0.05,
-    }  # fmt: skip
+        "minutes": (time.monotonic() - started) / 60,
+        "capacity": capacity,
+        "offered": config.soak_share * capacity,
+        "requests": len(found),
+        "statuses": statuses(found),
+        "p99_s": good[int(0.99 * len(good))] if good else None,
+        "answered_by_the_service": served - len(full),
+        "memory": samples,
+        "memory_growth_after_warm_up": growth,
+        "well": alive
+        and {one.status for one in found} <= {200, 429, 503}
+        and served - len(full) == len(found)
+        and growth is not None
+        and growth < 0.05,
+    }
 
 
 PARTS: dict[str, Callable[[Config], dict[str, Any]]] = {
-    "killed": killed, "disconnects": disconnects, "slow_loris": slow_loris, "mutated": mutated, "bombs": bombs,
-    "schemathesis": schemathesis, "soak": soak,
-}  # fmt: skip
+    "killed": killed,
+    "disconnects": disconnects,
+    "slow_loris": slow_loris,
+    "mutated": mutated,
+    "bombs": bombs,
+    "schemathesis": schemathesis,
+    "soak": soak,
+}
 
 
 def statuses(sent: list[Sent]) -> dict[str, int]:
@@ -277,8 +324,11 @@ def main(arguments: list[str] | None = None) -> int:
     for name in config.only or PARTS:
         started = time.monotonic()
         found[name] = {**PARTS[name](config), "commit": provenance.commit()}
-        print(f"{name}: {'well' if found[name]['well'] else 'NOT WELL'}, {time.monotonic() - started:.0f} s",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"{name}: {'well' if found[name]['well'] else 'NOT WELL'}, {time.monotonic() - started:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
         results.write(config.out, script="benchmarks/serving/faults.py", config=as_json(config), results=found)
     return int(not all(found[name]["well"] for name in config.only or PARTS))
 

@@ -64,7 +64,7 @@ def bombs() -> dict[str, bytes]:
         "a PNG with a 100 MB colour profile": png(8, 8, zlib.compress(b""), profile),
         "a WebP of 64 million pixels": large_webp.getvalue(),
         "a JPEG of 144 million pixels": large_jpeg.getvalue(),
-    }  # fmt: skip
+    }
 
 
 async def leave_early(port: int, body: bytes, *, count: int, after_s: float) -> None:
@@ -110,4 +110,4 @@ async def stall(port: int, *, count: int, seconds: float) -> Counter[str]:
 def _head(path: str, length: int) -> bytes:
     return (
         f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: {length}\r\n\r\n"
-    ).encode()  # fmt: skip
+    ).encode()

@@ -61,9 +61,14 @@ class Config:
 def measure(config: Config) -> dict[str, Any]:
     """Images a second of both, a figure for each turn."""
     changed: dict[str, Any] = {
-        "checkpoint": config.checkpoint, "device": config.device, "preset": config.preset,
-        "execution": config.execution, "precision": config.precision, "patience": PATIENCE, "log_level": "warning",
-    }  # fmt: skip
+        "checkpoint": config.checkpoint,
+        "device": config.device,
+        "preset": config.preset,
+        "execution": config.execution,
+        "precision": config.precision,
+        "patience": PATIENCE,
+        "log_level": "warning",
+    }
     environment = {f"UNPERTURB_{name.upper()}": str(value) for name, value in changed.items()}
     settings, port = Settings(**changed), open_loop.free_port()
     clients = config.clients or 2 * settings.slots * len(settings.devices)
@@ -88,9 +93,12 @@ def measure(config: Config) -> dict[str, Any]:
     engine.stop(10.0)
     middle = statistics.median(one / other for one, other in zip(served, alone, strict=True))
     return {
-        "clients": clients, "engine_images_per_s": alone, "service_images_per_s": served, "share": middle,
+        "clients": clients,
+        "engine_images_per_s": alone,
+        "service_images_per_s": served,
+        "share": middle,
         "lone_ms": 1000 / lone,
-    }  # fmt: skip
+    }
 
 
 async def through_engine(engine: Engine, files: list[bytes], config: Config, *, clients: int) -> float:

@@ -47,9 +47,14 @@ def measure(config: Config) -> dict[str, Any]:
     """The lone request, the capacity, and every load."""
     requests = [open_loop.Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
     port = open_loop.free_port()
-    url, environment = f"http://127.0.0.1:{port}", {
-        "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device, "UNPERTURB_LOG_LEVEL": "warning",
-    }  # fmt: skip
+    url, environment = (
+        f"http://127.0.0.1:{port}",
+        {
+            "UNPERTURB_CHECKPOINT": config.checkpoint,
+            "UNPERTURB_DEVICE": config.device,
+            "UNPERTURB_LOG_LEVEL": "warning",
+        },
+    )
     if config.patience:
         environment["UNPERTURB_PATIENCE"] = str(config.patience)
     with (

@@ -126,7 +126,7 @@ async def post(session: aiohttp.ClientSession, url: str, request: Prepared, at: 
     with contextlib.suppress(aiohttp.ClientError, TimeoutError):
         async with session.post(
             url + request.path, data=request.body, headers={"content-type": request.kind}
-        ) as answer:  # fmt: skip
+        ) as answer:
             await answer.read()
             status = answer.status
     return Sent(at, time.perf_counter() - started, status, request.name)
@@ -135,13 +135,17 @@ async def post(session: aiohttp.ClientSession, url: str, request: Prepared, at: 
 @contextlib.contextmanager
 def running(
     command: Sequence[str], *, port: int, ready: str, log: Path, environment: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[bytes]]:  # fmt: skip
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server in a process of its own, from when `ready` answers 200; ended by SIGTERM."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=output, env={**os.environ, **(environment or {})},
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **(environment or {})},
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         ends_at = time.monotonic() + 180
         while True:

@@ -112,12 +112,17 @@ def measure(config: Config) -> dict[str, Any]:
             port = open_loop.free_port()
             command, path, ready = servers(config, port)[name]
             environment = {
-                "UNPERTURB_CHECKPOINT": config.checkpoint, "UNPERTURB_DEVICE": config.device,
-                "UNPERTURB_MAX_BATCH": str(config.max_batch), "UNPERTURB_LOG_LEVEL": "warning",
-                "UNPERTURB_PATIENCE": str(config.patience), "UNPERTURB_TIMEOUT_S": str(config.within_s),
-                "PEER_CHECKPOINT": config.checkpoint, "PEER_DEVICE": config.device,
-                "PEER_MAX_BATCH": str(config.max_batch), "PYTHONPATH": str(open_loop.ROOT),
-            }  # fmt: skip
+                "UNPERTURB_CHECKPOINT": config.checkpoint,
+                "UNPERTURB_DEVICE": config.device,
+                "UNPERTURB_MAX_BATCH": str(config.max_batch),
+                "UNPERTURB_LOG_LEVEL": "warning",
+                "UNPERTURB_PATIENCE": str(config.patience),
+                "UNPERTURB_TIMEOUT_S": str(config.within_s),
+                "PEER_CHECKPOINT": config.checkpoint,
+                "PEER_DEVICE": config.device,
+                "PEER_MAX_BATCH": str(config.max_batch),
+                "PYTHONPATH": str(open_loop.ROOT),
+            }
             url, prepared = f"http://127.0.0.1:{port}", requests(config, path)
             with (
                 tempfile.TemporaryDirectory() as folder,

@@ -228,9 +228,11 @@ def read_object(file: Path) -> dict[str, Any]:
 
 def _parts(checkpoint: Checkpoint) -> list[tuple[str, nn.Module]]:
     named = (
-        ("classifier", checkpoint.classifier), ("head", checkpoint.head), ("bank", checkpoint.bank),
+        ("classifier", checkpoint.classifier),
+        ("head", checkpoint.head),
+        ("bank", checkpoint.bank),
         ("restorer", checkpoint.restorer),
-    )  # fmt: skip
+    )
     return [(name, module) for name, module in named if module is not None]
 
 

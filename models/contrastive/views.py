@@ -45,8 +45,13 @@ class ViewPolicy:
             if not 0 < low <= high <= top:
                 raise ConfigError(f"{name}=({low}, {high}) is not a range within (0, {top}]")
         for name, top in (
-            ("flip", 1.0), ("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5), ("grayscale", 1.0)
-        ):  # fmt: skip
+            ("flip", 1.0),
+            ("brightness", 1.0),
+            ("contrast", 1.0),
+            ("saturation", 1.0),
+            ("hue", 0.5),
+            ("grayscale", 1.0),
+        ):
             if not 0 <= getattr(self, name) <= top:
                 raise ConfigError(f"{name}={getattr(self, name)} is not in [0, {top}]")
 

@@ -172,9 +172,13 @@ class Stepper:
             if self._pool is None and self.device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
             self._made[stage, size] = CapturedStep(
-                self.classifier, stage, size, device=self.device, compiled=self.execution == "compiled",
+                self.classifier,
+                stage,
+                size,
+                device=self.device,
+                compiled=self.execution == "compiled",
                 pool=self._pool,
-            )  # fmt: skip
+            )
         return self._made[stage, size]
 
 

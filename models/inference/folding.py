@@ -108,7 +108,7 @@ def _pairs(network: ImageClassifier, probe: Tensor) -> list[tuple[str, str]]:
         watch(name, module)
         for name, module in network.named_modules()
         if isinstance(module, nn.Conv2d) or (isinstance(module, nn.BatchNorm2d) and module.running_mean is not None)
-    ]  # fmt: skip
+    ]
     network.features(probe)
     for hook in hooks:
         hook.remove()

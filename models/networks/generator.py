@@ -84,9 +84,7 @@ class NoiseGenerator(nn.Module):
 
 
 def _layer(inside: int, outside: int, stride: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.GroupNorm(GROUPS, outside), nn.SiLU()
-    )  # fmt: skip
+    return nn.Sequential(nn.Conv2d(inside, outside, 3, stride, 1, bias=False), nn.GroupNorm(GROUPS, outside), nn.SiLU())
 
 
 def save(folder: Path, generator: NoiseGenerator, card: GeneratorCard) -> GeneratorCard:

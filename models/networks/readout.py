@@ -47,7 +47,7 @@ class ReadoutCard:
 MAKE_ONE = (
     "is an encoder without a classifier; make one with python -m training linear --encoder FOLDER …, "
     "or python -m training knn --encoder FOLDER …"
-)  # fmt: skip
+)
 
 
 class NoReadout(nn.Module):
@@ -110,12 +110,13 @@ def blank_readout(card: ReadoutCard, *, feature_dim: int, num_classes: int) -> n
     if card.kind == "none":
         return NoReadout()
     if card.kind == "dense":
-        return nn.Sequential(
-            nn.Linear(feature_dim, card.hidden), nn.ReLU(), nn.Linear(card.hidden, num_classes)
-        )  # fmt: skip
+        return nn.Sequential(nn.Linear(feature_dim, card.hidden), nn.ReLU(), nn.Linear(card.hidden, num_classes))
     if card.kind == "knn":
         return SoftNeighbours(
-            torch.ones(card.bank_size, feature_dim), torch.zeros(card.bank_size, dtype=torch.int64),
-            num_classes=num_classes, neighbours=card.neighbours, temperature=card.temperature,
-        )  # fmt: skip
+            torch.ones(card.bank_size, feature_dim),
+            torch.zeros(card.bank_size, dtype=torch.int64),
+            num_classes=num_classes,
+            neighbours=card.neighbours,
+            temperature=card.temperature,
+        )
     return None

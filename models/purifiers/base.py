@@ -55,9 +55,12 @@ class Purifier(nn.Module):
         """The steps alone: images in [0, 1], each with its own seed; see ProjectedGradient.run for `unrolled`."""
         if unrolled:
             return self.loop.run(
-                x, self.objective(x, seeds), seeds=seeds, unrolled=True,
+                x,
+                self.objective(x, seeds),
+                seeds=seeds,
+                unrolled=True,
                 objective_of=lambda received: self.objective(received, seeds),
-            )  # fmt: skip
+            )
         if self.loop.halts:
             return self._descend_those_left(x, seeds)
         with torch.inference_mode(False):

@@ -17,9 +17,15 @@ from unperturb.models.purifiers.denoiser import denoiser_of
 from unperturb.models.purifiers.hedge import Hedge
 
 LOOP_KEYS = {
-    "steps": int, "step_size": Fraction, "epsilon": Fraction, "momentum": Fraction, "start": str, "norm": str,
-    "settle": int, "gate": Fraction,
-}  # fmt: skip
+    "steps": int,
+    "step_size": Fraction,
+    "epsilon": Fraction,
+    "momentum": Fraction,
+    "start": str,
+    "norm": str,
+    "settle": int,
+    "gate": Fraction,
+}
 REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction, "restored": Fraction}
 NEGATIVES_KEYS = {"negatives": str, "count": int, "fraction": Fraction}
 
@@ -47,9 +53,10 @@ def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[s
         policy["kind"] = policy.pop("negatives")
     changed: reverse_attack.ReverseAttackConfig = _changed(config, among(REVERSE_ATTACK_KEYS), REVERSE_ATTACK_KEYS)
     changed = dataclasses.replace(
-        changed, loop=_changed(config.loop, among(LOOP_KEYS), LOOP_KEYS),
+        changed,
+        loop=_changed(config.loop, among(LOOP_KEYS), LOOP_KEYS),
         negatives=_changed(config.negatives, policy, {**NEGATIVES_KEYS, "kind": str}),
-    )  # fmt: skip
+    )
     return reverse_attack_of(checkpoint, changed)
 
 

@@ -31,10 +31,20 @@ from unperturb.service.settings import Settings
 
 THREADS = 4  # that decode; an image of the 50 million pixels that are accepted takes each of them about 1 GiB
 COLUMNS = {
-    "name": "string", "status": "string", "label": "string", "score": "float32", "unpurified_label": "string",
-    "unpurified_score": "float32", "loss_before": "float32", "loss_after": "float32", "linf": "float32",
-    "l2": "float32", "losses": "list", "width": "int32", "height": "int32",
-}  # fmt: skip
+    "name": "string",
+    "status": "string",
+    "label": "string",
+    "score": "float32",
+    "unpurified_label": "string",
+    "unpurified_score": "float32",
+    "loss_before": "float32",
+    "loss_after": "float32",
+    "linf": "float32",
+    "l2": "float32",
+    "losses": "list",
+    "width": "int32",
+    "height": "int32",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +122,18 @@ class Worker:
         rows = []
         for i, image in enumerate(images):
             (after,), (before,) = (top(of[i], self.card.classes, 1) for of in (scores, unpurified))
-            rows.append({
-                "status": "ok", "label": after.label, "score": after.score, "unpurified_label": before.label,
-                "unpurified_score": before.score, "width": image.width, "height": image.height,
-                **{key: values[i] for key, values in trace.items()},
-            })  # fmt: skip
+            rows.append(
+                {
+                    "status": "ok",
+                    "label": after.label,
+                    "score": after.score,
+                    "unpurified_label": before.label,
+                    "unpurified_score": before.score,
+                    "width": image.width,
+                    "height": image.height,
+                    **{key: values[i] for key, values in trace.items()},
+                }
+            )
         return pixels, rows
 
     def _write(self, item: Item, pixels: torch.Tensor) -> None:
@@ -160,11 +177,17 @@ def _pin(job: Job, source: Folder | ParquetRows, worker: Worker) -> None:
     """Write the manifest, or refuse an `out` whose manifest says otherwise."""
     entries = "\0".join(source.entries).encode(errors="surrogateescape")
     identity: dict[str, Any] = {
-        "checkpoint": worker.card.id, "weights_sha256": worker.card.weights_sha256, "preset": job.preset,
-        "purifier": json.loads(json.dumps(dataclasses.asdict(worker.config))), "seed": job.seed, "chunk": job.chunk,
-        "source": source.kind, "column": source.column, "count": source.count,
+        "checkpoint": worker.card.id,
+        "weights_sha256": worker.card.weights_sha256,
+        "preset": job.preset,
+        "purifier": json.loads(json.dumps(dataclasses.asdict(worker.config))),
+        "seed": job.seed,
+        "chunk": job.chunk,
+        "source": source.kind,
+        "column": source.column,
+        "count": source.count,
         "names_sha256": hashlib.sha256(entries).hexdigest(),
-    }  # fmt: skip
+    }
     file = job.out / "manifest.json"
     if file.exists():
         before = json.loads(file.read_bytes())

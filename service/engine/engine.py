@@ -39,10 +39,16 @@ class Engine:
     """
 
     def __init__(
-        self, name: str, *, workers: Sequence[WorkerConfig], admission: Admission, stall_s: float,
-        metrics: Metrics, on_failure: Callable[[str], None] | None = None,
+        self,
+        name: str,
+        *,
+        workers: Sequence[WorkerConfig],
+        admission: Admission,
+        stall_s: float,
+        metrics: Metrics,
+        on_failure: Callable[[str], None] | None = None,
         handle: Callable[..., WorkerHandle] = WorkerHandle,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.admission, self.stall_s, self.metrics = admission, stall_s, metrics
         self._ids = itertools.count(1)
         self.models = Served(name, self._let_go)
@@ -183,9 +189,17 @@ class Engine:
             self._refuse(model, stage, 1, math.inf)
 
     async def submit(
-        self, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seeds: Sequence[int],
-        deadline: float, wants_image: bool = False, begun: bool = False, gate: float | None = None,
-    ) -> list[Outcome]:  # fmt: skip
+        self,
+        model: Model,
+        images: Sequence[NDArray[Any]],
+        *,
+        stage: str | None,
+        seeds: Sequence[int],
+        deadline: float,
+        wants_image: bool = False,
+        begun: bool = False,
+        gate: float | None = None,
+    ) -> list[Outcome]:
         """The outcomes of one request's images (uint8, or float32 in [0, 1]), each with its seed; all, or an error.
 
         begun: work has been done for this request already, so that it is not refused for the work of others.

@@ -214,27 +214,34 @@ class Lane:
         done = []
         for i, slot in enumerate(ordered):
             outcome = Outcome(
-                purified[i], unpurified[i], queue_ms=(slot.began_at - slot.work.queued_at) * 1000,
+                purified[i],
+                unpurified[i],
+                queue_ms=(slot.began_at - slot.work.queued_at) * 1000,
                 purify_ms=(started - slot.began_at) * 1000 if slot.stage else 0.0,
                 classify_ms=(now - started) * 1000,
-            )  # fmt: skip
+            )
             if slot.stage is not None:
                 outcome = outcome._replace(
                     image=slot.x.cpu().numpy().copy() if slot.work.wants_image else None,
-                    steps=slot.step, losses=tuple(torch.stack(slot.losses).tolist()) if slot.losses else (),
-                    loss_before=loss_before[i], loss_after=loss_after[i],
+                    steps=slot.step,
+                    losses=tuple(torch.stack(slot.losses).tolist()) if slot.losses else (),
+                    loss_before=loss_before[i],
+                    loss_after=loss_after[i],
                     linf=linf[i],
-                )  # fmt: skip
+                )
             done.append(Ended(slot.work.id, _if_finite(outcome)))
         return done
 
     def _state(self, slots: list[Slot]) -> Slots:
         return Slots(
-            x0=_stack(slots, "x0"), x=_stack(slots, "x"), velocity=_stack_if_there(slots, "velocity"),
+            x0=_stack(slots, "x0"),
+            x=_stack(slots, "x"),
+            velocity=_stack_if_there(slots, "velocity"),
             seeds=self._integers(slot.work.seed for slot in slots),
             steps=self._integers(slot.step for slot in slots),
-            labels=self._integers(slot.label for slot in slots), anchors=_stack_if_there(slots, "anchor"),
-        )  # fmt: skip
+            labels=self._integers(slot.label for slot in slots),
+            anchors=_stack_if_there(slots, "anchor"),
+        )
 
     def _integers(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64).to(self.device)

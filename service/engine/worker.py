@@ -137,9 +137,7 @@ class _Worker:
         failed = any(isinstance(one.result, Exception) for one in ended)  # its other steps were not done
         self._report(model, slots, seconds, seconds / expected if expected and not failed else None, ended)
 
-    def _report(
-        self, model: int, slots: int, seconds: float, pace: float | None, ended: list[Ended]
-    ) -> None:  # fmt: skip
+    def _report(self, model: int, slots: int, seconds: float, pace: float | None, ended: list[Ended]) -> None:
         memory = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
         self.server.send(Stepped(model, slots, seconds, pace, [(one.id, one.result) for one in ended], memory))
 

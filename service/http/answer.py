@@ -102,9 +102,17 @@ class Answers(BaseModel):
 
 
 def answer(
-    outcome: Outcome, decoded: Decoded, model: Model, *,
-    request_id: str, preset: str | None, top_k: int, return_image: bool, decode_ms: float, total_ms: float,
-) -> Answer:  # fmt: skip
+    outcome: Outcome,
+    decoded: Decoded,
+    model: Model,
+    *,
+    request_id: str,
+    preset: str | None,
+    top_k: int,
+    return_image: bool,
+    decode_ms: float,
+    total_ms: float,
+) -> Answer:
     """The answer for one image."""
     card = model.card
     predictions = top(outcome.scores, card.classes, top_k)
@@ -118,18 +126,21 @@ def answer(
         model=ModelName(id=model.id, digest=card.weights_sha256),
         predictions=predictions,
         unpurified=Unpurified(predictions=unpurified),
-        purification=_purification(
-            outcome, preset, changed=predictions[0].index != unpurified[0].index, image=image
-        ),
+        purification=_purification(outcome, preset, changed=predictions[0].index != unpurified[0].index, image=image),
         input=Input(
-            width=decoded.width, height=decoded.height, mode=decoded.mode,
+            width=decoded.width,
+            height=decoded.height,
+            mode=decoded.mode,
             resized_to=Size(width=size, height=size) if decoded.resized else None,
         ),
         timings_ms=Timings(
-            decode=round(decode_ms, 3), queue=round(outcome.queue_ms, 3), purify=round(outcome.purify_ms, 3),
-            classify=round(outcome.classify_ms, 3), total=round(total_ms, 3),
+            decode=round(decode_ms, 3),
+            queue=round(outcome.queue_ms, 3),
+            purify=round(outcome.purify_ms, 3),
+            classify=round(outcome.classify_ms, 3),
+            total=round(total_ms, 3),
         ),
-    )  # fmt: skip
+    )
 
 
 def pixels(decoded: Decoded) -> Float[Tensor, "3 size size"]:

@@ -119,14 +119,28 @@ class Gateway:
         return await self._while_waited_for(ticket, "decode", every)
 
     async def run(
-        self, ticket: Ticket, model: Model, images: Sequence[NDArray[Any]], *, stage: str | None, seed: int,
-        wants_image: bool = False, begun: bool = False, gate: float | None = None,
-    ) -> list[Outcome]:  # fmt: skip
+        self,
+        ticket: Ticket,
+        model: Model,
+        images: Sequence[NDArray[Any]],
+        *,
+        stage: str | None,
+        seed: int,
+        wants_image: bool = False,
+        begun: bool = False,
+        gate: float | None = None,
+    ) -> list[Outcome]:
         """Through the engine, each image with the seed; `begun` and `gate` as Engine.submit has them."""
         work = self.engine.submit(
-            model, images, stage=stage, seeds=[seed] * len(images), deadline=ticket.deadline, wants_image=wants_image,
-            begun=begun, gate=gate,
-        )  # fmt: skip
+            model,
+            images,
+            stage=stage,
+            seeds=[seed] * len(images),
+            deadline=ticket.deadline,
+            wants_image=wants_image,
+            begun=begun,
+            gate=gate,
+        )
         outcomes = await self._while_waited_for(ticket, stage or "classify", work)
         for outcome in outcomes:
             self.metrics.answered(outcome, stage)

@@ -54,9 +54,14 @@ class Observe:
         if "rejected" in scope:
             self.metrics.rejected.labels(scope["rejected"]).inc()
         facts = {
-            "request_id": scope["request_id"], "method": scope["method"], "route": route, "status": status,
-            "ms": round(seconds * 1000, 1), "client": scope.get("client_name"), "preset": preset,
-        }  # fmt: skip
+            "request_id": scope["request_id"],
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "ms": round(seconds * 1000, 1),
+            "client": scope.get("client_name"),
+            "preset": preset,
+        }
         if scope["path"] not in QUIET:
             log.info("request", extra=facts)
         if self.tracing is not None:

@@ -83,7 +83,12 @@ def install(app: FastAPI) -> None:
         return answer
 
     for kind, handler in (
-        (RequestError, refused), (ConfigError, out_of_range), (CheckpointError, out_of_range),
-        (RequestValidationError, invalid), (HTTPException, http), (ClientDisconnect, gone), (Exception, unexpected),
-    ):  # fmt: skip
+        (RequestError, refused),
+        (ConfigError, out_of_range),
+        (CheckpointError, out_of_range),
+        (RequestValidationError, invalid),
+        (HTTPException, http),
+        (ClientDisconnect, gone),
+        (Exception, unexpected),
+    ):
         app.add_exception_handler(kind, handler)

@@ -24,9 +24,12 @@ class Metrics:
             "unperturb_requests", "Answered requests", ["route", "status", "preset"], registry=self.registry
         )
         self.duration = Histogram(
-            "unperturb_request_seconds", "From the request's head to its answer", ["route"], buckets=SECONDS,
+            "unperturb_request_seconds",
+            "From the request's head to its answer",
+            ["route"],
+            buckets=SECONDS,
             registry=self.registry,
-        )  # fmt: skip
+        )
         self.in_progress = Gauge("unperturb_requests_in_progress", "Requests in progress", registry=self.registry)
         self.rejected = Counter("unperturb_rejected", "Refused requests", ["reason"], registry=self.registry)
         self.images = Counter("unperturb_images", "Images answered", ["preset"], registry=self.registry)
@@ -38,17 +41,25 @@ class Metrics:
             "unperturb_step_seconds", "One step of a batch", buckets=SECONDS, registry=self.registry
         )
         self.fill = Histogram(
-            "unperturb_batch_slots", "Slots in use in a step", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
+            "unperturb_batch_slots",
+            "Slots in use in a step",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256),
             registry=self.registry,
-        )  # fmt: skip
+        )
         self.linf = Histogram(
-            "unperturb_purification_linf", "Largest change of a channel of a pixel, in [0, 1]", ["preset"],
-            buckets=LEVELS, registry=self.registry,
-        )  # fmt: skip
-        self.loss_drop = Histogram(
-            "unperturb_purification_loss_drop", "InfoNCE before purification minus after", ["preset"], buckets=DROPS,
+            "unperturb_purification_linf",
+            "Largest change of a channel of a pixel, in [0, 1]",
+            ["preset"],
+            buckets=LEVELS,
             registry=self.registry,
-        )  # fmt: skip
+        )
+        self.loss_drop = Histogram(
+            "unperturb_purification_loss_drop",
+            "InfoNCE before purification minus after",
+            ["preset"],
+            buckets=DROPS,
+            registry=self.registry,
+        )
         self.changed = Counter(
             "unperturb_label_changes", "Images whose label purification changed", ["preset"], registry=self.registry
         )

@@ -31,13 +31,18 @@ class Tracing:
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         span = self.tracer.start_span(
-            f"{facts['method']} {facts['route']}", context=extract(headers), kind=SpanKind.SERVER, start_time=began_at,
+            f"{facts['method']} {facts['route']}",
+            context=extract(headers),
+            kind=SpanKind.SERVER,
+            start_time=began_at,
             attributes={
-                "http.request.method": facts["method"], "http.route": facts["route"],
-                "http.response.status_code": facts["status"], "unperturb.preset": facts["preset"],
+                "http.request.method": facts["method"],
+                "http.route": facts["route"],
+                "http.response.status_code": facts["status"],
+                "unperturb.preset": facts["preset"],
                 "unperturb.request_id": facts["request_id"],
             },
-        )  # fmt: skip
+        )
         if facts["status"] >= 500:
             span.set_status(Status(StatusCode.ERROR))
         for name, start, end in parts(scope):

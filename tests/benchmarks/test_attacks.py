@@ -36,9 +36,18 @@ from unperturb.models.purifiers.defended import DefendedClassifier
 from unperturb.models.purifiers.hedge import Hedge
 
 TINY = Budget(
-    apgd_steps=5, restarts=2, eot=2, targets=2, lambdas=(0.1, 10.0), unrolled_steps=2, adaptive_steps=3,
-    square_queries=20, rays_queries=60, mates=2, mate_steps=2,
-)  # fmt: skip
+    apgd_steps=5,
+    restarts=2,
+    eot=2,
+    targets=2,
+    lambdas=(0.1, 10.0),
+    unrolled_steps=2,
+    adaptive_steps=3,
+    square_queries=20,
+    rays_queries=60,
+    mates=2,
+    mate_steps=2,
+)
 THREATS = [Threat(norm="linf", epsilon=8 / 255), Threat(norm="l2", epsilon=0.5)]
 
 
@@ -70,9 +79,13 @@ def linear_scene(threat: Threat, *, classes: int = 2, n: int = 200) -> Scene:
     x = 0.5 + 0.05 * torch.randn(n, 3, 8, 8, generator=generator).clamp(-3, 3)
     labels = classifier(x).argmax(1)
     return Scene(
-        defended=DefendedClassifier(classifier, NoPurifier(classifier)), x=x, labels=labels, seeds=torch.arange(n),
-        threat=threat, budget=BUDGETS["fast"],
-    )  # fmt: skip
+        defended=DefendedClassifier(classifier, NoPurifier(classifier)),
+        x=x,
+        labels=labels,
+        seeds=torch.arange(n),
+        threat=threat,
+        budget=BUDGETS["fast"],
+    )
 
 
 def exactly_robust(scene: Scene) -> Tensor:
@@ -174,9 +187,14 @@ def tiny_scene(images: Tensor, threat: Threat, defended: DefendedClassifier | No
     with torch.no_grad():
         labels = defended(images, seed=0).argmax(1)
     return Scene(
-        defended=defended, x=images, labels=labels, seeds=torch.arange(8), threat=threat, budget=TINY,
+        defended=defended,
+        x=images,
+        labels=labels,
+        seeds=torch.arange(8),
+        threat=threat,
+        budget=TINY,
         generator=NoiseGenerator(width=8, epsilon=8 / 255),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("distance", DISTANCES)

@@ -34,9 +34,29 @@ def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
     checkpoint.save(folder, make_checkpoint())
     presets = dict.fromkeys(PRESETS, PRESETS["default"])  # 40 steps are for no test
     monkeypatch.setattr(purification, "PRESETS", presets)
-    arguments = ["--data", str(image_folder), "--checkpoint", str(folder), "--n", "12", "--adaptive-n", "6", "--steps",
-                 "2", "--timed", "4", "--repeats", "1", "--device", "cpu", "--out", str(out), "--cache", str(tmp_path),
-                 "--write-card"]  # fmt: skip
+    arguments = [
+        "--data",
+        str(image_folder),
+        "--checkpoint",
+        str(folder),
+        "--n",
+        "12",
+        "--adaptive-n",
+        "6",
+        "--steps",
+        "2",
+        "--timed",
+        "4",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--cache",
+        str(tmp_path),
+        "--write-card",
+    ]
     assert purification.main(arguments) == 0
     record = json.loads(out.read_text())
     assert record["schema_version"] == results.SCHEMA_VERSION
@@ -69,8 +89,18 @@ def test_sweep_measures_on_images_that_training_kept_back(
     few = dict(list(preset_sweep.candidates().items())[:2])
     monkeypatch.setattr(preset_sweep, "candidates", lambda: few)
     out = tmp_path / "sweep.json"
-    arguments = ["--data", str(image_folder), "--checkpoint", str(tmp_path / "head"), "--device", "cpu", "--out",
-                 str(out), "--cache", str(tmp_path)]  # fmt: skip
+    arguments = [
+        "--data",
+        str(image_folder),
+        "--checkpoint",
+        str(tmp_path / "head"),
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--cache",
+        str(tmp_path),
+    ]
     assert preset_sweep.main(arguments) == 0
     record = json.loads(out.read_text())
     assert record["results"]["rows"]["base"]["clean"]["n"] == 9  # what the run held out
@@ -108,8 +138,24 @@ def test_speed_of_every_way_is_measured_beside_the_published_procedure(
     monkeypatch.setattr(purify_speed, "PRESETS", {name: PRESETS["default"] for name in ("default", "published")})
     monkeypatch.setitem(purify_speed.MATRIX, "cpu", 64)
     out = tmp_path / "speed.json"
-    arguments = ["--checkpoint", str(tiny_folder), "--batch", "1", "--batch", "3", "--steps", "2", "--views", "3",
-                 "--blocks", "2", "--device", "cpu", "--out", str(out)]  # fmt: skip
+    arguments = [
+        "--checkpoint",
+        str(tiny_folder),
+        "--batch",
+        "1",
+        "--batch",
+        "3",
+        "--steps",
+        "2",
+        "--views",
+        "3",
+        "--blocks",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     assert purify_speed.main(arguments) == 0
     found = json.loads(out.read_text())["results"]
     assert found["batches"].keys() == {"1", "3"}
@@ -139,8 +185,22 @@ def test_speed_of_an_architecture_is_measured_from_a_single_image_on(
     monkeypatch.setattr(purify_speed, "PRESETS", {name: make_config(steps=1) for name in ("default", "published")})
     monkeypatch.setitem(purify_speed.MATRIX, "cpu", 64)
     out = tmp_path / "speed.json"
-    arguments = ["--arch", "wide_resnet_10_1", "--batch", "1", "--steps", "2", "--blocks", "1", "--device", "cpu",
-                 "--precision", "bfloat16", "--out", str(out)]  # fmt: skip
+    arguments = [
+        "--arch",
+        "wide_resnet_10_1",
+        "--batch",
+        "1",
+        "--steps",
+        "2",
+        "--blocks",
+        "1",
+        "--device",
+        "cpu",
+        "--precision",
+        "bfloat16",
+        "--out",
+        str(out),
+    ]
     assert purify_speed.main(arguments) == 0
     assert json.loads(out.read_text())["results"]["batches"]["1"].keys() >= {"published procedure", "eager, bfloat16"}
     config = purify_speed.Config(arch="wide_resnet_10_1", device="cpu")

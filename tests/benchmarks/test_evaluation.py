@@ -42,9 +42,13 @@ def evaluate(
     plan: Plan = PLAN,
 ) -> dict[str, Any]:
     evaluation = Evaluation(
-        as_checkpoint(classifier), lambda subject: make(subject.classifier), data, plan, folder=folder,
+        as_checkpoint(classifier),
+        lambda subject: make(subject.classifier),
+        data,
+        plan,
+        folder=folder,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     return evaluation.run()
 
 
@@ -91,9 +95,11 @@ def comparable(found: dict[str, Any]) -> dict[str, Any]:
 
 
 QUICK = replace(
-    PLAN, chunk=4, attacks=("noise", "bpda-apgd-ce", "rays", "batchmate"),
+    PLAN,
+    chunk=4,
+    attacks=("noise", "bpda-apgd-ce", "rays", "batchmate"),
     budget=replace(BUDGETS["fast"], apgd_steps=3, rays_queries=5, mate_steps=1, mates=1),
-)  # fmt: skip
+)
 
 
 def tiny_evaluation(
@@ -102,9 +108,13 @@ def tiny_evaluation(
     subject = make_checkpoint()
     data = EvaluationSet(images, torch.arange(len(images)) % 3, "generated", "eight")
     return Evaluation(
-        subject, lambda with_counts: build_purifier(spec, with_counts), data, plan, folder=folder,
+        subject,
+        lambda with_counts: build_purifier(spec, with_counts),
+        data,
+        plan,
+        folder=folder,
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
 
 
 def test_run_that_is_stopped_at_every_unit_ends_with_the_same_record(
@@ -154,9 +164,13 @@ def test_chunk_without_an_image_that_is_right_is_not_attacked(images: Tensor, tm
     subject = make_checkpoint()
     wrong = (subject.classifier(images).argmax(1) + 1) % 3
     evaluation = Evaluation(
-        subject, lambda counted: NoPurifier(counted.classifier), EvaluationSet(images, wrong, "generated", "wrong"),
-        replace(QUICK, attacks=NAMES), folder=tmp_path, device=torch.device("cpu"),
-    )  # fmt: skip
+        subject,
+        lambda counted: NoPurifier(counted.classifier),
+        EvaluationSet(images, wrong, "generated", "wrong"),
+        replace(QUICK, attacks=NAMES),
+        folder=tmp_path,
+        device=torch.device("cpu"),
+    )
     found = evaluation.run()
     assert found["figures"]["worst_case"]["accuracy"] == 0
 
@@ -213,9 +227,13 @@ def test_classifier_that_returns_nan_is_refused_before_any_attack(images: Tensor
     data = EvaluationSet(images, torch.zeros(8, dtype=torch.long), "generated", "eight")
     with pytest.raises(ConfigError, match="NaN"):
         Evaluation(
-            as_checkpoint(NotANumber()), lambda subject: NoPurifier(subject.classifier), data, PLAN, folder=tmp_path,
+            as_checkpoint(NotANumber()),
+            lambda subject: NoPurifier(subject.classifier),
+            data,
+            PLAN,
+            folder=tmp_path,
             device=torch.device("cpu"),
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize(
@@ -229,16 +247,26 @@ def test_apgd_is_as_strong_as_the_reference_implementation(
     data = broken_defenses.evaluation_set(n)
     threat = Threat(norm="linf", epsilon=6 / 255)
     plan = replace(
-        PLAN, threat=threat, chunk=n, attacks=("autoattack", "bpda-apgd-ce", "bpda-apgd-dlr", "square"),
+        PLAN,
+        threat=threat,
+        chunk=n,
+        attacks=("autoattack", "bpda-apgd-ce", "bpda-apgd-dlr", "square"),
         budget=replace(BUDGETS["fast"], apgd_steps=50, targets=3, square_queries=200),
-    )  # fmt: skip
+    )
     found = evaluate(gratings_net, NoPurifier, data, tmp_path, plan)
     ours, theirs = [], []
     for seed in range(seeds):  # one random start is worth a point by itself
         attack = APGDAttack(
-            gratings_net, n_iter=50, n_restarts=1, eps=threat.epsilon, norm="Linf", seed=seed, device="cpu", eot_iter=1,
+            gratings_net,
+            n_iter=50,
+            n_restarts=1,
+            eps=threat.epsilon,
+            norm="Linf",
+            seed=seed,
+            device="cpu",
+            eot_iter=1,
             rho=0.75,
-        )  # fmt: skip
+        )
         points = attack.perturb(data.images, data.labels)
         theirs.append(float(gratings_net(points).argmax(1).eq(data.labels).float().mean()))
         again = replace(plan, seed=seed, attacks=("bpda-apgd-ce",))

@@ -30,9 +30,24 @@ SCRIPT = Path(robustbench_eval.__file__)
 
 def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     return [
-        "--model", str(model), "--data", str(data), "--n-examples", "8", "--chunk", "4", "--budget", "fast",
-        "--device", "cpu", "--out", str(out), "--cache", str(out.parent / "cache"), *more,
-    ]  # fmt: skip
+        "--model",
+        str(model),
+        "--data",
+        str(data),
+        "--n-examples",
+        "8",
+        "--chunk",
+        "4",
+        "--budget",
+        "fast",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+        "--cache",
+        str(out.parent / "cache"),
+        *more,
+    ]
 
 
 QUICK = ("--attacks", "noise,bpda-apgd-ce,unrolled", "--purifier", "none", "--purifier", "reverse-attack:steps=2")
@@ -209,9 +224,17 @@ def test_corruptions_are_generated_from_local_images_and_say_so(
 ) -> None:
     pytest.importorskip("imagecorruptions", exc_type=ImportError)
     more = (
-        "--threat-model", "corruptions", "--purifier", "none", "--purifier", "reverse-attack:steps=1",
-        "--n-examples", "4", "--chunk", "2",
-    )  # fmt: skip
+        "--threat-model",
+        "corruptions",
+        "--purifier",
+        "none",
+        "--purifier",
+        "reverse-attack:steps=1",
+        "--n-examples",
+        "4",
+        "--chunk",
+        "2",
+    )
     assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
     for record in records(tmp_path / "out").values():
         found = record["results"]
@@ -259,9 +282,30 @@ def test_imagenet_images_and_class_order_work_end_to_end(tmp_path: Path) -> None
         Image.fromarray(generator.integers(0, 255, (240, 300, 3), dtype=np.uint8)).save(folder / name / "a.png")
     data = load_images("imagenet", folder, n=2, image_size=224, classes=ids, cache=tmp_path / "cache")
     assert sorted(data.labels.tolist()) == [3, 207]
-    more = ["--model", str(tmp_path / "model"), "--dataset", "imagenet", "--epsilon", "4/255", "--data", str(folder),
-            "--n-examples", "2", "--budget", "fast", "--attacks", "noise,bpda-apgd-ce", "--purifier", "hedge:steps=1",
-            "--device", "cpu", "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]  # fmt: skip
+    more = [
+        "--model",
+        str(tmp_path / "model"),
+        "--dataset",
+        "imagenet",
+        "--epsilon",
+        "4/255",
+        "--data",
+        str(folder),
+        "--n-examples",
+        "2",
+        "--budget",
+        "fast",
+        "--attacks",
+        "noise,bpda-apgd-ce",
+        "--purifier",
+        "hedge:steps=1",
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "out"),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
     assert robustbench_eval.main(more) == 0
     (record,) = records(tmp_path / "out").values()
     assert record["results"]["figures"]["worst_case"]["n"] == 2

@@ -114,8 +114,20 @@ def test_processes_of_a_tree_are_found() -> None:
 
 def test_service_is_compared_with_its_engine_at_saturation(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "http.json"
-    arguments = ["--checkpoint", str(tiny_folder), "--clients", "3", "--seconds", "0.5", "--turns", "2", "--device",
-                 "cpu", "--out", str(out)]  # fmt: skip
+    arguments = [
+        "--checkpoint",
+        str(tiny_folder),
+        "--clients",
+        "3",
+        "--seconds",
+        "0.5",
+        "--turns",
+        "2",
+        "--device",
+        "cpu",
+        "--out",
+        str(out),
+    ]
     assert http_cost.main(arguments) == 0
     record = json.loads(out.read_text())
     found = record["results"]

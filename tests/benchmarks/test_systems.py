@@ -42,8 +42,21 @@ TINY = Scale(
 
 
 def arguments(data: Path, folder: Path, *more: str) -> list[str]:
-    return ["--data", str(data), "--transfer-data", str(data), "--out", str(folder / "results"), "--device", "cpu",
-            "--runs", str(folder / "runs"), "--seeds", "1", *more]  # fmt: skip
+    return [
+        "--data",
+        str(data),
+        "--transfer-data",
+        str(data),
+        "--out",
+        str(folder / "results"),
+        "--device",
+        "cpu",
+        "--runs",
+        str(folder / "runs"),
+        "--seeds",
+        "1",
+        *more,
+    ]
 
 
 @pytest.fixture

@@ -42,9 +42,11 @@ def trained(classifier: nn.Module) -> None:
     for module in classifier.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor, low, high in (
-                (module.weight.data, 0.5, 1.5), (module.bias.data, -0.2, 0.2), (module.running_mean, -0.2, 0.2),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.2, 0.2),
+                (module.running_mean, -0.2, 0.2),
                 (module.running_var, 0.5, 1.5),
-            ):  # fmt: skip
+            ):
                 assert tensor is not None
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
 
@@ -100,9 +102,7 @@ def test_prepared_checkpoint_purifies_alike(precision: str, images: torch.Tensor
     ready = prepared(loaded, precision=precision)  # type: ignore[arg-type]
     assert not any(weight.requires_grad for weight in ready.classifier.parameters())
     seeds = torch.arange(8)
-    exact, near = (
-        reverse_attack_of(one, make_config(steps=3))(images, seeds=seeds) for one in (loaded, ready)
-    )  # fmt: skip
+    exact, near = (reverse_attack_of(one, make_config(steps=3))(images, seeds=seeds) for one in (loaded, ready))
     assert torch.allclose(exact.trace.losses, near.trace.losses, rtol=1e-4 if precision == "float32" else 0.05)
     assert (near.trace.loss_after < near.trace.loss_before).float().mean() >= 0.5
     assert all(torch.equal(value, before[name]) for name, value in loaded.classifier.state_dict().items())

@@ -53,9 +53,7 @@ def test_form_with_all_positives_in_one_matches_numpy() -> None:
     found = info_nce(z, k, temperature=0.5, together=True)
     assert np.allclose(found.numpy(), np.array(terms).reshape(4, 3).mean(1), atol=1e-12)
     pair = z[:, :2]
-    assert torch.allclose(
-        info_nce(pair, k, temperature=0.5, together=True), info_nce(pair, k, temperature=0.5)
-    )  # fmt: skip
+    assert torch.allclose(info_nce(pair, k, temperature=0.5, together=True), info_nce(pair, k, temperature=0.5))
 
 
 def test_quantile_drops_what_is_nearer_than_a_negatives_own_share() -> None:

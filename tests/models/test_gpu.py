@@ -89,9 +89,30 @@ def test_classifier_trains_on_the_device(image_folder: Path, tmp_path: Path) -> 
 
 
 def test_harness_runs_every_attack_on_the_device(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
-    arguments = ["--model", str(tiny_folder), "--data", str(image_folder), "--n-examples", "8", "--chunk", "4",
-                 "--budget", "fast", "--device", "cuda", "--out", str(tmp_path / "out"), "--cache", str(tmp_path),
-                 "--purifier", "none", "--purifier", "reverse-attack", "--purifier", "hedge:steps=2"]  # fmt: skip
+    arguments = [
+        "--model",
+        str(tiny_folder),
+        "--data",
+        str(image_folder),
+        "--n-examples",
+        "8",
+        "--chunk",
+        "4",
+        "--budget",
+        "fast",
+        "--device",
+        "cuda",
+        "--out",
+        str(tmp_path / "out"),
+        "--cache",
+        str(tmp_path),
+        "--purifier",
+        "none",
+        "--purifier",
+        "reverse-attack",
+        "--purifier",
+        "hedge:steps=2",
+    ]
     assert robustbench_eval.main(arguments) == 0
     assert len(list((tmp_path / "out").glob("*.json"))) == 3
 
@@ -131,8 +152,22 @@ def test_switches_of_the_classifier_run_on_the_device(switches: list[str], image
 
 def test_speed_is_measured_on_the_device(tmp_path: Path) -> None:
     out = tmp_path / "speed.json"
-    arguments = ["--arch", "preact_resnet18", "--batch", "4", "--steps", "2", "--blocks", "1", "--precision",
-                 "bfloat16", "--device", "cuda", "--out", str(out)]  # fmt: skip
+    arguments = [
+        "--arch",
+        "preact_resnet18",
+        "--batch",
+        "4",
+        "--steps",
+        "2",
+        "--blocks",
+        "1",
+        "--precision",
+        "bfloat16",
+        "--device",
+        "cuda",
+        "--out",
+        str(out),
+    ]
     assert purify_speed.main(arguments) == 0
     cells = json.loads(out.read_text())["results"]["batches"]["4"]
     assert {"eager", "eager, bfloat16", "captured"} < cells.keys()

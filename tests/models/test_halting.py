@@ -9,14 +9,16 @@ from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers.reverse_attack import ReverseAttackConfig
 
-TABLE = torch.tensor([
-    [1.0, 5.0, 5.0, 5.0],
-    [9.0, 4.0, 4.0, 6.0],
-    [9.0, 3.0, 4.5, 4.0],
-    [9.0, 2.0, 4.1, 4.0],
-    [9.0, 1.0, 1.0, 3.0],
-    [9.0, 0.5, 1.0, 9.0],
-])  # fmt: skip
+TABLE = torch.tensor(
+    [
+        [1.0, 5.0, 5.0, 5.0],
+        [9.0, 4.0, 4.0, 6.0],
+        [9.0, 3.0, 4.5, 4.0],
+        [9.0, 2.0, 4.1, 4.0],
+        [9.0, 1.0, 1.0, 3.0],
+        [9.0, 0.5, 1.0, 9.0],
+    ]
+)
 
 
 def descent(**changed: object) -> ProjectedGradient:
@@ -73,9 +75,7 @@ def test_unrolled_gradient_of_images_that_end_is_that_of_the_steps_they_took() -
     assert torch.equal(image[0], x[0])
     (gradient,) = torch.autograd.grad(image[0].sum(), x, retain_graph=True)
     assert torch.equal(gradient[0], torch.ones_like(x[0]))
-    assert torch.autograd.gradcheck(
-        lambda z: p.run(z, objective, seeds=torch.arange(2), unrolled=True).image[1], (x,)
-    )  # fmt: skip
+    assert torch.autograd.gradcheck(lambda z: p.run(z, objective, seeds=torch.arange(2), unrolled=True).image[1], (x,))
 
 
 def halting(**changed: object) -> ReverseAttackConfig:

@@ -60,10 +60,13 @@ def test_an_images_attack_does_not_depend_on_the_other_iterates(images: torch.Te
     negatives = F.normalize(torch.randn(20, targets.shape[1]), dim=1)
     loop = ProjectedGradient(**{**vars(LOOP), "ramp": 1e-3})
     one, all_of_them = (
-        loop.run(images[rows], away_from(classifier.features, targets[rows], distance="sim", negatives=negatives),
-                 seeds=torch.arange(8)[rows]).image
+        loop.run(
+            images[rows],
+            away_from(classifier.features, targets[rows], distance="sim", negatives=negatives),
+            seeds=torch.arange(8)[rows],
+        ).image
         for rows in (slice(3, 4), slice(None))
-    )  # fmt: skip
+    )
     assert torch.allclose(one[0], all_of_them[3], atol=1e-4)
 
 

@@ -32,8 +32,11 @@ def test_uniform_is_uniform_and_differs_by_seed_step_stream_and_place() -> None:
     assert abs(draws.mean() - 0.5) < 0.005
     counts = torch.histc(draws, 20, 0, 1)
     assert ((counts - 5000) ** 2 / 5000).sum() < 43.8  # chi-square, 19 degrees of freedom, p = 0.001
-    for other in (uniform(torch.arange(1, 201), 0, 0, 500), uniform(torch.arange(200), 1, 0, 500),
-                  uniform(torch.arange(200), 0, 1, 500)):  # fmt: skip
+    for other in (
+        uniform(torch.arange(1, 201), 0, 0, 500),
+        uniform(torch.arange(200), 1, 0, 500),
+        uniform(torch.arange(200), 0, 1, 500),
+    ):
         assert abs(torch.corrcoef(torch.stack((draws.flatten(), other.flatten())))[0, 1]) < 0.02
 
 

@@ -112,10 +112,17 @@ def test_unrolled_without_gradients_is_refused(images: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(
     "field",
-    [{"epsilon": -0.1}, {"epsilon": float("nan")}, {"steps": -1}, {"norm": "l1"}, {"start": "ones"},
-     {"direction": "down"}, {"step_size": float("inf")}],
+    [
+        {"epsilon": -0.1},
+        {"epsilon": float("nan")},
+        {"steps": -1},
+        {"norm": "l1"},
+        {"start": "ones"},
+        {"direction": "down"},
+        {"step_size": float("inf")},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_bad_parameter_is_refused_with_its_name(field: dict[str, object]) -> None:
     with pytest.raises((ConfigError, TypeCheckError), match=next(iter(field))):
         loop(**field)

@@ -129,11 +129,17 @@ def test_reverse_attack_takes_views_and_temperature() -> None:
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("bleach", "bleach"), ("none:steps=1", "steps"), ("hedge:fast", "fast"), ("hedge:views=2", "views"),
-        ("hedge:steps=1.5", "whole number"), ("hedge:epsilon=x", "epsilon"), ("reverse-attack:swift", "swift"),
-        ("reverse-attack:views=1", "views=1"), ("hedge:epsilon=-1", "epsilon"),
+        ("bleach", "bleach"),
+        ("none:steps=1", "steps"),
+        ("hedge:fast", "fast"),
+        ("hedge:views=2", "views"),
+        ("hedge:steps=1.5", "whole number"),
+        ("hedge:epsilon=x", "epsilon"),
+        ("reverse-attack:swift", "swift"),
+        ("reverse-attack:views=1", "views=1"),
+        ("hedge:epsilon=-1", "epsilon"),
     ],
-)  # fmt: skip
+)
 def test_bad_spec_is_refused_with_its_part(spec: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         build_purifier(spec, make_checkpoint())

@@ -18,9 +18,12 @@ from unperturb.models.networks.readout import WHOLE_BANK, NoReadout, ReadoutCard
 def neighbours(*, k: int = 5, temperature: float = 0.1, bank: int = 30) -> SoftNeighbours:
     generator = torch.Generator().manual_seed(2)
     return SoftNeighbours(
-        torch.randn(bank, 6, generator=generator), torch.arange(bank) % 3,
-        num_classes=3, neighbours=k, temperature=temperature,
-    )  # fmt: skip
+        torch.randn(bank, 6, generator=generator),
+        torch.arange(bank) % 3,
+        num_classes=3,
+        neighbours=k,
+        temperature=temperature,
+    )
 
 
 def with_readout(card: ReadoutCard) -> Checkpoint:
@@ -66,8 +69,9 @@ def test_unanimous_neighbours_leave_a_gradient_to_the_attacker() -> None:
 
 
 def test_class_without_images_has_a_finite_score() -> None:
-    readout = SoftNeighbours(torch.randn(5, 4), torch.zeros(5, dtype=torch.int64), num_classes=3, neighbours=2,
-                             temperature=0.03)  # fmt: skip
+    readout = SoftNeighbours(
+        torch.randn(5, 4), torch.zeros(5, dtype=torch.int64), num_classes=3, neighbours=2, temperature=0.03
+    )
     scores = readout(torch.randn(6, 4))
     assert scores.isfinite().all()
     assert (scores.argmax(1) == 0).all()

@@ -14,8 +14,22 @@ def test_shapes_are_checked_while_testing() -> None:
 
 def test_models_and_training_import_with_torch_and_pillow_alone() -> None:
     """Invariant 6: none of the service's and the development's packages."""
-    absent = ("jaxtyping", "pydantic", "pydantic_settings", "fastapi", "starlette", "uvicorn", "typer", "robustbench",
-              "kornia", "matplotlib", "tensorboard", "scipy", "pandas", "timm")  # fmt: skip
+    absent = (
+        "jaxtyping",
+        "pydantic",
+        "pydantic_settings",
+        "fastapi",
+        "starlette",
+        "uvicorn",
+        "typer",
+        "robustbench",
+        "kornia",
+        "matplotlib",
+        "tensorboard",
+        "scipy",
+        "pandas",
+        "timm",
+    )
     script = f"""
 import sys
 sys.modules |= dict.fromkeys({absent!r})

@@ -19,8 +19,16 @@ from unperturb.models.contrastive.views import (
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers.reverse_attack import MIRRORED
 
-PLAIN = dict(crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, brightness=0.0, contrast=0.0, saturation=0.0,
-             hue=0.0, grayscale=0.0)  # fmt: skip
+PLAIN = dict(
+    crop_area=(1.0, 1.0),
+    crop_ratio=(1.0, 1.0),
+    flip=0.0,
+    brightness=0.0,
+    contrast=0.0,
+    saturation=0.0,
+    hue=0.0,
+    grayscale=0.0,
+)
 
 
 def parameters(batch: int, **changed: torch.Tensor) -> ViewParameters:
@@ -51,9 +59,12 @@ def test_work_that_a_policy_never_asks_for_changes_nothing(policy: ViewPolicy, i
 
 def test_resized_crop_matches_kornia_and_grid_sample(images: torch.Tensor) -> None:
     view = parameters(
-        8, top=torch.rand(8) * 0.4, left=torch.rand(8) * 0.4, height=torch.rand(8) * 0.5 + 0.1,
+        8,
+        top=torch.rand(8) * 0.4,
+        left=torch.rand(8) * 0.4,
+        height=torch.rand(8) * 0.5 + 0.1,
         width=torch.rand(8) * 0.5 + 0.1,
-    )  # fmt: skip
+    )
     mine = resized_crop(images, view)
     scale = torch.diag_embed(torch.stack((view.width, view.height), 1))
     shift = torch.stack((2 * view.left + view.width - 1, 2 * view.top + view.height - 1), 1)[:, :, None]

@@ -241,8 +241,11 @@ def test_parquet_row_without_bytes_fails_alone(
     assert result.exit_code == 1
     assert "4 images, 3 failed" in result.output
     assert [row["status"][:20] for row in traces(out)] == [
-        "ok", "the row has no bytes", "the row has no bytes", "the bytes are not an"
-    ]  # fmt: skip
+        "ok",
+        "the row has no bytes",
+        "the row has no bytes",
+        "the bytes are not an",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -304,9 +307,14 @@ def test_folder_that_cannot_be_a_source_or_target_is_refused(folder: Path, tmp_p
     [("pyarrow.parquet", [], "unperturb[parquet]"), ("ray.data", ["--ray"], "unperturb[ray]")],
 )
 def test_missing_package_is_named_with_its_remedy(
-    folder: Path, out: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch,
-    module: str, arguments: list[str], remedy: str,
-) -> None:  # fmt: skip
+    folder: Path,
+    out: Path,
+    tiny_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    arguments: list[str],
+    remedy: str,
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     result = purify(folder, out, tiny_folder, *arguments)
     assert result.exit_code == 2
@@ -331,9 +339,11 @@ def test_memory_does_not_grow_with_the_number_of_images(
         for index in range(count - 1):
             (source / f"{index}.png").hardlink_to(first)
     done = subprocess.run(
-        [sys.executable, "-c", PEAKS, str(source), str(out), str(tiny_folder)], capture_output=True, text=True,
+        [sys.executable, "-c", PEAKS, str(source), str(out), str(tiny_folder)],
+        capture_output=True,
+        text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     second, last = map(int, done.stdout.split())
     assert last - second < 50, f"{second} MiB after the second chunk, {last} MiB at the end"

@@ -33,9 +33,7 @@ def test_replaced_model_finishes_what_began_on_it(
         with engine.models.use(None) as old:  # a request that has begun, and still decodes
             await asyncio.to_thread(engine.add, new, None)
             assert said == []
-            outcomes = await engine.submit(
-                old, pixels[:1], stage="default", seeds=[0], deadline=time.monotonic() + 60
-            )  # fmt: skip
+            outcomes = await engine.submit(old, pixels[:1], stage="default", seeds=[0], deadline=time.monotonic() + 60)
         (after,) = await submit(engine, pixels[:1])
         return outcomes[0], after
 

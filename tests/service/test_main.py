@@ -81,8 +81,11 @@ def test_bad_option_is_refused_in_one_line(file: Path, arguments: list[str], mes
 
 
 def test_train_is_the_training_module() -> None:
-    done = subprocess.run([sys.executable, "-c", "from service.main import main; main()", "train", "--help"],
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "from service.main import main; main()", "train", "--help"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0
     assert "classifier" in done.stdout
     assert "head" in done.stdout

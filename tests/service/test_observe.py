@@ -68,8 +68,18 @@ def test_log_has_a_line_for_each_request_and_nothing_of_the_image(
     assert line["ms"] > 0
     assert line["level"] == "info"
     assert set(line) == {
-        "time", "level", "logger", "message", "request_id", "method", "route", "status", "ms", "client", "preset"
-    }  # fmt: skip
+        "time",
+        "level",
+        "logger",
+        "message",
+        "request_id",
+        "method",
+        "route",
+        "status",
+        "ms",
+        "client",
+        "preset",
+    }
     assert "route=/classify" in Text().format(record)
 
 

@@ -57,9 +57,10 @@ def address(tiny_folder: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright, playwright.chromium.launch(
-        executable_path=CHROMIUM, args=["--no-sandbox"]
-    ) as opened:  # fmt: skip
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as opened,
+    ):
         yield opened
 
 
@@ -302,8 +303,14 @@ def test_colours_follow_the_system_and_can_be_read(page: Page, dark: bool) -> No
 
     ground = luminance("body", "backgroundColor")
     assert ground < 0.05 if dark else ground > 0.8
-    for selector, behind in (("body", "body"), ("header p", "body"), ("#status", "body"), ("footer a", "body"),
-                             ("#hint", "#drop"), ("#run", "#run")):  # fmt: skip
+    for selector, behind in (
+        ("body", "body"),
+        ("header p", "body"),
+        ("#status", "body"),
+        ("footer a", "body"),
+        ("#hint", "#drop"),
+        ("#run", "#run"),
+    ):
         pair = sorted((luminance(selector, "color"), luminance(behind, "backgroundColor")))
         assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, selector  # WCAG 2.2, 1.4.3
 

@@ -55,14 +55,25 @@ def post(url: str) -> int:
 def cluster(tiny_folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     port = free_port()
     environment = {
-        **os.environ, "UNPERTURB_CHECKPOINT": str(tiny_folder), "UNPERTURB_DEVICE": "cpu", "UNPERTURB_REPLICAS": "2",
-        "UNPERTURB_THREADS": "1", "UNPERTURB_PATIENCE": "1000", "UNPERTURB_AUTHENTICATION": "off",
-        "UNPERTURB_MAX_BATCH": "4", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+        **os.environ,
+        "UNPERTURB_CHECKPOINT": str(tiny_folder),
+        "UNPERTURB_DEVICE": "cpu",
+        "UNPERTURB_REPLICAS": "2",
+        "UNPERTURB_THREADS": "1",
+        "UNPERTURB_PATIENCE": "1000",
+        "UNPERTURB_AUTHENTICATION": "off",
+        "UNPERTURB_MAX_BATCH": "4",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(ROOT),
+    }
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, env=environment,
-    )  # fmt: skip
+        [sys.executable, "-c", SCRIPT, str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    )
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "running"
     yield f"http://127.0.0.1:{port}", process

@@ -26,10 +26,14 @@ from unperturb.benchmarks.serving.watch import Server, metric, tree
 def serving(checkpoint: Path, log: Path) -> Iterator[Server]:
     port = open_loop.free_port()
     environment = {
-        "UNPERTURB_CHECKPOINT": str(checkpoint), "UNPERTURB_DEVICE": "cpu", "UNPERTURB_HEADER_TIMEOUT_S": "1",
-        "UNPERTURB_UPLOAD_TIMEOUT_S": "1", "UNPERTURB_MAX_BATCH": "4", "UNPERTURB_PATIENCE": "1000",
+        "UNPERTURB_CHECKPOINT": str(checkpoint),
+        "UNPERTURB_DEVICE": "cpu",
+        "UNPERTURB_HEADER_TIMEOUT_S": "1",
+        "UNPERTURB_UPLOAD_TIMEOUT_S": "1",
+        "UNPERTURB_MAX_BATCH": "4",
+        "UNPERTURB_PATIENCE": "1000",
         "UNPERTURB_THREADS": "1",
-    }  # fmt: skip
+    }
     with open_loop.running(
         open_loop.service(port), port=port, ready="/readyz", log=log, environment=environment
     ) as process:
@@ -145,9 +149,16 @@ def test_port_in_use_ends_the_start(tiny_folder: Path) -> None:
         taken.listen()
         done = subprocess.run(
             [
-                *open_loop.service(taken.getsockname()[1]), "--checkpoint", str(tiny_folder), "--device", "cpu",
+                *open_loop.service(taken.getsockname()[1]),
+                "--checkpoint",
+                str(tiny_folder),
+                "--device",
+                "cpu",
             ],
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
     assert done.returncode not in (0, None)
     assert "address already in use" in done.stderr

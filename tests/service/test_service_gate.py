@@ -81,8 +81,9 @@ def test_image_beyond_the_gate_is_purified_as_ever(engines: Callable[..., Engine
 def test_tensor_within_the_gate_is_left_as_it_is(gated: TestClient) -> None:
     request = {
         "inputs": [{"name": "image", "datatype": "UINT8", "shape": [1, 3, 32, 32], "data": [7] * 3072}],
-        "parameters": {"purify": "auto"}, "outputs": [{"name": "linf"}],
-    }  # fmt: skip
+        "parameters": {"purify": "auto"},
+        "outputs": [{"name": "linf"}],
+    }
     answer = gated.post("/v2/models/tiny/infer", json=request)
     assert answer.status_code == 200, answer.text
     assert answer.json()["outputs"][0]["data"] == [0.0]

@@ -19,9 +19,15 @@ class SmallNet(ImageClassifier):
     def __init__(self) -> None:
         super().__init__(feature_dim=32, num_classes=CLASSES, image_size=SIZE)
         self.layers = nn.Sequential(
-            nn.Conv2d(3, 16, 5, stride=2, padding=2), nn.SiLU(), nn.Conv2d(16, 32, 3, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(32, 32, 3, padding=1), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        )  # fmt: skip
+            nn.Conv2d(3, 16, 5, stride=2, padding=2),
+            nn.SiLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
         self.last = nn.Linear(32, CLASSES)
 
     def features(self, x: Tensor) -> Tensor:
@@ -131,9 +137,12 @@ class RandomResizing(_Fixed):
         scale = 1.1 + 0.5 * u[:, 0]
         zero = torch.zeros_like(scale)
         theta = torch.stack(
-            (torch.stack((scale, zero, (scale - 1) * (2 * u[:, 1] - 1)), 1),
-             torch.stack((zero, scale, (scale - 1) * (2 * u[:, 2] - 1)), 1)), 1,
-        )  # fmt: skip
+            (
+                torch.stack((scale, zero, (scale - 1) * (2 * u[:, 1] - 1)), 1),
+                torch.stack((zero, scale, (scale - 1) * (2 * u[:, 2] - 1)), 1),
+            ),
+            1,
+        )
         grid = F.affine_grid(theta, list(x.shape), align_corners=False)
         return F.grid_sample(x - 0.5, grid, align_corners=False) + 0.5
 

@@ -41,9 +41,15 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
     def make(
-        *, slots: int = 8, execution: Execution = "eager", workers: int = 1, max_queue: int = 64, patience: float = 1e9,
-        usual: str = "default", **changed: Any,
-    ) -> Engine:  # fmt: skip
+        *,
+        slots: int = 8,
+        execution: Execution = "eager",
+        workers: int = 1,
+        max_queue: int = 64,
+        patience: float = 1e9,
+        usual: str = "default",
+        **changed: Any,
+    ) -> Engine:
         admission = Admission(max_queue, patience, usual)
         settings = {"stall_s": 60.0, "metrics": Metrics(), "handle": ThreadHandle, **changed}
         config = WorkerConfig("cpu", slots, torch.get_num_threads(), execution, "float32", "warning", "text")
@@ -70,13 +76,19 @@ def uint8(images: torch.Tensor) -> list[Pixels]:
 
 
 async def submit(
-    engine: Engine, images: list[Pixels], stage: str | None = "default", *, seed: int = 0, timeout_s: float = 100,
-    model: str | None = None, **options: Any,
-) -> list[Outcome]:  # fmt: skip
+    engine: Engine,
+    images: list[Pixels],
+    stage: str | None = "default",
+    *,
+    seed: int = 0,
+    timeout_s: float = 100,
+    model: str | None = None,
+    **options: Any,
+) -> list[Outcome]:
     with engine.models.use(model) as used:
         return await engine.submit(
             used, images, stage=stage, seeds=[seed] * len(images), deadline=time.monotonic() + timeout_s, **options
-        )  # fmt: skip
+        )
 
 
 def one(engine: Engine, image: Pixels, stage: str | None = "default", **options: Any) -> Outcome:

@@ -142,7 +142,7 @@ def test_deacls_loss_is_its_two_cosines(images: torch.Tensor) -> None:
     with evaluating(teacher):
         attacked = shared.attack.run(
             x, away_from(teacher.features, aims, distance="cos"), seeds=batch(images).seeds
-        ).image  # fmt: skip
+        ).image
     clean, moved = copy.deepcopy(teacher).features(torch.cat((x, attacked))).chunk(2)
     expected = -F.cosine_similarity(clean, aims).mean() - 2 * F.cosine_similarity(moved, clean).mean()
     assert abs(method.loss(batch(images)).loss.item() - expected.item()) < 1e-5
@@ -182,8 +182,15 @@ def test_s4ls_loss_is_cross_entropy_of_labelled_images_and_nt_xent_of_all(kind: 
     torch.manual_seed(3)
     classifier = build(Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu"))
     split = Split((images * 255).byte(), torch.arange(8) % 3)
-    settings = ClassifierConfig(data="x", out=Path("x"), method="natural", label_smoothing=0.0, false_negatives=kind,
-                                false_negatives_from=0, self_supervised_weight=0.5)  # fmt: skip
+    settings = ClassifierConfig(
+        data="x",
+        out=Path("x"),
+        method="natural",
+        label_smoothing=0.0,
+        false_negatives=kind,
+        false_negatives_from=0,
+        self_supervised_weight=0.5,
+    )
     supervised = ClassifierTask(settings, classifier, split, split, HERE)
     task = SemiSupervisedTask(supervised, classifier, settings, HERE, labelled=3, weight=0.5)
     twin = copy.deepcopy(task.model).train()

@@ -104,9 +104,29 @@ def test_training_moves_the_features_and_leaves_the_classifier_as_it_was(image_f
     checkpoint.save(tmp_path / "base", make_checkpoint())
     before = digest_of(checkpoint.load(tmp_path / "base").classifier)
     out = tmp_path / "run"
-    arguments = ["generator", "--classifier", str(tmp_path / "base"), "--data", str(image_folder), "--out", str(out),
-                 "--cache", str(tmp_path), "--epochs", "6", "--batch-size", "21", "--held-out", "9", "--width", "8",
-                 "--lr", "1e-2", "--device", "cpu"]  # fmt: skip
+    arguments = [
+        "generator",
+        "--classifier",
+        str(tmp_path / "base"),
+        "--data",
+        str(image_folder),
+        "--out",
+        str(out),
+        "--cache",
+        str(tmp_path),
+        "--epochs",
+        "6",
+        "--batch-size",
+        "21",
+        "--held-out",
+        "9",
+        "--width",
+        "8",
+        "--lr",
+        "1e-2",
+        "--device",
+        "cpu",
+    ]
     assert main(arguments) == 0
     _, card = generator.load(out / "generator")
     assert card.classifier_sha256 == (before, before)
@@ -122,7 +142,16 @@ def test_encoder_without_a_readout_is_refused(
     from tests.models.test_readout import CARDS, with_readout
 
     checkpoint.save(tmp_path / "base", with_readout(CARDS["none"]))
-    arguments = ["generator", "--classifier", str(tmp_path / "base"), "--data", str(image_folder),
-                 "--out", str(tmp_path / "run"), "--device", "cpu"]  # fmt: skip
+    arguments = [
+        "generator",
+        "--classifier",
+        str(tmp_path / "base"),
+        "--data",
+        str(image_folder),
+        "--out",
+        str(tmp_path / "run"),
+        "--device",
+        "cpu",
+    ]
     assert main(arguments) == 2
     assert "without a classifier" in capsys.readouterr().err

@@ -17,8 +17,24 @@ from unperturb.training import state
 from unperturb.training.__main__ import main
 from unperturb.training.contrastive.pretrain import GOES_ON, METHODS
 
-SMALL = ["--batch-size", "21", "--held-out", "9", "--device", "cpu", "--hidden", "16", "--embedding-dim", "8",
-         "--attack-steps", "1", "--attack-step-size", "8/255", "--bank-size", "30"]  # fmt: skip
+SMALL = [
+    "--batch-size",
+    "21",
+    "--held-out",
+    "9",
+    "--device",
+    "cpu",
+    "--hidden",
+    "16",
+    "--embedding-dim",
+    "8",
+    "--attack-steps",
+    "1",
+    "--attack-step-size",
+    "8/255",
+    "--bank-size",
+    "30",
+]
 
 
 def pretrain_arguments(data: Path, out: Path, *more: str) -> list[str]:
@@ -39,8 +55,23 @@ def simclr(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_method_learns_and_makes_an_encoder(method: str, image_folder: Path, tmp_path: Path, simclr: Path) -> None:
     begin = ["--encoder", str(simclr)] if method in GOES_ON else FRESH
     out = tmp_path / "run"
-    arguments = pretrain_arguments(image_folder, out, *begin, "--method", method, "--epochs", "5", "--lr", "5e-3",
-                                   "--queue", "30", "--schedule", "constant", "--distance", "sim")  # fmt: skip
+    arguments = pretrain_arguments(
+        image_folder,
+        out,
+        *begin,
+        "--method",
+        method,
+        "--epochs",
+        "5",
+        "--lr",
+        "5e-3",
+        "--queue",
+        "30",
+        "--schedule",
+        "constant",
+        "--distance",
+        "sim",
+    )
     assert main(arguments) == 0
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = log[-1]["loss"] if method != "moco" else log[-1]["loss"] - 1.5  # its queue grows
@@ -164,11 +195,25 @@ def test_two_processes_share_what_they_remember(
     places = ["--data", str(image_folder), "--out", str(out), "--cache", str(tmp_path), "--device", "cpu"]
     small = ["--batch-size", "20", "--held-out", "9", "--epochs", "1"]
     arguments = {
-        "moco": ["pretrain", "--method", "moco", *FRESH, "--queue", "200", "--false-negatives", "quantile",
-                 "--hidden", "16", "--embedding-dim", "8", "--bank-size", "30"],
+        "moco": [
+            "pretrain",
+            "--method",
+            "moco",
+            *FRESH,
+            "--queue",
+            "200",
+            "--false-negatives",
+            "quantile",
+            "--hidden",
+            "16",
+            "--embedding-dim",
+            "8",
+            "--bank-size",
+            "30",
+        ],
         "generator": ["generator", "--classifier", str(tiny_folder), "--width", "8"],
         "self-adaptive": ["classifier", "--method", "natural", *FRESH, "--self-adaptive-from", "0"],
-    }[command]  # fmt: skip
+    }[command]
     launch = [
         sys.executable,
         "-m",
@@ -180,9 +225,12 @@ def test_two_processes_share_what_they_remember(
         "unperturb.training",
     ]
     done = subprocess.run(
-        [*launch, *arguments, *places, *small], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        [*launch, *arguments, *places, *small],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr  # all of it: the process that fell first says why
     memory = torch.load(out / "state.pt", weights_only=True)["parts"]["memory"]
     if command == "moco":

@@ -78,9 +78,7 @@ def test_unrolled_gradient_goes_through_the_restorer(images: torch.Tensor) -> No
     )
     purifier = reverse_attack_of(made, once)
     weights = torch.randn(2, 3, 32, 32)
-    (found,) = torch.autograd.grad(
-        (purifier.descend(x0, seeds=seeds, unrolled=True).image * weights).sum(), x0
-    )  # fmt: skip
+    (found,) = torch.autograd.grad((purifier.descend(x0, seeds=seeds, unrolled=True).image * weights).sum(), x0)
 
     def by_hand(received: torch.Tensor) -> torch.Tensor:
         x = x0 * 1.0
@@ -128,10 +126,35 @@ def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
 def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "base", make_checkpoint())
     out = tmp_path / "run"
-    arguments = ["restorer", "--checkpoint", str(tmp_path / "base"), "--data", str(image_folder), "--out", str(out),
-                 "--cache", str(tmp_path), "--epochs", "12", "--batch-size", "21", "--held-out", "9", "--width", "8",
-                 "--depth", "2", "--attack-steps", "3", "--epsilon", "40/255", "--attack-step-size", "20/255",
-                 "--device", "cpu"]  # fmt: skip
+    arguments = [
+        "restorer",
+        "--checkpoint",
+        str(tmp_path / "base"),
+        "--data",
+        str(image_folder),
+        "--out",
+        str(out),
+        "--cache",
+        str(tmp_path),
+        "--epochs",
+        "12",
+        "--batch-size",
+        "21",
+        "--held-out",
+        "9",
+        "--width",
+        "8",
+        "--depth",
+        "2",
+        "--attack-steps",
+        "3",
+        "--epsilon",
+        "40/255",
+        "--attack-step-size",
+        "20/255",
+        "--device",
+        "cpu",
+    ]
     assert main(arguments) == 0
     log = read_log(out)
     assert log[-1]["held_out_error"] < log[0]["held_out_error"]
@@ -147,7 +170,18 @@ def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> 
 def test_bad_argument_is_refused(
     bad: list[str], image_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["restorer", "--checkpoint", str(tiny_folder), "--data", str(image_folder), "--out", str(tmp_path),
-                 "--device", "cpu", "--cache", str(tmp_path)]  # fmt: skip
+    arguments = [
+        "restorer",
+        "--checkpoint",
+        str(tiny_folder),
+        "--data",
+        str(image_folder),
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--cache",
+        str(tmp_path),
+    ]
     assert main([*arguments, *bad]) == 2
     assert bad[0].strip("-").replace("-", "_") in capsys.readouterr().err

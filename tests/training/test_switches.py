@@ -105,10 +105,36 @@ def test_resumed_self_adaptive_run_has_its_targets(image_folder: Path, tmp_path:
 def test_adversarial_head_learns_on_attacked_views(image_folder: Path, tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "base", make_checkpoint(head=False))
     out = tmp_path / "head"
-    arguments = ["head", "--classifier", str(tmp_path / "base"), "--data", str(image_folder), "--out", str(out),
-                 "--cache", str(tmp_path), "--batch-size", "21", "--epochs", "3", "--held-out", "9", "--bank-size",
-                 "30", "--hidden", "16", "--embedding-dim", "8", "--adversarial", "--attack-steps", "2",
-                 "--false-negatives", "top", "--device", "cpu"]  # fmt: skip
+    arguments = [
+        "head",
+        "--classifier",
+        str(tmp_path / "base"),
+        "--data",
+        str(image_folder),
+        "--out",
+        str(out),
+        "--cache",
+        str(tmp_path),
+        "--batch-size",
+        "21",
+        "--epochs",
+        "3",
+        "--held-out",
+        "9",
+        "--bank-size",
+        "30",
+        "--hidden",
+        "16",
+        "--embedding-dim",
+        "8",
+        "--adversarial",
+        "--attack-steps",
+        "2",
+        "--false-negatives",
+        "top",
+        "--device",
+        "cpu",
+    ]
     assert main(arguments) == 0
     loaded = checkpoint.load(out / "checkpoint")
     assert loaded.card.head_training["adversarial"]

@@ -23,8 +23,26 @@ from unperturb.training.state import STATE
 from unperturb.training.supervised.adversarial import METHODS, Batch, Method, smoothed
 from unperturb.training.supervised.classifier import ClassifierConfig
 
-SMALL = ["--arch", "wide_resnet_10_1", "--activation", "silu", "--batch-size", "12", "--held-out", "9", "--lr", "0.05",
-         "--ema", "0.8", "--attack-steps", "1", "--attack-step-size", "10/255", "--device", "cpu"]  # fmt: skip
+SMALL = [
+    "--arch",
+    "wide_resnet_10_1",
+    "--activation",
+    "silu",
+    "--batch-size",
+    "12",
+    "--held-out",
+    "9",
+    "--lr",
+    "0.05",
+    "--ema",
+    "0.8",
+    "--attack-steps",
+    "1",
+    "--attack-step-size",
+    "10/255",
+    "--device",
+    "cpu",
+]
 
 
 def classifier_arguments(data: Path, out: Path, *more: str) -> list[str]:
@@ -56,11 +74,37 @@ def test_head_trains_on_the_frozen_classifier_and_builds_a_bank(image_folder: Pa
     base = tmp_path / "classifier"
     assert main(classifier_arguments(image_folder, base, "--epochs", "1")) == 0
     out = tmp_path / "head"
-    arguments = ["head", "--classifier", str(base / "checkpoint"), "--data", str(image_folder), "--out", str(out),
-                 "--cache", str(tmp_path), "--batch-size", "21", "--epochs", "4", "--held-out", "9",
-                 "--bank-size", "30",
-                 "--queue", "16", "--lr", "0.01", "--ema", "0.5", "--hidden", "16", "--embedding-dim", "8",
-                 "--device", "cpu"]  # fmt: skip
+    arguments = [
+        "head",
+        "--classifier",
+        str(base / "checkpoint"),
+        "--data",
+        str(image_folder),
+        "--out",
+        str(out),
+        "--cache",
+        str(tmp_path),
+        "--batch-size",
+        "21",
+        "--epochs",
+        "4",
+        "--held-out",
+        "9",
+        "--bank-size",
+        "30",
+        "--queue",
+        "16",
+        "--lr",
+        "0.01",
+        "--ema",
+        "0.5",
+        "--hidden",
+        "16",
+        "--embedding-dim",
+        "8",
+        "--device",
+        "cpu",
+    ]
     assert main(arguments) == 0
     loaded, before = checkpoint.load(out / "checkpoint"), checkpoint.load(base / "checkpoint")
     for name, value in before.classifier.state_dict().items():
@@ -126,9 +170,17 @@ def test_interrupt_says_how_to_go_on(
 def test_two_processes_train_one_model(image_folder: Path, tmp_path: Path) -> None:
     """torchrun with two CPU processes: the same global batch, one checkpoint."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-               "unperturb.training",
-               *classifier_arguments(image_folder, out, "--epochs", "4")]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "unperturb.training",
+        *classifier_arguments(image_folder, out, "--epochs", "4"),
+    ]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(read_log(out)) == 4

@@ -107,9 +107,12 @@ class Contrast:
         self.config, self.policy, self.world = config, policy, world
         self.negatives = Negatives(config, images, world)
         self.attack = ProjectedGradient(
-            direction="ascend", epsilon=config.epsilon, step_size=config.attack_step_size,
-            steps=config.attack_steps, start="uniform",
-        )  # fmt: skip
+            direction="ascend",
+            epsilon=config.epsilon,
+            step_size=config.attack_step_size,
+            steps=config.attack_steps,
+            start="uniform",
+        )
 
     def views(self, batch: Batch, count: int = 2) -> Float[Tensor, "batch views 3 h w"]:
         """Random views of each image, in [0, 1]."""
@@ -158,9 +161,13 @@ class Contrast:
                 aims = encoder(target)
             negatives, others = in_batch_negatives(aims[:, None])
             objective = away_from(
-                encoder, aims, distance=self.config.distance, negatives=negatives, keep=others,
+                encoder,
+                aims,
+                distance=self.config.distance,
+                negatives=negatives,
+                keep=others,
                 temperature=self.config.temperature,
-            )  # fmt: skip
+            )
             return self.attack.run(x, objective, seeds=seeds).image
 
 

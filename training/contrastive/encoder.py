@@ -39,9 +39,7 @@ def fresh(architecture: Architecture, head: HeadCard) -> Encoder:
     """An encoder with random weights, in training mode."""
     backbone = build(architecture)
     attach(backbone, NoReadout())
-    projector = ProjectionHead(
-        feature_dim=backbone.feature_dim, hidden=head.hidden, embedding_dim=head.embedding_dim
-    )  # fmt: skip
+    projector = ProjectionHead(feature_dim=backbone.feature_dim, hidden=head.hidden, embedding_dim=head.embedding_dim)
     return Encoder(backbone, projector).train()
 
 
@@ -81,13 +79,26 @@ def bank_for(base: Checkpoint, dataset: data.DataSet, train: data.Split, *, seed
 
 
 def finished(
-    encoder: Encoder, train: data.Split, dataset: data.DataSet, *, id: str, architecture: Architecture, head: HeadCard,
-    bank_size: int, seed: int, training: dict[str, Any],
-) -> Checkpoint:  # fmt: skip
+    encoder: Encoder,
+    train: data.Split,
+    dataset: data.DataSet,
+    *,
+    id: str,
+    architecture: Architecture,
+    head: HeadCard,
+    bank_size: int,
+    seed: int,
+    training: dict[str, Any],
+) -> Checkpoint:
     """The checkpoint of a trained encoder: no readout yet; its projector and a bank, with which it can purify."""
     embeddings, labels = bank_of(encoder, train, size=bank_size, seed=seed)
     card = Card(
-        id=id, architecture=architecture, classes=dataset.classes, data=data.described(dataset, train),
-        training=training, head=head, readout=ReadoutCard(kind="none"),
-    )  # fmt: skip
+        id=id,
+        architecture=architecture,
+        classes=dataset.classes,
+        data=data.described(dataset, train),
+        training=training,
+        head=head,
+        readout=ReadoutCard(kind="none"),
+    )
     return Checkpoint(card, encoder.backbone, encoder.projector, NegativesBank(embeddings, labels))

@@ -85,12 +85,10 @@ METHODS: dict[str, Callable[[PretrainConfig, Contrast, Encoder, World], Method]]
     "moco": lambda config, contrast, encoder, here: MoCo(
         contrast, encoder, here, queue=config.queue, key_momentum=config.key_momentum
     ),
-    "rocl": lambda config, contrast, encoder, _: RoCL(
-        contrast, encoder, adversarial_weight=config.adversarial_weight
-    ),
+    "rocl": lambda config, contrast, encoder, _: RoCL(contrast, encoder, adversarial_weight=config.adversarial_weight),
     "deacl": lambda _, contrast, encoder, __: DeACL(contrast, encoder),
     "mutual-information": lambda _, contrast, encoder, __: MutualInformation(contrast, encoder),
-}  # fmt: skip
+}
 
 
 class PretrainTask:
@@ -136,9 +134,11 @@ def pretrain(config: PretrainConfig) -> None:
     resolved: dict[str, object] = {}
     if config.encoder is None:
         architecture = Architecture(
-            name=config.arch, num_classes=len(dataset.classes), image_size=config.image_size,
+            name=config.arch,
+            num_classes=len(dataset.classes),
+            image_size=config.image_size,
             activation=config.activation,
-        )  # fmt: skip
+        )
         encoder = fresh(architecture, head)
     else:
         encoder, begun = reopened(config.encoder, image_size=config.image_size)
@@ -146,9 +146,12 @@ def pretrain(config: PretrainConfig) -> None:
         architecture = dataclasses.replace(begun.card.architecture, num_classes=len(dataset.classes))
         head = dataclasses.replace(begun.card.head, temperature=config.temperature)
         resolved = {
-            "encoder_sha256": begun.card.weights_sha256, "arch": architecture.name, "hidden": head.hidden,
-            "activation": architecture.activation, "embedding_dim": head.embedding_dim,
-        }  # fmt: skip
+            "encoder_sha256": begun.card.weights_sha256,
+            "arch": architecture.name,
+            "hidden": head.hidden,
+            "activation": architecture.activation,
+            "embedding_dim": head.embedding_dim,
+        }
     encoder.to(here.device)
     kept, held = data.training_images(dataset.train, config)
     train = data.resident(kept, here.device)
@@ -157,13 +160,23 @@ def pretrain(config: PretrainConfig) -> None:
     if here.rank == 0:
         assert isinstance(fitted.model, Encoder)
         training = {
-            **loop.comparable(config), **resolved, "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures
-        }  # fmt: skip
+            **loop.comparable(config),
+            **resolved,
+            "chosen_epoch": fitted.epoch,
+            "at_that_epoch": fitted.figures,
+        }
         out = config.out / "checkpoint"
         made = finished(
-            fitted.model, train, dataset, id=config.id, architecture=architecture, head=head,
-            bank_size=min(config.bank_size, len(train.labels)), seed=config.seed, training=training,
-        )  # fmt: skip
+            fitted.model,
+            train,
+            dataset,
+            id=config.id,
+            architecture=architecture,
+            head=head,
+            bank_size=min(config.bank_size, len(train.labels)),
+            seed=config.seed,
+            training=training,
+        )
         checkpoint.save(out, made)
         print(f"{out}: encoder by {config.method}, NT-Xent {fitted.figures['held_out_loss']:.3f} on held-out images")
     world.leave(here)

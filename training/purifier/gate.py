@@ -59,11 +59,16 @@ def set_gates(config: GateConfig) -> None:
         clean, attacked = first_losses(purifier, held, epsilon=config.epsilon)
         gate = float(clean.quantile(config.quantile))
         gates[name] = {
-            "loss": gate, "seed": GATE_SEED, "quantile": config.quantile, "n": len(clean),
-            "weights_sha256": loaded.card.weights_sha256, "commit": provenance.commit(),
+            "loss": gate,
+            "seed": GATE_SEED,
+            "quantile": config.quantile,
+            "n": len(clean),
+            "weights_sha256": loaded.card.weights_sha256,
+            "commit": provenance.commit(),
             "clean_left": float((clean <= gate).float().mean()),
-            "attacked_left": float((attacked <= gate).float().mean()), "attack_epsilon": config.epsilon,
-        }  # fmt: skip
+            "attacked_left": float((attacked <= gate).float().mean()),
+            "attack_epsilon": config.epsilon,
+        }
         print(
             f"{name}: gate {gate:.4f}; {gates[name]['clean_left']:.1%} of clean and "
             f"{gates[name]['attacked_left']:.1%} of attacked images (PGD-20) are left as they are"
@@ -80,7 +85,7 @@ def first_losses(purifier: ReverseAttack, held: data.Split, *, epsilon: float) -
         x = held.images[some].float() / 255
         moved = pgd(
             purifier.classifier, x, held.labels[some], epsilon=epsilon, step_size=epsilon / 4, steps=20, seeds=some
-        )  # fmt: skip
+        )
         seeds = torch.full_like(some, GATE_SEED)
         for found, images in ((clean, x), (attacked, moved)):
             with torch.no_grad():

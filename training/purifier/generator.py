@@ -64,9 +64,14 @@ class GeneratorTask:
     """The loop's task: `model` is the generator; the classifier stays as it is."""
 
     def __init__(
-        self, config: GeneratorConfig, classifier: ImageClassifier, model: NoiseGenerator, train: data.Split,
-        held: data.Split, here: World,
-    ) -> None:  # fmt: skip
+        self,
+        config: GeneratorConfig,
+        classifier: ImageClassifier,
+        model: NoiseGenerator,
+        train: data.Split,
+        held: data.Split,
+        here: World,
+    ) -> None:
         self.config, self.classifier, self.model, self.train, self.held = config, classifier, model, train, held
         self.images = len(train.labels)
         self.negatives = Negatives(config, self.images, here)
@@ -84,7 +89,7 @@ class GeneratorTask:
         found, negatives = self.negatives.found(embeddings, self.train.labels[indices], indices, epoch)
         raised = info_nce(
             embeddings, negatives, temperature=self.config.temperature, keep=found.keep, together=True
-        ).mean()  # fmt: skip
+        ).mean()
         moved = (embeddings[:, 0] * embeddings[:, 2]).sum(1).mean()
         return -raised, {"cosine": moved.detach(), **self.negatives.figures(found)}
 
@@ -123,7 +128,7 @@ def train_generator(config: GeneratorConfig) -> None:
     before = digest_of(base.classifier)
     task = GeneratorTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device), here
-    )  # fmt: skip
+    )
     fitted = loop.fit(task, config, here)
     if here.rank == 0:
         assert isinstance(fitted.model, NoiseGenerator)
@@ -131,10 +136,14 @@ def train_generator(config: GeneratorConfig) -> None:
         figures = {"n": len(test.labels), **accuracies(base.classifier, fitted.model.eval(), test)}
         out = config.out / "generator"
         card = GeneratorCard(
-            id=config.id, epsilon=config.epsilon, width=config.width,
-            classifier_sha256=(before, digest_of(base.classifier)), data=data.described(dataset, kept),
-            training={**loop.comparable(config), "at_last_epoch": fitted.figures}, figures={"test": figures},
-        )  # fmt: skip
+            id=config.id,
+            epsilon=config.epsilon,
+            width=config.width,
+            classifier_sha256=(before, digest_of(base.classifier)),
+            data=data.described(dataset, kept),
+            training={**loop.comparable(config), "at_last_epoch": fitted.figures},
+            figures={"test": figures},
+        )
         generator.save(out, fitted.model, card)
         clean, attacked = figures["clean_accuracy"], figures["attacked_accuracy"]
         print(f"{out}: accuracy {clean:.2%} -> {attacked:.2%} (n = {len(test.labels)})")

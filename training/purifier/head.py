@@ -149,14 +149,14 @@ def train_head(config: HeadConfig) -> None:
         bank = NegativesBank(*bank_of(encoder, task.train, size=config.bank_size, seed=config.seed))
         card = dataclasses.replace(
             base.card,
-            head=HeadCard(
-                hidden=config.hidden, embedding_dim=config.embedding_dim, temperature=config.temperature
-            ),
+            head=HeadCard(hidden=config.hidden, embedding_dim=config.embedding_dim, temperature=config.temperature),
             head_training={
-                **loop.comparable(config), "data_sha256": dataset.digest, "chosen_epoch": fitted.epoch,
+                **loop.comparable(config),
+                "data_sha256": dataset.digest,
+                "chosen_epoch": fitted.epoch,
                 "at_that_epoch": fitted.figures,
             },
-        )  # fmt: skip
+        )
         out = config.out / "checkpoint"
         checkpoint.save(out, Checkpoint(card, base.classifier, fitted.model, bank, base.restorer))
         loss = fitted.figures["held_out_loss"]

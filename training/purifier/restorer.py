@@ -67,9 +67,14 @@ class RestorerTask:
         numbers = torch.arange(len(split.labels), device=split.labels.device)
         for some in tqdm(numbers.split(BATCH), desc="attacking", disable=None, leave=False):
             moved = pgd(
-                classifier, split.images[some].float() / 255, split.labels[some], epsilon=self.config.epsilon,
-                step_size=self.config.attack_step_size, steps=self.config.attack_steps, seeds=some,
-            )  # fmt: skip
+                classifier,
+                split.images[some].float() / 255,
+                split.labels[some],
+                epsilon=self.config.epsilon,
+                step_size=self.config.attack_step_size,
+                steps=self.config.attack_steps,
+                seeds=some,
+            )
             made.append((moved - split.images[some].float() / 255).half())
         return torch.cat(made)
 
@@ -117,17 +122,21 @@ def train_restorer(config: RestorerConfig) -> None:
     kept, held = data.training_images(dataset.train, config)
     task = RestorerTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device)
-    )  # fmt: skip
+    )
     fitted = loop.fit(task, config, here)
     if here.rank == 0:
         assert isinstance(fitted.model, Restorer)
         made = dataclasses.replace(
-            base.card, restorer=card, gates={},
+            base.card,
+            restorer=card,
+            gates={},
             restorer_training={
-                **loop.comparable(config), "data_sha256": dataset.digest, "chosen_epoch": fitted.epoch,
+                **loop.comparable(config),
+                "data_sha256": dataset.digest,
+                "chosen_epoch": fitted.epoch,
                 "at_that_epoch": fitted.figures,
             },
-        )  # fmt: skip
+        )
         out = config.out / "checkpoint"
         checkpoint.save(out, dataclasses.replace(base, card=made, restorer=fitted.model))
         print(f"{out}: {fitted.figures['held_out_signs']:.1%} of the signs of an attack's pixels are found")

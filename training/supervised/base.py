@@ -60,9 +60,12 @@ class SupervisedTask:
         self.memory = nn.Module()
         self.method = method_of(config.method, qub=config.qub)
         self.attack = ProjectedGradient(
-            direction="ascend", epsilon=config.epsilon, step_size=config.attack_step_size,
-            steps=config.attack_steps, start="uniform",
-        )  # fmt: skip
+            direction="ascend",
+            epsilon=config.epsilon,
+            step_size=config.attack_step_size,
+            steps=config.attack_steps,
+            start="uniform",
+        )
 
     def batch(self, indices: Tensor, epoch: int, step: int) -> Batch:
         """Those training images, augmented by draws of their own."""

@@ -76,9 +76,12 @@ class ClassifierTask(SupervisedTask):
         super().__init__(config, model, train, held)
         if config.self_adaptive_from is not None:
             self.memory = AdaptiveTargets(
-                train.labels, num_classes=model.num_classes, momentum=config.self_adaptive_momentum,
-                warmup_epochs=config.self_adaptive_from, world=here,
-            )  # fmt: skip
+                train.labels,
+                num_classes=model.num_classes,
+                momentum=config.self_adaptive_momentum,
+                warmup_epochs=config.self_adaptive_from,
+                world=here,
+            )
 
     def fit(self, batch: Batch, epoch: int) -> Fit:
         """Self-adaptive targets, or the labels."""
@@ -92,9 +95,10 @@ class ClassifierTask(SupervisedTask):
             return model
         plain = super().fit(batch, 0)
         return at_worst_weights(
-            model, lambda forward: self.method.loss(forward, batch, crafted, plain, self.config.beta).loss,
+            model,
+            lambda forward: self.method.loss(forward, batch, crafted, plain, self.config.beta).loss,
             gamma=self.config.weight_perturbation,
-        )  # fmt: skip
+        )
 
 
 def train_classifier(config: ClassifierConfig) -> None:
@@ -103,9 +107,14 @@ def train_classifier(config: ClassifierConfig) -> None:
     dataset = data.load(config.data, image_size=config.image_size, cache=config.cache)
     large = config.arch in TORCHVISION
     architecture = Architecture(
-        name=config.arch, num_classes=len(dataset.classes), image_size=config.image_size, activation=config.activation,
-        width=config.width, mean=IMAGENET_MEAN if large else CIFAR10_MEAN, std=IMAGENET_STD if large else CIFAR10_STD,
-    )  # fmt: skip
+        name=config.arch,
+        num_classes=len(dataset.classes),
+        image_size=config.image_size,
+        activation=config.activation,
+        width=config.width,
+        mean=IMAGENET_MEAN if large else CIFAR10_MEAN,
+        std=IMAGENET_STD if large else CIFAR10_STD,
+    )
     torch.manual_seed(config.seed)
     model = build(architecture, pretrained=config.pretrained).to(here.device)
     kept, held = data.training_images(dataset.train, config)
@@ -127,10 +136,12 @@ def train_classifier(config: ClassifierConfig) -> None:
         classifier = fitted.model.backbone if isinstance(fitted.model, Encoder) else fitted.model
         assert isinstance(classifier, ImageClassifier)
         card = Card(
-            id=config.id, architecture=architecture, classes=dataset.classes,
+            id=config.id,
+            architecture=architecture,
+            classes=dataset.classes,
             data={**data.described(dataset, kept), "held_out_of_train": config.held_out, "labelled": labelled},
             training={**loop.comparable(config), "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures},
-        )  # fmt: skip
+        )
         out = config.out / "checkpoint"
         checkpoint.save(out, Checkpoint(card, classifier))
         report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)

@@ -54,27 +54,33 @@ def make_knn(config: KnnConfig) -> None:
     train = data.resident(dataset.train, here.device)
     classifier, classes = base.classifier, len(dataset.classes)
     card = ReadoutCard(
-        kind="knn", neighbours=config.neighbours, bank_size=config.bank or len(train.labels),
+        kind="knn",
+        neighbours=config.neighbours,
+        bank_size=config.bank or len(train.labels),
         temperature=config.temperature,
-    )  # fmt: skip
+    )
     attach(classifier, nn.Identity())  # the bank holds features
     classifier.num_classes = classes
     bank, labels = bank_of(classifier, train, size=card.bank_size, seed=config.seed)
     attach(
         classifier,
-        SoftNeighbours(
-            bank, labels, num_classes=classes, neighbours=card.neighbours, temperature=card.temperature
-        ),
-    )  # fmt: skip
+        SoftNeighbours(bank, labels, num_classes=classes, neighbours=card.neighbours, temperature=card.temperature),
+    )
     made = dataclasses.replace(
-        base.card, id=config.id, classes=dataset.classes, readout=card, figures={},
+        base.card,
+        id=config.id,
+        classes=dataset.classes,
+        readout=card,
+        figures={},
         architecture=dataclasses.replace(base.card.architecture, num_classes=classes),
         data=data.described(dataset, train),
         training={
-            "method": "knn", "seed": config.seed, "encoder_sha256": base.card.weights_sha256,
+            "method": "knn",
+            "seed": config.seed,
+            "encoder_sha256": base.card.weights_sha256,
             "encoder_training": base.card.training,
         },
-    )  # fmt: skip
+    )
     out = config.out / "checkpoint"
     checkpoint.save(out, Checkpoint(made, classifier, base.head, bank_for(base, dataset, train, seed=config.seed)))
     report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)

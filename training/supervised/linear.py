@@ -91,13 +91,21 @@ def train_linear(config: LinearConfig) -> None:
     if here.rank == 0:
         assert isinstance(fitted.model, ImageClassifier)
         made = dataclasses.replace(
-            base.card, id=config.id, architecture=architecture, classes=dataset.classes, readout=card, figures={},
+            base.card,
+            id=config.id,
+            architecture=architecture,
+            classes=dataset.classes,
+            readout=card,
+            figures={},
             data={**data.described(dataset, kept), "held_out_of_train": config.held_out},
             training={
-                **loop.comparable(config), "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures,
-                "encoder_sha256": base.card.weights_sha256, "encoder_training": base.card.training,
+                **loop.comparable(config),
+                "chosen_epoch": fitted.epoch,
+                "at_that_epoch": fitted.figures,
+                "encoder_sha256": base.card.weights_sha256,
+                "encoder_training": base.card.training,
             },
-        )  # fmt: skip
+        )
         out = config.out / "checkpoint"
         bank = bank_for(base, dataset, task.train, seed=config.seed)
         checkpoint.save(out, Checkpoint(made, fitted.model, base.head, bank))

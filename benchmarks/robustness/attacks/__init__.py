@@ -54,10 +54,11 @@ ATTACKS: dict[str, Attack] = {
     "square": Attack(black_box.square, lambda b: (0, b.square_queries)),
     "rays": Attack(black_box.rays, lambda b: (0, b.rays_queries)),
     "batchmate": Attack(
-        controls.batchmate, lambda b: (3 * (b.mates + 1) * b.mate_steps, (b.mates + 1) * (b.mate_steps + 1)),
+        controls.batchmate,
+        lambda b: (3 * (b.mates + 1) * b.mate_steps, (b.mates + 1) * (b.mate_steps + 1)),
         adaptive=True,
     ),
-}  # fmt: skip
+}
 GENERATOR = "generator"
 # Run where they are named; `all` is what the headline is of.
 BY_NAME: dict[str, Attack] = {

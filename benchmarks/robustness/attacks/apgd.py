@@ -85,10 +85,19 @@ def _begin(scene: Scene, objective: AttackObjective, start: Tensor, found: Tenso
     judged, gradient = _evaluate(objective, start, rows)
     step = torch.full_like(judged.losses, 2 * scene.threat.epsilon)
     state = _State(
-        rows=rows, x=start, previous=start, gradient=gradient, loss=judged.losses, best=start,
-        best_loss=judged.losses, best_gradient=gradient, step=step, rises=torch.zeros_like(rows),
-        step_was=step, best_was=judged.losses,
-    )  # fmt: skip
+        rows=rows,
+        x=start,
+        previous=start,
+        gradient=gradient,
+        loss=judged.losses,
+        best=start,
+        best_loss=judged.losses,
+        best_gradient=gradient,
+        step=step,
+        rises=torch.zeros_like(rows),
+        step_was=step,
+        best_was=judged.losses,
+    )
     if judged.broken is not None:
         found[judged.broken] = start[judged.broken]
         state.keep(~judged.broken)
@@ -107,9 +116,11 @@ def _evaluate(objective: AttackObjective, x: Tensor, rows: Int[Tensor, " some"])
 
 def _step(scene: Scene, x: Tensor, gradient: Tensor, size: Tensor, x0: Tensor) -> Tensor:
     ball = scene.threat.ball(step_size=1.0)
-    direction = gradient.sign() if ball.norm == "linf" else gradient / gradient.flatten(1).norm(dim=1).clamp(
-        min=1e-12
-    ).view(-1, 1, 1, 1)  # fmt: skip
+    direction = (
+        gradient.sign()
+        if ball.norm == "linf"
+        else gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+    )
     return ball.project(x + size.view(-1, 1, 1, 1) * direction, x0)
 
 

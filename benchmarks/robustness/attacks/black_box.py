@@ -17,10 +17,16 @@ def square(scene: Scene) -> Tensor:
             return scene.logits(x)
 
     attack = SquareAttack(
-        predict, norm="Linf" if scene.threat.norm == "linf" else "L2", n_queries=scene.budget.square_queries,
-        eps=scene.threat.epsilon, p_init=0.8, n_restarts=1, seed=int(scene.seeds[0]), resc_schedule=False,
+        predict,
+        norm="Linf" if scene.threat.norm == "linf" else "L2",
+        n_queries=scene.budget.square_queries,
+        eps=scene.threat.epsilon,
+        p_init=0.8,
+        n_restarts=1,
+        seed=int(scene.seeds[0]),
+        resc_schedule=False,
         device=scene.x.device,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng(devices=[scene.x.device] if scene.x.is_cuda else []):
         found: Tensor = attack.perturb(scene.x, scene.labels)
     return found.detach()

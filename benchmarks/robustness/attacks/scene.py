@@ -62,18 +62,45 @@ class Budget:
 
 BUDGETS = {
     "fast": Budget(
-        apgd_steps=10, restarts=1, eot=4, targets=2, lambdas=(0.1, 1.0, 10.0), unrolled_steps=5, adaptive_steps=6,
-        square_queries=40, rays_queries=40, mates=3, mate_steps=2,
+        apgd_steps=10,
+        restarts=1,
+        eot=4,
+        targets=2,
+        lambdas=(0.1, 1.0, 10.0),
+        unrolled_steps=5,
+        adaptive_steps=6,
+        square_queries=40,
+        rays_queries=40,
+        mates=3,
+        mate_steps=2,
     ),
     "standard": Budget(
-        apgd_steps=50, restarts=1, eot=20, targets=9, lambdas=(0.1, 1.0, 10.0), unrolled_steps=5, adaptive_steps=30,
-        square_queries=1000, rays_queries=1000, mates=7, mate_steps=10,
+        apgd_steps=50,
+        restarts=1,
+        eot=20,
+        targets=9,
+        lambdas=(0.1, 1.0, 10.0),
+        unrolled_steps=5,
+        adaptive_steps=30,
+        square_queries=1000,
+        rays_queries=1000,
+        mates=7,
+        mate_steps=10,
     ),
     "full": Budget(
-        apgd_steps=100, restarts=5, eot=20, targets=9, lambdas=(0.1, 0.3, 1.0, 3.0, 10.0), unrolled_steps=5,
-        adaptive_steps=100, square_queries=5000, rays_queries=10000, mates=15, mate_steps=30,
+        apgd_steps=100,
+        restarts=5,
+        eot=20,
+        targets=9,
+        lambdas=(0.1, 0.3, 1.0, 3.0, 10.0),
+        unrolled_steps=5,
+        adaptive_steps=100,
+        square_queries=5000,
+        rays_queries=10000,
+        mates=15,
+        mate_steps=30,
     ),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, kw_only=True)

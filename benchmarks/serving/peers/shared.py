@@ -25,7 +25,7 @@ class Model:
         self.device, self.size = device, loaded.classifier.image_size
         self.defended: dict[str, DefendedClassifier] = {
             name: defend(loaded, config) for name, config in PRESETS.items()
-        }  # fmt: skip
+        }
 
     def read(self, request: dict[str, Any]) -> tuple[torch.Tensor, str]:
         """The pixels and the preset of a request's JSON."""

@@ -28,9 +28,7 @@ def router(gateway: Gateway) -> APIRouter:
     routes = APIRouter(responses=problem.responses(400, 401, 408, 413, 415, 422, 429, 503, 504))
     default = gateway.settings.preset
 
-    @routes.post(
-        "/classify", openapi_extra={"requestBody": body_schema(many=True)}, responses=problem.responses(404)
-    )  # fmt: skip
+    @routes.post("/classify", openapi_extra={"requestBody": body_schema(many=True)}, responses=problem.responses(404))
     async def classify(
         request: Request, query: Annotated[Classify, Query()], timeout_s: Timeout = None
     ) -> Answer | Answers:
@@ -59,9 +57,15 @@ def router(gateway: Gateway) -> APIRouter:
                     gate=gate,
                 )
             one_answer = partial(
-                answer, model=model, request_id=ticket.id, preset=preset, top_k=top_k,
-                return_image=wanted.return_image, decode_ms=decode_ms, total_ms=ticket.spent_ms,
-            )  # fmt: skip
+                answer,
+                model=model,
+                request_id=ticket.id,
+                preset=preset,
+                top_k=top_k,
+                return_image=wanted.return_image,
+                decode_ms=decode_ms,
+                total_ms=ticket.spent_ms,
+            )
 
             def every() -> list[Answer]:
                 return [one_answer(*pair) for pair in zip(outcomes, decoded, strict=True)]
@@ -70,9 +74,11 @@ def router(gateway: Gateway) -> APIRouter:
         return Answers(request_id=ticket.id, answers=answers) if upload.many else answers[0]
 
     @routes.post(
-        "/purify", response_class=Response, openapi_extra={"requestBody": body_schema(many=False)},
+        "/purify",
+        response_class=Response,
+        openapi_extra={"requestBody": body_schema(many=False)},
         responses={200: {"content": {"image/png": {}}, "description": "The purified image"}, **problem.responses(404)},
-    )  # fmt: skip
+    )
     async def purify(request: Request, query: Annotated[PurifyImage, Query()], timeout_s: Timeout = None) -> Response:
         """The purified image itself, at the model's size, for a classifier of your own."""
         preset = request.scope["preset"] = query.preset or default

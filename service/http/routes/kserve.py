@@ -85,8 +85,10 @@ def router(gateway: Gateway) -> APIRouter:
         model = gateway.engine.models.get(id)
         side, classes = model.image_size, len(model.card.classes)
         shapes = {
-            "scores": [-1, classes], "unpurified_scores": [-1, classes], "purified": [-1, 3, side, side],
-        }  # fmt: skip
+            "scores": [-1, classes],
+            "unpurified_scores": [-1, classes],
+            "purified": [-1, 3, side, side],
+        }
         return {
             "name": model.id,
             "versions": ["1"],
@@ -108,12 +110,14 @@ def router(gateway: Gateway) -> APIRouter:
         return {"name": model.id, "ready": True}
 
     @routes.post(
-        "/models/{id}/infer", response_class=Response, openapi_extra={"requestBody": BODY},
+        "/models/{id}/infer",
+        response_class=Response,
+        openapi_extra={"requestBody": BODY},
         responses={
             200: {"content": {"application/json": {}, "application/octet-stream": {}}, "description": "The outputs"},
             **problem.responses(400, 401, 404, 408, 413, 422, 429, 503, 504),
         },
-    )  # fmt: skip
+    )
     @routes.post("/models/{id}/versions/1/infer", include_in_schema=False)
     async def infer(request: Request, id: str, timeout_s: Timeout = None) -> Response:
         """Purify and classify a tensor of images."""
@@ -129,10 +133,14 @@ def router(gateway: Gateway) -> APIRouter:
             _check(asked, images, model, purifying=preset is not None, max_images=settings.max_images)
             with gateway.count(ticket, len(images)):
                 outcomes = await gateway.run(
-                    ticket, model, list(images), stage=preset, seed=wanted.seed,
+                    ticket,
+                    model,
+                    list(images),
+                    stage=preset,
+                    seed=wanted.seed,
                     wants_image=any(output.name == "purified" for output in asked.outputs),
                     gate=wanted.gate(model, settings.preset),
-                )  # fmt: skip
+                )
         names = [output.name for output in asked.outputs] or DEFAULT_OUTPUTS
         outputs = {name: OUTPUTS[name](outcomes) for name in names}
         payload, head = await asyncio.to_thread(write_infer, asked, model.id, outputs, DEFAULT_OUTPUTS)
@@ -151,9 +159,7 @@ def _parameters(asked: InferRequest) -> InferParameters:
         raise RequestValidationError(faults) from error
 
 
-def _check(
-    asked: InferRequest, images: NDArray[Any], model: Model, *, purifying: bool, max_images: int
-) -> None:  # fmt: skip
+def _check(asked: InferRequest, images: NDArray[Any], model: Model, *, purifying: bool, max_images: int) -> None:
     side = model.image_size
     if images.shape[2:] != (side, side):
         raise MalformedRequestError(f"shape {list(images.shape)}: model {model.id!r} takes [batch, 3, {side}, {side}]")

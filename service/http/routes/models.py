@@ -50,9 +50,12 @@ def router(gateway: Gateway) -> APIRouter:
 
     def described(model: Model) -> Described:
         return Described(
-            id=model.id, digest=model.card.weights_sha256, classes=len(model.card.classes),
-            image_size=model.image_size, default=model.id == engine.models.default_id,
-        )  # fmt: skip
+            id=model.id,
+            digest=model.card.weights_sha256,
+            classes=len(model.card.classes),
+            image_size=model.image_size,
+            default=model.id == engine.models.default_id,
+        )
 
     @routes.get("/models", responses=problem.responses(401))
     async def models(request: Request) -> list[Described]:

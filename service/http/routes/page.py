@@ -74,9 +74,10 @@ def router(gateway: Gateway) -> APIRouter:
         )
 
     @routes.post(
-        "/inspect", openapi_extra={"requestBody": body_schema(many=False)},
+        "/inspect",
+        openapi_extra={"requestBody": body_schema(many=False)},
         responses=problem.responses(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
-    )  # fmt: skip
+    )
     async def inspect(request: Request, query: Annotated[Inspect, Query()], timeout_s: Timeout = None) -> Inspection:
         """Attack an image (where asked to), purify it, and show every image, score and loss on the way."""
         preset = request.scope["preset"] = query.preset or gateway.settings.preset
@@ -96,18 +97,32 @@ def router(gateway: Gateway) -> APIRouter:
                 attacked, received = torch.from_numpy(attack.image), pixels(decoded)
                 image = to_uint8(attacked[None], received[None], epsilon=ATTACK_LOOP.epsilon)[0]
             (outcome,) = await gateway.run(
-                ticket, model, [image.numpy()], stage=preset, seed=query.seed, wants_image=True,
+                ticket,
+                model,
+                [image.numpy()],
+                stage=preset,
+                seed=query.seed,
+                wants_image=True,
                 begun=attack is not None,
-            )  # fmt: skip
+            )
             return await asyncio.to_thread(
-                _inspection, model, preset, decoded, attack, image, outcome, request_id=ticket.id,
+                _inspection,
+                model,
+                preset,
+                decoded,
+                attack,
+                image,
+                outcome,
+                request_id=ticket.id,
                 timings_ms={
                     "decode": decode_ms,
                     **({"attack": _total_ms(attack)} if attack is not None else {}),
-                    "queue": outcome.queue_ms, "purify": outcome.purify_ms, "classify": outcome.classify_ms,
+                    "queue": outcome.queue_ms,
+                    "purify": outcome.purify_ms,
+                    "classify": outcome.classify_ms,
                     "total": ticket.spent_ms,
                 },
-            )  # fmt: skip
+            )
 
     routes.routes.append(Mount("/page", StaticFiles(directory=PAGE), name="page"))
     return routes
@@ -118,9 +133,16 @@ def _total_ms(outcome: Outcome) -> float:
 
 
 def _inspection(
-    model: Model, preset: str, decoded: Decoded, attack: Outcome | None, image: UInt8[Tensor, "3 size size"],
-    outcome: Outcome, *, request_id: str, timings_ms: dict[str, float],
-) -> Inspection:  # fmt: skip
+    model: Model,
+    preset: str,
+    decoded: Decoded,
+    attack: Outcome | None,
+    image: UInt8[Tensor, "3 size size"],
+    outcome: Outcome,
+    *,
+    request_id: str,
+    timings_ms: dict[str, float],
+) -> Inspection:
     """Every image, score and loss; `image` is the one that was purified."""
     assert outcome.image is not None
     assert outcome.linf is not None
