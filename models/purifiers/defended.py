@@ -1,6 +1,6 @@
 """A purifier in front of its classifier, as one module: what is served, attacked and measured."""
 
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.base import Purified, Purifier, Trace
 from unperturb.models.purifiers.reverse_attack import ReverseAttack, ReverseAttackConfig
 from unperturb.models.shapes import Float, Int
+
+Gradient = Literal["full", "bpda", "none"]
 
 
 class Defended(NamedTuple):
@@ -25,8 +27,9 @@ class Defended(NamedTuple):
 class DefendedClassifier(nn.Module):
     """Images in [0, 1] -> purified -> class scores.
 
-    gradient: what an attacker's backward pass sees of the purifier: "bpda" (Athalye et al. 2018: the identity) or
-    "unrolled" (through every step).
+    seed: of the random views and starts, where a call names none.
+    gradient: what a backward pass sees of the purifier: "full" (through every step), "bpda" (the identity: Athalye et
+    al. 2018), or "none": the scores carry no gradient at all.
     """
 
     def __init__(
@@ -34,12 +37,13 @@ class DefendedClassifier(nn.Module):
         classifier: ImageClassifier,
         purifier: Purifier,
         *,
-        gradient: Literal["bpda", "unrolled"] = "bpda",
+        seed: int = 0,
+        gradient: Gradient = "bpda",
     ) -> None:
         super().__init__()
-        if gradient not in ("bpda", "unrolled"):
-            raise ConfigError(f"gradient={gradient!r} is neither bpda nor unrolled")
-        self.classifier, self.purifier, self.gradient = classifier, purifier, gradient
+        if gradient not in get_args(Gradient):
+            raise ConfigError(f"gradient={gradient!r} is not one of {', '.join(get_args(Gradient))}")
+        self.classifier, self.purifier, self.seed, self.gradient = classifier, purifier, seed, gradient
         self.train(False)
 
     def train(self, mode: bool = True) -> "DefendedClassifier":
@@ -47,35 +51,49 @@ class DefendedClassifier(nn.Module):
         super().train(False)
         return self
 
-    def forward(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] = 0) -> Tensor:
-        """Class scores of the purified images; differentiable with respect to `x` where gradients are on."""
+    def forward(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] | None = None) -> Tensor:
+        """Return the class scores [batch, classes] of the purified images.
+
+        Differentiable with respect to `x` where gradients are on. Raises ConfigError for what are no images.
+        """
         return cast(Tensor, self.classifier(self.purified(x, seed=seed)))
 
     def purified(
-        self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] = 0
+        self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch 3 h w"]:
-        """The purified images, with the gradient that an attacker sees."""
+        """Return the purified images, with the gradient that an attacker sees."""
+        _require_images(x)
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        unrolled = wants_gradient and self.gradient == "unrolled"
-        purified = self.purifier.descend(x, seeds=seeds_of(seed, x), unrolled=unrolled).image
+        unrolled = wants_gradient and self.gradient == "full"
+        purified = self.purifier.descend(x, seeds=self._seeds(seed, x), unrolled=unrolled).image
+        if self.gradient == "none":
+            return purified.detach()
         if wants_gradient and not unrolled:
             purified = x + (purified - x).detach()
         return purified
 
-    def purify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor = 0) -> Purified:
-        """The purified images and their trace."""
-        return cast(Purified, self.purifier(x, seeds=seeds_of(seed, x)))
+    def _seeds(self, seed: int | Tensor | None, x: Tensor) -> Tensor:
+        return seeds_of(self.seed if seed is None else seed, x)
 
-    def classify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor = 0) -> Defended:
+    def purify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Purified:
+        """Return the purified images and their trace. Raises ConfigError for what are no images."""
+        _require_images(x)
+        return cast(Purified, self.purifier(x, seeds=self._seeds(seed, x)))
+
+    def classify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Defended:
         """Everything that a caller may want to show, without gradients."""
         with torch.no_grad():
             purified = self.purify(x, seed=seed)
             return Defended(self.classifier(purified.image), self.classifier(x), purified.image, purified.trace)
 
 
-def defend(checkpoint: Checkpoint, config: ReverseAttackConfig) -> DefendedClassifier:
-    """The classifier of a checkpoint behind its reverse attack; CheckpointError where it has no head."""
-    return DefendedClassifier(checkpoint.classifier, reverse_attack_of(checkpoint, config))
+def defend(
+    checkpoint: Checkpoint, config: ReverseAttackConfig, *, seed: int = 0, gradient: Gradient = "bpda"
+) -> DefendedClassifier:
+    """Return a checkpoint's classifier behind its reverse attack; CheckpointError where it has no head."""
+    return DefendedClassifier(
+        checkpoint.classifier, reverse_attack_of(checkpoint, config), seed=seed, gradient=gradient
+    )
 
 
 def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> ReverseAttack:
@@ -83,9 +101,16 @@ def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Re
     if checkpoint.head is None or checkpoint.bank is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.card.id!r} has no head to purify with; train one: "
-            "python -m training head --classifier FOLDER --data … --out …"
+            "unperturb train head --classifier FOLDER --data … --out …"
         )
     return ReverseAttack(checkpoint.classifier, checkpoint.head, checkpoint.bank, config, checkpoint.restorer)
+
+
+def _require_images(x: Tensor) -> None:
+    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise ConfigError(
+            f"images of shape {list(x.shape)} and {x.dtype}: floats in [0, 1], [batch, 3, height, width], are needed"
+        )
 
 
 def seeds_of(seed: int | Tensor, x: Tensor) -> Tensor:

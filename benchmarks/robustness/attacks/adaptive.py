@@ -71,7 +71,7 @@ def unrolled(scene: Scene) -> Tensor:
     """The full gradient through the purifier's first steps; through all of them where the budget allows that many."""
     purifier = scene.defended.purifier
     shorter = purifier.stopped_after(scene.budget.unrolled_steps)
-    open_to_gradients = DefendedClassifier(scene.classifier, shorter, gradient="unrolled")
+    open_to_gradients = DefendedClassifier(scene.classifier, shorter, gradient="full")
     same = shorter.loop.steps == purifier.loop.steps
     objective = _through(scene.against(open_to_gradients), cross_entropy_loss, as_served=same)
     return _restarted(scene, [objective], steps=scene.budget.adaptive_steps)

@@ -36,7 +36,7 @@ def batchmate(scene: Scene) -> tuple[Tensor, Tensor]:
     a gradient towards them is left with the random ones. Returns the unchanged images, and the mask of broken ones.
     """
     open_to_gradients = DefendedClassifier(
-        scene.classifier, scene.defended.purifier.stopped_after(scene.budget.unrolled_steps), gradient="unrolled"
+        scene.classifier, scene.defended.purifier.stopped_after(scene.budget.unrolled_steps), gradient="full"
     )
     mates, shape = scene.budget.mates, scene.x.shape[1:]
     broken = []
