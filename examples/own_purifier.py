@@ -23,7 +23,7 @@ class Smoother(Purifier):
 
     def objective(self, x: Tensor, seeds: Tensor) -> Objective:
         """Return the total variation of each iterate [batch]; an image's loss depends on that image alone."""
-        return lambda iterate, step: sum(iterate.diff(dim=side).abs().mean((1, 2, 3)) for side in (2, 3))
+        return lambda iterate, _: torch.stack([iterate.diff(dim=d).abs().mean((1, 2, 3)) for d in (2, 3)]).sum(0)
 
 
 def main(out: Path = Path("results")) -> None:
