@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from unperturb.models import provenance
 from unperturb.models.checkpoints.gates import check_gates
-from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead
 from unperturb.models.errors import CheckpointError, ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.networks.readout import ReadoutCard, SoftNeighbours, attach, blank_readout
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.registry import build
 from unperturb.models.networks.restorer import Restorer, RestorerCard
 
 SCHEMA_VERSION = 1

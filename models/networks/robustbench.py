@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from unperturb.models.checkpoints.store import Card, Checkpoint
 from unperturb.models.errors import ConfigError, DataError, WeightsUnavailableError
-from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.networks.registry import Architecture
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.shapes import Float
 
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}

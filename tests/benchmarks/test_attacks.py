@@ -27,9 +27,8 @@ from unperturb.models.attacks.instance import DISTANCES, Distance
 from unperturb.models.attacks.projected_gradient import Descent
 from unperturb.models.checkpoints.store import Card, Checkpoint
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.generator import NoiseGenerator
-from unperturb.models.networks.registry import Architecture
 from unperturb.models.purifiers.anti_adversary import AntiAdversary
 from unperturb.models.purifiers.base import NoPurifier, Purifier
 from unperturb.models.purifiers.defended import DefendedClassifier

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from unperturb.models.errors import ConfigError, WeightsUnavailableError
-from unperturb.models.networks.registry import ACTIVATIONS, IMAGENET_MEAN, IMAGENET_STD, Architecture, build
+from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Architecture
+from unperturb.models.networks.registry import ACTIVATIONS, build
 from unperturb.models.networks.robustbench import ForeignClassifier, parse_name, weights_folder
 
 

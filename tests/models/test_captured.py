@@ -15,7 +15,8 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.inference.captured import CapturedStep, Stepper, bucket
 from unperturb.models.inference.continuous import CrossEntropyAttack, Purification, Slots, Stage, step_together
 from unperturb.models.inference.folding import BFloat16Backbone, folded, prepared
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.models.purifiers.defended import reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import ReverseAttackConfig
 

@@ -13,7 +13,8 @@ from tests.models.test_contrastive import numpy_info_nce
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.checkpoints.store import HeadCard
 from unperturb.models.contrastive.views import make_views
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.training import seeds
 from unperturb.training.contrastive.contrast import POLICY, Batch, Contrast, Loss, Queue, embed_together
 from unperturb.training.contrastive.deacl import DeACL

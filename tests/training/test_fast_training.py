@@ -19,7 +19,8 @@ from tests.training.test_training import classifier_arguments, read_log
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.training import loop
 from unperturb.training.__main__ import main
 from unperturb.training.data import Split

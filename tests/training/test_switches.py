@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from tests.conftest import make_checkpoint
 from tests.training.test_training import classifier_arguments, read_log
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.training.__main__ import main
 from unperturb.training.state import STATE
 from unperturb.training.supervised.self_adaptive import AdaptiveTargets

@@ -15,7 +15,8 @@ import torch
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.training.__main__ import COMMANDS, main
 from unperturb.training.log import LOG
 from unperturb.training.loop import learning_rate

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Card, Checkpoint, HeadCard
-from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.networks.readout import NoReadout, ReadoutCard, attach
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.registry import build
 from unperturb.models.shapes import Float
 from unperturb.training import data
 

@@ -17,7 +17,7 @@ from unperturb.models.checkpoints.store import HeadCard
 from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
 from unperturb.models.contrastive.views import make_views
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.registry import Architecture
+from unperturb.models.networks.classifier import Architecture
 from unperturb.models.options import option
 from unperturb.training import data, loop, seeds, world
 from unperturb.training.contrastive.contrast import POLICY, Batch, Contrast, ContrastConfig, Loss, embed_together

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Checkpoint, HeadCard
-from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead, in_batch_negatives, info_nce
+from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
 from unperturb.models.contrastive.views import ViewPolicy
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.options import option
 from unperturb.models.shapes import Bool, Float
 from unperturb.training import data, loop, seeds, world

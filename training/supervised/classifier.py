@@ -9,16 +9,15 @@ from unperturb.models.attacks.pgd import Classify
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Card, Checkpoint
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.networks.registry import (
+from unperturb.models.networks.classifier import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    TORCHVISION,
     Architecture,
-    build,
+    ImageClassifier,
 )
+from unperturb.models.networks.registry import TORCHVISION, build
 from unperturb.models.options import option
 from unperturb.training import data, loop, world
 from unperturb.training.contrastive.encoder import Encoder
