@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import results
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Card, Checkpoint, HeadCard
+from unperturb.models.checkpoints.card import Card, HeadCard
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError, UnperturbError
 from unperturb.models.inference.captured import Execution, Stepper
 from unperturb.models.inference.continuous import Purification

@@ -15,7 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError, DataError, WeightsUnavailableError
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.shapes import Float

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
-from unperturb.models.checkpoints.gates import gate_of
+from unperturb.models.checkpoints.card import gate_of
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers import anti_adversary, hedge, reverse_attack

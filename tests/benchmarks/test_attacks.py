@@ -25,7 +25,8 @@ from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
 from unperturb.models.attacks.instance import DISTANCES, Distance
 from unperturb.models.attacks.projected_gradient import Descent
-from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.generator import NoiseGenerator

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import make_checkpoint
 from tests.training.test_training import classifier_arguments
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.gates import gate_of
+from unperturb.models.checkpoints.card import gate_of
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.purifiers.registry import build_purifier
 from unperturb.models.purifiers.reverse_attack import PRESETS

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from tests.models.test_contrastive import numpy_info_nce
 from unperturb.models.attacks.pgd import evaluating
-from unperturb.models.checkpoints.store import HeadCard
+from unperturb.models.checkpoints.card import HeadCard
 from unperturb.models.contrastive.views import make_views
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build

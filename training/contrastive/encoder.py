@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Card, Checkpoint, HeadCard
+from unperturb.models.checkpoints.card import Card, HeadCard
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.head import NegativesBank, ProjectionHead

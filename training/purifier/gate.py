@@ -17,7 +17,7 @@ from torch import Tensor
 from unperturb.models import provenance
 from unperturb.models.attacks.pgd import pgd
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.gates import GATE_SEED
+from unperturb.models.checkpoints.card import GATE_SEED
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.folding import prepared
 from unperturb.models.options import option

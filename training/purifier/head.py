@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Checkpoint, HeadCard
+from unperturb.models.checkpoints.card import HeadCard
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
 from unperturb.models.contrastive.views import ViewPolicy
 from unperturb.models.errors import ConfigError

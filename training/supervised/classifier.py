@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import Classify
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import (
     CIFAR10_MEAN,
