@@ -23,11 +23,12 @@ from unperturb.models import provenance
 from unperturb.models.checkpoints.card import Card, parse_card
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.files import write_whole
-from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.networks.readout import SoftNeighbours, attach, blank_readout
 from unperturb.models.networks.registry import build
 from unperturb.models.networks.restorer import Restorer
+from unperturb.models.networks.robustbench import CLASSES, PREFIX, load_robustbench, parse_name
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
@@ -84,10 +85,14 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
-    """The checkpoint of a folder or a shipped name, float32, in eval mode, frozen, on `device`.
+    """Return the checkpoint of a folder or a shipped name, or RobustBench's classifier of a name `robustbench:…`.
 
-    Raises CheckpointError naming the file and the fault: missing, unknown keys, digest, shapes, non-finite weights.
+    It is float32, in eval mode, frozen, on `device`; RobustBench's has no head, and numbers for classes. Raises
+    CheckpointError naming the file and the fault (missing, unknown keys, digest, shapes, non-finite weights), and for
+    RobustBench's ConfigError or WeightsUnavailableError.
     """
+    if isinstance(name, str) and name.startswith(PREFIX):
+        return _load_foreign(name, device)
     folder = resolve(name)
     card = read_card(folder)
     empty = _empty(card, folder / CARD)
@@ -104,6 +109,23 @@ def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
             )
         bank.copy_(nn.functional.normalize(bank, dim=1))  # float16 storage leaves lengths that are only nearly 1
     return empty
+
+
+def _load_foreign(name: str, device: str | torch.device) -> Checkpoint:
+    """Return a classifier of RobustBench's zoo as a checkpoint of no folder."""
+    dataset = parse_name(name)[1]
+    architecture = Architecture(
+        name=name, num_classes=CLASSES[dataset], image_size=224 if dataset == "imagenet" else 32
+    )
+    classifier = load_robustbench(name, image_size=architecture.image_size).requires_grad_(False).to(device)
+    card = Card(
+        id=name.replace(":", "-"),
+        architecture=architecture,
+        classes=tuple(str(number) for number in range(architecture.num_classes)),
+        data={},
+        training={"by": "RobustBench"},
+    )
+    return Checkpoint(card, classifier)
 
 
 def write_weights(file: Path, parts: dict[str, nn.Module], *, half: bool = True) -> str:

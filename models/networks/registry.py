@@ -9,6 +9,7 @@ from torch import nn
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import NATIVE, Architecture, ImageClassifier
 from unperturb.models.networks.residual import PreActResNet
+from unperturb.models.networks.robustbench import PREFIX, load_robustbench
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -44,14 +45,12 @@ def build(architecture: Architecture, *, pretrained: bool = False, weights: bool
             f"num_classes={architecture.num_classes} must be at least 2, "
             f"image_size={architecture.image_size} at least 8"
         )
-    if name.startswith("robustbench:"):
+    if name.startswith(PREFIX):
         if activation is not None:
             raise ConfigError(f"activation={architecture.activation!r}: {name} comes with its own; use {NATIVE}")
-        from unperturb.models.networks.robustbench import load_robustbench  # only who asks for it pays its import
-
         return load_robustbench(name, image_size=architecture.image_size, weights=weights)
     if name in TORCHVISION:
-        from unperturb.models.networks.torchvision import build_torchvision
+        from unperturb.models.networks.torchvision import build_torchvision  # only who asks for it pays its import
 
         model: ImageClassifier = build_torchvision(architecture, activation=activation, pretrained=pretrained)
     elif pretrained:

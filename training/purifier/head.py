@@ -121,19 +121,14 @@ def _retrieval(
 def train_head(config: HeadConfig) -> None:
     """Train, choose the epoch on held-out training images, and write OUT/checkpoint: classifier, head and bank."""
     here = world.join(config.device)
-    if config.classifier.startswith("robustbench:"):
-        from unperturb.models.networks.robustbench import foreign_checkpoint
-
-        base = foreign_checkpoint(config.classifier)
-        dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
-        base = Checkpoint(dataclasses.replace(base.card, classes=dataset.classes), base.classifier.to(here.device))
-    else:
-        base = checkpoint.load(config.classifier, device=here.device)
-        dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
-    if len(dataset.classes) != base.classifier.num_classes:  # a foreign classifier's are not named
+    base = checkpoint.load(config.classifier, device=here.device)
+    dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    if len(dataset.classes) != base.classifier.num_classes:
         raise ConfigError(
             f"{config.data} has {len(dataset.classes)} classes, {config.classifier} {base.classifier.num_classes}"
         )
+    if not base.card.weights_sha256:  # of no folder of ours: its classes are only numbered
+        base = dataclasses.replace(base, card=dataclasses.replace(base.card, classes=dataset.classes))
     data.require_classes(dataset, base.card.classes, of=config.classifier)
     torch.manual_seed(config.seed)
     kept, held = data.training_images(dataset.train, config)
