@@ -13,7 +13,7 @@ from tests.training.test_pretrain import FRESH, pretrain_arguments
 from tests.training.test_training import classifier_arguments
 from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.purifier import purify_speed
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.inference.captured import Execution, Stepper
 from unperturb.models.inference.continuous import Purification
 from unperturb.models.inference.folding import Precision, prepared
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_scores_are_the_same_alone_and_in_a_batch(images: torch.Tensor, preset: str) -> None:
-    defended = defend(checkpoint.load("default", device="cuda"), PRESETS[preset])
+    defended = defend(store.load("default", device="cuda"), PRESETS[preset])
     x = images.cuda()
     together = defended.classify(x, seed=0).logits.softmax(1)
     alone = torch.cat([defended.classify(one, seed=0).logits.softmax(1) for one in x.split(1)])
@@ -42,7 +42,7 @@ def test_scores_are_the_same_alone_and_in_a_batch(images: torch.Tensor, preset: 
 def test_default_preset_gives_what_it_gives_on_the_cpu(images: torch.Tensor) -> None:
     scores = []
     for device in ("cpu", "cuda"):
-        defended = defend(checkpoint.load("default", device=device), PRESETS["default"])
+        defended = defend(store.load("default", device=device), PRESETS["default"])
         scores.append(defended.classify(images.to(device), seed=0).logits.softmax(1).cpu())
     assert (scores[0] - scores[1]).abs().max() < 1e-2
 
@@ -53,7 +53,7 @@ def test_default_preset_gives_what_it_gives_on_the_cpu(images: torch.Tensor) -> 
 def test_captured_steps_are_the_eager_ones(
     images: torch.Tensor, device: str, execution: Execution, precision: Precision
 ) -> None:
-    loaded = checkpoint.load("default", device=device)
+    loaded = store.load("default", device=device)
     ready = prepared(loaded, precision=precision)
     exact = Purification(reverse_attack_of(loaded, PRESETS["default"]))
     stage = Purification(reverse_attack_of(ready, PRESETS["default"]))

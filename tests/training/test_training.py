@@ -14,7 +14,7 @@ import torch
 
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
 from unperturb.training.__main__ import COMMANDS, main
@@ -58,7 +58,7 @@ def read_log(out: Path) -> list[dict[str, float]]:
 def test_classifier_learns_and_ships_a_loadable_checkpoint(method: str, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(classifier_arguments(image_folder, out, "--method", method, "--epochs", "6")) == 0
-    loaded = checkpoint.load(out / "checkpoint")
+    loaded = store.load(out / "checkpoint")
     test = loaded.card.figures["test"]
     assert test["clean_accuracy"] > 0.6
     assert test["n"] == 18
@@ -107,7 +107,7 @@ def test_head_trains_on_the_frozen_classifier_and_builds_a_bank(image_folder: Pa
         "cpu",
     ]
     assert main(arguments) == 0
-    loaded, before = checkpoint.load(out / "checkpoint"), checkpoint.load(base / "checkpoint")
+    loaded, before = store.load(out / "checkpoint"), store.load(base / "checkpoint")
     for name, value in before.classifier.state_dict().items():
         assert torch.equal(loaded.classifier.state_dict()[name], value), name
     assert loaded.bank is not None
@@ -141,7 +141,7 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(image_folder: Path, tm
     epochs = [entry["epoch"] for entry in read_log(killed)]
     assert len(epochs) - 12 <= 1  # at most one epoch was done twice
     assert sorted(set(epochs)) == list(range(1, 13))
-    ends = [checkpoint.load(out / "checkpoint") for out in (whole, killed)]
+    ends = [store.load(out / "checkpoint") for out in (whole, killed)]
     for name, value in ends[0].classifier.state_dict().items():
         assert torch.allclose(ends[1].classifier.state_dict()[name].float(), value.float(), atol=2e-3), name
 
@@ -185,7 +185,7 @@ def test_two_processes_train_one_model(image_folder: Path, tmp_path: Path) -> No
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(read_log(out)) == 4
-    assert checkpoint.load(out / "checkpoint").card.figures["test"]["clean_accuracy"] > 0.5
+    assert store.load(out / "checkpoint").card.figures["test"]["clean_accuracy"] > 0.5
 
 
 @pytest.mark.parametrize(

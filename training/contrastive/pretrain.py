@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import evaluating
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import HeadCard
 from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
 from unperturb.models.contrastive.views import make_views
@@ -177,6 +177,6 @@ def pretrain(config: PretrainConfig) -> None:
             seed=config.seed,
             training=training,
         )
-        checkpoint.save(out, made)
+        store.save(out, made)
         print(f"{out}: encoder by {config.method}, NT-Xent {fitted.figures['held_out_loss']:.3f} on held-out images")
     world.leave(here)

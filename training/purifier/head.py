@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import evaluating
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import HeadCard
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
@@ -121,7 +121,7 @@ def _retrieval(
 def train_head(config: HeadConfig) -> None:
     """Train, choose the epoch on held-out training images, and write OUT/checkpoint: classifier, head and bank."""
     here = world.join(config.device)
-    base = checkpoint.load(config.classifier, device=here.device)
+    base = store.load(config.classifier, device=here.device)
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
     if len(dataset.classes) != base.classifier.num_classes:
         raise ConfigError(
@@ -155,7 +155,7 @@ def train_head(config: HeadConfig) -> None:
             },
         )
         out = config.out / "checkpoint"
-        checkpoint.save(out, Checkpoint(card, base.classifier, fitted.model, bank, base.restorer))
+        store.save(out, Checkpoint(card, base.classifier, fitted.model, bank, base.restorer))
         loss = fitted.figures["held_out_loss"]
         print(f"{out}: head of InfoNCE {loss:.3f} on held-out images, bank of {config.bank_size}")
     world.leave(here)

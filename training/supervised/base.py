@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import Classify, correct, pgd, wilson
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import option
 from unperturb.training import data, loop, seeds
@@ -150,7 +150,7 @@ def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int, 
 def report(folder: Path, test: data.Split, *, epsilon: float, images: int, device: torch.device) -> None:
     """Measure the checkpoint as stored on the first `images` test images (0: all), once; the figures go on its card."""
     test = data.first(test, images, device)
-    saved = checkpoint.load(folder, device=device)
+    saved = store.load(folder, device=device)
     figures = measure(saved.classifier, test, epsilon=epsilon, steps=20)
-    checkpoint.write_card(folder, dataclasses.replace(saved.card, figures={"test": figures}))
+    store.write_card(folder, dataclasses.replace(saved.card, figures={"test": figures}))
     print(f"{folder}: clean {figures['clean_accuracy']:.2%}, PGD-20 {figures['pgd_accuracy']:.2%} (n = {figures['n']})")

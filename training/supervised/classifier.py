@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import Classify
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
@@ -143,6 +143,6 @@ def train_classifier(config: ClassifierConfig) -> None:
             training={**loop.comparable(config), "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures},
         )
         out = config.out / "checkpoint"
-        checkpoint.save(out, Checkpoint(card, classifier))
+        store.save(out, Checkpoint(card, classifier))
         report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)
     world.leave(here)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
@@ -75,7 +75,7 @@ def train_linear(config: LinearConfig) -> None:
     """Train, choose the epoch on held-out training images, write OUT/checkpoint, and test that once."""
     here = world.join(config.device)
     torch.manual_seed(config.seed)
-    base = checkpoint.load(config.encoder, device=here.device)
+    base = store.load(config.encoder, device=here.device)
     if base.card.readout.kind == "knn":
         raise ConfigError(f"{config.encoder} classifies by nearest neighbours; name the encoder that it was made of")
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
@@ -108,6 +108,6 @@ def train_linear(config: LinearConfig) -> None:
         )
         out = config.out / "checkpoint"
         bank = bank_for(base, dataset, task.train, seed=config.seed)
-        checkpoint.save(out, Checkpoint(made, fitted.model, base.head, bank))
+        store.save(out, Checkpoint(made, fitted.model, base.head, bank))
         report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)
     world.leave(here)
