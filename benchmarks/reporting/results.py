@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unperturb.models import provenance
-from unperturb.models.attacks.pgd import wilson
+from unperturb.models.accuracy import wilson
 from unperturb.models.files import write_whole
 
 SCHEMA_VERSION = 1

@@ -30,10 +30,9 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.generator import NoiseGenerator
-from unperturb.models.purifiers.anti_adversary import AntiAdversary
 from unperturb.models.purifiers.base import NoPurifier, Purifier
 from unperturb.models.purifiers.defended import DefendedClassifier
-from unperturb.models.purifiers.hedge import Hedge
+from unperturb.models.purifiers.rivals import AntiAdversary, Hedge
 
 TINY = Budget(
     apgd_steps=5,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tests.conftest import make_checkpoint
-from unperturb.models.attacks.pgd import correct, pgd
+from unperturb.models.accuracy import correct
+from unperturb.models.attacks.pgd import pgd
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError

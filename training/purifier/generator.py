@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb.models.attacks.pgd import correct
+from unperturb.models.accuracy import correct
 from unperturb.models.checkpoints import store
 from unperturb.models.contrastive.loss import info_nce
 from unperturb.models.contrastive.views import make_views

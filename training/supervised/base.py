@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unperturb.models.attacks.pgd import Classify, correct, pgd, wilson
+from unperturb.models.accuracy import correct, wilson
+from unperturb.models.attacks.pgd import Classify, pgd
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
