@@ -29,7 +29,7 @@ from unperturb.models.checkpoints.card import Card, HeadCard
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError, UnperturbError
 from unperturb.models.inference.captured import Execution, Stepper
-from unperturb.models.inference.continuous import Purification
+from unperturb.models.inference.continuous import ReverseAttackStage
 from unperturb.models.inference.folding import Precision, prepared
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
@@ -101,7 +101,7 @@ class Way(NamedTuple):
 
     def run(self, config: ReverseAttackConfig) -> Run:
         """Purify images."""
-        stage = Purification(reverse_attack_of(self.ready, config))
+        stage = ReverseAttackStage(reverse_attack_of(self.ready, config))
         return lambda x, seeds: self.stepper.descend(stage, x, seeds=seeds).image
 
 

@@ -15,14 +15,14 @@ from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.purifier import purify_speed
 from unperturb.models.checkpoints import store
 from unperturb.models.inference.captured import Execution, Stepper
-from unperturb.models.inference.continuous import Purification
+from unperturb.models.inference.continuous import ReverseAttackStage
 from unperturb.models.inference.folding import Precision, prepared
 from unperturb.models.purifiers.defended import defend, reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.http.app import create_app
 from unperturb.service.settings import Settings
 from unperturb.training.__main__ import main as train
-from unperturb.training.contrastive.pretrain import GOES_ON, METHODS
+from unperturb.training.contrastive.pretrain import GOES_ON, PRETRAINING_METHODS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,8 +55,8 @@ def test_captured_steps_are_the_eager_ones(
 ) -> None:
     loaded = store.load("default", device=device)
     ready = prepared(loaded, precision=precision)
-    exact = Purification(reverse_attack_of(loaded, PRESETS["default"]))
-    stage = Purification(reverse_attack_of(ready, PRESETS["default"]))
+    exact = ReverseAttackStage(reverse_attack_of(loaded, PRESETS["default"]))
+    stage = ReverseAttackStage(reverse_attack_of(ready, PRESETS["default"]))
     stepper = Stepper(ready.classifier, torch.device(device), execution=execution)
     x, seeds = images.to(device), torch.arange(8, device=device)
     for count in (8, 3, 5):  # 3 and 5 in graphs for 4 and 8
@@ -117,7 +117,7 @@ def test_harness_runs_every_attack_on_the_device(tiny_folder: Path, image_folder
     assert len(list((tmp_path / "out").glob("*.json"))) == 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRETRAINING_METHODS)
 def test_encoder_trains_and_classifies_on_the_device(method: str, image_folder: Path, tmp_path: Path) -> None:
     def run(*more: str) -> None:
         assert train([*more, "--device", "cuda"]) == 0

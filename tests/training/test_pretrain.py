@@ -15,7 +15,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.networks.readout import NoReadout, SoftNeighbours
 from unperturb.training import state
 from unperturb.training.__main__ import main
-from unperturb.training.contrastive.pretrain import GOES_ON, METHODS
+from unperturb.training.contrastive.pretrain import GOES_ON, PRETRAINING_METHODS
 
 SMALL = [
     "--batch-size",
@@ -51,7 +51,7 @@ def simclr(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out / "checkpoint"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRETRAINING_METHODS)
 def test_method_learns_and_makes_an_encoder(method: str, image_folder: Path, tmp_path: Path, simclr: Path) -> None:
     begin = ["--encoder", str(simclr)] if method in GOES_ON else FRESH
     out = tmp_path / "run"

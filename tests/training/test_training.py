@@ -21,7 +21,7 @@ from unperturb.training.__main__ import COMMANDS, main
 from unperturb.training.log import LOG
 from unperturb.training.loop import learning_rate
 from unperturb.training.state import STATE
-from unperturb.training.supervised.adversarial import METHODS, Batch, Method, smoothed
+from unperturb.training.supervised.adversarial import SUPERVISED_METHODS, SupervisedBatch, SupervisedMethod, smoothed
 from unperturb.training.supervised.classifier import ClassifierConfig
 
 SMALL = [
@@ -54,7 +54,7 @@ def read_log(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SUPERVISED_METHODS)
 def test_classifier_learns_and_ships_a_loadable_checkpoint(method: str, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(classifier_arguments(image_folder, out, "--method", method, "--epochs", "6")) == 0
@@ -223,21 +223,21 @@ def test_memory_too_small_is_refused_before_the_first_epoch(
     def too_large(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(METHODS, "trades", Method(too_large, METHODS["trades"].loss))
+    monkeypatch.setitem(SUPERVISED_METHODS, "trades", SupervisedMethod(too_large, SUPERVISED_METHODS["trades"].loss))
     assert main(classifier_arguments(image_folder, tmp_path / "run")) == 2
     assert "batch_size=12 does not fit into the memory of cpu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SUPERVISED_METHODS)
 def test_attack_of_a_training_step_leaves_batchnorm_and_mode_alone(method: str) -> None:
     model = build(Architecture(name="wide_resnet_10_1", num_classes=3)).train()
     norm = model.get_submodule("norm")
     attack = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=2, start="uniform")
     numbers = torch.arange(4)
-    batch = Batch(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), numbers, numbers)
+    batch = SupervisedBatch(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), numbers, numbers)
     before = int(norm.get_buffer("num_batches_tracked"))
-    crafted = METHODS[method].craft(model, batch, attack)
-    METHODS[method].loss(model, batch, crafted, smoothed(batch.labels, 0.0), 1.0).loss.backward()
+    crafted = SUPERVISED_METHODS[method].craft(model, batch, attack)
+    SUPERVISED_METHODS[method].loss(model, batch, crafted, smoothed(batch.labels, 0.0), 1.0).loss.backward()
     assert int(norm.get_buffer("num_batches_tracked")) == before + 1  # one pass in training mode
     assert norm.training
 
@@ -256,8 +256,8 @@ def test_trades_is_the_sum_of_its_two_terms() -> None:
     model = build(Architecture(name="wide_resnet_10_1", num_classes=3))
     attack = ProjectedGradient(direction="ascend", epsilon=0.1, step_size=0.1, steps=0, start="uniform")
     x, labels, seeds = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), torch.arange(4)
-    batch = Batch(x, labels, seeds, seeds)
-    trades = METHODS["trades"]
+    batch = SupervisedBatch(x, labels, seeds, seeds)
+    trades = SUPERVISED_METHODS["trades"]
     crafted = trades.craft(model, batch, attack)
     found = trades.loss(model, batch, crafted, smoothed(labels, 0.0), 3.0).loss
     p, q = model(x).softmax(1), model(attack.begin(x, seeds)).softmax(1)

@@ -23,7 +23,7 @@ from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.options import option
 from unperturb.models.shapes import Bool, Float
 from unperturb.training import data, loop, seeds, world
-from unperturb.training.contrastive.contrast import Batch, Contrast, ContrastConfig, Queue
+from unperturb.training.contrastive.contrast import Contrast, ContrastConfig, ContrastiveBatch, Queue
 from unperturb.training.contrastive.encoder import BATCH, Encoder, bank_of
 from unperturb.training.world import World
 
@@ -74,7 +74,7 @@ class HeadTask:
         """The mean InfoNCE loss of a batch, and how often a view's nearest of all is a view of the same image."""
         self.model.train()
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
-        batch = Batch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
+        batch = ContrastiveBatch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
         encoder = Encoder(self.classifier, self.model)
         views = self.contrast.views(batch, self.config.views)
         if self.config.adversarial:
@@ -91,7 +91,7 @@ class HeadTask:
         losses, accuracies = [], []
         with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
             for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(BATCH):
-                batch = Batch(self.held.images[indices], indices, indices, self.held.labels[indices], 0, 0)
+                batch = ContrastiveBatch(self.held.images[indices], indices, indices, self.held.labels[indices], 0, 0)
                 embeddings = self._embed(averaged, self.contrast.views(batch, self.config.views))
                 negatives, keep = in_batch_negatives(embeddings)
                 losses.append(info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep).mean())

@@ -23,7 +23,7 @@ from unperturb.models.options import option
 from unperturb.training import data, loop, world
 from unperturb.training.contrastive.encoder import Encoder
 from unperturb.training.contrastive.false_negatives import FalseNegativeConfig
-from unperturb.training.supervised.adversarial import Batch, Fit
+from unperturb.training.supervised.adversarial import Fit, SupervisedBatch
 from unperturb.training.supervised.base import SupervisedConfig, SupervisedTask, report
 from unperturb.training.supervised.self_adaptive import AdaptiveTargets
 from unperturb.training.supervised.semi_supervised import SemiSupervisedTask
@@ -83,13 +83,13 @@ class ClassifierTask(SupervisedTask):
                 world=here,
             )
 
-    def fit(self, batch: Batch, epoch: int) -> Fit:
+    def fit(self, batch: SupervisedBatch, epoch: int) -> Fit:
         """Self-adaptive targets, or the labels."""
         if isinstance(self.memory, AdaptiveTargets):
             return self.memory.fit(batch.indices, epoch)
         return super().fit(batch, epoch)
 
-    def forward_pass(self, model: nn.Module, batch: Batch, crafted: Tensor) -> Classify:
+    def forward_pass(self, model: nn.Module, batch: SupervisedBatch, crafted: Tensor) -> Classify:
         """At the worst weights nearby, or at the weights."""
         if not self.config.weight_perturbation:
             return model
