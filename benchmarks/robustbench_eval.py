@@ -26,7 +26,7 @@ from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError, UnperturbError
-from unperturb.models.networks.robustbench import foreign_checkpoint, parse_name
+from unperturb.models.networks.robustbench import PREFIX, parse_name
 from unperturb.models.options import as_json, option, parse
 from unperturb.models.provenance import digest_of
 from unperturb.models.purifiers.registry import build_purifier
@@ -99,13 +99,12 @@ class Config:
 
 def load_model(spec: str, config: Config) -> Checkpoint:
     """A checkpoint of this project, or a classifier of RobustBench: by default that for the run's data and threat."""
-    if not spec.startswith("robustbench:"):
-        return checkpoint.load(spec)
-    if spec.count(":") == 1:
-        spec = f"{spec}:{config.dataset}:{config.threat_model}"
-    if parse_name(spec)[1] != config.dataset:
-        raise ConfigError(f"model {spec} is for another data set than --dataset {config.dataset}")
-    return foreign_checkpoint(spec)
+    if spec.startswith(PREFIX):
+        name, dataset, threat = parse_name(spec, dataset=config.dataset, threat=config.threat_model)
+        spec = f"{PREFIX}{name}:{dataset}:{threat}"
+        if dataset != config.dataset:
+            raise ConfigError(f"model {spec} is for another data set than --dataset {config.dataset}")
+    return checkpoint.load(spec)
 
 
 def result_name(config: Config, plan: Plan, model: str, purifier: str) -> str:
@@ -157,7 +156,7 @@ def run_all(config: Config) -> list[Path]:
             classes=subject.card.classes,
             cache=config.cache,
         )
-        if not model.startswith("robustbench:") and model != subject.card.id and Path(model).is_dir():
+        if model != subject.card.id and Path(model).is_dir():
             model = f"{subject.card.id}-{subject.card.weights_sha256[:8]}"  # no path of a machine in names
         for purifier in config.purifier:
             make = partial(build_purifier, purifier)
@@ -173,7 +172,7 @@ def run_all(config: Config) -> list[Path]:
         file = config.out / result_name(config, plan, model, purifier)
         described = {
             "model": {
-                "spec": subject.card.architecture.name if model.startswith("robustbench:") else subject.card.id,
+                "spec": subject.card.architecture.name if model.startswith(PREFIX) else subject.card.id,
                 "architecture": subject.card.architecture.name,
                 "weights_sha256": subject.card.weights_sha256 or digest_of(subject.classifier),
             },

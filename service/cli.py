@@ -20,7 +20,7 @@ from unperturb.models.errors import RequestError, UnperturbError
 if TYPE_CHECKING:
     import torch
 
-    from unperturb.models.checkpoints.store import Card
+    from unperturb.models.checkpoints.card import Card
     from unperturb.models.purifiers.defended import DefendedClassifier
     from unperturb.service.decoding.decode import Decoded
 
@@ -171,7 +171,7 @@ def purify(
         if failed:
             raise typer.Exit(1)
         return
-    from unperturb.models.checkpoints.store import write_whole
+    from unperturb.models.files import write_whole
     from unperturb.models.purifiers.reverse_attack import to_uint8
     from unperturb.service.http.answer import png
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unperturb.models.attacks.pgd import pgd
-from unperturb.models.checkpoints.store import Card
+from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers.defended import DefendedClassifier
 from unperturb.models.shapes import Float

@@ -11,9 +11,11 @@ from PIL import Image
 
 from unperturb.models.attacks.projected_gradient import RAMP, ProjectedGradient
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Card, Checkpoint, HeadCard
-from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.checkpoints.card import Card, HeadCard
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
+from unperturb.models.networks.registry import build
 from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.purifiers.defended import DefendedClassifier
 from unperturb.models.purifiers.reverse_attack import ReverseAttack, ReverseAttackConfig

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unperturb.models.checkpoints.store import Card
+from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.pixels import to_rgb, to_size
 from unperturb.models.shapes import Int, UInt8

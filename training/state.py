@@ -17,8 +17,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from unperturb.models.checkpoints.store import write_whole
 from unperturb.models.errors import ConfigError
+from unperturb.models.files import write_whole
 
 STATE, BEST, AVERAGED = "state.pt", "best.pt", "ema.safetensors"
 FORMAT = 2

@@ -14,8 +14,9 @@ from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.robustbench_eval import Config as EvalConfig
 from unperturb.benchmarks.robustbench_eval import run_all
 from unperturb.benchmarks.robustness.attacks.controls import signs
+from unperturb.models.accuracy import correct
 from unperturb.models.attacks.instance import DISTANCES, away_from
-from unperturb.models.attacks.pgd import correct, pgd
+from unperturb.models.attacks.pgd import pgd
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.contrastive.loss import NegativePolicy, in_batch_negatives

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unperturb.models.attacks.pgd import correct, pgd
+from unperturb.models.accuracy import correct
+from unperturb.models.attacks.pgd import pgd
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from unperturb.benchmarks.purifier import points
 from unperturb.benchmarks.reporting import results
-from unperturb.models.attacks.pgd import correct
+from unperturb.models.accuracy import correct
 from unperturb.models.attacks.projected_gradient import RAMP, ProjectedGradient
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Checkpoint

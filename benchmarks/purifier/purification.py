@@ -19,7 +19,7 @@ from torch import Tensor
 from unperturb.benchmarks.purifier import points
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import results
-from unperturb.models.attacks.pgd import correct
+from unperturb.models.accuracy import correct
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError, UnperturbError

@@ -25,13 +25,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import results
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Card, Checkpoint, HeadCard
-from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead
+from unperturb.models.checkpoints.card import Card, HeadCard
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError, UnperturbError
 from unperturb.models.inference.captured import Execution, Stepper
-from unperturb.models.inference.continuous import Purification
+from unperturb.models.inference.continuous import ReverseAttackStage
 from unperturb.models.inference.folding import Precision, prepared
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
+from unperturb.models.networks.registry import build
 from unperturb.models.options import as_json, option, parse
 from unperturb.models.purifiers.defended import reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttackConfig
@@ -99,7 +101,7 @@ class Way(NamedTuple):
 
     def run(self, config: ReverseAttackConfig) -> Run:
         """Purify images."""
-        stage = Purification(reverse_attack_of(self.ready, config))
+        stage = ReverseAttackStage(reverse_attack_of(self.ready, config))
         return lambda x, seeds: self.stepper.descend(stage, x, seeds=seeds).image
 
 

@@ -21,8 +21,8 @@ from unperturb.benchmarks.reporting.rows import (
     measured_row,
     published_rows,
 )
-from unperturb.models.checkpoints.store import write_whole
 from unperturb.models.errors import UnperturbError
+from unperturb.models.files import write_whole
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 HEADS = (

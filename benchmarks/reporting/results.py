@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from unperturb.models import provenance
-from unperturb.models.attacks.pgd import wilson
-from unperturb.models.checkpoints.store import write_whole
+from unperturb.models.accuracy import wilson
+from unperturb.models.files import write_whole
 
 SCHEMA_VERSION = 1
 PLACES = ("out", "cache")  # where files lie on one machine: no part of a result

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unperturb.models.checkpoints.store import write_whole
+from unperturb.models.files import write_whole
 
 
 class Unit(NamedTuple):

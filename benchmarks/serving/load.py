@@ -16,8 +16,8 @@ import torch
 
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
-from unperturb.models.checkpoints.store import write_whole
 from unperturb.models.errors import ConfigError, UnperturbError
+from unperturb.models.files import write_whole
 from unperturb.models.options import as_json, option, parse
 
 CLIENTS = (1, 2, 4, 8, 16, 32)  # of the closed loops; the best of them is the capacity

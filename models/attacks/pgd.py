@@ -1,9 +1,7 @@
-"""Attacks on a static classifier, and the accuracy that is left: one objective each around the one loop."""
+"""Attacks on a static classifier: one objective each around the one loop."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +11,6 @@ from unperturb.models.attacks.projected_gradient import Objective, ProjectedGrad
 from unperturb.models.shapes import Float, Int
 
 Classify = Callable[[Tensor], Tensor]
-
-
-class Accuracy(NamedTuple):
-    """A proportion of correct answers and its 95% Wilson interval."""
-
-    value: float
-    n: int
-    low: float
-    high: float
-
-
-def wilson(correct: int, n: int) -> Accuracy:
-    """Accuracy with the 95% score interval (Wilson 1927); n of at least 1."""
-    z = 1.959963984540054
-    share = correct / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Accuracy(share, n, max(0.0, centre - half), min(1.0, centre + half))
 
 
 @contextmanager
@@ -70,12 +50,3 @@ def pgd(
     loop = ProjectedGradient(direction="ascend", epsilon=epsilon, step_size=step_size, steps=steps, start="uniform")
     seeds = torch.arange(len(x), device=x.device) if seeds is None else seeds
     return loop.run(x, cross_entropy(classify, labels), seeds=seeds).image
-
-
-def correct(
-    classify: Classify, images: Float[Tensor, "n 3 h w"], labels: Int[Tensor, " n"], *, batch: int = 250
-) -> list[bool]:
-    """Per image, whether `classify` gives its label."""
-    with torch.no_grad():
-        parts = [classify(x).argmax(1).eq(y) for x, y in zip(images.split(batch), labels.split(batch), strict=True)]
-    return torch.cat(parts).tolist() if parts else []

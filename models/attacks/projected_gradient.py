@@ -33,7 +33,7 @@ class Descent(NamedTuple):
     losses: Tensor
 
 
-class State(NamedTuple):
+class LoopState(NamedTuple):
     """Between two steps: the iterate, the velocity, the losses so far [steps, batch], and who goes on (None: all)."""
 
     x: Tensor
@@ -41,10 +41,10 @@ class State(NamedTuple):
     losses: Tensor
     going: Tensor | None
 
-    def among(self, mask: Tensor) -> "State":
+    def among(self, mask: Tensor) -> "LoopState":
         """The state of the images of the mask alone."""
         velocity = None if self.velocity is None else self.velocity[mask]
-        return State(self.x[mask], velocity, self.losses[:, mask], mask[mask])
+        return LoopState(self.x[mask], velocity, self.losses[:, mask], mask[mask])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +180,12 @@ class ProjectedGradient:
         objective: Objective,
         seeds: Int[Tensor, " batch"],
         *,
-        state: State | None = None,
+        state: LoopState | None = None,
         steps: int | None = None,
-    ) -> Iterator[State]:
+    ) -> Iterator[LoopState]:
         """The state at the start, or that given, and after every step: `steps` of them, or all that are left."""
         if state is None:
-            state = State(self.begin(x0, seeds), None, x0.new_zeros((0, len(x0))), None)
+            state = LoopState(self.begin(x0, seeds), None, x0.new_zeros((0, len(x0))), None)
         yield state
         first = len(state.losses)
         for step in range(first, self.steps if steps is None else min(first + steps, self.steps)):
@@ -199,7 +199,7 @@ class ProjectedGradient:
                     losses[-1].masked_fill_(~state.going, float("nan"))
                 going = self.goes_on(losses)  # a NaN is no better: who has stopped stays
                 after = _where(going, after, x.detach() if step else x0)
-            state = State(after, velocity, losses, going)
+            state = LoopState(after, velocity, losses, going)
             yield state
 
     def stopped_after(self, steps: int) -> "ProjectedGradient":

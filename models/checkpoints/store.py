@@ -9,10 +9,9 @@ import hashlib
 import json
 import math
 import os
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,54 +20,18 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from unperturb.models import provenance
-from unperturb.models.checkpoints.gates import check_gates
-from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead
+from unperturb.models.checkpoints.card import Card, parse_card
 from unperturb.models.errors import CheckpointError, ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.networks.readout import ReadoutCard, SoftNeighbours, attach, blank_readout
-from unperturb.models.networks.registry import Architecture, build
-from unperturb.models.networks.restorer import Restorer, RestorerCard
+from unperturb.models.files import write_whole
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
+from unperturb.models.networks.readout import SoftNeighbours, attach, blank_readout
+from unperturb.models.networks.registry import build
+from unperturb.models.networks.restorer import Restorer
+from unperturb.models.networks.robustbench import CLASSES, PREFIX, load_robustbench, parse_name
 
-SCHEMA_VERSION = 1
 WEIGHTS, CARD = "model.safetensors", "card.json"
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
-_JSON_TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadCard:
-    """The head's shape and the temperature that it was trained with."""
-
-    hidden: int
-    embedding_dim: int
-    temperature: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What `card.json` holds; an unknown key is refused.
-
-    `training`, `head_training`, `restorer_training` and `figures` are the resolved configurations and measurements, as
-    JSON; `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were
-    found.
-    """
-
-    id: str
-    architecture: Architecture
-    classes: tuple[str, ...]
-    data: dict[str, Any]
-    training: dict[str, Any]
-    head: HeadCard | None = None
-    restorer: RestorerCard | None = None
-    bank_size: int = 0
-    readout: ReadoutCard = field(default_factory=ReadoutCard)
-    head_training: dict[str, Any] = field(default_factory=dict)
-    restorer_training: dict[str, Any] = field(default_factory=dict)
-    figures: dict[str, Any] = field(default_factory=dict)
-    gates: dict[str, Any] = field(default_factory=dict)
-    made_by: dict[str, Any] = field(default_factory=dict)
-    weights_sha256: str = ""
-    schema_version: int = SCHEMA_VERSION
 
 
 @dataclass(frozen=True)
@@ -121,18 +84,15 @@ def write_card(folder: Path, card: Card) -> None:
     write_whole(folder / CARD, (json.dumps(dataclasses.asdict(card), indent=2) + "\n").encode())
 
 
-def write_whole(path: Path, payload: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    temporary.write_bytes(payload)
-    temporary.replace(path)
-
-
 def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
-    """The checkpoint of a folder or a shipped name, float32, in eval mode, frozen, on `device`.
+    """Return the checkpoint of a folder or a shipped name, or RobustBench's classifier of a name `robustbench:…`.
 
-    Raises CheckpointError naming the file and the fault: missing, unknown keys, digest, shapes, non-finite weights.
+    It is float32, in eval mode, frozen, on `device`; RobustBench's has no head, and numbers for classes. Raises
+    CheckpointError naming the file and the fault (missing, unknown keys, digest, shapes, non-finite weights), and for
+    RobustBench's ConfigError or WeightsUnavailableError.
     """
+    if isinstance(name, str) and name.startswith(PREFIX):
+        return _load_foreign(name, device)
     folder = resolve(name)
     card = read_card(folder)
     empty = _empty(card, folder / CARD)
@@ -149,6 +109,23 @@ def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
             )
         bank.copy_(nn.functional.normalize(bank, dim=1))  # float16 storage leaves lengths that are only nearly 1
     return empty
+
+
+def _load_foreign(name: str, device: str | torch.device) -> Checkpoint:
+    """Return a classifier of RobustBench's zoo as a checkpoint of no folder."""
+    dataset = parse_name(name)[1]
+    architecture = Architecture(
+        name=name, num_classes=CLASSES[dataset], image_size=224 if dataset == "imagenet" else 32
+    )
+    classifier = load_robustbench(name, image_size=architecture.image_size).requires_grad_(False).to(device)
+    card = Card(
+        id=name.replace(":", "-"),
+        architecture=architecture,
+        classes=tuple(str(number) for number in range(architecture.num_classes)),
+        data={},
+        training={"by": "RobustBench"},
+    )
+    return Checkpoint(card, classifier)
 
 
 def write_weights(file: Path, parts: dict[str, nn.Module], *, half: bool = True) -> str:
@@ -192,27 +169,9 @@ def read_weights(file: Path, digest: str, parts: dict[str, nn.Module]) -> None:
 
 
 def read_card(folder: Path) -> Card:
-    """The card of a checkpoint folder; raises CheckpointError for what it does not know."""
+    """Return the card of a checkpoint folder; raise CheckpointError for what it does not know."""
     file = folder / CARD
-    raw = read_object(file)
-    if raw.get("schema_version") != SCHEMA_VERSION:
-        raise CheckpointError(f"{file} is not a card of schema version {SCHEMA_VERSION}")
-    values = dict(known_fields(Card, raw, file))
-    values["architecture"] = Architecture(**_tuples(known_fields(Architecture, raw.get("architecture"), file)))
-    if raw.get("head") is not None:
-        values["head"] = HeadCard(**known_fields(HeadCard, raw["head"], file))
-    if raw.get("restorer") is not None:
-        values["restorer"] = RestorerCard(**known_fields(RestorerCard, raw["restorer"], file))
-    if "readout" in raw:
-        try:
-            values["readout"] = ReadoutCard(**known_fields(ReadoutCard, raw["readout"], file))
-        except ConfigError as error:
-            raise CheckpointError(f"{file}: {error}") from error
-    check_gates(raw.get("gates", {}), file)
-    card = Card(**_tuples(values))
-    if len(card.classes) != card.architecture.num_classes:
-        raise CheckpointError(f"{file} names {len(card.classes)} classes for {card.architecture.num_classes} outputs")
-    return card
+    return parse_card(read_object(file), file)
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -272,23 +231,3 @@ def _same_layout(file: Path, expected: dict[str, Tensor], found: dict[str, Tenso
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise CheckpointError(f"{file} {'; '.join(sorted(faults)[:3])}{more}")
-
-
-def known_fields(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
-    """`raw` as keyword arguments of a dataclass: no unknown key, none missing, plain values of the right type."""
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file}: {kind.__name__} is not an object")
-    fields = dataclasses.fields(kind)
-    unknown = sorted(raw.keys() - {f.name for f in fields})
-    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
-    missing = sorted(required - raw.keys())
-    if unknown or missing:
-        raise CheckpointError(f"{file}: {kind.__name__} has unknown keys {unknown}, lacks {missing}")
-    for name, hint in get_type_hints(kind).items():
-        if name in raw and hint in _JSON_TYPES and type(raw[name]) not in _JSON_TYPES[hint]:
-            raise CheckpointError(f"{file}: {name}={raw[name]!r} is not of type {hint.__name__}")
-    return raw
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

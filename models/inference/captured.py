@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from unperturb.models.attacks.projected_gradient import Descent
 from unperturb.models.errors import ConfigError
-from unperturb.models.inference.continuous import Slots, Stage, Stepped, step_together
+from unperturb.models.inference.continuous import Slots, Stage, StepResult, step_together
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.shapes import Float, Int
 
@@ -76,7 +76,7 @@ class CapturedStep:
                 own[:count].copy_(given)
         self._used = count
 
-    def replay(self) -> Stepped:
+    def replay(self) -> StepResult:
         """One step of every image loaded; what it gives is overwritten by the next."""
         if self._graph is None:
             self._advance()
@@ -85,7 +85,7 @@ class CapturedStep:
                 self._graph.replay()
         velocity = self._state.velocity
         used = slice(self._used)
-        return Stepped(self._state.x[used], None if velocity is None else velocity[used], self._losses[used])
+        return StepResult(self._state.x[used], None if velocity is None else velocity[used], self._losses[used])
 
     def _advance(self) -> None:
         with torch.no_grad():
@@ -128,7 +128,7 @@ class Stepper:
         """Whether the parts of a step are one batch; a graph for each part is not."""
         return self.execution == "eager"
 
-    def step(self, parts: Sequence[tuple[Stage, Slots]]) -> list[Stepped]:
+    def step(self, parts: Sequence[tuple[Stage, Slots]]) -> list[StepResult]:
         """One step of every slot of every part."""
         if self.together:
             return step_together(self.classifier, parts)
@@ -137,7 +137,7 @@ class Stepper:
             captured = self.captured(stage, bucket(len(slots.seeds)))
             captured.load(slots)
             stepped = captured.replay()
-            after.append(Stepped(*(None if part is None else part.clone() for part in stepped)))  # type: ignore[arg-type]
+            after.append(StepResult(*(None if part is None else part.clone() for part in stepped)))  # type: ignore[arg-type]
         return after
 
     def prepare(self, stage: Stage, count: int) -> None:

@@ -51,7 +51,7 @@ class Stage:
         raise TypeError(f"{type(self).__name__} does not define loss_of()")
 
 
-class Stepped(NamedTuple):
+class StepResult(NamedTuple):
     """After one step: the next iterate, the next velocity, and each image's loss before the step."""
 
     x: Float[Tensor, "batch 3 h w"]
@@ -59,7 +59,7 @@ class Stepped(NamedTuple):
     losses: Float[Tensor, " batch"]
 
 
-def step_together(classifier: ImageClassifier, parts: Sequence[tuple[Stage, Slots]]) -> list[Stepped]:
+def step_together(classifier: ImageClassifier, parts: Sequence[tuple[Stage, Slots]]) -> list[StepResult]:
     """One step of every slot of every part, in one pass through the classifier; works under a caller's no_grad."""
     with torch.inference_mode(False), torch.enable_grad():
         iterates = [slots.x.detach().requires_grad_() for _, slots in parts]
@@ -71,7 +71,7 @@ def step_together(classifier: ImageClassifier, parts: Sequence[tuple[Stage, Slot
     after = []
     for (stage, slots), gradient, loss in zip(parts, gradients, losses, strict=True):
         x, velocity = stage.loop.advance(slots.x, slots.x0, gradient, slots.velocity)
-        after.append(Stepped(x, velocity, loss.detach()))
+        after.append(StepResult(x, velocity, loss.detach()))
     return after
 
 
@@ -81,7 +81,7 @@ def features_of(classifier: ImageClassifier, parts: Sequence[Float[Tensor, "_ 3 
     return features
 
 
-class Purification(Stage):
+class ReverseAttackStage(Stage):
     """A reverse attack as a stage."""
 
     def __init__(self, purifier: ReverseAttack) -> None:

@@ -1,8 +1,31 @@
-"""What every classifier of this project offers: `features`, then `logits`."""
+"""What every classifier of this project is: an architecture, and a module with `features` and `logits`."""
+
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from unperturb.models.shapes import Float
+
+NATIVE = "native"  # the activation that the architecture was published with
+CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Everything that `build` needs, as a checkpoint's card stores it.
+
+    image_size: side in pixels of the images it takes; mean, std: per channel, for pixels in [0, 1];
+    width: factor on the channels of preact_resnet18 (a wide ResNet has its own in its name).
+    """
+
+    name: str
+    num_classes: int
+    image_size: int = 32
+    activation: str = NATIVE
+    mean: tuple[float, float, float] = CIFAR10_MEAN
+    std: tuple[float, float, float] = CIFAR10_STD
+    width: float = 1.0
 
 
 class ImageClassifier(nn.Module):

@@ -14,16 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.models import provenance
-from unperturb.models.checkpoints.store import (
-    CARD,
-    WEIGHTS,
-    known_fields,
-    read_object,
-    read_weights,
-    write_weights,
-    write_whole,
-)
+from unperturb.models.checkpoints.card import known_fields
+from unperturb.models.checkpoints.store import CARD, WEIGHTS, read_object, read_weights, write_weights
 from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.files import write_whole
 from unperturb.models.shapes import Float
 
 SCHEMA_VERSION = 1

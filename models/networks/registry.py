@@ -2,16 +2,15 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.classifier import NATIVE, Architecture, ImageClassifier
 from unperturb.models.networks.residual import PreActResNet
+from unperturb.models.networks.robustbench import PREFIX, load_robustbench
 
-NATIVE = "native"  # the activation that the architecture was published with
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "silu": nn.SiLU,
@@ -26,25 +25,6 @@ NAMES = (
     *TORCHVISION,
     "robustbench:<Name>[:<dataset>:<threat>]",
 )
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """Everything that `build` needs, as a checkpoint's card stores it.
-
-    image_size: side in pixels of the images it takes; mean, std: per channel, for pixels in [0, 1];
-    width: factor on the channels of preact_resnet18 (a wide ResNet has its own in its name).
-    """
-
-    name: str
-    num_classes: int
-    image_size: int = 32
-    activation: str = NATIVE
-    mean: tuple[float, float, float] = CIFAR10_MEAN
-    std: tuple[float, float, float] = CIFAR10_STD
-    width: float = 1.0
 
 
 def build(architecture: Architecture, *, pretrained: bool = False, weights: bool = True) -> ImageClassifier:
@@ -65,14 +45,12 @@ def build(architecture: Architecture, *, pretrained: bool = False, weights: bool
             f"num_classes={architecture.num_classes} must be at least 2, "
             f"image_size={architecture.image_size} at least 8"
         )
-    if name.startswith("robustbench:"):
+    if name.startswith(PREFIX):
         if activation is not None:
             raise ConfigError(f"activation={architecture.activation!r}: {name} comes with its own; use {NATIVE}")
-        from unperturb.models.networks.robustbench import load_robustbench  # only who asks for it pays its import
-
         return load_robustbench(name, image_size=architecture.image_size, weights=weights)
     if name in TORCHVISION:
-        from unperturb.models.networks.torchvision import build_torchvision
+        from unperturb.models.networks.torchvision import build_torchvision  # only who asks for it pays its import
 
         model: ImageClassifier = build_torchvision(architecture, activation=activation, pretrained=pretrained)
     elif pretrained:

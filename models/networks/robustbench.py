@@ -15,12 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from unperturb.models.checkpoints.store import Card, Checkpoint
 from unperturb.models.errors import ConfigError, DataError, WeightsUnavailableError
 from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.networks.registry import Architecture
 from unperturb.models.shapes import Float
 
+PREFIX = "robustbench:"  # of the names of its classifiers
 CLASSES = {"cifar10": 10, "cifar100": 100, "imagenet": 1000}
 THREATS = ("Linf", "L2", "corruptions")
 
@@ -62,11 +61,14 @@ class ForeignClassifier(ImageClassifier):
         return cast(Tensor, cast(nn.Linear, self._linear)(features))
 
 
-def parse_name(name: str) -> tuple[str, str, str]:
-    """`robustbench:<Name>[:<dataset>:<threat>]` as (model, dataset, threat); ConfigError for another form."""
-    parts = name.removeprefix("robustbench:").split(":")
+def parse_name(name: str, *, dataset: str = "cifar10", threat: str = "Linf") -> tuple[str, str, str]:
+    """Return (model, dataset, threat) of `robustbench:<Name>[:<dataset>:<threat>]`; raise ConfigError for another form.
+
+    `dataset` and `threat` stand in where the name has none.
+    """
+    parts = name.removeprefix(PREFIX).split(":")
     if len(parts) == 1:
-        parts += ["cifar10", "Linf"]
+        parts += [dataset, threat]
     if len(parts) != 3 or parts[1] not in CLASSES or parts[2] not in THREATS:
         raise ConfigError(
             f"{name!r} is not robustbench:<Name>[:<dataset>:<threat>] with a dataset of {', '.join(CLASSES)} and a "
@@ -105,18 +107,6 @@ def load_robustbench(name: str, *, image_size: int, weights: bool = True) -> For
             f"{name} could not be loaded ({type(error).__name__}: {error}); {remedy}"
         ) from error
     return ForeignClassifier(model, num_classes=CLASSES[dataset], image_size=image_size)
-
-
-def foreign_checkpoint(name: str, classes: tuple[str, ...] | None = None) -> Checkpoint:
-    """A classifier of the zoo as a checkpoint without a head; `classes` default to the data set's numbers."""
-    _, dataset, _ = parse_name(name)
-    size = 224 if dataset == "imagenet" else 32
-    classes = classes or tuple(str(number) for number in range(CLASSES[dataset]))
-    architecture = Architecture(name=name, num_classes=CLASSES[dataset], image_size=size)
-    card = Card(
-        id=name.replace(":", "-"), architecture=architecture, classes=classes, data={}, training={"by": "RobustBench"}
-    )
-    return Checkpoint(card, load_robustbench(name, image_size=size).requires_grad_(False))
 
 
 def robustbench_data(dataset: str, *, n: int, folder: Path) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,15 @@
 """torchvision's classifiers for larger images, as ImageClassifiers."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torchvision import models as zoo
 
 from unperturb.models.errors import WeightsUnavailableError
-from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.shapes import Float
-
-if TYPE_CHECKING:
-    from unperturb.models.networks.registry import Architecture
 
 
 class TorchvisionClassifier(ImageClassifier):
@@ -21,7 +18,7 @@ class TorchvisionClassifier(ImageClassifier):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, architecture: "Architecture", body: nn.Module, linear: nn.Linear, dropout: float) -> None:
+    def __init__(self, architecture: Architecture, body: nn.Module, linear: nn.Linear, dropout: float) -> None:
         super().__init__(
             feature_dim=linear.in_features,
             num_classes=linear.out_features,
@@ -42,7 +39,7 @@ class TorchvisionClassifier(ImageClassifier):
 
 
 def build_torchvision(
-    architecture: "Architecture", *, activation: Callable[[], nn.Module] | None, pretrained: bool
+    architecture: Architecture, *, activation: Callable[[], nn.Module] | None, pretrained: bool
 ) -> TorchvisionClassifier:
     """The network by name; `activation` replaces its own where given.
 

@@ -6,15 +6,14 @@ from fractions import Fraction
 from typing import Any
 
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
-from unperturb.models.checkpoints.gates import gate_of
+from unperturb.models.checkpoints.card import gate_of
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
-from unperturb.models.purifiers import anti_adversary, hedge, reverse_attack
-from unperturb.models.purifiers.anti_adversary import AntiAdversary
+from unperturb.models.purifiers import reverse_attack
 from unperturb.models.purifiers.base import NoPurifier, Purifier
 from unperturb.models.purifiers.defended import reverse_attack_of
 from unperturb.models.purifiers.denoiser import denoiser_of
-from unperturb.models.purifiers.hedge import Hedge
+from unperturb.models.purifiers.rivals import ANTI_ADVERSARY_LOOP, HEDGE_LOOP, AntiAdversary, Hedge
 
 LOOP_KEYS = {
     "steps": int,
@@ -79,8 +78,8 @@ def _denoiser(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, st
 REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifier]] = {
     "none": _none,
     "reverse-attack": _reverse_attack,
-    "anti-adversary": _rival(AntiAdversary, "anti-adversary", anti_adversary.LOOP),
-    "hedge": _rival(Hedge, "hedge", hedge.LOOP),
+    "anti-adversary": _rival(AntiAdversary, "anti-adversary", ANTI_ADVERSARY_LOOP),
+    "hedge": _rival(Hedge, "hedge", HEDGE_LOOP),
     "denoiser": _denoiser,
 }
 

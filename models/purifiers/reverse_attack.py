@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from unperturb.models.attacks.projected_gradient import RAMP, Objective, ProjectedGradient
-from unperturb.models.contrastive.loss import NegativePolicy, NegativesBank, ProjectionHead, info_nce
+from unperturb.models.contrastive.loss import NegativePolicy, info_nce
 from unperturb.models.contrastive.views import ViewPolicy, make_views
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.networks.restorer import TIMES, Restorer
 from unperturb.models.purifiers.base import Purifier
 from unperturb.models.shapes import Float, Int, UInt8

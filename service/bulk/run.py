@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from unperturb.models import provenance
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import write_whole
 from unperturb.models.errors import ConfigError, MalformedRequestError, RequestError
+from unperturb.models.files import write_whole
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import preset, to_uint8
 from unperturb.service.bulk.source import Folder, Item, ParquetRows, needed, open_source

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Card
+from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import CheckpointError, ConfigError, NotFoundError
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.stages import stages_of

@@ -3,7 +3,7 @@
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError
-from unperturb.models.inference.continuous import CrossEntropyAttack, Purification, Stage
+from unperturb.models.inference.continuous import CrossEntropyAttack, ReverseAttackStage, Stage
 from unperturb.models.networks.readout import MAKE_ONE
 from unperturb.models.purifiers.defended import reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
@@ -17,7 +17,7 @@ def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
     """Every stage of a checkpoint; CheckpointError where it has no head, or no readout."""
     if loaded.card.readout.kind == "none":
         raise CheckpointError(f"checkpoint {loaded.card.id!r} {MAKE_ONE}")
-    purifiers = {name: Purification(reverse_attack_of(loaded, config)) for name, config in PRESETS.items()}
+    purifiers = {name: ReverseAttackStage(reverse_attack_of(loaded, config)) for name, config in PRESETS.items()}
     return {**purifiers, ATTACK: CrossEntropyAttack(loaded.classifier, ATTACK_LOOP)}
 
 

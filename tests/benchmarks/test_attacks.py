@@ -25,15 +25,14 @@ from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
 from unperturb.models.attacks.instance import DISTANCES, Distance
 from unperturb.models.attacks.projected_gradient import Descent
-from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.generator import NoiseGenerator
-from unperturb.models.networks.registry import Architecture
-from unperturb.models.purifiers.anti_adversary import AntiAdversary
 from unperturb.models.purifiers.base import NoPurifier, Purifier
 from unperturb.models.purifiers.defended import DefendedClassifier
-from unperturb.models.purifiers.hedge import Hedge
+from unperturb.models.purifiers.rivals import AntiAdversary, Hedge
 
 TINY = Budget(
     apgd_steps=5,

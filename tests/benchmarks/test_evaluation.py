@@ -17,10 +17,10 @@ from unperturb.benchmarks.robustness.attacks.scene import BUDGETS, Threat
 from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
 from unperturb.benchmarks.robustness.figures import merge, summarise
-from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.networks.registry import Architecture
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.robustbench import load_robustbench
 from unperturb.models.purifiers.base import NoPurifier, Purifier
 from unperturb.models.purifiers.registry import build_purifier

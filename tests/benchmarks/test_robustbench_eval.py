@@ -19,11 +19,13 @@ from unperturb.benchmarks.reporting.rows import load_runs, published_rows
 from unperturb.benchmarks.robustness import corruptions
 from unperturb.benchmarks.robustness.data import load_images, wordnet_ids
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import DataError
 from unperturb.models.networks import generator
+from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.generator import GeneratorCard, NoiseGenerator
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.registry import build
 
 SCRIPT = Path(robustbench_eval.__file__)
 

@@ -3,7 +3,8 @@ import torch
 from scipy.stats import binomtest
 
 from tests.conftest import make_checkpoint
-from unperturb.models.attacks.pgd import correct, cross_entropy, kl_divergence, pgd, wilson
+from unperturb.models.accuracy import correct, wilson
+from unperturb.models.attacks.pgd import cross_entropy, kl_divergence, pgd
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (352, 1000), (1, 3)])

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError, WeightsUnavailableError
-from unperturb.models.networks.registry import ACTIVATIONS, IMAGENET_MEAN, IMAGENET_STD, Architecture, build
+from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Architecture
+from unperturb.models.networks.registry import ACTIVATIONS, build
 from unperturb.models.networks.robustbench import ForeignClassifier, parse_name, weights_folder
 
 
@@ -107,6 +109,16 @@ def test_robustbench_weights_that_were_placed_load_offline(weights: Path) -> Non
     assert torch.allclose(model.logits(model.features(x)), model(x), atol=1e-5)
     assert model.feature_dim == 512
     assert not (Path(__file__).parents[2] / "models" / "cifar10").exists()
+
+
+def test_robustbench_classifier_loads_as_a_frozen_checkpoint_without_a_head(weights: Path) -> None:
+    from robustbench.model_zoo.cifar10 import Wong2020FastNet
+
+    torch.save(Wong2020FastNet().state_dict(), weights / "Wong2020Fast.pt")
+    loaded = store.load("robustbench:Wong2020Fast")
+    assert loaded.card.classes == tuple("0123456789")
+    assert (loaded.head, loaded.bank, loaded.card.weights_sha256) == (None, None, "")
+    assert not any(parameter.requires_grad for parameter in loaded.classifier.parameters())
 
 
 def test_robustbench_without_weights_says_which_file_to_place(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,9 +13,10 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.contrastive.loss import NegativePolicy
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.captured import CapturedStep, Stepper, bucket
-from unperturb.models.inference.continuous import CrossEntropyAttack, Purification, Slots, Stage, step_together
+from unperturb.models.inference.continuous import CrossEntropyAttack, ReverseAttackStage, Slots, Stage, step_together
 from unperturb.models.inference.folding import BFloat16Backbone, folded, prepared
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.models.purifiers.defended import reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import ReverseAttackConfig
 
@@ -32,8 +33,8 @@ CONFIGS = {
 }
 
 
-def stage_of(loaded: Checkpoint, config: ReverseAttackConfig) -> Purification:
-    return Purification(reverse_attack_of(loaded, config))
+def stage_of(loaded: Checkpoint, config: ReverseAttackConfig) -> ReverseAttackStage:
+    return ReverseAttackStage(reverse_attack_of(loaded, config))
 
 
 def trained(classifier: nn.Module) -> None:

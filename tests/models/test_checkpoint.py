@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from tests.conftest import make_checkpoint
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import CARD, WEIGHTS, Checkpoint, load, read_card
 from unperturb.models.errors import CheckpointError
 from unperturb.models.purifiers.defended import defend
@@ -17,7 +17,7 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    checkpoint.save(tmp_path, make_checkpoint())
+    store.save(tmp_path, make_checkpoint())
     return tmp_path
 
 
@@ -37,7 +37,7 @@ def rewrite_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def test_round_trip_in_full_precision_gives_the_same_scores(tmp_path: Path, images: torch.Tensor) -> None:
     made = make_checkpoint()
-    card = checkpoint.save(tmp_path, made, half=False)
+    card = store.save(tmp_path, made, half=False)
     loaded = load(tmp_path)
     assert loaded.card == card
     assert torch.equal(loaded.classifier(images), made.classifier(images))
@@ -68,7 +68,7 @@ def test_card_holds_digest_versions_and_schema(folder: Path) -> None:
 
 
 def test_classifier_alone_round_trips_but_cannot_purify(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, make_checkpoint(head=False))
+    store.save(tmp_path, make_checkpoint(head=False))
     loaded = load(tmp_path)
     assert loaded.head is None
     with pytest.raises(CheckpointError, match="no head"):
@@ -123,7 +123,7 @@ def test_weights_that_are_not_finite_are_refused_on_load_and_on_save(folder: Pat
         next(made.classifier.parameters()).fill_(1e6)  # finite, but not as float16
     before = (folder / WEIGHTS).read_bytes()
     with pytest.raises(CheckpointError, match="float16"):
-        checkpoint.save(folder, made)
+        store.save(folder, made)
     assert (folder / WEIGHTS).read_bytes() == before
 
 
@@ -170,5 +170,5 @@ def test_crash_while_saving_leaves_the_old_checkpoint(folder: Path, monkeypatch:
     monkeypatch.setattr(Path, "replace", fail)
     made = make_checkpoint()
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(folder, Checkpoint(dataclasses.replace(made.card, id="new"), made.classifier))
+        store.save(folder, Checkpoint(dataclasses.replace(made.card, id="new"), made.classifier))
     assert load(folder).card == old

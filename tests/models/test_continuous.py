@@ -9,7 +9,7 @@ from unperturb.models.attacks.pgd import cross_entropy
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.inference.continuous import (
     CrossEntropyAttack,
-    Purification,
+    ReverseAttackStage,
     Slots,
     Stage,
     features_of,
@@ -40,8 +40,8 @@ def test_mixed_stages_give_what_each_loop_gives_alone(images: torch.Tensor) -> N
     other = make_defended(make_config(steps=4, views=3, epsilon=16 / 255))
     classifier = defended.classifier
     seeds, labels = torch.arange(8), torch.arange(8) % 3
-    first = Purification(defended.purifier)  # type: ignore[arg-type]
-    second = Purification(other.purifier)  # type: ignore[arg-type]
+    first = ReverseAttackStage(defended.purifier)  # type: ignore[arg-type]
+    second = ReverseAttackStage(other.purifier)  # type: ignore[arg-type]
     second.purifier.classifier = classifier
     attack = CrossEntropyAttack(classifier, ATTACK)
     stages: list[tuple[Stage, slice]] = [(first, slice(0, 3)), (second, slice(3, 6)), (attack, slice(6, 8))]
@@ -62,7 +62,7 @@ def test_mixed_stages_give_what_each_loop_gives_alone(images: torch.Tensor) -> N
 def test_slots_at_different_steps_and_with_momentum_keep_their_own_views(images: torch.Tensor) -> None:
     config = make_config(steps=4)
     defended = make_defended(type(config)(loop=MOMENTUM, views=2))
-    stage = Purification(defended.purifier)  # type: ignore[arg-type]
+    stage = ReverseAttackStage(defended.purifier)  # type: ignore[arg-type]
     seeds, none = torch.arange(2), torch.zeros(2, dtype=torch.int64)
     early = begin(stage, images[:1], seeds[:1], none[:1])
     (early,) = advance(defended.classifier, [(stage, early)], steps=1)
@@ -81,7 +81,7 @@ def test_slots_at_different_steps_and_with_momentum_keep_their_own_views(images:
 
 def test_nan_stays_in_its_slot(images: torch.Tensor) -> None:
     defended = make_defended(make_config(steps=3))
-    stage, seeds = Purification(defended.purifier), torch.arange(4)  # type: ignore[arg-type]
+    stage, seeds = ReverseAttackStage(defended.purifier), torch.arange(4)  # type: ignore[arg-type]
     clean, broken = images[:4].clone(), images[:4].clone()
     broken[1], broken[3] = float("nan"), float("inf")
     results = [

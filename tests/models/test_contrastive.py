@@ -3,14 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unperturb.models.contrastive.loss import (
-    NegativePolicy,
-    NegativesBank,
-    ProjectionHead,
-    in_batch_negatives,
-    info_nce,
-)
+from unperturb.models.contrastive.loss import NegativePolicy, in_batch_negatives, info_nce
 from unperturb.models.errors import ConfigError
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
 
 
 def unit(*shape: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ import torch
 
 from tests.conftest import make_checkpoint
 from tests.training.test_training import classifier_arguments
-from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.gates import gate_of
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import gate_of
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.purifiers.registry import build_purifier
 from unperturb.models.purifiers.reverse_attack import PRESETS
@@ -24,10 +24,10 @@ def folder(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A trained classifier with a head, random as it is, whose card says what was held out."""
     root = tmp_path_factory.mktemp("gate")
     assert train(classifier_arguments(image_folder, root / "run", "--epochs", "1")) == 0
-    made, tiny = checkpoint.load(root / "run" / "checkpoint"), make_checkpoint()
+    made, tiny = store.load(root / "run" / "checkpoint"), make_checkpoint()
     head_training = {"held_out": 9, "seed": 0, "data_sha256": made.card.data["sha256"]}
     card = dataclasses.replace(made.card, head=tiny.card.head, head_training=head_training)
-    checkpoint.save(root / "head", checkpoint.Checkpoint(card, made.classifier, tiny.head, tiny.bank))
+    store.save(root / "head", store.Checkpoint(card, made.classifier, tiny.head, tiny.bank))
     return root / "head"
 
 
@@ -47,7 +47,7 @@ def test_gate_is_the_quantile_of_clean_images_losses(
         "cpu",
     ]
     assert train([*arguments, "--cache", str(tmp_path)]) == 0
-    loaded = checkpoint.load(folder)
+    loaded = store.load(folder)
     assert loaded.card.gates.keys() == set(PRESETS)
     dataset = data.load(str(image_folder), image_size=32, cache=tmp_path)
     held = data.kept_back(dataset, loaded.card)
@@ -84,18 +84,18 @@ def test_card_with_a_bad_gate_is_refused(gates: object, tiny_folder: Path, tmp_p
     card = json.loads((tmp_path / "bad" / "card.json").read_text())
     (tmp_path / "bad" / "card.json").write_text(json.dumps({**card, "gates": gates}))
     with pytest.raises(CheckpointError, match="gate"):
-        checkpoint.load(tmp_path / "bad")
+        store.load(tmp_path / "bad")
 
 
 def test_shipped_checkpoint_has_a_gate_for_every_preset() -> None:
-    card = checkpoint.read_card(checkpoint.resolve("default"))
+    card = store.read_card(store.resolve("default"))
     for name in PRESETS:
         assert 0 < gate_of(card, name) < 20
         assert card.gates[name]["n"] == 1000
 
 
 def test_gate_of_other_weights_is_refused(folder: Path) -> None:
-    loaded = checkpoint.load(folder)
+    loaded = store.load(folder)
     gates = {"default": {"loss": 1.0, "weights_sha256": "0" * 64}}
     other = dataclasses.replace(loaded, card=dataclasses.replace(loaded.card, gates=gates))
     with pytest.raises(CheckpointError, match="these weights"):
@@ -105,7 +105,7 @@ def test_gate_of_other_weights_is_refused(folder: Path) -> None:
 def test_images_that_the_head_was_trained_on_are_not_held_back(
     folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    card, dataset = checkpoint.load(folder).card, data.load(str(image_folder), image_size=32, cache=tmp_path)
+    card, dataset = store.load(folder).card, data.load(str(image_folder), image_size=32, cache=tmp_path)
     other = dataclasses.replace(card, head_training={**card.head_training, "held_out": 30, "seed": 1})
     both = data.kept_back(dataset, other)
     for seed, count in ((0, 9), (1, 30)):

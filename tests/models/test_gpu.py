@@ -13,16 +13,16 @@ from tests.training.test_pretrain import FRESH, pretrain_arguments
 from tests.training.test_training import classifier_arguments
 from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.purifier import purify_speed
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.inference.captured import Execution, Stepper
-from unperturb.models.inference.continuous import Purification
+from unperturb.models.inference.continuous import ReverseAttackStage
 from unperturb.models.inference.folding import Precision, prepared
 from unperturb.models.purifiers.defended import defend, reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.http.app import create_app
 from unperturb.service.settings import Settings
 from unperturb.training.__main__ import main as train
-from unperturb.training.contrastive.pretrain import GOES_ON, METHODS
+from unperturb.training.contrastive.pretrain import GOES_ON, PRETRAINING_METHODS
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_scores_are_the_same_alone_and_in_a_batch(images: torch.Tensor, preset: str) -> None:
-    defended = defend(checkpoint.load("default", device="cuda"), PRESETS[preset])
+    defended = defend(store.load("default", device="cuda"), PRESETS[preset])
     x = images.cuda()
     together = defended.classify(x, seed=0).logits.softmax(1)
     alone = torch.cat([defended.classify(one, seed=0).logits.softmax(1) for one in x.split(1)])
@@ -42,7 +42,7 @@ def test_scores_are_the_same_alone_and_in_a_batch(images: torch.Tensor, preset: 
 def test_default_preset_gives_what_it_gives_on_the_cpu(images: torch.Tensor) -> None:
     scores = []
     for device in ("cpu", "cuda"):
-        defended = defend(checkpoint.load("default", device=device), PRESETS["default"])
+        defended = defend(store.load("default", device=device), PRESETS["default"])
         scores.append(defended.classify(images.to(device), seed=0).logits.softmax(1).cpu())
     assert (scores[0] - scores[1]).abs().max() < 1e-2
 
@@ -53,10 +53,10 @@ def test_default_preset_gives_what_it_gives_on_the_cpu(images: torch.Tensor) -> 
 def test_captured_steps_are_the_eager_ones(
     images: torch.Tensor, device: str, execution: Execution, precision: Precision
 ) -> None:
-    loaded = checkpoint.load("default", device=device)
+    loaded = store.load("default", device=device)
     ready = prepared(loaded, precision=precision)
-    exact = Purification(reverse_attack_of(loaded, PRESETS["default"]))
-    stage = Purification(reverse_attack_of(ready, PRESETS["default"]))
+    exact = ReverseAttackStage(reverse_attack_of(loaded, PRESETS["default"]))
+    stage = ReverseAttackStage(reverse_attack_of(ready, PRESETS["default"]))
     stepper = Stepper(ready.classifier, torch.device(device), execution=execution)
     x, seeds = images.to(device), torch.arange(8, device=device)
     for count in (8, 3, 5):  # 3 and 5 in graphs for 4 and 8
@@ -117,7 +117,7 @@ def test_harness_runs_every_attack_on_the_device(tiny_folder: Path, image_folder
     assert len(list((tmp_path / "out").glob("*.json"))) == 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRETRAINING_METHODS)
 def test_encoder_trains_and_classifies_on_the_device(method: str, image_folder: Path, tmp_path: Path) -> None:
     def run(*more: str) -> None:
         assert train([*more, "--device", "cuda"]) == 0

@@ -8,12 +8,11 @@ from torch import Tensor
 from tests.conftest import make_checkpoint
 from unperturb.models.contrastive.loss import NEGATIVES, NegativePolicy
 from unperturb.models.errors import CheckpointError, ConfigError
-from unperturb.models.purifiers.anti_adversary import AntiAdversary
 from unperturb.models.purifiers.base import NoPurifier, Purifier
 from unperturb.models.purifiers.defended import DefendedClassifier
-from unperturb.models.purifiers.hedge import Hedge
 from unperturb.models.purifiers.registry import REGISTRY, build_purifier
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack
+from unperturb.models.purifiers.rivals import AntiAdversary, Hedge
 
 SEEDS = torch.arange(8)
 

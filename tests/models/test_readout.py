@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import make_checkpoint
-from unperturb.models.attacks.pgd import correct, pgd
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.accuracy import correct
+from unperturb.models.attacks.pgd import pgd
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.readout import WHOLE_BANK, NoReadout, ReadoutCard, SoftNeighbours, attach, blank_readout
@@ -80,8 +81,8 @@ def test_class_without_images_has_a_finite_score() -> None:
 @pytest.mark.parametrize("kind", CARDS)
 def test_checkpoint_keeps_its_readout(kind: str, tmp_path: Path, images: torch.Tensor) -> None:
     made = with_readout(CARDS[kind])
-    checkpoint.save(tmp_path / "it", made, half=False)
-    loaded = checkpoint.load(tmp_path / "it")
+    store.save(tmp_path / "it", made, half=False)
+    loaded = store.load(tmp_path / "it")
     assert loaded.card.readout == CARDS[kind]
     if kind == "none":
         assert isinstance(loaded.classifier.get_submodule("linear"), NoReadout)
@@ -113,12 +114,12 @@ def test_pgd_breaks_a_nearest_neighbour_classifier(images: torch.Tensor) -> None
 def test_readout_that_cannot_be_is_refused(bad: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         ReadoutCard(**bad)  # type: ignore[arg-type]
-    checkpoint.save(tmp_path, make_checkpoint())
-    card = tmp_path / checkpoint.CARD
+    store.save(tmp_path, make_checkpoint())
+    card = tmp_path / store.CARD
     text = card.read_text()
     readout = {**dataclasses.asdict(ReadoutCard()), **bad}
     start, end = text.index('"readout": {'), text.index("}", text.index('"readout": {'))
     fields = ", ".join(f'"{k}": {v if not isinstance(v, str) else chr(34) + v + chr(34)}' for k, v in readout.items())
     card.write_text(text[:start] + '"readout": {' + fields + text[end:])
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.load(tmp_path)
+        store.load(tmp_path)

@@ -8,8 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import make_checkpoint, make_config, make_defended
-from unperturb.models.contrastive.loss import NegativePolicy, NegativesBank
+from unperturb.models.contrastive.loss import NegativePolicy
 from unperturb.models.errors import ConfigError
+from unperturb.models.networks.head import NegativesBank
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack, ReverseAttackConfig, preset, to_uint8
 
 

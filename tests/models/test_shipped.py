@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from tests.support.serving import wait_until_ready
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.service.http.app import create_app
 from unperturb.service.settings import Settings
 
@@ -45,9 +45,9 @@ def test_images() -> tuple[list[bytes], list[int]]:
 
 
 def test_it_ships_whole_small_and_with_the_figures_that_it_must_have() -> None:
-    folder = checkpoint.resolve("default")
+    folder = store.resolve("default")
     assert sum(file.stat().st_size for file in folder.iterdir()) < 24e6
-    loaded = checkpoint.load("default")
+    loaded = store.load("default")
     assert loaded.bank is not None
     assert 1000 <= len(loaded.bank.labels) <= 4000
     test = loaded.card.figures["test"]
@@ -77,7 +77,7 @@ def test_posted_images_give_the_accuracy_that_the_card_states(
 
     with ThreadPoolExecutor(32) as pool:
         found = np.mean(np.array(list(pool.map(predict, files))) == np.array(labels))
-    figures = checkpoint.read_card(checkpoint.resolve("default")).figures["purification"]
+    figures = store.read_card(store.resolve("default")).figures["purification"]
     stated = figures["default" if purify == "always" else "classifier"]["clean"]["accuracy"]
     assert abs(found - stated) <= 0.005
 

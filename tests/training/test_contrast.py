@@ -11,11 +11,12 @@ import torch.nn.functional as F
 
 from tests.models.test_contrastive import numpy_info_nce
 from unperturb.models.attacks.pgd import evaluating
-from unperturb.models.checkpoints.store import HeadCard
+from unperturb.models.checkpoints.card import HeadCard
 from unperturb.models.contrastive.views import make_views
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.training import seeds
-from unperturb.training.contrastive.contrast import POLICY, Batch, Contrast, Loss, Queue, embed_together
+from unperturb.training.contrastive.contrast import POLICY, Contrast, ContrastiveBatch, Loss, Queue, embed_together
 from unperturb.training.contrastive.deacl import DeACL
 from unperturb.training.contrastive.encoder import Encoder, fresh
 from unperturb.training.contrastive.false_negatives import Kind
@@ -43,9 +44,9 @@ def encoder() -> Encoder:
     return fresh(architecture, HeadCard(hidden=16, embedding_dim=8, temperature=0.5))
 
 
-def batch(images: torch.Tensor, *, epoch: int = 9) -> Batch:
+def batch(images: torch.Tensor, *, epoch: int = 9) -> ContrastiveBatch:
     numbers = torch.arange(len(images))
-    return Batch((images * 255).byte(), numbers, numbers, numbers % 3, epoch, 0)
+    return ContrastiveBatch((images * 255).byte(), numbers, numbers, numbers % 3, epoch, 0)
 
 
 def contrast(**changed: Any) -> Contrast:

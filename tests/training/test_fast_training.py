@@ -17,9 +17,10 @@ from torch import Tensor
 
 from tests.training.test_training import classifier_arguments, read_log
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.training import loop
 from unperturb.training.__main__ import main
 from unperturb.training.data import Split
@@ -81,7 +82,7 @@ def test_bound_is_the_papers_formula_and_bounds(smoothing: float) -> None:
 def test_training_by_the_bound_learns(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(classifier_arguments(image_folder, out, "--method", "n-fgsm", "--qub", "--epochs", "6")) == 0
-    card = checkpoint.load(out / "checkpoint").card
+    card = store.load(out / "checkpoint").card
     assert card.figures["test"]["clean_accuracy"] > 0.6
     assert card.training["qub"] is True
 
@@ -140,7 +141,7 @@ def test_run_killed_in_mid_epoch_three_times_ends_with_an_undisturbed_ones_weigh
     assert all(step for _, step in places)
     assert main(classifier_arguments(image_folder, killed, *more)) == 0
     assert [entry["epoch"] for entry in read_log(killed)] == list(range(1, 61))
-    ends = [checkpoint.load(out / "checkpoint").classifier.state_dict() for out in (whole, killed)]
+    ends = [store.load(out / "checkpoint").classifier.state_dict() for out in (whole, killed)]
     for name, value in ends[0].items():
         assert torch.equal(ends[1][name], value), name
 
@@ -170,7 +171,7 @@ def test_collapsed_epoch_goes_back_to_the_best_one(
     assert [entry["epoch"] for entry in log] == [1, 2, 3, 3, 4, 3, 4]
     assert [entry.get("went_back_to") for entry in log] == [None, None, 2, None, 2, None, None]
     assert log[2]["loss"] != log[3]["loss"]  # another order of the images
-    assert checkpoint.load(out / "checkpoint").card.training["chosen_epoch"] == 4
+    assert store.load(out / "checkpoint").card.training["chosen_epoch"] == 4
 
 
 def test_run_that_collapses_each_time_ends_with_its_best_epoch(
@@ -182,7 +183,7 @@ def test_run_that_collapses_each_time_ends_with_its_best_epoch(
     out = tmp_path / "run"
     assert main(classifier_arguments(image_folder, out, "--epochs", "4", "--method", "n-fgsm")) == 0
     assert [entry["epoch"] for entry in read_log(out)] == [1, 2, 2, 2, 2]
-    assert checkpoint.load(out / "checkpoint").card.training["chosen_epoch"] == 1
+    assert store.load(out / "checkpoint").card.training["chosen_epoch"] == 1
     assert (out / BEST).exists()
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import make_checkpoint
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.contrastive.views import make_views
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks import generator
@@ -58,7 +58,7 @@ def test_altered_and_foreign_folders_are_refused(saved: Path, tiny_folder: Path)
         generator.load(tiny_folder)
     with pytest.raises(CheckpointError, match="cannot be read"):
         generator.load(saved / "nowhere")
-    card = saved / checkpoint.CARD
+    card = saved / store.CARD
     good = json.loads(card.read_text())
     card.write_text(json.dumps({**good, "width": 7}))
     with pytest.raises(CheckpointError, match="width=7"):
@@ -101,8 +101,8 @@ def test_loss_is_infonce_with_all_positives_in_one(kind: Kind, images: torch.Ten
 
 
 def test_training_moves_the_features_and_leaves_the_classifier_as_it_was(image_folder: Path, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "base", make_checkpoint())
-    before = digest_of(checkpoint.load(tmp_path / "base").classifier)
+    store.save(tmp_path / "base", make_checkpoint())
+    before = digest_of(store.load(tmp_path / "base").classifier)
     out = tmp_path / "run"
     arguments = [
         "generator",
@@ -141,7 +141,7 @@ def test_encoder_without_a_readout_is_refused(
 ) -> None:
     from tests.models.test_readout import CARDS, with_readout
 
-    checkpoint.save(tmp_path / "base", with_readout(CARDS["none"]))
+    store.save(tmp_path / "base", with_readout(CARDS["none"]))
     arguments = [
         "generator",
         "--classifier",

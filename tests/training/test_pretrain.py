@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.networks.readout import NoReadout, SoftNeighbours
 from unperturb.training import state
 from unperturb.training.__main__ import main
-from unperturb.training.contrastive.pretrain import GOES_ON, METHODS
+from unperturb.training.contrastive.pretrain import GOES_ON, PRETRAINING_METHODS
 
 SMALL = [
     "--batch-size",
@@ -51,7 +51,7 @@ def simclr(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out / "checkpoint"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", PRETRAINING_METHODS)
 def test_method_learns_and_makes_an_encoder(method: str, image_folder: Path, tmp_path: Path, simclr: Path) -> None:
     begin = ["--encoder", str(simclr)] if method in GOES_ON else FRESH
     out = tmp_path / "run"
@@ -76,7 +76,7 @@ def test_method_learns_and_makes_an_encoder(method: str, image_folder: Path, tmp
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     last = log[-1]["loss"] if method != "moco" else log[-1]["loss"] - 1.5  # its queue grows
     assert last < log[0]["loss"]
-    loaded = checkpoint.load(out / "checkpoint")
+    loaded = store.load(out / "checkpoint")
     assert isinstance(loaded.classifier.get_submodule("linear"), NoReadout)
     assert loaded.head is not None
     assert loaded.bank is not None
@@ -97,13 +97,13 @@ def test_readouts_of_an_encoder_classify(image_folder: Path, tmp_path: Path, sim
     }.items():
         out = tmp_path / name
         assert main([*arguments, *common, "--out", str(out), "--id", name]) == 0
-        made, base = checkpoint.load(out / "checkpoint"), checkpoint.load(simclr)
+        made, base = store.load(out / "checkpoint"), store.load(simclr)
         assert made.card.figures["test"]["clean_accuracy"] > 0.6, name
         assert made.card.id == name
         for key, value in base.classifier.state_dict().items():  # what was frozen is as it was
             assert torch.equal(made.classifier.state_dict()[key], value), (name, key)
         assert made.head is not None  # the projector purifies for it
-    assert isinstance(checkpoint.load(tmp_path / "knn/checkpoint").classifier.get_submodule("linear"), SoftNeighbours)
+    assert isinstance(store.load(tmp_path / "knn/checkpoint").classifier.get_submodule("linear"), SoftNeighbours)
 
 
 @pytest.mark.parametrize("command", ["linear", "knn"])
@@ -117,7 +117,7 @@ def test_encoder_is_transferred_to_other_classes(
     more = ["--epochs", "5", "--batch-size", "10", "--held-out", "9"] if command == "linear" else ["--neighbours", "9"]
     places = ["--data", str(tmp_path / "data"), "--out", str(tmp_path / "run"), "--cache", str(tmp_path)]
     assert main([command, "--encoder", str(simclr), *places, *more, "--device", "cpu"]) == 0
-    made = checkpoint.load(tmp_path / "run" / "checkpoint")
+    made = store.load(tmp_path / "run" / "checkpoint")
     assert made.card.classes == ("cold", "warm")
     assert made.card.architecture.num_classes == made.classifier.num_classes == 2
     assert made.bank is not None
@@ -153,7 +153,7 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
     assert main(pretrain_arguments(image_folder, stopped, *more)) == 0
     ends = [json.loads((out / "log.jsonl").read_text().splitlines()[-1]) for out in (whole, stopped)]
     assert abs(ends[0]["loss"] - ends[1]["loss"]) < 0.02  # without its queue it would be 0.5 lower
-    weights = [checkpoint.load(out / "checkpoint").classifier.state_dict() for out in (whole, stopped)]
+    weights = [store.load(out / "checkpoint").classifier.state_dict() for out in (whole, stopped)]
     for name, value in weights[0].items():
         assert torch.allclose(value.float(), weights[1][name].float(), atol=5e-3), name
 

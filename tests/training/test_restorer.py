@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from tests.conftest import RESTORER, make_checkpoint, make_config
 from tests.training.test_training import read_log
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.contrastive.loss import info_nce
 from unperturb.models.contrastive.views import make_views
 from unperturb.models.errors import CheckpointError, ConfigError
@@ -102,18 +102,18 @@ def test_checkpoint_without_a_restorer_has_no_restored_view(images: torch.Tensor
 
 def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
     made = make_checkpoint()
-    checkpoint.save(tmp_path / "one", made, half=False)
-    loaded = checkpoint.load(tmp_path / "one")
+    store.save(tmp_path / "one", made, half=False)
+    loaded = store.load(tmp_path / "one")
     assert loaded.restorer is not None
     assert made.restorer is not None
     assert torch.equal(loaded.restorer(images), made.restorer(images))
-    checkpoint.save(tmp_path / "other", dataclasses.replace(made, restorer=None))
-    without = checkpoint.load(tmp_path / "other")  # as a readout's training leaves it: the restorer was another's
+    store.save(tmp_path / "other", dataclasses.replace(made, restorer=None))
+    without = store.load(tmp_path / "other")  # as a readout's training leaves it: the restorer was another's
     assert without.restorer is None
     assert without.card.restorer is None
-    checkpoint.write_card(tmp_path / "other", dataclasses.replace(without.card, restorer=RESTORER))
+    store.write_card(tmp_path / "other", dataclasses.replace(without.card, restorer=RESTORER))
     with pytest.raises(CheckpointError, match=r"lacks restorer\."):
-        checkpoint.load(tmp_path / "other")
+        store.load(tmp_path / "other")
     with pytest.raises(ConfigError, match="epsilon=8"):
         Restorer(RestorerCard(width=4, depth=2, epsilon=8.0))
     with pytest.raises(ConfigError, match="restored=-1"):
@@ -124,7 +124,7 @@ def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
 
 
 def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "base", make_checkpoint())
+    store.save(tmp_path / "base", make_checkpoint())
     out = tmp_path / "run"
     arguments = [
         "restorer",
@@ -159,7 +159,7 @@ def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> 
     log = read_log(out)
     assert log[-1]["held_out_error"] < log[0]["held_out_error"]
     assert log[-1]["held_out_signs"] > 0.55
-    made, before = checkpoint.load(out / "checkpoint"), checkpoint.load(tmp_path / "base")
+    made, before = store.load(out / "checkpoint"), store.load(tmp_path / "base")
     assert made.card.restorer == RestorerCard(width=8, depth=2, epsilon=40 / 255)
     assert made.card.restorer_training["attack_steps"] == 3
     for name, value in before.classifier.state_dict().items():

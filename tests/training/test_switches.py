@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from tests.conftest import make_checkpoint
 from tests.training.test_training import classifier_arguments, read_log
-from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.checkpoints import store
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.training.__main__ import main
 from unperturb.training.state import STATE
 from unperturb.training.supervised.self_adaptive import AdaptiveTargets
@@ -85,7 +86,7 @@ def test_weight_perturbation_raises_the_loss_by_gamma_and_leaves_the_weights(ima
 def test_switch_of_the_classifier_learns(switches: list[str], image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(classifier_arguments(image_folder, out, *switches, "--epochs", "8", "--test-images", "15")) == 0
-    card = checkpoint.load(out / "checkpoint").card
+    card = store.load(out / "checkpoint").card
     assert card.figures["test"]["clean_accuracy"] > 0.55
     assert card.figures["test"]["n"] == 15
     assert card.data["labelled"] == (21 if "--labelled" in switches else 40 if "--images" in switches else 63)
@@ -103,7 +104,7 @@ def test_resumed_self_adaptive_run_has_its_targets(image_folder: Path, tmp_path:
 
 
 def test_adversarial_head_learns_on_attacked_views(image_folder: Path, tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "base", make_checkpoint(head=False))
+    store.save(tmp_path / "base", make_checkpoint(head=False))
     out = tmp_path / "head"
     arguments = [
         "head",
@@ -136,7 +137,7 @@ def test_adversarial_head_learns_on_attacked_views(image_folder: Path, tmp_path:
         "cpu",
     ]
     assert main(arguments) == 0
-    loaded = checkpoint.load(out / "checkpoint")
+    loaded = store.load(out / "checkpoint")
     assert loaded.card.head_training["adversarial"]
     log = read_log(out)
     assert log[-1]["loss"] < log[0]["loss"]

@@ -14,13 +14,14 @@ import torch
 
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
-from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.checkpoints import store
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.registry import build
 from unperturb.training.__main__ import COMMANDS, main
 from unperturb.training.log import LOG
 from unperturb.training.loop import learning_rate
 from unperturb.training.state import STATE
-from unperturb.training.supervised.adversarial import METHODS, Batch, Method, smoothed
+from unperturb.training.supervised.adversarial import SUPERVISED_METHODS, SupervisedBatch, SupervisedMethod, smoothed
 from unperturb.training.supervised.classifier import ClassifierConfig
 
 SMALL = [
@@ -53,11 +54,11 @@ def read_log(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SUPERVISED_METHODS)
 def test_classifier_learns_and_ships_a_loadable_checkpoint(method: str, image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert main(classifier_arguments(image_folder, out, "--method", method, "--epochs", "6")) == 0
-    loaded = checkpoint.load(out / "checkpoint")
+    loaded = store.load(out / "checkpoint")
     test = loaded.card.figures["test"]
     assert test["clean_accuracy"] > 0.6
     assert test["n"] == 18
@@ -106,7 +107,7 @@ def test_head_trains_on_the_frozen_classifier_and_builds_a_bank(image_folder: Pa
         "cpu",
     ]
     assert main(arguments) == 0
-    loaded, before = checkpoint.load(out / "checkpoint"), checkpoint.load(base / "checkpoint")
+    loaded, before = store.load(out / "checkpoint"), store.load(base / "checkpoint")
     for name, value in before.classifier.state_dict().items():
         assert torch.equal(loaded.classifier.state_dict()[name], value), name
     assert loaded.bank is not None
@@ -140,7 +141,7 @@ def test_resumed_run_ends_where_an_uninterrupted_one_does(image_folder: Path, tm
     epochs = [entry["epoch"] for entry in read_log(killed)]
     assert len(epochs) - 12 <= 1  # at most one epoch was done twice
     assert sorted(set(epochs)) == list(range(1, 13))
-    ends = [checkpoint.load(out / "checkpoint") for out in (whole, killed)]
+    ends = [store.load(out / "checkpoint") for out in (whole, killed)]
     for name, value in ends[0].classifier.state_dict().items():
         assert torch.allclose(ends[1].classifier.state_dict()[name].float(), value.float(), atol=2e-3), name
 
@@ -184,7 +185,7 @@ def test_two_processes_train_one_model(image_folder: Path, tmp_path: Path) -> No
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(read_log(out)) == 4
-    assert checkpoint.load(out / "checkpoint").card.figures["test"]["clean_accuracy"] > 0.5
+    assert store.load(out / "checkpoint").card.figures["test"]["clean_accuracy"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -222,21 +223,21 @@ def test_memory_too_small_is_refused_before_the_first_epoch(
     def too_large(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setitem(METHODS, "trades", Method(too_large, METHODS["trades"].loss))
+    monkeypatch.setitem(SUPERVISED_METHODS, "trades", SupervisedMethod(too_large, SUPERVISED_METHODS["trades"].loss))
     assert main(classifier_arguments(image_folder, tmp_path / "run")) == 2
     assert "batch_size=12 does not fit into the memory of cpu" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SUPERVISED_METHODS)
 def test_attack_of_a_training_step_leaves_batchnorm_and_mode_alone(method: str) -> None:
     model = build(Architecture(name="wide_resnet_10_1", num_classes=3)).train()
     norm = model.get_submodule("norm")
     attack = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=2, start="uniform")
     numbers = torch.arange(4)
-    batch = Batch(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), numbers, numbers)
+    batch = SupervisedBatch(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), numbers, numbers)
     before = int(norm.get_buffer("num_batches_tracked"))
-    crafted = METHODS[method].craft(model, batch, attack)
-    METHODS[method].loss(model, batch, crafted, smoothed(batch.labels, 0.0), 1.0).loss.backward()
+    crafted = SUPERVISED_METHODS[method].craft(model, batch, attack)
+    SUPERVISED_METHODS[method].loss(model, batch, crafted, smoothed(batch.labels, 0.0), 1.0).loss.backward()
     assert int(norm.get_buffer("num_batches_tracked")) == before + 1  # one pass in training mode
     assert norm.training
 
@@ -255,8 +256,8 @@ def test_trades_is_the_sum_of_its_two_terms() -> None:
     model = build(Architecture(name="wide_resnet_10_1", num_classes=3))
     attack = ProjectedGradient(direction="ascend", epsilon=0.1, step_size=0.1, steps=0, start="uniform")
     x, labels, seeds = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]), torch.arange(4)
-    batch = Batch(x, labels, seeds, seeds)
-    trades = METHODS["trades"]
+    batch = SupervisedBatch(x, labels, seeds, seeds)
+    trades = SUPERVISED_METHODS["trades"]
     crafted = trades.craft(model, batch, attack)
     found = trades.loss(model, batch, crafted, smoothed(labels, 0.0), 3.0).loss
     p, q = model(x).softmax(1), model(attack.begin(x, seeds)).softmax(1)

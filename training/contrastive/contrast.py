@@ -18,7 +18,7 @@ from unperturb.training import seeds
 from unperturb.training import world as worlds
 from unperturb.training.augment import pad_crop_flip
 from unperturb.training.contrastive.encoder import Encoder
-from unperturb.training.contrastive.false_negatives import FalseNegativeConfig, Found, Negatives
+from unperturb.training.contrastive.false_negatives import FalseNegativeConfig, NegativeMask, Negatives
 from unperturb.training.world import World
 
 # SimCLR's views of small images (Chen et al. 2020, appendix B.9), every image's colours drawn anew
@@ -50,7 +50,7 @@ class ContrastConfig(FalseNegativeConfig):
             raise ConfigError("batch_size=1 leaves no negative in the batch; it must be at least 2")
 
 
-class Batch(NamedTuple):
+class ContrastiveBatch(NamedTuple):
     """Images uint8, their numbers in the training set, seeds of this epoch, labels, the epoch and its step (from 0).
 
     The labels serve the oracle of false negatives and the report of a detector's precision, nothing else.
@@ -114,12 +114,12 @@ class Contrast:
             start="uniform",
         )
 
-    def views(self, batch: Batch, count: int = 2) -> Float[Tensor, "batch views 3 h w"]:
+    def views(self, batch: ContrastiveBatch, count: int = 2) -> Float[Tensor, "batch views 3 h w"]:
         """Random views of each image, in [0, 1]."""
         x = batch.images.float() / 255
         return make_views(x, seeds=batch.seeds, step=0, views=count, policy=self.policy)
 
-    def weakly(self, batch: Batch) -> Float[Tensor, "batch 3 h w"]:
+    def weakly(self, batch: ContrastiveBatch) -> Float[Tensor, "batch 3 h w"]:
         """The images padded, cropped and flipped: what a classifier is trained on."""
         draw = seeds.of_step(seed=self.config.seed, epoch=batch.epoch, step=batch.step)
         return pad_crop_flip(batch.images, pad=4, generator=draw)
@@ -127,7 +127,7 @@ class Contrast:
     def nt_xent(
         self,
         embeddings: Float[Tensor, "batch views dim"],
-        batch: Batch,
+        batch: ContrastiveBatch,
         *,
         queue: tuple[Tensor, Tensor] | None = None,
     ) -> Loss:
@@ -141,8 +141,8 @@ class Contrast:
         return Loss(loss, self.negatives.figures(found))
 
     def found(
-        self, embeddings: Tensor, batch: Batch, *, queue: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Found, Tensor]:
+        self, embeddings: Tensor, batch: ContrastiveBatch, *, queue: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[NegativeMask, Tensor]:
         """The negatives of every image [n, dim], and which of them count for it."""
         return self.negatives.found(embeddings, batch.labels, batch.indices, batch.epoch, queue=queue)
 

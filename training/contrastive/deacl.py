@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unperturb.models.attacks.instance import away_from
 from unperturb.models.attacks.pgd import evaluating
-from unperturb.training.contrastive.contrast import Batch, Contrast, Loss
+from unperturb.training.contrastive.contrast import Contrast, ContrastiveBatch, Loss
 from unperturb.training.contrastive.encoder import Encoder
 
 ATTACKED_WEIGHT = 2.0
@@ -28,7 +28,7 @@ class DeACL:
         self.memory: nn.Module = copy.deepcopy(encoder).eval().requires_grad_(False)
         encoder.projector.requires_grad_(False)  # no part of the loss; it goes on as the teacher's
 
-    def loss(self, batch: Batch) -> Loss:
+    def loss(self, batch: ContrastiveBatch) -> Loss:
         """The mean loss of a batch."""
         teacher, student = self.memory, self.encoder
         assert isinstance(teacher, Encoder)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import evaluating
-from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Card, Checkpoint, HeadCard
-from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import Card, HeadCard
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.networks.readout import NoReadout, ReadoutCard, attach
-from unperturb.models.networks.registry import Architecture, build
+from unperturb.models.networks.registry import build
 from unperturb.models.shapes import Float
 from unperturb.training import data
 
@@ -48,7 +49,7 @@ def reopened(name: str, *, image_size: int) -> tuple[Encoder, Checkpoint]:
 
     Raises ConfigError where its images are of another size, or where it has no projector.
     """
-    found = checkpoint.load(name)
+    found = store.load(name)
     if found.card.architecture.image_size != image_size:
         raise ConfigError(f"image_size={image_size}, but {name} takes images of {found.card.architecture.image_size}")
     if found.head is None:

@@ -36,7 +36,7 @@ class FalseNegativeConfig(RunConfig):
             raise ConfigError(f"false_negative_share={self.false_negative_share} must be in (0, 1)")
 
 
-class Found(NamedTuple):
+class NegativeMask(NamedTuple):
     """Which negatives count for each anchor, and how many of those left out are of its class, with counts to divide by:
     precision = hits / dropped, recall = hits / of_class.
     """
@@ -80,7 +80,7 @@ class FalseNegatives(nn.Module):
         indices: Int[Tensor, " batch"],
         *,
         active: bool = True,
-    ) -> Found:
+    ) -> NegativeMask:
         """The mask of negatives that count, at least one for each anchor.
 
         similarity: cosine of anchor and negative; others: the negatives that are not the anchor itself; same: those of
@@ -101,7 +101,7 @@ class FalseNegatives(nn.Module):
         some = (others & ~drop).any(1, keepdim=True)
         drop = drop.scatter(1, least, drop.gather(1, least) & some)  # where none is left, the least similar is
         keep = others & ~drop if active else others
-        return Found(keep, (drop & same & others).sum(), drop.sum(), (same & others).sum(), others.sum())
+        return NegativeMask(keep, (drop & same & others).sum(), drop.sum(), (same & others).sum(), others.sum())
 
     def _learned(self, similarity: Tensor, others: Tensor, indices: Tensor) -> Tensor:
         """Each anchor's threshold, after one step; its first is the quantile of its first batch."""
@@ -142,7 +142,7 @@ class Negatives:
         epoch: int,
         *,
         queue: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Found, Tensor]:
+    ) -> tuple[NegativeMask, Tensor]:
         """Which negatives count for each image, and all of them [n, dim]: the batch's, and the queue's if there is one
         (embeddings and labels). `indices` are the images' numbers in the training set, `epoch` counts from 0.
         """
@@ -157,7 +157,7 @@ class Negatives:
         active = epoch >= self.config.false_negatives_from
         return self.detector.find(similarity, others, labels[:, None] == kinds, indices, active=active), negatives
 
-    def figures(self, found: Found) -> dict[str, Tensor]:
+    def figures(self, found: NegativeMask) -> dict[str, Tensor]:
         """The detector's precision and recall against the labels, and the precision of chance."""
         if self.config.false_negatives == "keep":
             return {}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb.training.contrastive.contrast import Batch, Contrast, Loss, Queue, embed_together
+from unperturb.training.contrastive.contrast import Contrast, ContrastiveBatch, Loss, Queue, embed_together
 from unperturb.training.contrastive.encoder import Encoder
 from unperturb.training.world import World
 
@@ -39,7 +39,7 @@ class MoCo:
         assert isinstance(last, nn.Linear)
         self.memory = Keys(encoder, contrast.negatives.detector, queue, last.out_features, world)
 
-    def loss(self, batch: Batch) -> Loss:
+    def loss(self, batch: ContrastiveBatch) -> Loss:
         """Each view against the other's key, the batch's other keys and the queue (eq. 1)."""
         memory, temperature = self.memory, self.contrast.config.temperature
         views = self.contrast.views(batch)

@@ -10,7 +10,7 @@ images are views, as in the pre-training that this fine-tunes.
 import torch
 from torch import nn
 
-from unperturb.training.contrastive.contrast import Batch, Contrast, Loss, embed_together
+from unperturb.training.contrastive.contrast import Contrast, ContrastiveBatch, Loss, embed_together
 from unperturb.training.contrastive.encoder import Encoder
 
 
@@ -22,7 +22,7 @@ class MutualInformation:
         self.model: nn.Module = encoder
         self.memory: nn.Module = contrast.negatives.detector
 
-    def loss(self, batch: Batch) -> Loss:
+    def loss(self, batch: ContrastiveBatch) -> Loss:
         """The mean loss of a batch, and the bound in nats."""
         (x,) = self.contrast.views(batch, 1).unbind(1)
         attacked = self.contrast.attacked(self.encoder, x, x, batch.seeds)

@@ -12,15 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import evaluating
-from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import HeadCard
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import HeadCard
 from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
 from unperturb.models.contrastive.views import make_views
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.registry import Architecture
+from unperturb.models.networks.classifier import Architecture
 from unperturb.models.options import option
 from unperturb.training import data, loop, seeds, world
-from unperturb.training.contrastive.contrast import POLICY, Batch, Contrast, ContrastConfig, Loss, embed_together
+from unperturb.training.contrastive.contrast import (
+    POLICY,
+    Contrast,
+    ContrastConfig,
+    ContrastiveBatch,
+    Loss,
+    embed_together,
+)
 from unperturb.training.contrastive.deacl import DeACL
 from unperturb.training.contrastive.encoder import BATCH, Encoder, finished, fresh, reopened
 from unperturb.training.contrastive.moco import MoCo
@@ -30,7 +37,7 @@ from unperturb.training.contrastive.simclr import SimCLR
 from unperturb.training.world import World
 
 
-class Method(Protocol):
+class PretrainingMethod(Protocol):
     """One way to train an encoder: `model` is trained, `memory` is what else a resumed run needs."""
 
     @property
@@ -39,7 +46,7 @@ class Method(Protocol):
     @property
     def memory(self) -> nn.Module: ...  # noqa: D102
 
-    def loss(self, batch: Batch) -> Loss:
+    def loss(self, batch: ContrastiveBatch) -> Loss:
         """The mean loss of a batch, and figures for the log."""
         ...
 
@@ -80,7 +87,7 @@ class PretrainConfig(ContrastConfig):
             raise ConfigError(f"method={self.method} goes on from a trained encoder; name its checkpoint: --encoder")
 
 
-METHODS: dict[str, Callable[[PretrainConfig, Contrast, Encoder, World], Method]] = {
+PRETRAINING_METHODS: dict[str, Callable[[PretrainConfig, Contrast, Encoder, World], PretrainingMethod]] = {
     "simclr": lambda _, contrast, encoder, __: SimCLR(contrast, encoder),
     "moco": lambda config, contrast, encoder, here: MoCo(
         contrast, encoder, here, queue=config.queue, key_momentum=config.key_momentum
@@ -92,21 +99,21 @@ METHODS: dict[str, Callable[[PretrainConfig, Contrast, Encoder, World], Method]]
 
 
 class PretrainTask:
-    """The loop's task for METHODS."""
+    """The loop's task for PRETRAINING_METHODS."""
 
     def __init__(
         self, config: PretrainConfig, encoder: Encoder, train: data.Split, held: data.Split, here: World
     ) -> None:
         self.config, self.train, self.held = config, train, held
         self.images = len(train.labels)
-        self.method = METHODS[config.method](config, Contrast(config, self.images, here), encoder, here)
+        self.method = PRETRAINING_METHODS[config.method](config, Contrast(config, self.images, here), encoder, here)
         self.model, self.memory = self.method.model, self.method.memory
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss on a batch."""
         self.model.train()
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
-        batch = Batch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
+        batch = ContrastiveBatch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
         return self.method.loss(batch)
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
@@ -177,6 +184,6 @@ def pretrain(config: PretrainConfig) -> None:
             seed=config.seed,
             training=training,
         )
-        checkpoint.save(out, made)
+        store.save(out, made)
         print(f"{out}: encoder by {config.method}, NT-Xent {fitted.figures['held_out_loss']:.3f} on held-out images")
     world.leave(here)

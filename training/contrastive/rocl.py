@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from unperturb.models.contrastive.loss import info_nce
-from unperturb.training.contrastive.contrast import Batch, Contrast, Loss, embed_together
+from unperturb.training.contrastive.contrast import Contrast, ContrastiveBatch, Loss, embed_together
 from unperturb.training.contrastive.encoder import Encoder
 
 
@@ -22,7 +22,7 @@ class RoCL:
         self.model: nn.Module = encoder
         self.memory: nn.Module = contrast.negatives.detector
 
-    def loss(self, batch: Batch) -> Loss:
+    def loss(self, batch: ContrastiveBatch) -> Loss:
         """The mean loss of a batch."""
         views = self.contrast.views(batch)
         first, second = views.unbind(1)

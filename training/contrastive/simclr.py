@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from unperturb.training.contrastive.contrast import Batch, Contrast, Loss, embed_together
+from unperturb.training.contrastive.contrast import Contrast, ContrastiveBatch, Loss, embed_together
 from unperturb.training.contrastive.encoder import Encoder
 
 
@@ -14,6 +14,6 @@ class SimCLR:
         self.model: nn.Module = encoder
         self.memory: nn.Module = contrast.negatives.detector
 
-    def loss(self, batch: Batch) -> Loss:
+    def loss(self, batch: ContrastiveBatch) -> Loss:
         """The mean loss of a batch."""
         return self.contrast.nt_xent(embed_together(self.encoder, self.contrast.views(batch)), batch)

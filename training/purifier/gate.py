@@ -16,8 +16,8 @@ from torch import Tensor
 
 from unperturb.models import provenance
 from unperturb.models.attacks.pgd import pgd
-from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.gates import GATE_SEED
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import GATE_SEED
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.folding import prepared
 from unperturb.models.options import option
@@ -49,7 +49,7 @@ class GateConfig:
 
 def set_gates(config: GateConfig) -> None:
     """Measure, and replace the card."""
-    loaded = checkpoint.load(config.checkpoint, device=config.device)
+    loaded = store.load(config.checkpoint, device=config.device)
     dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
     data.require_classes(dataset, loaded.card.classes, of=config.checkpoint)
     held = data.first(data.kept_back(dataset, loaded.card), config.images, torch.device(config.device))
@@ -73,7 +73,7 @@ def set_gates(config: GateConfig) -> None:
             f"{name}: gate {gate:.4f}; {gates[name]['clean_left']:.1%} of clean and "
             f"{gates[name]['attacked_left']:.1%} of attacked images (PGD-20) are left as they are"
         )
-    checkpoint.write_card(checkpoint.resolve(config.checkpoint), dataclasses.replace(loaded.card, gates=gates))
+    store.write_card(store.resolve(config.checkpoint), dataclasses.replace(loaded.card, gates=gates))
 
 
 def first_losses(purifier: ReverseAttack, held: data.Split, *, epsilon: float) -> tuple[Tensor, Tensor]:

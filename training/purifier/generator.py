@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unperturb.models.attacks.pgd import correct
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.accuracy import correct
+from unperturb.models.checkpoints import store
 from unperturb.models.contrastive.loss import info_nce
 from unperturb.models.contrastive.views import make_views
 from unperturb.models.errors import ConfigError
@@ -116,7 +116,7 @@ def train_generator(config: GeneratorConfig) -> None:
     """Train to the last epoch, write OUT/generator, and test that once."""
     here = world.join(config.device)
     torch.manual_seed(config.seed)
-    base = checkpoint.load(config.classifier, device=here.device)
+    base = store.load(config.classifier, device=here.device)
     if base.card.readout.kind == "none":
         raise ConfigError(f"{config.classifier} {MAKE_ONE}")
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)

@@ -12,16 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import evaluating
-from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Checkpoint, HeadCard
-from unperturb.models.contrastive.loss import NegativesBank, ProjectionHead, in_batch_negatives, info_nce
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import HeadCard
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
 from unperturb.models.contrastive.views import ViewPolicy
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.options import option
 from unperturb.models.shapes import Bool, Float
 from unperturb.training import data, loop, seeds, world
-from unperturb.training.contrastive.contrast import Batch, Contrast, ContrastConfig, Queue
+from unperturb.training.contrastive.contrast import Contrast, ContrastConfig, ContrastiveBatch, Queue
 from unperturb.training.contrastive.encoder import BATCH, Encoder, bank_of
 from unperturb.training.world import World
 
@@ -72,7 +74,7 @@ class HeadTask:
         """The mean InfoNCE loss of a batch, and how often a view's nearest of all is a view of the same image."""
         self.model.train()
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
-        batch = Batch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
+        batch = ContrastiveBatch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
         encoder = Encoder(self.classifier, self.model)
         views = self.contrast.views(batch, self.config.views)
         if self.config.adversarial:
@@ -89,7 +91,7 @@ class HeadTask:
         losses, accuracies = [], []
         with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
             for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(BATCH):
-                batch = Batch(self.held.images[indices], indices, indices, self.held.labels[indices], 0, 0)
+                batch = ContrastiveBatch(self.held.images[indices], indices, indices, self.held.labels[indices], 0, 0)
                 embeddings = self._embed(averaged, self.contrast.views(batch, self.config.views))
                 negatives, keep = in_batch_negatives(embeddings)
                 losses.append(info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep).mean())
@@ -119,19 +121,14 @@ def _retrieval(
 def train_head(config: HeadConfig) -> None:
     """Train, choose the epoch on held-out training images, and write OUT/checkpoint: classifier, head and bank."""
     here = world.join(config.device)
-    if config.classifier.startswith("robustbench:"):
-        from unperturb.models.networks.robustbench import foreign_checkpoint
-
-        base = foreign_checkpoint(config.classifier)
-        dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
-        base = Checkpoint(dataclasses.replace(base.card, classes=dataset.classes), base.classifier.to(here.device))
-    else:
-        base = checkpoint.load(config.classifier, device=here.device)
-        dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
-    if len(dataset.classes) != base.classifier.num_classes:  # a foreign classifier's are not named
+    base = store.load(config.classifier, device=here.device)
+    dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    if len(dataset.classes) != base.classifier.num_classes:
         raise ConfigError(
             f"{config.data} has {len(dataset.classes)} classes, {config.classifier} {base.classifier.num_classes}"
         )
+    if not base.card.weights_sha256:  # of no folder of ours: its classes are only numbered
+        base = dataclasses.replace(base, card=dataclasses.replace(base.card, classes=dataset.classes))
     data.require_classes(dataset, base.card.classes, of=config.classifier)
     torch.manual_seed(config.seed)
     kept, held = data.training_images(dataset.train, config)
@@ -158,7 +155,7 @@ def train_head(config: HeadConfig) -> None:
             },
         )
         out = config.out / "checkpoint"
-        checkpoint.save(out, Checkpoint(card, base.classifier, fitted.model, bank, base.restorer))
+        store.save(out, Checkpoint(card, base.classifier, fitted.model, bank, base.restorer))
         loss = fitted.figures["held_out_loss"]
         print(f"{out}: head of InfoNCE {loss:.3f} on held-out images, bank of {config.bank_size}")
     world.leave(here)

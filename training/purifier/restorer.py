@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unperturb.models.attacks.pgd import evaluating, pgd
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.restorer import Restorer, RestorerCard
@@ -113,7 +113,7 @@ def _signs(found: Tensor, noise: Tensor) -> Tensor:
 def train_restorer(config: RestorerConfig) -> None:
     """Train, choose the epoch on held-out training images, and write OUT/checkpoint."""
     here = world.join(config.device)
-    base = checkpoint.load(config.checkpoint, device=here.device)
+    base = store.load(config.checkpoint, device=here.device)
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
     data.require_classes(dataset, base.card.classes, of=config.checkpoint)
     torch.manual_seed(config.seed)
@@ -138,6 +138,6 @@ def train_restorer(config: RestorerConfig) -> None:
             },
         )
         out = config.out / "checkpoint"
-        checkpoint.save(out, dataclasses.replace(base, card=made, restorer=fitted.model))
+        store.save(out, dataclasses.replace(base, card=made, restorer=fitted.model))
         print(f"{out}: {fitted.figures['held_out_signs']:.1%} of the signs of an attack's pixels are found")
     world.leave(here)

@@ -8,22 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unperturb.models.attacks.pgd import Classify, correct, pgd, wilson
+from unperturb.models.accuracy import correct, wilson
+from unperturb.models.attacks.pgd import Classify, pgd
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import option
 from unperturb.training import data, loop, seeds
 from unperturb.training.augment import pad_crop_flip
 from unperturb.training.loop import RunConfig
-from unperturb.training.supervised.adversarial import Batch, Fit, Objective, method_of, smoothed
+from unperturb.training.supervised.adversarial import Fit, MethodName, SupervisedBatch, method_of, smoothed
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig(RunConfig):
     """What every run with labels has."""
 
-    method: Objective = option("training loss", "trades")
+    method: MethodName = option("training loss", "trades")
     epsilon: float = option("attack radius, L-infinity", 8 / 255)
     attack_steps: int = option("steps of the training attack", 10)
     attack_step_size: float = option("step size of the training attack", 2 / 255)
@@ -50,7 +51,7 @@ class SupervisedConfig(RunConfig):
 
 
 class SupervisedTask:
-    """The loop's task for METHODS, on the classifier that `model` is."""
+    """The loop's task for SUPERVISED_METHODS, on the classifier that `model` is."""
 
     memory: nn.Module
 
@@ -67,30 +68,30 @@ class SupervisedTask:
             start="uniform",
         )
 
-    def batch(self, indices: Tensor, epoch: int, step: int) -> Batch:
+    def batch(self, indices: Tensor, epoch: int, step: int) -> SupervisedBatch:
         """Those training images, augmented by draws of their own."""
         draw = seeds.of_step(seed=self.config.seed, epoch=epoch, step=step)
         x = pad_crop_flip(self.train.images[indices], pad=self.config.pad, generator=draw)
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
-        return Batch(x, self.train.labels[indices], own, indices)
+        return SupervisedBatch(x, self.train.labels[indices], own, indices)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss on a batch of augmented images, and its accuracy."""
         self.model.train()
         return self.supervised(self.model, self.batch(indices, epoch, step), epoch)
 
-    def supervised(self, model: nn.Module, batch: Batch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def supervised(self, model: nn.Module, batch: SupervisedBatch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The method's loss of a classifier, and its accuracy."""
         crafted = self.method.craft(model, batch, self.attack)
         forward = self.forward_pass(model, batch, crafted)
         outcome = self.method.loss(forward, batch, crafted, self.fit(batch, epoch), self.config.beta)
         return outcome.loss, {"accuracy": outcome.logits.detach().argmax(1).eq(batch.labels).float().mean()}
 
-    def fit(self, batch: Batch, epoch: int) -> Fit:
+    def fit(self, batch: SupervisedBatch, epoch: int) -> Fit:
         """What the logits of a batch are fitted to."""
         return smoothed(batch.labels, self.config.label_smoothing)
 
-    def forward_pass(self, model: nn.Module, batch: Batch, crafted: Tensor) -> Classify:
+    def forward_pass(self, model: nn.Module, batch: SupervisedBatch, crafted: Tensor) -> Classify:
         """The forward pass that the loss is computed by."""
         return model
 
@@ -150,7 +151,7 @@ def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int, 
 def report(folder: Path, test: data.Split, *, epsilon: float, images: int, device: torch.device) -> None:
     """Measure the checkpoint as stored on the first `images` test images (0: all), once; the figures go on its card."""
     test = data.first(test, images, device)
-    saved = checkpoint.load(folder, device=device)
+    saved = store.load(folder, device=device)
     figures = measure(saved.classifier, test, epsilon=epsilon, steps=20)
-    checkpoint.write_card(folder, dataclasses.replace(saved.card, figures={"test": figures}))
+    store.write_card(folder, dataclasses.replace(saved.card, figures={"test": figures}))
     print(f"{folder}: clean {figures['clean_accuracy']:.2%}, PGD-20 {figures['pgd_accuracy']:.2%} (n = {figures['n']})")

@@ -6,24 +6,24 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import Classify
-from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.checkpoints.store import Card, Checkpoint
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.networks.registry import (
+from unperturb.models.networks.classifier import (
     CIFAR10_MEAN,
     CIFAR10_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    TORCHVISION,
     Architecture,
-    build,
+    ImageClassifier,
 )
+from unperturb.models.networks.registry import TORCHVISION, build
 from unperturb.models.options import option
 from unperturb.training import data, loop, world
 from unperturb.training.contrastive.encoder import Encoder
 from unperturb.training.contrastive.false_negatives import FalseNegativeConfig
-from unperturb.training.supervised.adversarial import Batch, Fit
+from unperturb.training.supervised.adversarial import Fit, SupervisedBatch
 from unperturb.training.supervised.base import SupervisedConfig, SupervisedTask, report
 from unperturb.training.supervised.self_adaptive import AdaptiveTargets
 from unperturb.training.supervised.semi_supervised import SemiSupervisedTask
@@ -83,13 +83,13 @@ class ClassifierTask(SupervisedTask):
                 world=here,
             )
 
-    def fit(self, batch: Batch, epoch: int) -> Fit:
+    def fit(self, batch: SupervisedBatch, epoch: int) -> Fit:
         """Self-adaptive targets, or the labels."""
         if isinstance(self.memory, AdaptiveTargets):
             return self.memory.fit(batch.indices, epoch)
         return super().fit(batch, epoch)
 
-    def forward_pass(self, model: nn.Module, batch: Batch, crafted: Tensor) -> Classify:
+    def forward_pass(self, model: nn.Module, batch: SupervisedBatch, crafted: Tensor) -> Classify:
         """At the worst weights nearby, or at the weights."""
         if not self.config.weight_perturbation:
             return model
@@ -143,6 +143,6 @@ def train_classifier(config: ClassifierConfig) -> None:
             training={**loop.comparable(config), "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures},
         )
         out = config.out / "checkpoint"
-        checkpoint.save(out, Checkpoint(card, classifier))
+        store.save(out, Checkpoint(card, classifier))
         report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)
     world.leave(here)

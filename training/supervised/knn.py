@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.readout import ReadoutCard, SoftNeighbours, attach
@@ -49,7 +49,7 @@ def make_knn(config: KnnConfig) -> None:
     here = world.join(config.device)
     if here.size > 1:
         raise ConfigError("one process makes a nearest-neighbour classifier; start it without torchrun")
-    base = checkpoint.load(config.encoder, device=here.device)
+    base = store.load(config.encoder, device=here.device)
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
     train = data.resident(dataset.train, here.device)
     classifier, classes = base.classifier, len(dataset.classes)
@@ -82,5 +82,5 @@ def make_knn(config: KnnConfig) -> None:
         },
     )
     out = config.out / "checkpoint"
-    checkpoint.save(out, Checkpoint(made, classifier, base.head, bank_for(base, dataset, train, seed=config.seed)))
+    store.save(out, Checkpoint(made, classifier, base.head, bank_for(base, dataset, train, seed=config.seed)))
     report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
@@ -21,7 +21,7 @@ from unperturb.models.networks.readout import ReadoutCard, attach, blank_readout
 from unperturb.models.options import option
 from unperturb.training import data, loop, seeds, world
 from unperturb.training.contrastive.encoder import BATCH, bank_for
-from unperturb.training.supervised.adversarial import Batch, Objective
+from unperturb.training.supervised.adversarial import MethodName, SupervisedBatch
 from unperturb.training.supervised.base import SupervisedConfig, SupervisedTask, report
 
 
@@ -31,7 +31,7 @@ class LinearConfig(SupervisedConfig):
 
     encoder: str = option("checkpoint folder or shipped name")
     hidden: int = option("width of a layer between; 0 for a linear layer alone", 0)
-    method: Objective = option("training loss", "natural")
+    method: MethodName = option("training loss", "natural")
     epochs: int = option("passes over the training images", 50)
     batch_size: int = option("images a step", 256)
     lr: float = option("peak learning rate", 3e-3)
@@ -57,7 +57,7 @@ class LinearTask(SupervisedTask):
             return self.supervised(self.model, self.batch(indices, epoch, step), epoch)
         draw = seeds.of_step(seed=self.config.seed, epoch=epoch, step=step)
         mirrored = torch.randint(2, (len(indices),), generator=draw).to(indices.device)
-        batch = Batch(self.encoded[mirrored, indices], self.train.labels[indices], indices, indices)
+        batch = SupervisedBatch(self.encoded[mirrored, indices], self.train.labels[indices], indices, indices)
         return self.supervised(self.readout, batch, epoch)
 
     @cached_property
@@ -75,7 +75,7 @@ def train_linear(config: LinearConfig) -> None:
     """Train, choose the epoch on held-out training images, write OUT/checkpoint, and test that once."""
     here = world.join(config.device)
     torch.manual_seed(config.seed)
-    base = checkpoint.load(config.encoder, device=here.device)
+    base = store.load(config.encoder, device=here.device)
     if base.card.readout.kind == "knn":
         raise ConfigError(f"{config.encoder} classifies by nearest neighbours; name the encoder that it was made of")
     dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
@@ -108,6 +108,6 @@ def train_linear(config: LinearConfig) -> None:
         )
         out = config.out / "checkpoint"
         bank = bank_for(base, dataset, task.train, seed=config.seed)
-        checkpoint.save(out, Checkpoint(made, fitted.model, base.head, bank))
+        store.save(out, Checkpoint(made, fitted.model, base.head, bank))
         report(out, dataset.test, epsilon=config.epsilon, images=config.test_images, device=here.device)
     world.leave(here)

@@ -8,9 +8,10 @@ The self-supervised loss here is NT-Xent on a projector beside the last layer.
 import torch
 from torch import Tensor, nn
 
-from unperturb.models.contrastive.loss import ProjectionHead, info_nce
+from unperturb.models.contrastive.loss import info_nce
 from unperturb.models.contrastive.views import make_views
 from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.networks.head import ProjectionHead
 from unperturb.training import seeds
 from unperturb.training.contrastive.contrast import POLICY, embed_together
 from unperturb.training.contrastive.encoder import Encoder

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from unperturb.models.checkpoints.gates import GATE_SEED, gate_of
+from unperturb.models.checkpoints.card import GATE_SEED, gate_of
 from unperturb.models.errors import CheckpointError, UnprocessableError
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.registry import Model

@@ -1,0 +1,37 @@
+"""Accuracy: which images a classifier gets right, and the proportion of them with its interval."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from unperturb.models.attacks.pgd import Classify
+from unperturb.models.shapes import Float, Int
+
+
+class Accuracy(NamedTuple):
+    """A proportion of correct answers and its 95% Wilson interval."""
+
+    value: float
+    n: int
+    low: float
+    high: float
+
+
+def wilson(correct: int, n: int) -> Accuracy:
+    """Accuracy with the 95% score interval (Wilson 1927); n of at least 1."""
+    z = 1.959963984540054
+    share = correct / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Accuracy(share, n, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def correct(
+    classify: Classify, images: Float[Tensor, "n 3 h w"], labels: Int[Tensor, " n"], *, batch: int = 250
+) -> list[bool]:
+    """Per image, whether `classify` gives its label."""
+    with torch.no_grad():
+        parts = [classify(x).argmax(1).eq(y) for x, y in zip(images.split(batch), labels.split(batch), strict=True)]
+    return torch.cat(parts).tolist() if parts else []

@@ -1,0 +1,119 @@
+"""What a checkpoint's `card.json` says, and how it is read: no unknown key, none missing, every value of its type.
+
+A card's gates are the first losses up to which a preset leaves an image as it is.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.readout import ReadoutCard
+from unperturb.models.networks.restorer import RestorerCard
+
+SCHEMA_VERSION = 1
+GATE_SEED = 0  # of the views that a gate is measured on: the service's own seed
+_JSON_TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadCard:
+    """The head's shape and the temperature that it was trained with."""
+
+    hidden: int
+    embedding_dim: int
+    temperature: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What `card.json` holds; an unknown key is refused.
+
+    `training`, `head_training`, `restorer_training` and `figures` are the resolved configurations and measurements, as
+    JSON; `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were
+    found.
+    """
+
+    id: str
+    architecture: Architecture
+    classes: tuple[str, ...]
+    data: dict[str, Any]
+    training: dict[str, Any]
+    head: HeadCard | None = None
+    restorer: RestorerCard | None = None
+    bank_size: int = 0
+    readout: ReadoutCard = field(default_factory=ReadoutCard)
+    head_training: dict[str, Any] = field(default_factory=dict)
+    restorer_training: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, Any] = field(default_factory=dict)
+    made_by: dict[str, Any] = field(default_factory=dict)
+    weights_sha256: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+def parse_card(raw: dict[str, Any], file: Path) -> Card:
+    """Return the card that a file's JSON object describes; raise CheckpointError for what it does not know."""
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        raise CheckpointError(f"{file} is not a card of schema version {SCHEMA_VERSION}")
+    values = dict(known_fields(Card, raw, file))
+    values["architecture"] = Architecture(**_tuples(known_fields(Architecture, raw.get("architecture"), file)))
+    if raw.get("head") is not None:
+        values["head"] = HeadCard(**known_fields(HeadCard, raw["head"], file))
+    if raw.get("restorer") is not None:
+        values["restorer"] = RestorerCard(**known_fields(RestorerCard, raw["restorer"], file))
+    if "readout" in raw:
+        try:
+            values["readout"] = ReadoutCard(**known_fields(ReadoutCard, raw["readout"], file))
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: {error}") from error
+    check_gates(raw.get("gates", {}), file)
+    card = Card(**_tuples(values))
+    if len(card.classes) != card.architecture.num_classes:
+        raise CheckpointError(f"{file} names {len(card.classes)} classes for {card.architecture.num_classes} outputs")
+    return card
+
+
+def gate_of(card: Card, preset: str) -> float:
+    """The first loss up to which that preset leaves an image as it is, on views of GATE_SEED.
+
+    CheckpointError where none was measured, or with other weights.
+    """
+    gate = card.gates.get(preset)
+    if gate is None or gate.get("weights_sha256") != card.weights_sha256:
+        raise CheckpointError(
+            f"checkpoint {card.id!r} has no gate for the preset {preset!r}{' and these weights' * (gate is not None)}; "
+            "measure one: python -m training gate --checkpoint … --data …"
+        )
+    return float(gate["loss"])
+
+
+def check_gates(gates: Any, file: Path) -> None:  # noqa: ANN401
+    """CheckpointError where a card's gates are not what `training gate` writes."""
+    for preset, gate in gates.items() if isinstance(gates, dict) else [("gates", None)]:
+        loss = gate.get("loss") if isinstance(gate, dict) else None
+        if not isinstance(loss, int | float) or not math.isfinite(loss):
+            raise CheckpointError(f"{file}: the gate of {preset!r} has no finite loss")
+
+
+def known_fields(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
+    """`raw` as keyword arguments of a dataclass: no unknown key, none missing, plain values of the right type."""
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{file}: {kind.__name__} is not an object")
+    fields = dataclasses.fields(kind)
+    unknown = sorted(raw.keys() - {f.name for f in fields})
+    required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - raw.keys())
+    if unknown or missing:
+        raise CheckpointError(f"{file}: {kind.__name__} has unknown keys {unknown}, lacks {missing}")
+    for name, hint in get_type_hints(kind).items():
+        if name in raw and hint in _JSON_TYPES and type(raw[name]) not in _JSON_TYPES[hint]:
+            raise CheckpointError(f"{file}: {name}={raw[name]!r} is not of type {hint.__name__}")
+    return raw
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
