@@ -20,9 +20,9 @@ from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.errors import CheckpointError
 from unperturb.models.inference.captured import Execution, bucket
 from unperturb.models.inference.folding import Precision, prepared
+from unperturb.service.engine.batching import Ended, Lane
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.messages import Failed, Gone, Load, Loaded, Loading, Stepped, Unload, Work
-from unperturb.service.engine.scheduler import Ended, Lane
 from unperturb.service.telemetry import logs
 
 log = logging.getLogger("unperturb.worker")

@@ -15,11 +15,11 @@ from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.inference.folding import prepared
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
-from unperturb.service.engine import scheduler as lane
+from unperturb.service.engine import batching as lane
+from unperturb.service.engine.batching import Lane
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import Outcome, Work
-from unperturb.service.engine.scheduler import Lane
 from unperturb.service.engine.stages import ATTACK, stages_of
 from unperturb.service.engine.worker import WorkerConfig
 

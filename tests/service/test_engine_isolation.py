@@ -10,9 +10,9 @@ import torch
 
 from tests.support.engines import Pixels, close, one, submit, uint8
 from unperturb.models.errors import UnprocessableError
+from unperturb.service.engine.batching import Lane, Slot
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
-from unperturb.service.engine.scheduler import Lane, Slot
 from unperturb.service.engine.stages import ATTACK
 
 

@@ -11,9 +11,9 @@ import torch
 from tests.support.engines import hold_steps, submit, uint8
 from unperturb.models.errors import DeadlineError, NotReadyError
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.batching import Lane, Slot
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.engine import Engine
-from unperturb.service.engine.scheduler import Lane, Slot
 from unperturb.service.engine.stages import passes
 
 

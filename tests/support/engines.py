@@ -18,10 +18,10 @@ from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.inference.captured import Execution
 from unperturb.service.engine.admission import Admission
+from unperturb.service.engine.batching import Lane, Slot
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import Outcome
-from unperturb.service.engine.scheduler import Lane, Slot
 from unperturb.service.engine.worker import WorkerConfig, work
 from unperturb.service.telemetry.metrics import Metrics
 
