@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from unperturb.models.errors import NotReadyError
 from unperturb.service.engine.handle import WorkerHandle
-from unperturb.service.engine.jobs import Job
 from unperturb.service.engine.registry import Model
+from unperturb.service.engine.requests import ImageRequest
 
 
 class Admission(NamedTuple):
@@ -15,15 +15,21 @@ class Admission(NamedTuple):
 
     max_queue: images that may wait for a slot
     patience:  how many times its own time others may add to a newcomer's, as estimated; where one image in stage
-               `usual` takes longer, that is its time here
+               `default_stage` takes longer, that is its time here
     """
 
     max_queue: int
     patience: float
-    usual: str
+    default_stage: str
 
-    def refuse_past_count(
-        self, workers: Sequence[WorkerHandle], jobs: Collection[Job], *, waiting: int, stage: str | None, images: int
+    def check_queue_length(
+        self,
+        workers: Sequence[WorkerHandle],
+        jobs: Collection[ImageRequest],
+        *,
+        waiting: int,
+        stage: str | None,
+        images: int,
     ) -> None:
         """For the images that would wait."""
         room = sum(worker.room(stage) for worker in workers)
@@ -33,12 +39,18 @@ class Admission(NamedTuple):
                 retry_after_s=max(1, math.ceil(_ahead_s(workers, jobs, None, stage))),
             )
 
-    def refuse_past_patience(
-        self, workers: Sequence[WorkerHandle], jobs: Collection[Job], *, model: Model, stage: str | None, left_s: float
+    def check_added_time(
+        self,
+        workers: Sequence[WorkerHandle],
+        jobs: Collection[ImageRequest],
+        *,
+        model: Model,
+        stage: str | None,
+        left_s: float,
     ) -> None:
         """For what others would add; a request's own images are not held against it."""
         wait_s, alone_s = _ahead_s(workers, jobs, model, stage), model.alone_s(stage)
-        limit_s = self.patience * max(alone_s, model.alone_s(self.usual))
+        limit_s = self.patience * max(alone_s, model.alone_s(self.default_stage))
         if alone_s < left_s:  # otherwise it would be late with nobody beside it, too
             limit_s = min(limit_s, left_s - alone_s)
         if wait_s > limit_s:
@@ -48,9 +60,11 @@ class Admission(NamedTuple):
             )
 
 
-def _ahead_s(workers: Sequence[WorkerHandle], jobs: Collection[Job], model: Model | None, stage: str | None) -> float:
+def _ahead_s(
+    workers: Sequence[WorkerHandle], jobs: Collection[ImageRequest], model: Model | None, stage: str | None
+) -> float:
     """Estimated seconds that those in progress add to a newcomer: all they take, where it finds no free slot."""
     full = all(worker.room(stage) <= 0 for worker in workers)
-    return sum(job.model.beside_s(job.stage, job.stage if full else stage, model or job.model) for job in jobs) / len(
+    return sum(job.model.added_s(job.stage, job.stage if full else stage, model or job.model) for job in jobs) / len(
         workers
     )

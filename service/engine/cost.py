@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 from unperturb.service.engine.stages import passes, shape, step_passes
 
-LEAST = 0.01  # of a lone image's pass: timings are noisy, and work that costs nothing would have no bound
+MIN_SLOPE = 0.01  # of a lone image's pass: timings are noisy, and work that costs nothing would have no bound
 
 
-class Spent(NamedTuple):
+class Timing(NamedTuple):
     """So many batches through the classifier, with so many images forward in them, took so many seconds."""
 
     batches: int
@@ -26,12 +26,12 @@ class Cost(NamedTuple):
     together: bool = True
 
     @classmethod
-    def between(cls, small: Spent, large: Spent, *, together: bool = True) -> "Cost":
+    def fit(cls, small: Timing, large: Timing, *, together: bool = True) -> "Cost":
         """The straight line through as many small batches and large ones."""
         more = large.passes - small.passes
         slope = (large.seconds - small.seconds) / more if more else small.seconds / small.passes
         alone = small.seconds / small.passes
-        slope = min(max(slope, LEAST * alone), alone)
+        slope = min(max(slope, MIN_SLOPE * alone), alone)
         return cls((small.seconds - slope * small.passes) / small.batches, slope, together)
 
     def seconds(self, batches: int, passes: int) -> float:
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
         """What one image takes that has the device for itself."""
         return self.seconds(shape(stage)[0] + 1, passes(stage))
 
-    def beside(self, other: str | None, stage: str | None, *, together: bool = True) -> float:
+    def added_by(self, other: str | None, stage: str | None, *, together: bool = True) -> float:
         """What an image in stage `other` adds to one in `stage`: they share each step until the first of them ends.
 
         together: they are of the same model, whose batches they may share

@@ -18,9 +18,19 @@ from numpy.typing import NDArray
 from unperturb.models.errors import CheckpointError, DeadlineError, NotReadyError
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.handle import WorkerHandle
-from unperturb.service.engine.jobs import Job
-from unperturb.service.engine.messages import Failed, Gone, Load, Loaded, Loading, Outcome, Stepped, Unload, Work
-from unperturb.service.engine.registry import Model, Served
+from unperturb.service.engine.messages import (
+    Cancel,
+    Failed,
+    Load,
+    Loaded,
+    LoadProgress,
+    Outcome,
+    StepReport,
+    Unload,
+    Work,
+)
+from unperturb.service.engine.registry import Model, ModelRegistry
+from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.worker import WorkerConfig
 from unperturb.service.telemetry.metrics import Metrics
 
@@ -51,14 +61,14 @@ class Engine:
     ) -> None:
         self.admission, self.stall_s, self.metrics = admission, stall_s, metrics
         self._ids = itertools.count(1)
-        self.models = Served(name, self._let_go)
+        self.models = ModelRegistry(name, self._unload)
         self.workers = [handle(config, self._heard) for config in workers]
         self.failure: str | None = None
         self.draining = False
         self.warm = threading.Event()
         self._on_failure = on_failure
-        self._jobs: dict[int, Job] = {}  # all that are not answered
-        self._waiting: deque[Job] = deque()
+        self._jobs: dict[int, ImageRequest] = {}  # all that are not answered
+        self._waiting: deque[ImageRequest] = deque()
         self._changed = threading.Condition(threading.RLock())  # guards the two above, and what workers have
 
     # -- its state -----------------------------------------------------------------------------------------------------
@@ -152,11 +162,11 @@ class Engine:
             found = [worker.loaded.pop(model.number) for worker in self.workers]
         for one in found:
             if one.refused is not None:
-                self._let_go(model)
+                self._unload(model)
                 raise CheckpointError(one.refused)
-        model.cost = max((one.cost for one in found), key=lambda cost: cost.alone(self.admission.usual))
+        model.cost = max((one.cost for one in found), key=lambda cost: cost.alone(self.admission.default_stage))
 
-    def _let_go(self, model: Model) -> None:
+    def _unload(self, model: Model) -> None:
         for worker in self.workers:
             worker.say(Unload(model.number))
 
@@ -211,7 +221,7 @@ class Engine:
             raise NotReadyError(self.not_ready or "the service is not ready")
         loop = asyncio.get_running_loop()
         jobs = [
-            Job(next(self._ids), model, image, stage, seed, wants_image, loop, loop.create_future(), gate)
+            ImageRequest(next(self._ids), model, image, stage, seed, wants_image, loop, loop.create_future(), gate)
             for image, seed in zip(images, seeds, strict=True)
         ]
         with self._changed:
@@ -233,16 +243,16 @@ class Engine:
     def _refuse(self, model: Model | None, stage: str | None, images: int, left_s: float) -> None:
         """Under the lock."""
         jobs = self._jobs.values()
-        self.admission.refuse_past_count(self.workers, jobs, waiting=self.waiting, stage=stage, images=images)
+        self.admission.check_queue_length(self.workers, jobs, waiting=self.waiting, stage=stage, images=images)
         if model is not None:
-            self.admission.refuse_past_patience(self.workers, jobs, model=model, stage=stage, left_s=left_s)
+            self.admission.check_added_time(self.workers, jobs, model=model, stage=stage, left_s=left_s)
 
     def _hand_out(self) -> None:
         """Give waiting images to the workers with the most free slots; under the lock.
 
         First come, first served, of those with steps and of those without: these hold a slot for one step only.
         """
-        left: deque[Job] = deque()
+        left: deque[ImageRequest] = deque()
         for job in self._waiting:
             worker = min(self.workers, key=lambda worker: len(worker.busy))
             if worker.room(job.stage) <= 0:
@@ -254,7 +264,7 @@ class Engine:
             )
         self._waiting = left
 
-    def _forget(self, jobs: Sequence[Job]) -> None:
+    def _forget(self, jobs: Sequence[ImageRequest]) -> None:
         """Nobody waits for these any more: take back those that are not answered."""
         with self._changed:
             for job in jobs:
@@ -264,11 +274,11 @@ class Engine:
                     self._waiting.remove(job)
                 else:
                     job.worker.take_back([job.id])
-                    job.worker.say(Gone((job.id,)))
+                    job.worker.say(Cancel((job.id,)))
             self._hand_out()
             self._changed.notify_all()
 
-    def _heard(self, worker: WorkerHandle, message: Stepped | Loading | Loaded | Failed) -> None:
+    def _heard(self, worker: WorkerHandle, message: StepReport | LoadProgress | Loaded | Failed) -> None:
         """From a worker's thread."""
         match message:
             case Failed(reason):
@@ -279,10 +289,10 @@ class Engine:
                     worker.loading.discard(number)
                     worker.last_heard = time.monotonic()
                     self._changed.notify_all()
-            case Stepped():
+            case StepReport():
                 self._stepped(worker, message)
 
-    def _stepped(self, worker: WorkerHandle, message: Stepped) -> None:
+    def _stepped(self, worker: WorkerHandle, message: StepReport) -> None:
         worker.memory = message.memory
         with self._changed:
             if message.pace is not None:

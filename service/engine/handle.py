@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from unperturb.service.engine.messages import Failed, Load, Loaded, Loading, Stepped, Unload, Work
+from unperturb.service.engine.messages import Failed, Load, Loaded, LoadProgress, StepReport, Unload, Work
 from unperturb.service.engine.worker import WorkerConfig
 
 log = logging.getLogger("unperturb.engine")
-Listener = Callable[["WorkerHandle", Stepped | Loading | Loaded | Failed], None]
+Listener = Callable[["WorkerHandle", StepReport | LoadProgress | Loaded | Failed], None]
 
 
 class WorkerHandle:

@@ -60,13 +60,13 @@ class Work(NamedTuple):
     gate: float | None = None
 
 
-class Gone(NamedTuple):
+class Cancel(NamedTuple):
     """To a worker: nobody waits for these any more."""
 
     ids: tuple[int, ...]
 
 
-class Loading(NamedTuple):
+class LoadProgress(NamedTuple):
     """From a worker: one more piece of a model's warm-up is done."""
 
     model: int
@@ -80,7 +80,7 @@ class Loaded(NamedTuple):
     refused: str | None = None
 
 
-class Stepped(NamedTuple):
+class StepReport(NamedTuple):
     """From a worker, after each step: slots in use, its seconds, what has ended, and the device's memory in bytes.
 
     pace: its seconds in multiples of what the model's cost foretold

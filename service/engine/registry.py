@@ -12,8 +12,8 @@ from unperturb.models.errors import CheckpointError, ConfigError, NotFoundError
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.stages import stages_of
 
-FARTHEST = 10.0  # times faster or slower than foretold
-FOLLOW = 0.1  # of each new observation's distance from the estimate
+PACE_LIMIT = 10.0  # times faster or slower than foretold
+PACE_SMOOTHING = 0.1  # of each new observation's distance from the estimate
 
 
 @dataclass(eq=False)
@@ -40,22 +40,22 @@ class Model:
 
     def observe(self, pace: float) -> None:
         """Follow what work takes; one step that hung tells little of the next."""
-        self.pace += FOLLOW * (min(max(pace, 1 / FARTHEST), FARTHEST) - self.pace)
+        self.pace += PACE_SMOOTHING * (min(max(pace, 1 / PACE_LIMIT), PACE_LIMIT) - self.pace)
 
     def alone_s(self, stage: str | None) -> float:
         """Estimated seconds of one image that has a device for itself."""
         return self.pace * self.cost.alone(stage)
 
-    def beside_s(self, other: str | None, stage: str | None, model: "Model") -> float:
+    def added_s(self, other: str | None, stage: str | None, model: "Model") -> float:
         """Estimated seconds that one of its images, in stage `other`, adds to one of `model` in `stage`."""
-        return self.pace * self.cost.beside(other, stage, together=model is self)
+        return self.pace * self.cost.added_by(other, stage, together=model is self)
 
 
-class Served:
-    """The models by id; `let_go` is called with one that is served no more, after the last request that began on it."""
+class ModelRegistry:
+    """Hold the models by id; `on_unused` is called with one served no more, after the last request that began on it."""
 
-    def __init__(self, name: str, let_go: Callable[[Model], None]) -> None:
-        self._numbers, self._let_go, self._lock = itertools.count(1), let_go, threading.Lock()
+    def __init__(self, name: str, on_unused: Callable[[Model], None]) -> None:
+        self._numbers, self._on_unused, self._lock = itertools.count(1), on_unused, threading.Lock()
         self._replaced: set[Model] = set()
         first = self.check(name, None)
         self.by_id: dict[str, Model] = {first.id: first}
@@ -118,4 +118,4 @@ class Served:
             unused = [model for model in self._replaced if not model.users]
             self._replaced.difference_update(unused)
         for model in unused:
-            self._let_go(model)
+            self._on_unused(model)

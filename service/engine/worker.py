@@ -20,9 +20,9 @@ from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.errors import CheckpointError
 from unperturb.models.inference.captured import Execution, bucket
 from unperturb.models.inference.folding import Precision, prepared
+from unperturb.service.engine.batching import ContinuousBatch, SlotResult
 from unperturb.service.engine.cost import Cost
-from unperturb.service.engine.messages import Failed, Gone, Load, Loaded, Loading, Stepped, Unload, Work
-from unperturb.service.engine.scheduler import Ended, Lane
+from unperturb.service.engine.messages import Cancel, Failed, Load, Loaded, LoadProgress, StepReport, Unload, Work
 from unperturb.service.telemetry import logs
 
 log = logging.getLogger("unperturb.worker")
@@ -56,22 +56,22 @@ def work(server: Connection, config: WorkerConfig) -> None:
 class _Worker:
     def __init__(self, server: Connection, config: WorkerConfig) -> None:
         self.server, self.config, self.device = server, config, torch.device(config.device)
-        self.lanes: dict[int, Lane] = {}
+        self.batches: dict[int, ContinuousBatch] = {}
         self.costs: dict[int, Cost] = {}
         self.loading: deque[tuple[int, Iterator[None]]] = deque()
 
     def run(self) -> None:
         while True:
             self._read()
-            for model, lane in list(self.lanes.items()):
-                if lane.slots:
-                    self._tick(model, lane)
+            for model, batch in list(self.batches.items()):
+                if batch.slots:
+                    self._advance(model, batch)
             if self.loading:  # a piece at a time, between steps
                 model, pieces = self.loading[0]
                 if next(pieces, DONE) is DONE:
                     self.loading.popleft()
                 else:
-                    self.server.send(Loading(model))
+                    self.server.send(LoadProgress(model))
 
     def _read(self) -> None:
         """Everything that the server has said; waits for it where there is nothing else to do."""
@@ -80,23 +80,23 @@ class _Worker:
             match self.server.recv():
                 case Work() as one:
                     new.setdefault(one.model, []).append(one)
-                case Gone(ids):
+                case Cancel(ids):
                     new = {model: [one for one in works if one.id not in ids] for model, works in new.items()}
-                    for lane in self.lanes.values():
-                        lane.forget(ids)
+                    for batch in self.batches.values():
+                        batch.forget(ids)
                 case Load(model, name, digest):
                     self.loading.append((model, self._load(model, name, digest)))
                 case None:
                     raise EOFError
                 case Unload(model):
-                    self.lanes.pop(model, None)
+                    self.batches.pop(model, None)
                     self.costs.pop(model, None)
         for model, works in new.items():
-            if works and (ended := self.lanes[model].admit(works)):
+            if works and (ended := self.batches[model].admit(works)):
                 self._report(model, 0, 0.0, None, ended)
 
     def _busy(self) -> bool:
-        return bool(self.loading) or any(lane.slots for lane in self.lanes.values())
+        return bool(self.loading) or any(batch.slots for batch in self.batches.values())
 
     def _load(self, model: int, name: str, digest: str) -> Iterator[None]:
         """Load a checkpoint and warm it up, a piece for each `next`; a checkpoint's fault is its own alone."""
@@ -106,14 +106,14 @@ class _Worker:
             if loaded.card.weights_sha256 != digest:
                 raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
             ready = prepared(loaded, precision=self.config.precision)
-            lane = Lane(ready, self.device, execution=self.config.execution)
+            batch = ContinuousBatch(ready, self.device, execution=self.config.execution)
             for size in sorted({bucket(n) for n in range(1, self.config.slots)} | {self.config.slots}):
                 yield
-                yield from lane.rehearse(size)
+                yield from batch.warm_up(size)
             spent = []  # measured when all is warm
             for size in (self.config.slots, 1, 1):
-                spent.append((yield from lane.rehearse(size)))
-            cost = Cost.between(min(spent[1:], key=lambda one: one.seconds), spent[0], together=lane.stepper.together)
+                spent.append((yield from batch.warm_up(size)))
+            cost = Cost.fit(min(spent[1:], key=lambda one: one.seconds), spent[0], together=batch.stepper.together)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -121,25 +121,25 @@ class _Worker:
             reason = str(error) if isinstance(error, CheckpointError) else f"it does not run: {error}"
             self.server.send(Loaded(model, Cost(), reason))
             return
-        self.lanes[model], self.costs[model] = lane, cost
+        self.batches[model], self.costs[model] = batch, cost
         log.info("warmed up %s on %s in %.1f s", loaded.card.id, self.device, time.monotonic() - started)
         self.server.send(Loaded(model, cost))
 
-    def _tick(self, model: int, lane: Lane) -> None:
-        batches, passes = lane.batches, lane.passes
-        slots = sum(not slot.finished for slot in lane.slots)
+    def _advance(self, model: int, batch: ContinuousBatch) -> None:
+        batches, passes = batch.batch_count, batch.pass_count
+        slots = sum(not slot.finished for slot in batch.slots)
         started = time.monotonic()
-        ended = lane.tick()
+        ended = batch.advance()
         if self.device.type == "cuda":  # admission is between steps: launch no further than the device is
             torch.cuda.synchronize(self.device)
         seconds = time.monotonic() - started
-        expected = self.costs[model].seconds(lane.batches - batches, lane.passes - passes)
+        expected = self.costs[model].seconds(batch.batch_count - batches, batch.pass_count - passes)
         failed = any(isinstance(one.result, Exception) for one in ended)  # its other steps were not done
         self._report(model, slots, seconds, seconds / expected if expected and not failed else None, ended)
 
-    def _report(self, model: int, slots: int, seconds: float, pace: float | None, ended: list[Ended]) -> None:
+    def _report(self, model: int, slots: int, seconds: float, pace: float | None, ended: list[SlotResult]) -> None:
         memory = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        self.server.send(Stepped(model, slots, seconds, pace, [(one.id, one.result) for one in ended], memory))
+        self.server.send(StepReport(model, slots, seconds, pace, [(one.id, one.result) for one in ended], memory))
 
 
 if __name__ == "__main__":

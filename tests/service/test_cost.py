@@ -4,7 +4,7 @@ import pytest
 
 from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.purifiers.reverse_attack import PRESETS
-from unperturb.service.engine.cost import Cost, Spent
+from unperturb.service.engine.cost import Cost, Timing
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.stages import ATTACK, passes, shape
 
@@ -12,19 +12,19 @@ STAGES = [None, ATTACK, *PRESETS]
 
 
 def test_line_through_two_timings_gives_both_back() -> None:
-    small, large = Spent(3, 10, 0.40), Spent(3, 160, 1.15)
-    cost = Cost.between(small, large)
+    small, large = Timing(3, 10, 0.40), Timing(3, 160, 1.15)
+    cost = Cost.fit(small, large)
     assert cost.seconds(3, 10) == pytest.approx(0.40)
     assert cost.seconds(3, 160) == pytest.approx(1.15)
 
 
 @pytest.mark.parametrize(
     "large",
-    [Spent(3, 160, 0.39), Spent(3, 160, 100.0), Spent(3, 10, 0.4)],
+    [Timing(3, 160, 0.39), Timing(3, 160, 100.0), Timing(3, 10, 0.4)],
     ids=["free in a batch", "dearer in a batch", "slots for one"],
 )
-def test_noisy_timings_give_no_negative_cost(large: Spent) -> None:
-    cost = Cost.between(Spent(3, 10, 0.40), large)
+def test_noisy_timings_give_no_negative_cost(large: Timing) -> None:
+    cost = Cost.fit(Timing(3, 10, 0.40), large)
     assert min(cost) >= 0
     assert cost.seconds(3, 10) == pytest.approx(0.40)
 
@@ -34,19 +34,19 @@ def test_equal_images_add_all_of_their_passes(stage: str | None) -> None:
     cost = Cost(per_batch_s=0.5, per_pass_s=0.001)
     assert cost.alone(stage) == pytest.approx(0.5 * (shape(stage)[0] + 1) + 0.001 * passes(stage))
     if stage is not None:
-        assert cost.beside(stage, stage) == pytest.approx(0.001 * passes(stage))
+        assert cost.added_by(stage, stage) == pytest.approx(0.001 * passes(stage))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("other", STAGES)
 def test_other_image_adds_no_more_than_its_own_passes(stage: str | None, other: str | None) -> None:
-    assert 0 < Cost(0.0, 1.0).beside(other, stage) <= passes(other)
+    assert 0 < Cost(0.0, 1.0).added_by(other, stage) <= passes(other)
 
 
 def test_another_models_images_cost_batches_of_their_own() -> None:
     cost = Cost(per_batch_s=10.0, per_pass_s=1.0)
     steps = PRESETS["default"].loop.steps
-    assert cost.beside("published", "default", together=False) == cost.beside("published", "default") + 10 * steps
+    assert cost.added_by("published", "default", together=False) == cost.added_by("published", "default") + 10 * steps
 
 
 def test_one_step_that_hung_does_not_change_the_pace_for_long() -> None:
@@ -60,5 +60,5 @@ def test_one_step_that_hung_does_not_change_the_pace_for_long() -> None:
 
 def test_long_neighbour_adds_only_the_steps_that_are_shared() -> None:
     few, many = PRESETS["default"], PRESETS["published"]
-    assert Cost(0.0, 1.0).beside("published", "default") == few.loop.steps * many.views * 3
-    assert Cost(0.0, 1.0).beside("published", None) == many.views * 3
+    assert Cost(0.0, 1.0).added_by("published", "default") == few.loop.steps * many.views * 3
+    assert Cost(0.0, 1.0).added_by("published", None) == many.views * 3

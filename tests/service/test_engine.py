@@ -15,11 +15,11 @@ from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.inference.folding import prepared
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
-from unperturb.service.engine import scheduler as lane
+from unperturb.service.engine import batching
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import Outcome, Work
-from unperturb.service.engine.scheduler import Lane
 from unperturb.service.engine.stages import ATTACK, stages_of
 from unperturb.service.engine.worker import WorkerConfig
 
@@ -48,7 +48,9 @@ def test_outcome_is_that_of_the_defended_classifier(
 def test_compiled_steps_give_the_same_outcome(
     engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane, "stages_of", lambda loaded: {"default": stages_of(loaded)["default"]})  # for time's sake
+    monkeypatch.setattr(
+        batching, "stages_of", lambda loaded: {"default": stages_of(loaded)["default"]}
+    )  # for time's sake
     compiler, compiled = torch.compile, []
 
     def watched(*given: Any, **options: Any) -> Any:
@@ -71,11 +73,11 @@ def test_presets_attacks_and_plain_images_share_batches_and_keep_their_own_answe
     kinds = ["default", "published", None, ATTACK]
     alone = [one(engine, pixels[i], kind, seed=i) for i, kind in enumerate(kinds)]
     mixed: set[frozenset[str | None]] = set()
-    tick = Lane.tick
+    advance = ContinuousBatch.advance
 
-    def watched(lane: Lane) -> Any:
-        mixed.add(frozenset(slot.work.stage for slot in lane.slots))
-        return tick(lane)
+    def watched(batch: ContinuousBatch) -> Any:
+        mixed.add(frozenset(slot.work.stage for slot in batch.slots))
+        return advance(batch)
 
     async def together() -> list[list[Outcome]]:
         return await asyncio.gather(
@@ -84,7 +86,7 @@ def test_presets_attacks_and_plain_images_share_batches_and_keep_their_own_answe
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lane, "tick", watched)
+        patch.setattr(ContinuousBatch, "advance", watched)
         found = asyncio.run(together())
     assert any({"default", "published", ATTACK} <= kinds for kinds in mixed)
     for (outcome,), expected in zip(found, alone, strict=False):

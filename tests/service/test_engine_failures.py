@@ -10,10 +10,10 @@ import torch
 
 from tests.support.engines import hold_steps, one, submit, uint8, wait_until
 from unperturb.models.errors import NotReadyError
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import Outcome
-from unperturb.service.engine.scheduler import Lane
 
 
 def test_failed_device_answers_everybody_and_ends_readiness(
@@ -26,7 +26,7 @@ def test_failed_device_answers_everybody_and_ends_readiness(
         time.sleep(0.05)
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(Lane, "_step", fatal)
+    monkeypatch.setattr(ContinuousBatch, "_step", fatal)
 
     async def run() -> list[Any]:
         return await asyncio.gather(*(submit(engine, [image]) for image in pixels), return_exceptions=True)

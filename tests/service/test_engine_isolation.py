@@ -10,9 +10,9 @@ import torch
 
 from tests.support.engines import Pixels, close, one, submit, uint8
 from unperturb.models.errors import UnprocessableError
+from unperturb.service.engine.batching import ContinuousBatch, Slot
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
-from unperturb.service.engine.scheduler import Lane, Slot
 from unperturb.service.engine.stages import ATTACK
 
 
@@ -54,14 +54,14 @@ def test_job_that_breaks_a_step_fails_alone(
     engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, pixels = engines(), uint8(images)
-    step = Lane._step
+    step = ContinuousBatch._step
 
-    def broken(lane: Lane, slots: list[Slot]) -> None:
+    def broken(batch: ContinuousBatch, slots: list[Slot]) -> None:
         if any(slot.work.seed == 13 for slot in slots):
             raise RuntimeError("an operation that this image breaks")
-        step(lane, slots)
+        step(batch, slots)
 
-    monkeypatch.setattr(Lane, "_step", broken)
+    monkeypatch.setattr(ContinuousBatch, "_step", broken)
 
     async def run() -> list[Any]:
         return await asyncio.gather(

@@ -27,7 +27,7 @@ def test_replaced_model_finishes_what_began_on_it(
     before = one(engine, pixels[0])
     new = other_checkpoint(tmp_path)
     said: list[Any] = []
-    monkeypatch.setattr(engine.models, "_let_go", lambda model: said.append(model.number))
+    monkeypatch.setattr(engine.models, "_on_unused", lambda model: said.append(model.number))
 
     async def swap() -> tuple[Outcome, Outcome]:
         with engine.models.use(None) as old:  # a request that has begun, and still decodes

@@ -11,9 +11,9 @@ import torch
 from tests.support.engines import hold_steps, submit, uint8
 from unperturb.models.errors import DeadlineError, NotReadyError
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.batching import ContinuousBatch, Slot
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.engine import Engine
-from unperturb.service.engine.scheduler import Lane, Slot
 from unperturb.service.engine.stages import passes
 
 
@@ -43,7 +43,7 @@ def test_queue_is_bounded_by_count_and_refuses_a_list_as_a_whole(
 def test_queue_is_bounded_by_work(
     engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, pixels = engines(patience=1 / 3, usual="published"), uint8(images)
+    engine, pixels = engines(patience=1 / 3, default_stage="published"), uint8(images)
     go = hold_steps(monkeypatch)
 
     async def fill() -> None:
@@ -132,11 +132,11 @@ def test_cancelled_request_frees_its_slot_at_the_next_step(
     engines: Callable[..., Engine], images: torch.Tensor
 ) -> None:
     engine, steps = engines(), []
-    step = Lane._step
+    step = ContinuousBatch._step
 
-    def counted(lane: Lane, slots: list[Slot]) -> None:
+    def counted(batch: ContinuousBatch, slots: list[Slot]) -> None:
         steps.append(len(slots))
-        step(lane, slots)
+        step(batch, slots)
 
     async def leave() -> None:
         task = asyncio.create_task(submit(engine, uint8(images), "published"))
@@ -146,7 +146,7 @@ def test_cancelled_request_frees_its_slot_at_the_next_step(
         await asyncio.gather(task, return_exceptions=True)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lane, "_step", counted)
+        patch.setattr(ContinuousBatch, "_step", counted)
         asyncio.run(leave())
         before = len(steps)
         time.sleep(0.3)

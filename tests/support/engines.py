@@ -18,10 +18,10 @@ from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.inference.captured import Execution
 from unperturb.service.engine.admission import Admission
+from unperturb.service.engine.batching import ContinuousBatch, Slot
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import Outcome
-from unperturb.service.engine.scheduler import Lane, Slot
 from unperturb.service.engine.worker import WorkerConfig, work
 from unperturb.service.telemetry.metrics import Metrics
 
@@ -47,10 +47,10 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
         workers: int = 1,
         max_queue: int = 64,
         patience: float = 1e9,
-        usual: str = "default",
+        default_stage: str = "default",
         **changed: Any,
     ) -> Engine:
-        admission = Admission(max_queue, patience, usual)
+        admission = Admission(max_queue, patience, default_stage)
         settings = {"stall_s": 60.0, "metrics": Metrics(), "handle": ThreadHandle, **changed}
         config = WorkerConfig("cpu", slots, torch.get_num_threads(), execution, "float32", "warning", "text")
         engine = Engine(str(tiny_folder), workers=[config] * workers, admission=admission, **settings)
@@ -103,13 +103,13 @@ def close(found: Pixels | None, expected: torch.Tensor | Pixels, tolerance: floa
 
 def hold_steps(patch: pytest.MonkeyPatch) -> threading.Event:
     """Steps wait until the event is set."""
-    go, step = threading.Event(), Lane._step
+    go, step = threading.Event(), ContinuousBatch._step
 
-    def held(lane: Lane, slots: list[Slot]) -> None:
+    def held(batch: ContinuousBatch, slots: list[Slot]) -> None:
         go.wait(60)
-        step(lane, slots)
+        step(batch, slots)
 
-    patch.setattr(Lane, "_step", held)
+    patch.setattr(ContinuousBatch, "_step", held)
     return go
 
 

@@ -15,7 +15,7 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import UnprocessableError
 from unperturb.models.inference.captured import Execution, Stepper
 from unperturb.models.inference.continuous import Slots, Stage, features_of
-from unperturb.service.engine.cost import Spent
+from unperturb.service.engine.cost import Timing
 from unperturb.service.engine.messages import Outcome, Work
 from unperturb.service.engine.stages import ATTACK, begin_passes, finish_passes, stages_of, step_passes
 
@@ -50,34 +50,34 @@ class Slot:
         return self.stage is None or self.halted or self.step >= self.stage.loop.steps
 
 
-class Ended(NamedTuple):
+class SlotResult(NamedTuple):
     """An image that has left its slot, and what came of it."""
 
     id: int
     result: Outcome | Exception
 
 
-class Lane:
+class ContinuousBatch:
     """Slots of one replica. Nothing of a slot outlives it: the next job in its place begins from its own image."""
 
     def __init__(self, loaded: Checkpoint, device: torch.device, *, execution: Execution) -> None:
         self.classifier, self.stages, self.device = loaded.classifier, stages_of(loaded), device
         self.stepper = Stepper(self.classifier, device, execution=execution)
-        self.batches = self.passes = 0  # through the classifier: what costs are estimated by
+        self.batch_count = self.pass_count = 0  # through the classifier: what costs are estimated by
         self.image_size = loaded.classifier.image_size
         self.slots: list[Slot] = []
 
-    def admit(self, works: Iterable[Work]) -> list[Ended]:
+    def admit(self, works: Iterable[Work]) -> list[SlotResult]:
         """Give each image a slot; those that cannot begin come back."""
         begun: list[Slot] = []
-        failed: list[Ended] = []
+        failed: list[SlotResult] = []
         for work in works:
             try:
                 begun.append(self._slot(work))
             except (RuntimeError, KeyError) as error:
                 if isinstance(error, torch.AcceleratorError):
                     raise
-                failed.append(Ended(work.id, error))
+                failed.append(SlotResult(work.id, error))
         failed += self._isolated(self._begin, begun)
         refused = {ended.id for ended in failed}
         self.slots += [slot for slot in begun if slot.work.id not in refused]
@@ -88,37 +88,37 @@ class Lane:
         gone = set(ids)
         self.slots = [slot for slot in self.slots if slot.work.id not in gone]
 
-    def tick(self) -> list[Ended]:
+    def advance(self) -> list[SlotResult]:
         """One step for every slot, then the outcomes of those that have done their last."""
         ended = self._isolated(self._step, [slot for slot in self.slots if not slot.finished])
         self.forget(id for id, _ in ended)
-        outcomes: list[Ended] = []
+        outcomes: list[SlotResult] = []
         finished = [slot for slot in self.slots if slot.finished]
         ended += self._isolated(lambda slots: outcomes.extend(self._finish(slots)), finished)
         self.forget(slot.work.id for slot in finished)
         return ended + outcomes
 
-    def rehearse(self, size: int) -> Generator[None, None, Spent]:
+    def warm_up(self, size: int) -> Generator[None, None, Timing]:
         """`size` black images through a step and the end of every stage, a stage for each `next`.
 
         Returns what that took; raises what went wrong.
         """
         black = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
-        spent, batches, passes = 0.0, self.batches, self.passes
+        spent, batches, passes = 0.0, self.batch_count, self.pass_count
         for stage in (None, *self.stages):
             if stage is not None:
                 self.stepper.prepare(self.stages[stage], size)
             started = time.monotonic()
             ended = self.admit(Work(-i, 0, black, stage, 0, False, started) for i in range(size))
-            ended += self.tick()
+            ended += self.advance()
             for slot in self.slots:  # not all of its steps: they are alike
                 slot.step = slot.stage.loop.steps if slot.stage else 0
-            for _, result in (*ended, *self.tick()):
+            for _, result in (*ended, *self.advance()):
                 if isinstance(result, Exception):
                     raise result
             spent += time.monotonic() - started
             yield
-        return Spent(self.batches - batches, self.passes - passes, spent)
+        return Timing(self.batch_count - batches, self.pass_count - passes, spent)
 
     def _slot(self, work: Work) -> Slot:
         image = torch.from_numpy(work.image).to(self.device)
@@ -126,7 +126,7 @@ class Lane:
         stage = self.stages[work.stage] if work.stage is not None else None
         return Slot(work, stage, image, image, time.monotonic())
 
-    def _isolated(self, work: Callable[[list[Slot]], None], slots: list[Slot]) -> list[Ended]:
+    def _isolated(self, work: Callable[[list[Slot]], None], slots: list[Slot]) -> list[SlotResult]:
         """Do `work` on all slots together; where that fails, on each alone, so that only the guilty ones fail.
 
         `work` changes no slot unless it succeeds. A device that has failed is not a slot's fault, and is raised.
@@ -140,7 +140,7 @@ class Lane:
         except Exception as error:
             if len(slots) == 1:
                 log.exception("an image failed")
-                return [Ended(slots[0].work.id, error)]
+                return [SlotResult(slots[0].work.id, error)]
             log.warning("a batch of %d failed (%s); its images are tried one at a time", len(slots), error)
             return [ended for slot in slots for ended in self._isolated(work, [slot])]
         return []
@@ -157,7 +157,7 @@ class Lane:
                 x0 = _stack(part, "x0")
                 begun = stage.loop.begin(x0, self._integers(slot.work.seed for slot in part))
                 first.append((part, begun, stage.anchor(x0)))
-                self.passes += sum(begin_passes(slot.work.stage) for slot in part)
+                self.pass_count += sum(begin_passes(slot.work.stage) for slot in part)
         for slot, label in zip(attacked, labels, strict=True):
             slot.label = label
         for part, images, anchors in first:
@@ -168,8 +168,8 @@ class Lane:
         parts = _by_stage(slots)
         states = [(stage, self._state(part)) for stage, part in parts]
         stepped = self.stepper.step(states)
-        self.batches += 1 if self.stepper.together else len(parts)
-        self.passes += sum(len(part) * step_passes(stage.rows) for stage, part in parts)
+        self.batch_count += 1 if self.stepper.together else len(parts)
+        self.pass_count += sum(len(part) * step_passes(stage.rows) for stage, part in parts)
         for (_, part), after in zip(parts, stepped, strict=True):
             losses = after.losses.cpu()  # they say who goes on
             for i, slot in enumerate(part):
@@ -180,7 +180,7 @@ class Lane:
                 else:
                     slot.x, slot.step = after.x[i], slot.step + 1
 
-    def _finish(self, slots: list[Slot]) -> list[Ended]:
+    def _finish(self, slots: list[Slot]) -> list[SlotResult]:
         """The losses before and after on new views, and both classifications, in one pass through the classifier."""
         started = time.monotonic()
         parts = _by_stage(slots)
@@ -197,8 +197,8 @@ class Lane:
                 images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
             images += [_stack(ordered, "x0"), *([_stack(staged, "x")] if staged else [])]
             features = features_of(self.classifier, images)
-            self.batches += 1
-            self.passes += sum(finish_passes(slot.stage.rows) if slot.stage else 1 for slot in slots)
+            self.batch_count += 1
+            self.pass_count += sum(finish_passes(slot.stage.rows) if slot.stage else 1 for slot in slots)
             scores = self.classifier.logits(torch.cat(features[2 * len(parts) :])).float().softmax(1).cpu().numpy()
             losses = [
                 stage.loss_of(state, part).cpu()
@@ -229,7 +229,7 @@ class Lane:
                     loss_after=loss_after[i],
                     linf=linf[i],
                 )
-            done.append(Ended(slot.work.id, _if_finite(outcome)))
+            done.append(SlotResult(slot.work.id, _if_finite(outcome)))
         return done
 
     def _state(self, slots: list[Slot]) -> Slots:

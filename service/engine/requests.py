@@ -16,7 +16,7 @@ log = logging.getLogger("unperturb.engine")
 
 
 @dataclass(eq=False)
-class Job:
+class ImageRequest:
     """One image on its way; `future` belongs to `loop`, and `worker` is who has it."""
 
     id: int
