@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from unperturb.models.checkpoints.store import Card, Checkpoint
+    from unperturb.models.checkpoints.card import Card
+    from unperturb.models.checkpoints.store import Checkpoint
     from unperturb.models.errors import (
         CheckpointError,
         ConfigError,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from unperturb.models.purifiers.defended import DefendedClassifier, Gradient
 
 _WHERE = {
-    "Card": "unperturb.models.checkpoints.store",
+    "Card": "unperturb.models.checkpoints.card",
     "Checkpoint": "unperturb.models.checkpoints.store",
     "CheckpointError": "unperturb.models.errors",
     "ConfigError": "unperturb.models.errors",
