@@ -15,13 +15,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from unperturb.models.errors import CheckpointError, DeadlineError, NotReadyError
+from unperturb.models.errors import CheckpointError
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.jobs import Job
 from unperturb.service.engine.messages import Failed, Gone, Load, Loaded, Loading, Outcome, Stepped, Unload, Work
 from unperturb.service.engine.registry import Model, Served
 from unperturb.service.engine.worker import WorkerConfig
+from unperturb.service.errors import DeadlineError, NotReadyError
 from unperturb.service.telemetry.metrics import Metrics
 
 log = logging.getLogger("unperturb.engine")
