@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from unperturb.models.errors import RequestError, UnperturbError
+from unperturb.models.errors import UnperturbError
+from unperturb.service.errors import RequestError
 
 if TYPE_CHECKING:
     import torch

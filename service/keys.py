@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from starlette.requests import HTTPConnection
 
-from unperturb.models.errors import ForbiddenError, UnauthorizedError
+from unperturb.service.errors import ForbiddenError, UnauthorizedError
 
 PAIR = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<digest>[0-9a-f]{64})")
 

@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from unperturb.models import provenance
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.errors import ConfigError, MalformedRequestError, RequestError
+from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import preset, to_uint8
 from unperturb.service.bulk.source import Folder, Item, ParquetRows, needed, open_source
 from unperturb.service.decoding.decode import Decoded, decode
+from unperturb.service.errors import MalformedRequestError, RequestError
 from unperturb.service.http.answer import png, top
 from unperturb.service.settings import Settings
 

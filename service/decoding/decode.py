@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unperturb.models.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
 from unperturb.models.pixels import to_rgb, to_size
+from unperturb.service.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
 
 MEMORY_BYTES = 3 * 2**30  # what a decoding process may add to its own; 50 million pixels take about 1 GiB
 KEPT_BYTES = 200 * 2**20

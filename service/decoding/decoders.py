@@ -8,8 +8,8 @@ from functools import partial
 import anyio
 import anyio.to_process
 
-from unperturb.models.errors import UnprocessableError
 from unperturb.service.decoding.decode import Decoded, decode_within_memory
+from unperturb.service.errors import UnprocessableError
 
 START_TIMEOUT_S = 120.0
 ENDED = (anyio.BrokenWorkerProcess, ProcessLookupError)  # the latter: anyio's, of one that ended while it started

@@ -4,10 +4,10 @@ import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from unperturb.models.errors import NotReadyError
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
+from unperturb.service.errors import NotReadyError
 
 
 class Admission(NamedTuple):

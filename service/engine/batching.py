@@ -12,12 +12,12 @@ from torch import Tensor
 
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints.store import Checkpoint
-from unperturb.models.errors import UnprocessableError
 from unperturb.models.inference.captured import Execution, Stepper
 from unperturb.models.inference.continuous import Slots, Stage, features_of
 from unperturb.service.engine.cost import Timing
 from unperturb.service.engine.messages import Outcome, Work
 from unperturb.service.engine.stages import ATTACK, begin_passes, finish_passes, stages_of, step_passes
+from unperturb.service.errors import UnprocessableError
 
 log = logging.getLogger("unperturb.engine")
 

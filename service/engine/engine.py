@@ -15,7 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from unperturb.models.errors import CheckpointError, DeadlineError, NotReadyError
+from unperturb.models.errors import CheckpointError
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import (
@@ -32,6 +32,7 @@ from unperturb.service.engine.messages import (
 from unperturb.service.engine.registry import Model, ModelRegistry
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.worker import WorkerConfig
+from unperturb.service.errors import DeadlineError, NotReadyError
 from unperturb.service.telemetry.metrics import Metrics
 
 log = logging.getLogger("unperturb.engine")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.card import Card
-from unperturb.models.errors import CheckpointError, ConfigError, NotFoundError
+from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.stages import stages_of
+from unperturb.service.errors import NotFoundError
 
 PACE_LIMIT = 10.0  # times faster or slower than foretold
 PACE_SMOOTHING = 0.1  # of each new observation's distance from the estimate

@@ -12,12 +12,12 @@ from fastapi import Header, Request
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
-from unperturb.models.errors import DeadlineError, MalformedRequestError, RequestError
 from unperturb.service.decoding.decode import Decoded
 from unperturb.service.decoding.decoders import Decoders
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
+from unperturb.service.errors import DeadlineError, MalformedRequestError, RequestError
 from unperturb.service.http.limits import Limits
 from unperturb.service.http.upload import Upload, read_images
 from unperturb.service.settings import Settings

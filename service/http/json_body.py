@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from unperturb.models.errors import MalformedRequestError
+from unperturb.service.errors import MalformedRequestError
 
 MAX_MEMBERS = 1000
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from unperturb.models.errors import NotReadyError, TooManyRequestsError
+from unperturb.service.errors import NotReadyError, TooManyRequestsError
 
 
 class Limits:

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from unperturb.models.errors import CheckpointError, ConfigError, RequestError
+from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.service.errors import RequestError
 
 log = logging.getLogger("unperturb.service")
 MEDIA_TYPE = "application/problem+json"

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from unperturb.models.errors import MalformedRequestError, UnprocessableError
+from unperturb.service.errors import MalformedRequestError, UnprocessableError
 from unperturb.service.http import json_body
 
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from unperturb.models.errors import MalformedRequestError, TooLargeError, UnsupportedTypeError, UploadTimeoutError
+from unperturb.service.errors import MalformedRequestError, TooLargeError, UnsupportedTypeError, UploadTimeoutError
 from unperturb.service.http import json_body
 from unperturb.service.http.schemas import inlined
 

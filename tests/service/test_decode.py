@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unperturb.models.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
 from unperturb.service.decoding.decode import Decoded, decode
+from unperturb.service.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
 
 
 def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

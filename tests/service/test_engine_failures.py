@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.support.engines import hold_steps, one, submit, uint8, wait_until
-from unperturb.models.errors import NotReadyError
 from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import Outcome
+from unperturb.service.errors import NotReadyError
 
 
 def test_failed_device_answers_everybody_and_ends_readiness(

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from tests.support.engines import Pixels, close, one, submit, uint8
-from unperturb.models.errors import UnprocessableError
 from unperturb.service.engine.batching import ContinuousBatch, Slot
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.stages import ATTACK
+from unperturb.service.errors import UnprocessableError
 
 
 def hostile(count: int) -> list[Pixels]:

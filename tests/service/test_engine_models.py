@@ -12,12 +12,13 @@ import torch
 from tests.conftest import make_checkpoint
 from tests.support.engines import close, one, other_checkpoint, submit, uint8
 from unperturb.models.checkpoints import store as checkpoint
-from unperturb.models.errors import CheckpointError, ConfigError, NotFoundError, NotReadyError
+from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.inference.captured import Stepper
 from unperturb.models.inference.continuous import Stage
 from unperturb.service.engine import engine as engine_module
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
+from unperturb.service.errors import NotFoundError, NotReadyError
 
 
 def test_replaced_model_finishes_what_began_on_it(

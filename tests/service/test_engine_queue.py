@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.support.engines import hold_steps, submit, uint8
-from unperturb.models.errors import DeadlineError, NotReadyError
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.batching import ContinuousBatch, Slot
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.stages import passes
+from unperturb.service.errors import DeadlineError, NotReadyError
 
 
 def test_queue_is_bounded_by_count_and_refuses_a_list_as_a_whole(

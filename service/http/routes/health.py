@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from unperturb.models.errors import NotReadyError
+from unperturb.service.errors import NotReadyError
 from unperturb.service.http import problem
 from unperturb.service.http.gateway import Gateway
 from unperturb.service.telemetry.metrics import CONTENT_TYPE

@@ -10,9 +10,9 @@ from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from unperturb.models.errors import MalformedRequestError, NotReadyError
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
+from unperturb.service.errors import MalformedRequestError, NotReadyError
 from unperturb.service.http import problem
 from unperturb.service.http.gateway import Gateway, Timeout
 from unperturb.service.http.routes.parameters import PurifyOrNot

@@ -6,9 +6,10 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from unperturb.models.checkpoints.card import GATE_SEED, gate_of
-from unperturb.models.errors import CheckpointError, UnprocessableError
+from unperturb.models.errors import CheckpointError
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.registry import Model
+from unperturb.service.errors import UnprocessableError
 
 MAX_SEED = 2**63 - 1
 SHOWN = 5
