@@ -1,4 +1,4 @@
-# make serve | test | check | install        a bare machine needs Python 3.11 and make, nothing else
+# make serve | test | check | oldest | install        a bare machine needs Python 3.11 and make, nothing else
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -7,7 +7,7 @@ BIN := .venv/bin
 # step; on a CPU that can cost as much as the arithmetic.
 export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
 
-.PHONY: install serve test check clean
+.PHONY: install serve test check oldest clean
 
 install: .venv/installed
 
@@ -30,5 +30,15 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What a GPU machine has: the oldest torch that is supported, and nothing but what models/ and training/ import.
+.venv-oldest/installed: pyproject.toml Makefile
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python torch==2.11.0 torchvision==0.26.0 numpy pillow safetensors tqdm pytest pytest-xdist pytest-timeout
+	touch $@
+
+oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile -o addopts="-q --strict-markers -m 'not gpu and not slow'" tests/models tests/training
+
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest build *.egg-info .mypy_cache .ruff_cache .pytest_cache

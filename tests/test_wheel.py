@@ -33,7 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", place]
-    subprocess.run([*build, copy], check=True)
+    subprocess.run([*map(str, build), str(copy)], check=True)
     (built,) = place.glob("*.whl")
     return built
 
@@ -48,7 +48,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "\n".join(site.getsitepackages())
     )  # hooks in .pth files there do not run
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", packages]
-    subprocess.run([*install, wheel], check=True)
+    subprocess.run([*map(str, install), str(wheel)], check=True)
     return place / "bin" / "python"
 
 
@@ -118,7 +118,7 @@ def test_training_works_there(start: tuple[str, ...], installed: Path, elsewhere
 @pytest.fixture
 def server(installed: Path, elsewhere: Path) -> Iterator[str]:
     port = free_port()
-    command = [installed, "-m", "unperturb.service", "--port", str(port), "--device", "cpu"]
+    command = [str(installed), "-m", "unperturb.service", "--port", str(port), "--device", "cpu"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with (elsewhere / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=elsewhere, stdout=log, stderr=log, env=environment)
