@@ -83,7 +83,7 @@ def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Re
     if checkpoint.head is None or checkpoint.bank is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.card.id!r} has no head to purify with; train one: "
-            "python -m training head --classifier FOLDER --data … --out …"
+            "unperturb train head --classifier FOLDER --data … --out …"
         )
     return ReverseAttack(checkpoint.classifier, checkpoint.head, checkpoint.bank, config, checkpoint.restorer)
 

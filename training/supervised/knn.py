@@ -1,4 +1,4 @@
-"""`python -m training knn`: an encoder's checkpoint -> a classifier by soft k nearest neighbours; nothing is trained.
+"""`unperturb train knn`: an encoder's checkpoint -> a classifier by soft k nearest neighbours; nothing is trained.
 
 Its scores, and so its gradients, are those of models/networks/readout.py: a classifier like any other.
 """
