@@ -1,1 +1,1 @@
-"""Data sets to checkpoints; `python -m training` lists the methods."""
+"""Data sets to checkpoints; `unperturb train` lists the methods."""

@@ -1,4 +1,4 @@
-"""`python -m training METHOD --flag value …`."""
+"""`unperturb train METHOD --flag value …`; `python -m unperturb.training METHOD …` is the same."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from unperturb.training.supervised.classifier import ClassifierConfig, train_cla
 from unperturb.training.supervised.knn import KnnConfig, make_knn
 from unperturb.training.supervised.linear import LinearConfig, train_linear
 
+PROGRAM = "unperturb train"
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "classifier": (ClassifierConfig, train_classifier),
     "head": (HeadConfig, train_head),
@@ -26,22 +27,22 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
 }
 
 
-def main(arguments: Sequence[str] | None = None, *, program: str = "python -m training") -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run one training method; 2 for a refused argument, 130 when interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in COMMANDS:
         asked_help = bool(arguments) and arguments[0] in ("-h", "--help")
         print(
-            f"usage: {program} {{{','.join(COMMANDS)}}} [--help]",
+            f"usage: {PROGRAM} {{{','.join(COMMANDS)}}} [--help]",
             file=sys.stdout if asked_help else sys.stderr,
         )
         return 0 if asked_help else 2
     name = arguments[0]
     config_class, run = COMMANDS[name]
     try:
-        run(parse(config_class, arguments[1:], program=f"{program} {name}"))
+        run(parse(config_class, arguments[1:], program=f"{PROGRAM} {name}"))
     except UnperturbError as error:
-        print(f"{program} {name}: {error}", file=sys.stderr)
+        print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on after the last finished epoch", file=sys.stderr)

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from unperturb.models.cache import cache_folder
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.pixels import to_rgb, to_size
@@ -57,7 +58,7 @@ def load(source: str, *, image_size: int, cache: Path | None = None) -> DataSet:
         classes = _class_names(root / "train")
         if _class_names(root / "test") != classes:
             raise DataError(f"{root}/train and {root}/test do not have the same class folders")
-        cache = cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unperturb"
+        cache = cache or cache_folder("images")
         train = read_folder(root / "train", classes, image_size=image_size, cache=cache)
         test = read_folder(root / "test", classes, image_size=image_size, cache=cache)
     digest = hashlib.sha256()
@@ -154,7 +155,7 @@ def _torchvision(name: str, image_size: int) -> tuple[Split, Split, tuple[str, .
 
     if image_size != 32:
         raise DataError(f"{name} has images of 32 pixels; image_size={image_size} needs an image folder")
-    root = Path(os.environ.get("UNPERTURB_DATA", Path.home() / ".cache" / "unperturb" / "torchvision"))
+    root = Path(os.environ.get("UNPERTURB_DATA") or cache_folder("torchvision"))
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
     splits = []
     for train in (True, False):

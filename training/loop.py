@@ -52,7 +52,7 @@ class RunConfig:
     resume_from: Path | None = option("averaged weights to go on from (ema.safetensors of an unfinished run)", None)
     epoch: int = option("epochs that those weights have behind them", 0)
     save_every_s: float = option("seconds between states in the middle of an epoch", 600.0)
-    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb/images)", None)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""

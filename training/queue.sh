@@ -13,7 +13,7 @@ train() { # NAME DATA EPOCHS, then options
   shift 3
   test -f "$runs/$name/checkpoint/card.json" && grep -q pgd_accuracy "$runs/$name/checkpoint/card.json" && return
   echo "$(date -u +%FT%TZ) $name"
-  "${PYTHON:-python3}" -m training classifier --data "$data" --out "$runs/$name" --id "$name" --epochs "$epochs" \
+  "${PYTHON:-python3}" -m unperturb.training classifier --data "$data" --out "$runs/$name" --id "$name" --epochs "$epochs" \
     --arch preact_resnet18 --activation silu --precision bfloat16 "$@" 2> "$runs/$name.err"
 }
 

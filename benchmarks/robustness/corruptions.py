@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unperturb.benchmarks.robustness.data import DEFAULT_CACHE
 from unperturb.benchmarks.robustness.evaluation import SERVED_SEED, Evaluation
 from unperturb.benchmarks.robustness.figures import CLEAN, summarise_corruptions
 from unperturb.benchmarks.robustness.units import Unit
+from unperturb.models.cache import cache_folder
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.robustbench import robustbench_corruption
 from unperturb.models.shapes import UInt8
@@ -95,7 +95,7 @@ class CorruptionRun(Evaluation):
             pixels = (self.data.images * 255).round().to(torch.uint8)
             return generate(pixels, name, int(severity)).float() / 255
         return robustbench_corruption(
-            self.plan.dataset, name, int(severity), n=len(self.data.labels), folder=DEFAULT_CACHE / "robustbench-data"
+            self.plan.dataset, name, int(severity), n=len(self.data.labels), folder=cache_folder("robustbench-data")
         )
 
 

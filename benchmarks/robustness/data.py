@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -12,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from unperturb.models.cache import cache_folder
 from unperturb.models.errors import DataError
 from unperturb.models.networks.robustbench import CLASSES, robustbench_data
 from unperturb.models.shapes import Float, Int
 from unperturb.training.data import read_folder
-
-DEFAULT_CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "unperturb"
 
 
 class EvaluationSet(NamedTuple):
@@ -39,13 +37,13 @@ def load_images(
     what is missing, wrong or too little.
     """
     if folder is None:
-        images, labels = robustbench_data(dataset, n=n, folder=DEFAULT_CACHE / "robustbench-data")
+        images, labels = robustbench_data(dataset, n=n, folder=cache_folder("robustbench-data"))
         source = "robustbench"
     elif folder.suffix == ".npz":
         images, labels = _from_npz(folder, image_size)
         source = "npz"
     else:
-        images, labels = _from_folder(dataset, folder, image_size, classes, cache or DEFAULT_CACHE)
+        images, labels = _from_folder(dataset, folder, image_size, classes, cache or cache_folder("images"))
         source = "folder"
     if len(labels) < n:
         raise DataError(f"n_examples={n}, but {folder or dataset} holds {len(labels)} images")

@@ -86,13 +86,13 @@ def gate_of(card: Card, preset: str) -> float:
     if gate is None or gate.get("weights_sha256") != card.weights_sha256:
         raise CheckpointError(
             f"checkpoint {card.id!r} has no gate for the preset {preset!r}{' and these weights' * (gate is not None)}; "
-            "measure one: python -m training gate --checkpoint … --data …"
+            "measure one: unperturb train gate --checkpoint … --data …"
         )
     return float(gate["loss"])
 
 
 def check_gates(gates: Any, file: Path) -> None:  # noqa: ANN401
-    """CheckpointError where a card's gates are not what `training gate` writes."""
+    """CheckpointError where a card's gates are not what `unperturb train gate` writes."""
     for preset, gate in gates.items() if isinstance(gates, dict) else [("gates", None)]:
         loss = gate.get("loss") if isinstance(gate, dict) else None
         if not isinstance(loss, int | float) or not math.isfinite(loss):

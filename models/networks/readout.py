@@ -45,8 +45,8 @@ class ReadoutCard:
 
 
 MAKE_ONE = (
-    "is an encoder without a classifier; make one with python -m training linear --encoder FOLDER …, "
-    "or python -m training knn --encoder FOLDER …"
+    "is an encoder without a classifier; make one with unperturb train linear --encoder FOLDER …, "
+    "or unperturb train knn --encoder FOLDER …"
 )
 
 

@@ -4,7 +4,6 @@ Seen in robustbench 1.1.1: it imports a module `autoattack` that it does not dep
 unless told otherwise; it keeps a web page that came instead of the weights; it does not say what to do offline.
 """
 
-import os
 import pickle
 import sys
 import warnings
@@ -15,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from unperturb.models.cache import cache_folder
 from unperturb.models.errors import ConfigError, DataError, WeightsUnavailableError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.shapes import Float
@@ -77,11 +77,6 @@ def parse_name(name: str, *, dataset: str = "cifar10", threat: str = "Linf") -> 
     return parts[0], parts[1], parts[2]
 
 
-def weights_folder() -> Path:
-    """Where RobustBench's weights are kept: $UNPERTURB_CACHE/robustbench or ~/.cache/unperturb/robustbench."""
-    return Path(os.environ.get("UNPERTURB_CACHE", Path.home() / ".cache" / "unperturb")) / "robustbench"
-
-
 def load_robustbench(name: str, *, image_size: int, weights: bool = True) -> ForeignClassifier:
     """A classifier of RobustBench's zoo, in eval mode.
 
@@ -94,11 +89,12 @@ def load_robustbench(name: str, *, image_size: int, weights: bool = True) -> For
         raise ConfigError(f"RobustBench has no {model_name!r} for {dataset} {threat}; it has {', '.join(sorted(zoo))}")
     if not weights:
         return ForeignClassifier(zoo[model_name]["model"](), num_classes=CLASSES[dataset], image_size=image_size)
-    file = weights_folder() / dataset / threat / f"{model_name}.pt"
+    folder = cache_folder("robustbench")
+    file = folder / dataset / threat / f"{model_name}.pt"
     remedy = f"place RobustBench's weights for it at {file} and try again"
     _refuse_web_page(file)
     try:
-        model = robustbench.load_model(model_name, model_dir=weights_folder(), dataset=dataset, threat_model=threat)
+        model = robustbench.load_model(model_name, model_dir=folder, dataset=dataset, threat_model=threat)
     except pickle.UnpicklingError as error:
         raise WeightsUnavailableError(f"{file} holds more than tensors, or is damaged; {remedy}") from error
     except (OSError, RuntimeError, ValueError) as error:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as zoo
 
+from unperturb.models.cache import cache_folder
 from unperturb.models.errors import WeightsUnavailableError
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.shapes import Float
@@ -44,17 +45,18 @@ def build_torchvision(
     """The network by name; `activation` replaces its own where given.
 
     With `pretrained`, torchvision's ImageNet weights, and a fresh last layer where the number of classes differs.
-    Raises WeightsUnavailableError where they are not in torch's cache and cannot be downloaded.
+    Raises WeightsUnavailableError where they are not in the cache and cannot be downloaded.
     """
     network: nn.Module = zoo.get_model(architecture.name, weights=None)
     if pretrained:
         weights = zoo.get_model_weights(architecture.name).DEFAULT
+        folder = cache_folder("torchvision") / "checkpoints"
         try:
-            network.load_state_dict(weights.get_state_dict(progress=False, check_hash=True))
+            network.load_state_dict(weights.get_state_dict(model_dir=str(folder), progress=False, check_hash=True))
         except (OSError, RuntimeError) as error:
             raise WeightsUnavailableError(
                 f"torchvision's weights {weights} could not be fetched ({error}); without a network, place the file of "
-                f"{weights.url} in {torch.hub.get_dir()}/checkpoints"
+                f"{weights.url} in {folder}"
             ) from error
     dropout = 0.0
     if isinstance(network, zoo.EfficientNet):

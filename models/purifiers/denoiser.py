@@ -41,6 +41,6 @@ def denoiser_of(checkpoint: Checkpoint, *, times: float = TIMES) -> Denoiser:
     if checkpoint.restorer is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.card.id!r} has no restorer; train one: "
-            "python -m training restorer --checkpoint FOLDER --data … --out …"
+            "unperturb train restorer --checkpoint FOLDER --data … --out …"
         )
     return Denoiser(checkpoint.classifier, checkpoint.restorer, times=times)

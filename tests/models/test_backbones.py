@@ -8,7 +8,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError, WeightsUnavailableError
 from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Architecture
 from unperturb.models.networks.registry import ACTIVATIONS, build
-from unperturb.models.networks.robustbench import ForeignClassifier, parse_name, weights_folder
+from unperturb.models.networks.robustbench import ForeignClassifier, parse_name
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_robustbench_names_have_defaults() -> None:
 def weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty weights folder outside the checkout, and no network."""
     monkeypatch.setenv("UNPERTURB_CACHE", str(tmp_path))
-    folder = weights_folder() / "cifar10" / "Linf"
+    folder = tmp_path / "robustbench" / "cifar10" / "Linf"
     folder.mkdir(parents=True)
     return folder
 

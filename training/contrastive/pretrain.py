@@ -1,6 +1,6 @@
-"""`python -m training pretrain`: an encoder without labels -> a checkpoint with backbone, projector and bank.
+"""`unperturb train pretrain`: an encoder without labels -> a checkpoint with backbone, projector and bank.
 
-`python -m training linear` or `knn` makes a classifier of it.
+`unperturb train linear` or `knn` makes a classifier of it.
 """
 
 import dataclasses

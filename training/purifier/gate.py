@@ -37,7 +37,7 @@ class GateConfig:
     images: int = option("images that training kept back, the first ones; 0 for all", 0)
     epsilon: float = option("radius of the attack whose images are counted beside the clean ones, L-infinity", 8 / 255)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
-    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb/images)", None)
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""

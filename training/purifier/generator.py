@@ -1,4 +1,4 @@
-"""`python -m training generator`: a frozen classifier -> a network that makes noise against its representation.
+"""`unperturb train generator`: a frozen classifier -> a network that makes noise against its representation.
 
 A contrastive attack generator (after Uysal and Baytaş): no labels; the noise raises the contrastive loss of the frozen
 features between an image, a view of it and its attacked version, in the form with all positives in one:

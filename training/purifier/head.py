@@ -1,4 +1,4 @@
-"""`python -m training head`: a checkpoint's classifier -> the same with an InfoNCE head and a bank of negatives.
+"""`unperturb train head`: a checkpoint's classifier -> the same with an InfoNCE head and a bank of negatives.
 
 The classifier is frozen; the head learns to tell an image's views from those of the other images of the batch
 (Mao et al., ICCV 2021, section 4; SimCLR's views without blur).

@@ -1,4 +1,4 @@
-"""`python -m training restorer`: a checkpoint -> the same with a network that estimates an attack's perturbation.
+"""`unperturb train restorer`: a checkpoint -> the same with a network that estimates an attack's perturbation.
 
 The training images are attacked once, by PGD on the bare classifier; the network is shown each image with and without
 its perturbation and fitted to it by least squares (Liao et al., CVPR 2018, section 3.3). It knows the attack that it

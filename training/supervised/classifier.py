@@ -1,4 +1,4 @@
-"""`python -m training classifier`: an image data set -> a checkpoint with a (robust) classifier."""
+"""`unperturb train classifier`: an image data set -> a checkpoint with a (robust) classifier."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""`python -m training knn`: an encoder's checkpoint -> a classifier by soft k nearest neighbours; nothing is trained.
+"""`unperturb train knn`: an encoder's checkpoint -> a classifier by soft k nearest neighbours; nothing is trained.
 
 Its scores, and so its gradients, are those of models/networks/readout.py: a classifier like any other.
 """
@@ -34,7 +34,7 @@ class KnnConfig:
     test_images: int = option("test images to measure on, the first ones; 0 for all", 0)
     seed: int = option("of the bank", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
-    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb/images)", None)
     id: str = option("name on the checkpoint's card", "knn")
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""`python -m training linear`: an encoder's checkpoint -> a classifier whose last layer alone is trained.
+"""`unperturb train linear`: an encoder's checkpoint -> a classifier whose last layer alone is trained.
 
 Linear evaluation (Chen et al. 2020, section 4.2): the frozen encoder's features under one linear layer, or under dense
 ones. With `--method natural` every image and its mirror image are encoded once; with `pgd` or `trades` the layer is
