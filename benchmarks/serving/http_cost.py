@@ -75,7 +75,7 @@ def measure(config: Config) -> dict[str, Any]:
     files = open_loop.photos(64, seed=config.seed)
     engine = make_engine(settings, Metrics())
     engine.start()
-    if not engine.warm.wait(WARM_UP_S):
+    if not engine.wait_until_ready(WARM_UP_S):
         raise ConfigError(f"the engine has not warmed up: {engine.failure}")
     alone: list[float] = []
     served: list[float] = []

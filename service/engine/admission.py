@@ -1,70 +1,59 @@
-"""Whether one more request is let in: by how many images wait, and by the time that others add to its own."""
+"""Let one more request in, or refuse it: by how many images wait, and by the time that others add to its own."""
 
 import math
-from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.errors import NotReadyError
+from unperturb.service.engine.scheduler import Scheduler
 
 
 class Admission(NamedTuple):
-    """The limits; they raise NotReadyError, with the seconds after which to try again.
+    """Limit what is let in; its checks raise NotReadyError, with the seconds after which to try again.
 
-    max_queue: images that may wait for a slot
-    patience:  how many times its own time others may add to a newcomer's, as estimated; where one image in stage
-               `default_stage` takes longer, that is its time here
+    max_queue:     images that may wait for a slot
+    patience:      how many times its own time others may add to a newcomer's, as estimated; where one image in
+                   `default_stage` takes longer, that is its time here
+    default_stage: the stage of an image that names none
     """
 
     max_queue: int
     patience: float
     default_stage: str
 
-    def check_queue_length(
-        self,
-        workers: Sequence[WorkerHandle],
-        jobs: Collection[ImageRequest],
-        *,
-        waiting: int,
-        stage: str | None,
-        images: int,
-    ) -> None:
-        """For the images that would wait."""
-        room = sum(worker.room(stage) for worker in workers)
-        if waiting + max(0, images - room) > self.max_queue:
+    def check_queue_length(self, scheduler: Scheduler, *, stage: str | None, images: int) -> None:
+        """Refuse images that would make the queue too long."""
+        waiting = len(scheduler.waiting)
+        free_slots = sum(worker.free_slots(stage) for worker in scheduler.workers)
+        if waiting + max(0, images - free_slots) > self.max_queue:
             raise NotReadyError(
                 f"{waiting} images are waiting, and at most {self.max_queue} may; try again",
-                retry_after_s=max(1, math.ceil(_ahead_s(workers, jobs, None, stage))),
+                retry_after_s=max(1, math.ceil(_added_s(scheduler, None, stage))),
             )
 
-    def check_added_time(
-        self,
-        workers: Sequence[WorkerHandle],
-        jobs: Collection[ImageRequest],
-        *,
-        model: Model,
-        stage: str | None,
-        left_s: float,
-    ) -> None:
-        """For what others would add; a request's own images are not held against it."""
-        wait_s, alone_s = _ahead_s(workers, jobs, model, stage), model.alone_s(stage)
+    def check_added_time(self, scheduler: Scheduler, *, model: Model, stage: str | None, left_s: float) -> None:
+        """Refuse a request to whose time others would add too much; its own images are not held against it.
+
+        left_s: seconds to its deadline
+        """
+        added_s, alone_s = _added_s(scheduler, model, stage), model.alone_s(stage)
         limit_s = self.patience * max(alone_s, model.alone_s(self.default_stage))
         if alone_s < left_s:  # otherwise it would be late with nobody beside it, too
             limit_s = min(limit_s, left_s - alone_s)
-        if wait_s > limit_s:
+        if added_s > limit_s:
             raise NotReadyError(
-                f"images in progress would take about {wait_s:.2f} s, at most {limit_s:.2f} s may; try again",
-                retry_after_s=max(1, math.ceil(wait_s - limit_s)),
+                f"images in progress would take about {added_s:.2f} s, at most {limit_s:.2f} s may; try again",
+                retry_after_s=max(1, math.ceil(added_s - limit_s)),
             )
 
 
-def _ahead_s(
-    workers: Sequence[WorkerHandle], jobs: Collection[ImageRequest], model: Model | None, stage: str | None
-) -> float:
-    """Estimated seconds that those in progress add to a newcomer: all they take, where it finds no free slot."""
-    full = all(worker.room(stage) <= 0 for worker in workers)
-    return sum(job.model.added_s(job.stage, job.stage if full else stage, model or job.model) for job in jobs) / len(
-        workers
+def _added_s(scheduler: Scheduler, model: Model | None, stage: str | None) -> float:
+    """Estimate the seconds that those in progress add to a newcomer: all they take, where it finds no free slot."""
+    full = all(worker.free_slots(stage) <= 0 for worker in scheduler.workers)
+    seconds = (
+        request.model.added_s(request.work.stage, request.work.stage if full else stage, model or request.model)
+        for request in scheduler.unanswered()
     )
+    return sum(seconds) / len(scheduler.workers)

@@ -4,13 +4,14 @@ An image's outcome does not depend on the images that share its batch.
 """
 
 import asyncio
+import functools
 import itertools
 import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 from numpy.typing import NDArray
@@ -30,7 +31,8 @@ from unperturb.service.engine.messages import (
     Work,
 )
 from unperturb.service.engine.registry import Model, ModelRegistry
-from unperturb.service.engine.requests import ImageRequest
+from unperturb.service.engine.requests import ImageRequest, resolve
+from unperturb.service.engine.scheduler import Scheduler, WorkerState
 from unperturb.service.engine.worker import WorkerConfig
 from unperturb.service.errors import DeadlineError, NotReadyError
 from unperturb.service.telemetry.metrics import Metrics
@@ -40,13 +42,32 @@ WATCH_EVERY_S = 0.1
 LOAD_TIMEOUT_S = 900.0  # for one piece of a warm-up: a batch size of a stage, compiled or not
 
 
+class EngineState(Enum):
+    """What the engine does with requests."""
+
+    WARMING_UP = "warming up"
+    SERVING = "serving"
+    DRAINING = "draining"  # what was let in before is still taken
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+NOT_READY = {
+    EngineState.WARMING_UP: "the model is still warming up",
+    EngineState.DRAINING: "the service is stopping",
+    EngineState.STOPPED: "the service is stopping",
+    EngineState.FAILED: "the service has failed and must be restarted",
+}
+
+
 class Engine:
-    """Start it before submitting; `stop` it at the end.
+    """Serve images on workers; start it before submitting, and `stop` it at the end.
 
     admission:  which requests are let in
     stall_s:    for how long a worker that has work may say nothing
     on_failure: called, from a thread, when it can never serve again; everybody who waits has been answered with
                 NotReadyError by then
+    failure:    why it can never serve again, or None
     """
 
     def __init__(
@@ -61,42 +82,57 @@ class Engine:
         handle: Callable[..., WorkerHandle] = WorkerHandle,
     ) -> None:
         self.admission, self.stall_s, self.metrics = admission, stall_s, metrics
-        self._ids = itertools.count(1)
         self.models = ModelRegistry(name, self._unload)
-        self.workers = [handle(config, self._heard) for config in workers]
+        self.scheduler = Scheduler([config.slots for config in workers])
+        self.workers = [
+            handle(config, functools.partial(self._on_message, index)) for index, config in enumerate(workers)
+        ]
+        self.state = EngineState.WARMING_UP
         self.failure: str | None = None
-        self.draining = False
-        self.warm = threading.Event()
         self._on_failure = on_failure
-        self._jobs: dict[int, ImageRequest] = {}  # all that are not answered
-        self._waiting: deque[ImageRequest] = deque()
-        self._changed = threading.Condition(threading.RLock())  # guards the two above, and what workers have
+        self._ids = itertools.count(1)
+        self._changed = threading.Condition(threading.RLock())  # guards the scheduler and the state
 
     # -- its state -----------------------------------------------------------------------------------------------------
 
     @property
     def not_ready(self) -> str | None:
-        """Why no request can be served now, or None."""
-        if self.failure is not None:
-            return "the service has failed and must be restarted"
-        if self.draining:
-            return "the service is stopping"
-        return None if self.warm.is_set() else "the model is still warming up"
+        """Return why no new request is taken now, or None."""
+        return NOT_READY.get(self.state)
 
-    @property
-    def not_ready_ever(self) -> bool:
-        """Whether it has ended, or is about to."""
-        return self.failure is not None or self.draining
+    def require_ready(self) -> None:
+        """Raise NotReadyError, with the reason, where no new request is taken now."""
+        if (reason := self.not_ready) is not None:
+            raise NotReadyError(reason)
+
+    def require_alive(self) -> None:
+        """Raise NotReadyError where it can never serve again."""
+        if self.state is EngineState.FAILED:
+            raise NotReadyError(NOT_READY[self.state])
+
+    def wait_until_ready(self, timeout_s: float) -> bool:
+        """Wait for the end of the warm-up, and return whether it serves."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.state is not EngineState.WARMING_UP, timeout_s)
+        return self.state is EngineState.SERVING
 
     @property
     def waiting(self) -> int:
-        """Images that wait for a slot."""
-        return len(self._waiting)
+        """Return how many images wait for a slot."""
+        return len(self.scheduler.waiting)
 
     @property
     def in_slots(self) -> int:
-        """Images that workers have."""
-        return sum(len(worker.busy) for worker in self.workers)
+        """Return how many images workers have."""
+        return self.scheduler.running
+
+    @property
+    def gpu_memory(self) -> dict[str, int]:
+        """Return the bytes in use by tensors on each GPU."""
+        every = zip(self.workers, self.scheduler.workers, strict=True)
+        return {
+            handle.config.device: worker.memory for handle, worker in every if handle.config.device.startswith("cuda")
+        }
 
     def start(self) -> None:
         """Start the workers, warm up in the background, then serve."""
@@ -104,16 +140,26 @@ class Engine:
             worker.start()
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
 
+    def drain(self) -> None:
+        """Take no new requests; a signal handler may call it."""
+        with self._changed:
+            if self.state is EngineState.WARMING_UP:
+                self.state = EngineState.STOPPED
+            elif self.state is EngineState.SERVING:
+                self.state = EngineState.DRAINING
+
     def stop(self, timeout_s: float) -> None:
         """Take no more, and wait at most `timeout_s` for what is in progress; what is left then is refused."""
-        self.draining = True
+        self.drain()
         with self._changed:
-            self._changed.wait_for(lambda: not self._jobs or self.failure is not None, timeout_s)
+            self._changed.wait_for(lambda: self.scheduler.empty or self.state is EngineState.FAILED, timeout_s)
+            if self.state is EngineState.DRAINING:
+                self.state = EngineState.STOPPED
         self.refuse_rest()
         for worker in self.workers:
-            worker.hang_up()
+            worker.close()
         for worker in self.workers:
-            worker.wait(1.0 if self.failure is not None else 5.0)
+            worker.wait(1.0 if self.state is EngineState.FAILED else 5.0)
 
     def refuse_rest(self) -> None:
         """Answer everybody who still waits with NotReadyError: the time is over."""
@@ -122,14 +168,21 @@ class Engine:
     def fail(self, reason: str) -> None:
         """Serve never again, answer everybody who waits, and say so once."""
         with self._changed:
-            if self.failure is not None:
+            if self.state is EngineState.FAILED:
                 return
-            self.failure = reason
+            self.state, self.failure = EngineState.FAILED, reason
             self._changed.notify_all()
         log.critical("the engine has failed: %s", reason)
         self._refuse_all(NotReadyError("the service has failed and is restarting"))
         if self._on_failure is not None:
             self._on_failure(reason)
+
+    def _refuse_all(self, error: Exception) -> None:
+        with self._changed:
+            dropped = self.scheduler.clear()
+            self._changed.notify_all()
+        for request in dropped:
+            request.answer(error)
 
     # -- its models ----------------------------------------------------------------------------------------------------
 
@@ -146,58 +199,66 @@ class Engine:
 
     def _load(self, model: Model) -> None:
         with self._changed:
+            self.scheduler.load(model)
             for worker in self.workers:
-                worker.load(Load(model.number, model.name, model.card.weights_sha256))
+                worker.send(Load(model.number, model.name, model.card.weights_sha256))
+        answers = self._wait_until_loaded(model)
+        for answer in answers:
+            if answer.refused is not None:
+                self._unload(model)
+                raise CheckpointError(answer.refused)
+        default_stage = self.admission.default_stage
+        model.cost = max((answer.cost for answer in answers), key=lambda cost: cost.alone(default_stage))
 
-        def loaded() -> bool:
-            return self.not_ready_ever or all(model.number in worker.loaded for worker in self.workers)
+    def _wait_until_loaded(self, model: Model) -> list[Loaded]:
+        """Wait for every worker's answer; fail where one has been silent for too long, raise where the service ends."""
+
+        def decided() -> bool:
+            loading = self.state in (EngineState.WARMING_UP, EngineState.SERVING)
+            return not loading or self.scheduler.is_loaded(model)
 
         with self._changed:
-            while not self._changed.wait_for(loaded, WATCH_EVERY_S):
-                now = time.monotonic()
-                silent = [now - worker.last_heard for worker in self.workers if model.number in worker.loading]
-                if max(silent, default=0.0) > LOAD_TIMEOUT_S:
+            while not self._changed.wait_for(decided, WATCH_EVERY_S):
+                if self.scheduler.stalled(WorkerState.LOADING, LOAD_TIMEOUT_S) is not None:
                     self.fail(f"the loading of model {model.id} has not gone on for {LOAD_TIMEOUT_S:g} s")
-            if self.not_ready_ever:
-                raise NotReadyError(self.not_ready or "the service is stopping")
-            found = [worker.loaded.pop(model.number) for worker in self.workers]
-        for one in found:
-            if one.refused is not None:
-                self._unload(model)
-                raise CheckpointError(one.refused)
-        model.cost = max((one.cost for one in found), key=lambda cost: cost.alone(self.admission.default_stage))
+            if self.state not in (EngineState.WARMING_UP, EngineState.SERVING):
+                raise NotReadyError(NOT_READY[self.state])
+            return self.scheduler.take_loaded(model)
 
     def _unload(self, model: Model) -> None:
         for worker in self.workers:
-            worker.say(Unload(model.number))
+            worker.send(Unload(model.number))
 
     def _warm_up(self) -> None:
+        """Load the first model, then watch for workers that stall."""
         try:
             self._load(self.models.get(None))
         except (CheckpointError, NotReadyError) as error:
-            if not self.draining:
+            if self.state is EngineState.WARMING_UP:
                 self.fail(f"warm-up: {error}")
             return
-        self.warm.set()
-        while not self.draining and self.failure is None:
+        with self._changed:
+            if self.state is EngineState.WARMING_UP:
+                self.state = EngineState.SERVING
+                self._changed.notify_all()
+        while self.state is EngineState.SERVING:
             time.sleep(WATCH_EVERY_S)
-            for worker in self.workers:
-                with self._changed:  # a large model's warm-up may take longer than a step
-                    silent_s = time.monotonic() - worker.last_heard if worker.busy and not worker.loading else 0.0
-                if silent_s > self.stall_s:
-                    self.fail(f"worker {worker.config.device} has not finished a step for {self.stall_s:g} s")
+            with self._changed:  # a large model's warm-up may take longer than a step
+                index = self.scheduler.stalled(WorkerState.STEPPING, self.stall_s)
+            if index is not None:
+                device = self.workers[index].config.device
+                self.fail(f"worker {device} has not finished a step for {self.stall_s:g} s")
 
     # -- its queue -----------------------------------------------------------------------------------------------------
 
     def refuse_if_full(self, model: Model | None, stage: str | None) -> None:
-        """NotReadyError, with the seconds after which to try again, where one more image cannot be taken now.
+        """Raise NotReadyError, with the seconds after which to try again, where one more image cannot be taken now.
 
         model: None where it is not known yet which model and stage it will be
         """
-        if (reason := self.not_ready) is not None:
-            raise NotReadyError(reason)
+        self.require_ready()
         with self._changed:
-            self._refuse(model, stage, 1, math.inf)
+            self._refuse_if_full(model, stage, 1, math.inf)
 
     async def submit(
         self,
@@ -211,111 +272,67 @@ class Engine:
         begun: bool = False,
         gate: float | None = None,
     ) -> list[Outcome]:
-        """The outcomes of one request's images (uint8, or float32 in [0, 1]), each with its seed; all, or an error.
+        """Return the outcomes of one request's images (uint8, or float32 in [0, 1]), each with its seed; all, or raise.
 
         begun: work has been done for this request already, so that it is not refused for the work of others.
         gate: a first loss up to which an image is left as it is.
         Raises NotReadyError where they cannot be taken, DeadlineError past `deadline` (time.monotonic's clock),
         and what the model raised. Cancelling it frees the slots at the next step.
         """
-        if not self.warm.is_set():
-            raise NotReadyError(self.not_ready or "the service is not ready")
-        loop = asyncio.get_running_loop()
-        jobs = [
-            ImageRequest(next(self._ids), model, image, stage, seed, wants_image, loop, loop.create_future(), gate)
-            for image, seed in zip(images, seeds, strict=True)
+        loop, now = asyncio.get_running_loop(), time.monotonic()
+        futures: list[asyncio.Future[Outcome]] = [loop.create_future() for _ in images]
+        requests = [
+            ImageRequest(
+                Work(next(self._ids), model.number, image, stage, seed, wants_image, now, gate),
+                model,
+                functools.partial(resolve, future),
+            )
+            for image, seed, future in zip(images, seeds, futures, strict=True)
         ]
         with self._changed:
-            if self.failure is not None:
-                raise NotReadyError(self.not_ready or "")
+            if self.state not in (EngineState.SERVING, EngineState.DRAINING):
+                raise NotReadyError(NOT_READY[self.state])
             if not begun:
-                self._refuse(model, stage, len(jobs), deadline - time.monotonic())
-            self._jobs.update((job.id, job) for job in jobs)
-            self._waiting.extend(jobs)
-            self._hand_out()
+                self._refuse_if_full(model, stage, len(requests), deadline - now)
+            self.scheduler.add(requests)
+            self._schedule()
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                return list(await asyncio.gather(*(job.future for job in jobs)))
+                return list(await asyncio.gather(*futures))
         except TimeoutError as error:
             raise DeadlineError("the deadline passed before the answer was there") from error
         finally:
-            self._forget(jobs)
+            self._finish(requests)
 
-    def _refuse(self, model: Model | None, stage: str | None, images: int, left_s: float) -> None:
-        """Under the lock."""
-        jobs = self._jobs.values()
-        self.admission.check_queue_length(self.workers, jobs, waiting=self.waiting, stage=stage, images=images)
+    def _refuse_if_full(self, model: Model | None, stage: str | None, images: int, left_s: float) -> None:
+        """Raise NotReadyError where images cannot be taken; under the lock."""
+        self.admission.check_queue_length(self.scheduler, stage=stage, images=images)
         if model is not None:
-            self.admission.check_added_time(self.workers, jobs, model=model, stage=stage, left_s=left_s)
+            self.admission.check_added_time(self.scheduler, model=model, stage=stage, left_s=left_s)
 
-    def _hand_out(self) -> None:
-        """Give waiting images to the workers with the most free slots; under the lock.
+    def _schedule(self) -> None:
+        """Send waiting images to workers that have free slots; under the lock."""
+        for index, request in self.scheduler.schedule():
+            self.workers[index].send(request.work)
 
-        First come, first served, of those with steps and of those without: these hold a slot for one step only.
-        """
-        left: deque[ImageRequest] = deque()
-        for job in self._waiting:
-            worker = min(self.workers, key=lambda worker: len(worker.busy))
-            if worker.room(job.stage) <= 0:
-                left.append(job)
-                continue
-            job.worker = worker
-            worker.give(
-                Work(job.id, job.model.number, job.image, job.stage, job.seed, job.wants_image, job.queued_at, job.gate)
-            )
-        self._waiting = left
-
-    def _forget(self, jobs: Sequence[ImageRequest]) -> None:
-        """Nobody waits for these any more: take back those that are not answered."""
+    def _finish(self, requests: Sequence[ImageRequest]) -> None:
+        """Drop those of a request's images that are not answered: nobody waits for them any more."""
         with self._changed:
-            for job in jobs:
-                if self._jobs.pop(job.id, None) is None:
-                    continue
-                if job.worker is None:
-                    self._waiting.remove(job)
-                else:
-                    job.worker.take_back([job.id])
-                    job.worker.say(Cancel((job.id,)))
-            self._hand_out()
+            for index, id in self.scheduler.finish(requests):
+                self.workers[index].send(Cancel((id,)))
+            self._schedule()
             self._changed.notify_all()
 
-    def _heard(self, worker: WorkerHandle, message: StepReport | LoadProgress | Loaded | Failed) -> None:
-        """From a worker's thread."""
-        match message:
-            case Failed(reason):
-                self.fail(f"worker {worker.config.device}: {reason}")
-            case Loaded(number):
-                with self._changed:
-                    worker.loaded[number] = message
-                    worker.loading.discard(number)
-                    worker.last_heard = time.monotonic()
-                    self._changed.notify_all()
-            case StepReport():
-                self._stepped(worker, message)
-
-    def _stepped(self, worker: WorkerHandle, message: StepReport) -> None:
-        worker.memory = message.memory
+    def _on_message(self, index: int, message: StepReport | LoadProgress | Loaded | Failed) -> None:
+        """Take in what a worker says, from a thread of its handle."""
+        if isinstance(message, Failed):
+            self.fail(f"worker {self.workers[index].config.device}: {message.reason}")
+            return
         with self._changed:
-            if message.pace is not None:
-                for model in {job.model for job in self._jobs.values() if job.model.number == message.model}:
-                    model.observe(message.pace)
-            answered = [(self._jobs.pop(id, None), result) for id, result in message.ended]
-            worker.take_back(id for id, _ in message.ended)
-            self._hand_out()
+            answered = self.scheduler.update(index, message)
+            self._schedule()
             self._changed.notify_all()
-        for job, result in answered:
-            if job is not None:
-                job.answer(result)
-        if message.slots:
+        for request, result in answered:
+            request.answer(result)
+        if isinstance(message, StepReport) and message.slots:
             self.metrics.stepped(message.slots, message.seconds)
-
-    def _refuse_all(self, error: Exception) -> None:
-        with self._changed:
-            left = list(self._jobs.values())
-            self._jobs.clear()
-            self._waiting.clear()
-            for worker in self.workers:
-                worker.take_back(worker.busy)
-            self._changed.notify_all()
-        for job in left:
-            job.answer(error)

@@ -1,15 +1,11 @@
-"""One image on its way through the engine."""
+"""One image on its way through the engine, and how its answer reaches the event loop that waits for it."""
 
 import asyncio
 import logging
-import time
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from numpy.typing import NDArray
-
-from unperturb.service.engine.handle import WorkerHandle
-from unperturb.service.engine.messages import Outcome
+from unperturb.service.engine.messages import Outcome, Work
 from unperturb.service.engine.registry import Model
 
 log = logging.getLogger("unperturb.engine")
@@ -17,29 +13,22 @@ log = logging.getLogger("unperturb.engine")
 
 @dataclass(eq=False)
 class ImageRequest:
-    """One image on its way; `future` belongs to `loop`, and `worker` is who has it."""
+    """Hold one image on its way: what a worker is sent, the model that it is for, and what to call with its result."""
 
-    id: int
+    work: Work
     model: Model
-    image: NDArray[Any]
-    stage: str | None
-    seed: int
-    wants_image: bool
-    loop: asyncio.AbstractEventLoop
-    future: "asyncio.Future[Outcome]"
-    gate: float | None = None
-    queued_at: float = field(default_factory=time.monotonic)
-    worker: WorkerHandle | None = None
-
-    def answer(self, result: Outcome | Exception) -> None:
-        """Resolve the future, unless its client has gone; from any thread."""
-        try:
-            self.loop.call_soon_threadsafe(_resolve, self.future, result)
-        except RuntimeError:  # the loop has closed: nobody waits any more
-            log.debug("an outcome came after its event loop had closed")
+    answer: Callable[[Outcome | Exception], None]
 
 
-def _resolve(future: "asyncio.Future[Outcome]", result: Outcome | Exception) -> None:
+def resolve(future: "asyncio.Future[Outcome]", result: Outcome | Exception) -> None:
+    """Resolve a future from any thread, unless its client has gone."""
+    try:
+        future.get_loop().call_soon_threadsafe(_resolve_in_loop, future, result)
+    except RuntimeError:  # the loop has closed: nobody waits any more
+        log.debug("an outcome came after its event loop had closed")
+
+
+def _resolve_in_loop(future: "asyncio.Future[Outcome]", result: Outcome | Exception) -> None:
     if future.done():
         return
     if isinstance(result, Exception):

@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
 
 from unperturb.service.engine.admission import Admission
-from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.engine import Engine, EngineState
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.worker import WorkerConfig
 from unperturb.service.http import problem
@@ -72,7 +72,7 @@ def create_app(
     metrics.watch(
         queue_length=lambda: engine.waiting,
         slots_in_use=lambda: engine.in_slots,
-        memory=lambda: {w.config.device: w.memory for w in engine.workers if w.config.device.startswith("cuda")},
+        memory=lambda: engine.gpu_memory,
     )
     gateway = Gateway(settings, engine, metrics)
 
@@ -80,7 +80,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await gateway.decoders.start()
         engine.start()
-        while warm_first and not engine.warm.is_set() and engine.failure is None:
+        while warm_first and engine.state is EngineState.WARMING_UP:
             await asyncio.sleep(0.1)
         yield
         await asyncio.to_thread(engine.stop, settings.grace_s)

@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; a second signal ends at once."""
-        self.engine.draining = True  # the queue is closed at the end: what was let in before is still taken
+        self.engine.drain()  # the queue is closed at the end: what was let in before is still taken
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True

@@ -18,10 +18,8 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine import batching
 from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.engine import Engine
-from unperturb.service.engine.handle import WorkerHandle
-from unperturb.service.engine.messages import Outcome, Work
+from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.stages import ATTACK, stages_of
-from unperturb.service.engine.worker import WorkerConfig
 
 
 @pytest.mark.parametrize("preset", ["default", "published"])
@@ -124,25 +122,10 @@ def test_two_devices_share_one_queue(engines: Callable[..., Engine], images: tor
     async def run() -> list[Outcome]:
         task = asyncio.create_task(submit(engine, uint8(images) * 2))
         await asyncio.sleep(0)
-        assert [len(worker.busy) for worker in engine.workers] == [2, 2]
+        assert [worker.running for worker in engine.scheduler.workers] == [2, 2]
         assert engine.waiting == 12
         return await task
 
     found = asyncio.run(run())
     for first, again in zip(found[:8], found[8:], strict=True):
         assert close(first.scores, again.scores, 1e-4)
-
-
-def test_images_without_steps_do_not_take_the_slots_of_those_with() -> None:
-    handle = WorkerHandle(WorkerConfig("cpu", 2, 1, "eager", "float32", "warning", "text"), lambda *_: None)
-    black = np.zeros((3, 8, 8), dtype=np.uint8)
-    for i in range(2):
-        handle.give(Work(i, 1, black, None, 0, False, 0.0))
-    assert handle.room(None) == 0
-    assert handle.room("default") == 2
-    for i in range(2, 4):
-        handle.give(Work(i, 1, black, "default", 0, False, 0.0))
-    assert handle.room("default") == 0
-    handle.take_back([0, 2])
-    assert handle.room(None) == 1
-    assert handle.room("default") == 1

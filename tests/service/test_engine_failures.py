@@ -10,7 +10,7 @@ import torch
 
 from tests.support.engines import hold_steps, one, submit, uint8, wait_until
 from unperturb.service.engine.batching import ContinuousBatch
-from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.engine import Engine, EngineState
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.errors import NotReadyError
@@ -78,7 +78,7 @@ def test_stopping_finishes_what_is_here_and_takes_no_more(engines: Callable[...,
         task = asyncio.create_task(submit(engine, pixels))
         await asyncio.sleep(0.02)
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop, 60.0))
-        while not engine.draining:
+        while engine.state is not EngineState.DRAINING:
             await asyncio.sleep(0.001)
         with pytest.raises(NotReadyError, match="stopping"):
             engine.refuse_if_full(None, "default")

@@ -26,7 +26,7 @@ def address(tiny_folder: Path) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not (server.started and app.state.engine.warm.is_set()):
+    while not (server.started and app.state.engine.wait_until_ready(0.0)):
         assert thread.is_alive()
         time.sleep(0.02)
     yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"

@@ -31,7 +31,7 @@ Pixels = NDArray[Any]
 class ThreadHandle(WorkerHandle):
     """The worker in a thread of this process, so that a test can reach into it."""
 
-    def _host(self, theirs: Connection) -> None:
+    def _start_worker(self, theirs: Connection) -> None:
         threading.Thread(target=work, args=(theirs, self.config), daemon=True).start()
 
 
@@ -56,7 +56,7 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
         engine = Engine(str(tiny_folder), workers=[config] * workers, admission=admission, **settings)
         made.append(engine)
         engine.start()
-        wait_until(lambda: engine.warm.is_set() or engine.failure is not None)
+        assert engine.wait_until_ready(60.0) or engine.failure is not None
         return engine
 
     yield make

@@ -24,7 +24,7 @@ def settings(folder: Path, **changed: object) -> Settings:
 
 def wait_until_ready(client: TestClient) -> None:
     engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
-    assert engine.warm.wait(120)
+    assert engine.wait_until_ready(120.0)
 
 
 @contextmanager

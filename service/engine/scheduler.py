@@ -1,0 +1,188 @@
+"""Own what waits and what runs: which image goes to which worker, and from when a worker's silence counts.
+
+It has no threads, no processes and no lock: the engine sends what it schedules, and guards it with a lock of its own.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+from unperturb.service.engine.messages import Loaded, LoadProgress, Outcome, StepReport
+from unperturb.service.engine.registry import Model
+from unperturb.service.engine.requests import ImageRequest
+
+
+class WorkerState(Enum):
+    """What a worker is busy with."""
+
+    IDLE = "idle"
+    STEPPING = "stepping"
+    LOADING = "loading"  # and perhaps stepping, between the pieces of a warm-up
+
+
+@dataclass(eq=False)
+class ScheduledWorker:
+    """Hold what one worker has been given and has not reported on.
+
+    slots:      images with steps that it takes at a time, and as many without, which hold a slot for one step only
+    staged:     the images with steps by id
+    stageless:  the images without
+    loading:    the models that it loads, by number, in order
+    loaded:     its answers that nobody has read
+    last_heard: seconds on the scheduler's clock
+    memory:     bytes in use on its device
+    """
+
+    slots: int
+    last_heard: float
+    staged: dict[int, ImageRequest] = field(default_factory=dict)
+    stageless: dict[int, ImageRequest] = field(default_factory=dict)
+    loading: dict[int, Model] = field(default_factory=dict)
+    loaded: dict[int, Loaded] = field(default_factory=dict)
+    memory: int = 0
+
+    @property
+    def running(self) -> int:
+        """Return how many images it has."""
+        return len(self.staged) + len(self.stageless)
+
+    @property
+    def state(self) -> WorkerState:
+        """Return what it is busy with."""
+        if self.loading:
+            return WorkerState.LOADING
+        return WorkerState.STEPPING if self.running else WorkerState.IDLE
+
+    def images(self, stage: str | None) -> dict[int, ImageRequest]:
+        """Return its images that compete with one in a stage for slots."""
+        return self.stageless if stage is None else self.staged
+
+    def free_slots(self, stage: str | None) -> int:
+        """Return how many more images in a stage it can take."""
+        return self.slots - len(self.images(stage))
+
+
+class Scheduler:
+    """Queue images, first come, first served, for workers with so many slots each; a worker is known by its index."""
+
+    def __init__(self, slots: Sequence[int], *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.workers = [ScheduledWorker(count, clock()) for count in slots]
+        self.waiting: deque[ImageRequest] = deque()
+        self._clock = clock
+
+    @property
+    def running(self) -> int:
+        """Return how many images workers have."""
+        return sum(worker.running for worker in self.workers)
+
+    @property
+    def empty(self) -> bool:
+        """Return whether nothing waits or runs."""
+        return not self.waiting and not self.running
+
+    def unanswered(self) -> Iterator[ImageRequest]:
+        """Iterate over all that run or wait."""
+        for worker in self.workers:
+            yield from worker.staged.values()
+            yield from worker.stageless.values()
+        yield from self.waiting
+
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    def add(self, requests: Iterable[ImageRequest]) -> None:
+        """Append images to the queue."""
+        self.waiting.extend(requests)
+
+    def schedule(self) -> list[tuple[int, ImageRequest]]:
+        """Move waiting images to the workers that have the fewest and a free slot, and return who gets which.
+
+        An image without steps does not wait behind one with steps that finds no slot, nor the other way round.
+        """
+        scheduled: list[tuple[int, ImageRequest]] = []
+        left: deque[ImageRequest] = deque()
+        for request in self.waiting:
+            index = min(range(len(self.workers)), key=lambda index: self.workers[index].running)
+            worker = self.workers[index]
+            if worker.free_slots(request.work.stage) <= 0:
+                left.append(request)
+                continue
+            self._end_silence(worker)
+            worker.images(request.work.stage)[request.work.id] = request
+            scheduled.append((index, request))
+        self.waiting = left
+        return scheduled
+
+    def update(
+        self, index: int, report: StepReport | LoadProgress | Loaded
+    ) -> list[tuple[ImageRequest, Outcome | Exception]]:
+        """Take in what a worker reports, and return the images that it has answered, without those finished before."""
+        worker = self.workers[index]
+        worker.last_heard = self._clock()
+        match report:
+            case Loaded(number):
+                worker.loading.pop(number, None)
+                worker.loaded[number] = report
+            case StepReport():
+                worker.memory = report.memory
+                if report.pace is not None:
+                    for model in {request.model for request in self.unanswered()}:
+                        if model.number == report.model:
+                            model.observe(report.pace)
+                answered = [(self._take_back(worker, id), result) for id, result in report.ended]
+                return [(request, result) for request, result in answered if request is not None]
+        return []
+
+    def finish(self, requests: Iterable[ImageRequest]) -> list[tuple[int, int]]:
+        """Drop images that nobody waits for any more; return the worker and the id of each that one still works on."""
+        running: list[tuple[int, int]] = []
+        ids = set()
+        for request in requests:
+            ids.add(request.work.id)
+            for index, worker in enumerate(self.workers):
+                if self._take_back(worker, request.work.id) is not None:
+                    running.append((index, request.work.id))
+        if any(request.work.id in ids for request in self.waiting):
+            self.waiting = deque(request for request in self.waiting if request.work.id not in ids)
+        return running
+
+    def clear(self) -> list[ImageRequest]:
+        """Drop all images, and return them."""
+        dropped = list(self.unanswered())
+        self.finish(dropped)
+        return dropped
+
+    def _take_back(self, worker: ScheduledWorker, id: int) -> ImageRequest | None:
+        return worker.staged.pop(id, None) or worker.stageless.pop(id, None)
+
+    # -- models --------------------------------------------------------------------------------------------------------
+
+    def load(self, model: Model) -> None:
+        """Note that every worker has been asked to load a model."""
+        for worker in self.workers:
+            self._end_silence(worker)
+            worker.loading[model.number] = model
+
+    def is_loaded(self, model: Model) -> bool:
+        """Return whether every worker has answered for a model."""
+        return all(model.number in worker.loaded for worker in self.workers)
+
+    def take_loaded(self, model: Model) -> list[Loaded]:
+        """Return every worker's answer for a model, once."""
+        return [worker.loaded.pop(model.number) for worker in self.workers]
+
+    # -- silence -------------------------------------------------------------------------------------------------------
+
+    def stalled(self, state: WorkerState, limit_s: float) -> int | None:
+        """Return the index of a worker that has been in a state, and silent, for longer than `limit_s`, or None."""
+        now = self._clock()
+        for index, worker in enumerate(self.workers):
+            if worker.state is state and now - worker.last_heard > limit_s:
+                return index
+        return None
+
+    def _end_silence(self, worker: ScheduledWorker) -> None:
+        """Count a worker's silence from now on, if until now it was no stall: it had nothing to do."""
+        if worker.state is WorkerState.IDLE:
+            worker.last_heard = self._clock()

@@ -1,0 +1,181 @@
+"""The scheduler: who runs where, who waits, and whose silence counts; no process, no thread."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from unperturb.models.checkpoints.store import read_card, resolve
+from unperturb.models.errors import NotReadyError
+from unperturb.service.engine.admission import Admission
+from unperturb.service.engine.cost import Cost
+from unperturb.service.engine.messages import Loaded, LoadProgress, Outcome, StepReport, Work
+from unperturb.service.engine.registry import Model
+from unperturb.service.engine.requests import ImageRequest
+from unperturb.service.engine.scheduler import Scheduler, WorkerState
+
+BLACK = np.zeros((3, 8, 8), dtype=np.uint8)
+OUTCOME = Outcome(np.ones(2, dtype=np.float32), np.ones(2, dtype=np.float32))
+Request = Callable[..., ImageRequest]
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return Model(1, "a", "a", read_card(resolve("default")))
+
+
+@pytest.fixture
+def request_of(model: Model) -> Request:
+    def make(id: int, stage: str | None = "default") -> ImageRequest:
+        return ImageRequest(Work(id, model.number, BLACK, stage, 0, False, 0.0), model, lambda _: None)
+
+    return make
+
+
+def report(*ended: int, model: int = 1, pace: float | None = None, result: Outcome | Exception = OUTCOME) -> StepReport:
+    return StepReport(model, 1, 0.1, pace, [(id, result) for id in ended], 7)
+
+
+def scheduled(scheduler: Scheduler) -> list[tuple[int, int]]:
+    return [(index, request.work.id) for index, request in scheduler.schedule()]
+
+
+def test_images_go_to_the_worker_with_the_fewest_and_the_rest_waits_in_turn(request_of: Request) -> None:
+    scheduler = Scheduler([2, 2])
+    scheduler.add(request_of(id) for id in range(6))
+    assert scheduled(scheduler) == [(0, 0), (1, 1), (0, 2), (1, 3)]
+    assert [request.work.id for request in scheduler.waiting] == [4, 5]
+    assert scheduler.running == 4
+    assert scheduled(scheduler) == []
+
+
+def test_images_without_steps_do_not_take_the_slots_of_those_with(request_of: Request) -> None:
+    scheduler = Scheduler([2])
+    (worker,) = scheduler.workers
+    scheduler.add(request_of(i, None) for i in range(2))
+    scheduler.schedule()
+    assert worker.free_slots(None) == 0
+    assert worker.free_slots("default") == 2
+    scheduler.add(request_of(i, "default") for i in range(2, 4))
+    scheduler.schedule()
+    assert worker.free_slots("default") == 0
+    scheduler.update(0, report(0, 2))
+    assert worker.free_slots(None) == 1
+    assert worker.free_slots("default") == 1
+
+
+def test_image_without_steps_does_not_wait_behind_those_with(request_of: Request) -> None:
+    scheduler = Scheduler([1])
+    scheduler.add([request_of(1), request_of(2), request_of(3, None)])
+    assert scheduled(scheduler) == [(0, 1), (0, 3)]
+    assert [request.work.id for request in scheduler.waiting] == [2]
+
+
+def test_report_gives_each_result_to_its_request_and_frees_the_slot(request_of: Request) -> None:
+    scheduler, error = Scheduler([2]), ValueError("broken")
+    first, second, third = (request_of(id) for id in range(3))
+    scheduler.add([first, second, third])
+    scheduler.schedule()
+    assert scheduler.update(0, report()) == []
+    assert scheduler.update(0, report(1, result=error)) == [(second, error)]
+    assert scheduled(scheduler) == [(0, 2)]
+    assert scheduler.update(0, report(0, 2)) == [(first, OUTCOME), (third, OUTCOME)]
+    assert scheduler.empty
+    assert scheduler.workers[0].memory == 7
+
+
+def test_finished_images_free_their_slots_and_leave_the_queue(request_of: Request) -> None:
+    scheduler = Scheduler([1, 1])
+    requests = [request_of(id) for id in range(4)]
+    scheduler.add(requests)
+    scheduler.schedule()
+    assert scheduler.finish(requests[1:3]) == [(1, 1)]  # the other one waits: no worker has to know
+    assert scheduled(scheduler) == [(1, 3)]
+    assert scheduler.update(1, report(1)) == []  # it had ended before it was taken back
+    assert scheduler.finish(requests[1:3]) == []
+
+
+def test_clear_drops_what_waits_and_what_runs(request_of: Request) -> None:
+    scheduler = Scheduler([1])
+    requests = [request_of(id) for id in range(3)]
+    scheduler.add(requests)
+    scheduler.schedule()
+    assert scheduler.clear() == requests
+    assert scheduler.empty
+    assert scheduler.clear() == []
+
+
+def test_pace_is_that_of_the_model_that_stepped(request_of: Request, model: Model) -> None:
+    scheduler, before = Scheduler([1]), model.pace
+    scheduler.add([request_of(1)])
+    scheduler.schedule()
+    scheduler.update(0, report(model=2, pace=5.0))
+    assert model.pace == before
+    scheduler.update(0, report(pace=5.0))
+    assert model.pace > before
+
+
+def test_silence_counts_from_the_first_image_and_from_each_report(request_of: Request, clock: Clock) -> None:
+    scheduler = Scheduler([2], clock=clock)
+    clock.now = 100.0
+    assert [worker.state for worker in scheduler.workers] == [WorkerState.IDLE]
+    assert scheduler.stalled(WorkerState.STEPPING, 1.0) is None
+    scheduler.add([request_of(1)])
+    scheduler.schedule()
+    assert [worker.state for worker in scheduler.workers] == [WorkerState.STEPPING]
+    assert scheduler.stalled(WorkerState.STEPPING, 1.0) is None
+    clock.now = 101.5
+    scheduler.add([request_of(2)])  # more work is no sign of life
+    scheduler.schedule()
+    assert scheduler.stalled(WorkerState.STEPPING, 1.0) == 0
+    scheduler.update(0, report())
+    assert scheduler.stalled(WorkerState.STEPPING, 1.0) is None
+
+
+def test_loading_may_last_as_long_as_it_goes_on(request_of: Request, model: Model, clock: Clock) -> None:
+    scheduler = Scheduler([1, 1], clock=clock)
+    scheduler.add([request_of(1)])
+    scheduler.schedule()
+    scheduler.load(model)
+    assert {worker.state for worker in scheduler.workers} == {WorkerState.LOADING}
+    for _ in range(3):
+        clock.now += 0.9
+        for index in range(2):
+            scheduler.update(index, LoadProgress(model.number))
+        assert scheduler.stalled(WorkerState.LOADING, 1.0) is None
+    clock.now += 2.0
+    scheduler.update(0, Loaded(model.number, Cost()))
+    assert scheduler.workers[0].state is WorkerState.STEPPING
+    assert not scheduler.is_loaded(model)
+    assert scheduler.stalled(WorkerState.LOADING, 1.0) == 1
+    scheduler.update(1, Loaded(model.number, Cost(), "it does not run"))
+    assert scheduler.is_loaded(model)
+    assert [answer.refused for answer in scheduler.take_loaded(model)] == [None, "it does not run"]
+    assert not scheduler.is_loaded(model)
+
+
+def test_admission_counts_free_slots_before_the_queue(request_of: Request) -> None:
+    scheduler, admission = Scheduler([2]), Admission(1, 1.0, "default")
+    admission.check_queue_length(scheduler, stage="default", images=3)
+    with pytest.raises(NotReadyError, match="0 images are waiting, and at most 1 may"):
+        admission.check_queue_length(scheduler, stage="default", images=4)
+    scheduler.add(request_of(id) for id in range(3))
+    scheduler.schedule()
+    admission.check_queue_length(scheduler, stage=None, images=1)
+    with pytest.raises(NotReadyError, match="1 images are waiting"):
+        admission.check_queue_length(scheduler, stage="default", images=1)
