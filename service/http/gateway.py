@@ -58,26 +58,27 @@ class Gateway:
         self.keys = settings.keys
         self.decoders = Decoders(count=settings.decoders, timeout_s=settings.decode_timeout_s)
         self.limits = Limits(per_client=settings.max_per_client, total=settings.max_in_progress)
+        self.changing_models = asyncio.Lock()
 
     @contextmanager
     def admit(
-        self, request: Request, timeout_s: float | None, told: tuple[str | None, str | None] | None
+        self, request: Request, key: str | None, timeout_s: float | None, target: tuple[str | None, str | None] | None
     ) -> Iterator[Ticket]:
-        """Let one request in, counted as one image until its number is known (`count`).
+        """Admit one request, counted as one image until its number is known (`count`).
 
-        told: the model's id and the images' stage, where the request's head says which
+        target: the model's id and the images' stage, where the request's head says which
 
         Raises UnauthorizedError, TooManyRequestsError, and NotReadyError where the engine could not take it now: better
         before its body is read and decoded than after.
         """
         started = time.perf_counter()
-        user = self.keys.user(request)
+        user = self.keys.user(key)
         client = f"key {user}" if user is not None else (request.client.host if request.client else "unknown")
         request.scope["client_name"] = client
         deadline = time.monotonic() + min(timeout_s or math.inf, self.settings.timeout_s)
-        id, stage = told or (None, self.settings.preset)
+        id, stage = target or (None, self.settings.preset)
         models = self.engine.models
-        self.engine.refuse_if_full(models.by_id.get(id or models.default_id) if told else None, stage)
+        self.engine.refuse_if_full(models.by_id.get(id or models.default_id) if target else None, stage)
         with self.limits.hold(client, 1):
             yield Ticket(request, client, deadline, started)
 
