@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.http import problem
 from unperturb.service.http.answer import Answer, Answers, answer, pixels, to_png
+from unperturb.service.http.context import RequestContext
 from unperturb.service.http.dependencies import GatewayOfApp, Key
 from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.png16 import png16
@@ -42,7 +43,7 @@ async def classify(
         upload = await gateway.read(ticket)
         wanted = query.updated(upload.parameters)
         preset = wanted.stage(default)
-        request.scope["preset"] = preset
+        ticket.context.preset = preset
         with (
             gateway.count(ticket, len(upload.files)),
             gateway.engine.models.use(wanted.model) as model,
@@ -63,7 +64,7 @@ async def classify(
         one_answer = partial(
             answer,
             model=model,
-            request_id=ticket.id,
+            request_id=ticket.context.request_id,
             preset=preset,
             top_k=top_k,
             return_image=wanted.return_image,
@@ -75,7 +76,7 @@ async def classify(
             return [one_answer(*pair) for pair in zip(outcomes, decoded, strict=True)]
 
         answers = await asyncio.to_thread(every) if wanted.return_image else every()  # PNG files take their time
-    return Answers(request_id=ticket.id, answers=answers) if upload.many else answers[0]
+    return Answers(request_id=ticket.context.request_id, answers=answers) if upload.many else answers[0]
 
 
 @router.post(
@@ -92,7 +93,7 @@ async def purify(
     timeout_s: Timeout = None,
 ) -> Response:
     """The purified image itself, at the model's size, for a classifier of your own."""
-    preset = request.scope["preset"] = query.preset or gateway.settings.preset
+    preset = RequestContext.of(request.scope).preset = query.preset or gateway.settings.preset
     with gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket:
         upload = await gateway.read_one(ticket)
         with gateway.engine.models.use(query.model) as model:

@@ -133,7 +133,7 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
         body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
         asked, images = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
         wanted = _parameters(asked)
-        preset = request.scope["preset"] = wanted.stage(settings.preset)
+        preset = ticket.context.preset = wanted.stage(settings.preset)
         _check(asked, images, model, purifying=preset is not None, max_images=settings.max_images)
         with gateway.count(ticket, len(images)):
             outcomes = await gateway.run(

@@ -21,6 +21,7 @@ from unperturb.service.engine.registry import Model
 from unperturb.service.engine.stages import ATTACK, ATTACK_LOOP
 from unperturb.service.http import problem
 from unperturb.service.http.answer import ModelName, Prediction, pixels, png, to_png, top
+from unperturb.service.http.context import RequestContext
 from unperturb.service.http.dependencies import GatewayOfApp, Key
 from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.routes.parameters import Purify
@@ -88,7 +89,7 @@ async def inspect(
     timeout_s: Timeout = None,
 ) -> Inspection:
     """Attack an image (where asked to), purify it, and show every image, score and loss on the way."""
-    preset = request.scope["preset"] = query.preset or gateway.settings.preset
+    preset = RequestContext.of(request.scope).preset = query.preset or gateway.settings.preset
     with (
         gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket,
         gateway.engine.models.use(query.model) as model,
@@ -121,7 +122,7 @@ async def inspect(
             attack,
             image,
             outcome,
-            request_id=ticket.id,
+            request_id=ticket.context.request_id,
             timings_ms={
                 "decode": decode_ms,
                 **({"attack": _total_ms(attack)} if attack is not None else {}),
