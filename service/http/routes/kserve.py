@@ -6,18 +6,15 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
 from unperturb.service.errors import MalformedRequestError, NotReadyError
-from unperturb.service.http import problem
+from unperturb.service.http import json_body, problem
 from unperturb.service.http.dependencies import FOR_USERS, GatewayOfApp, Key
 from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.routes.parameters import PurifyOrNot
-from unperturb.service.http.schemas import inlined
 from unperturb.service.http.tensors import HEADER_LENGTH, INPUT, InferRequest, read_infer, write_infer
 from unperturb.service.http.upload import read_within, too_many
 from unperturb.service.version import VERSION
@@ -26,7 +23,7 @@ DEFAULT_OUTPUTS = ("scores", "label")
 BODY = {
     "required": True,
     "content": {
-        "application/json": {"schema": inlined(InferRequest)},
+        "application/json": {"schema": json_body.inlined(InferRequest)},
         "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
     },
 }
@@ -132,7 +129,7 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
     ):
         body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
         asked, images = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
-        wanted = _parameters(asked)
+        wanted = json_body.validate(InferParameters, asked.parameters, within=("body", "parameters"))
         preset = ticket.context.preset = wanted.stage(settings.preset)
         _check(asked, images, model, purifying=preset is not None, max_images=settings.max_images)
         with gateway.count(ticket, len(images)):
@@ -151,14 +148,6 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
     if head is None:
         return Response(payload, media_type="application/json")
     return Response(payload, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})
-
-
-def _parameters(asked: InferRequest) -> InferParameters:
-    try:
-        return InferParameters.model_validate(asked.parameters)
-    except ValidationError as error:
-        faults = [{**e, "loc": ("body", "parameters", *e["loc"])} for e in error.errors()]
-        raise RequestValidationError(faults) from error
 
 
 def _check(asked: InferRequest, images: NDArray[Any], model: Model, *, purifying: bool, max_images: int) -> None:

@@ -5,15 +5,13 @@ import dataclasses
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from unperturb.service.engine.registry import Model
 from unperturb.service.http import json_body, problem
 from unperturb.service.http.dependencies import FOR_ADMINS, FOR_USERS, GatewayOfApp
 from unperturb.service.http.gateway import Gateway
-from unperturb.service.http.schemas import inlined
 from unperturb.service.http.upload import read_within
 
 MAX_BYTES = 65_536
@@ -82,7 +80,7 @@ async def default_card(gateway: GatewayOfApp) -> JSONResponse:
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": inlined(ToLoad)}},
+            "content": {"application/json": {"schema": json_body.inlined(ToLoad)}},
         }
     },
     responses=problem.responses(400, 401, 403, 408, 413, 422, 503),
@@ -94,10 +92,7 @@ async def load(request: Request, gateway: GatewayOfApp) -> Described:
     Requests that are in progress on a model of the same id end on the one they began with.
     """
     body = await read_within(request, max_bytes=MAX_BYTES, timeout_s=gateway.settings.upload_timeout_s)
-    try:
-        wanted = ToLoad.model_validate(json_body.parse(body))
-    except ValidationError as error:
-        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
+    wanted = json_body.validate(ToLoad, json_body.parse(body))
     async with gateway.changing_models:
         model = await asyncio.to_thread(
             gateway.engine.add, wanted.checkpoint, wanted.id, digest=wanted.digest, default=wanted.default
