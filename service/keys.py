@@ -20,9 +20,8 @@ class KeyRing(NamedTuple):
     admins: dict[str, str]
     required: bool
 
-    def user(self, request: HTTPConnection) -> str | None:
-        """The name of the request's key, or None where none is needed; raises UnauthorizedError otherwise."""
-        key = presented(request)
+    def user(self, key: str | None) -> str | None:
+        """Return the name of a request's key, or None where none is needed; raise UnauthorizedError otherwise."""
         name = None if key is None else match(key, self.users) or match(key, self.admins)
         if name is None and (self.required or key is not None):
             raise UnauthorizedError(
@@ -30,11 +29,10 @@ class KeyRing(NamedTuple):
             )
         return name
 
-    def admin(self, request: HTTPConnection) -> str:
-        """The name of the request's administrator key; raises UnauthorizedError or ForbiddenError."""
+    def admin(self, key: str | None) -> str:
+        """Return the name of a request's administrator key; raise UnauthorizedError or ForbiddenError otherwise."""
         if not self.admins:
             raise ForbiddenError("no administrator key is set; UNPERTURB_ADMIN_KEYS takes name:sha256 pairs")
-        key = presented(request)
         if key is None:
             raise UnauthorizedError("no API key: send `Authorization: Bearer KEY` with an administrator's key")
         name = match(key, self.admins)

@@ -18,7 +18,7 @@ from unperturb.models.errors import ConfigError, UnperturbError
 from unperturb.models.options import as_json, option, parse
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = (sys.executable, "-c", "from service.main import main; main()", "purify")
+COMMAND = (sys.executable, "-c", "from unperturb.service.cli import main; main()", "purify")
 SAMPLES_EVERY_S = 0.1
 
 

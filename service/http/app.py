@@ -97,9 +97,9 @@ def create_app(
     app.add_middleware(Observe, metrics=metrics, tracing=tracer)
     problem.install(app)
     for family in (classify, kserve, models, health):
-        app.include_router(family.router(gateway))
+        app.include_router(family.router)
     if settings.page:
-        app.include_router(page.router(gateway))
+        app.include_router(page.router)
     else:
 
         @app.get("/", include_in_schema=False)

@@ -18,10 +18,12 @@ from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
 from unperturb.service.errors import DeadlineError, MalformedRequestError, RequestError
+from unperturb.service.http.context import RequestContext
 from unperturb.service.http.limits import Limits
 from unperturb.service.http.upload import Upload, read_images
 from unperturb.service.settings import Settings
 from unperturb.service.telemetry.metrics import Metrics
+from unperturb.service.telemetry.tracing import Part
 
 T = TypeVar("T")
 Timeout = Annotated[
@@ -32,21 +34,17 @@ Timeout = Annotated[
 
 @dataclass(frozen=True)
 class Ticket:
-    """One request that was let in: its client, its deadline on time.monotonic's clock, and when it came."""
+    """One admitted request: its client, its deadline on time.monotonic's clock, and when it came."""
 
     request: Request
+    context: RequestContext
     client: str
     deadline: float
     started: float
 
     @property
-    def id(self) -> str:
-        """The request's id."""
-        return str(self.request.scope["request_id"])
-
-    @property
     def spent_ms(self) -> float:
-        """Milliseconds since the request's head."""
+        """Return the milliseconds since the request's head."""
         return (time.perf_counter() - self.started) * 1000
 
 
@@ -58,28 +56,30 @@ class Gateway:
         self.keys = settings.keys
         self.decoders = Decoders(count=settings.decoders, timeout_s=settings.decode_timeout_s)
         self.limits = Limits(per_client=settings.max_per_client, total=settings.max_in_progress)
+        self.changing_models = asyncio.Lock()
 
     @contextmanager
     def admit(
-        self, request: Request, timeout_s: float | None, told: tuple[str | None, str | None] | None
+        self, request: Request, key: str | None, timeout_s: float | None, target: tuple[str | None, str | None] | None
     ) -> Iterator[Ticket]:
-        """Let one request in, counted as one image until its number is known (`count`).
+        """Admit one request, counted as one image until its number is known (`count`).
 
-        told: the model's id and the images' stage, where the request's head says which
+        target: the model's id and the images' stage, where the request's head says which
 
         Raises UnauthorizedError, TooManyRequestsError, and NotReadyError where the engine could not take it now: better
         before its body is read and decoded than after.
         """
         started = time.perf_counter()
-        user = self.keys.user(request)
+        user = self.keys.user(key)
         client = f"key {user}" if user is not None else (request.client.host if request.client else "unknown")
-        request.scope["client_name"] = client
+        context = RequestContext.of(request.scope)
+        context.client = client
         deadline = time.monotonic() + min(timeout_s or math.inf, self.settings.timeout_s)
-        id, stage = told or (None, self.settings.preset)
+        id, stage = target or (None, self.settings.preset)
         models = self.engine.models
-        self.engine.refuse_if_full(models.by_id.get(id or models.default_id) if told else None, stage)
+        self.engine.refuse_if_full(models.by_id.get(id or models.default_id) if target else None, stage)
         with self.limits.hold(client, 1):
-            yield Ticket(request, client, deadline, started)
+            yield Ticket(request, context, client, deadline, started)
 
     def count(self, ticket: Ticket, images: int) -> AbstractContextManager[None]:
         """Count a request as its number of images against every limit; TooManyRequestsError, NotReadyError."""
@@ -162,7 +162,7 @@ class Gateway:
                 ClientDisconnect if watcher.done() else DeadlineError("the deadline passed before the answer was there")
             )
         finally:
-            ticket.request.scope.setdefault("parts", []).append((name, began_at, time.time_ns()))
+            ticket.context.parts.append(Part(name, began_at, time.time_ns()))
             for pending in (task, watcher):
                 pending.cancel()
             await asyncio.gather(task, watcher, return_exceptions=True)

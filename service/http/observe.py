@@ -7,6 +7,7 @@ import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from unperturb.service.http.context import RequestContext
 from unperturb.service.telemetry.metrics import Metrics
 from unperturb.service.telemetry.tracing import Tracing
 
@@ -16,8 +17,9 @@ QUIET = ("/healthz", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready
 
 
 class Observe:
-    """ASGI middleware. The id is the client's own `x-request-id` where it is a plain one, else a random one; it is in
-    `scope["request_id"]` and the answer's header.
+    """Give every request a context, and record it at its end (ASGI middleware).
+
+    The id is the client's own `x-request-id` where it is a plain one, else a random one; it is in the answer's header.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None) -> None:
@@ -29,14 +31,15 @@ class Observe:
             await self.app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"")
-        scope["request_id"] = given.decode() if ID.fullmatch(given) else uuid.uuid4().hex
+        context = RequestContext(given.decode() if ID.fullmatch(given) else uuid.uuid4().hex)
+        context.attach(scope)
         status, started = 500, time.perf_counter()
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", scope["request_id"].encode())]
+                message["headers"] = [*message["headers"], (b"x-request-id", context.request_id.encode())]
             await send(message)
 
         began_at = time.time_ns()
@@ -44,25 +47,25 @@ class Observe:
             with self.metrics.in_progress.track_inprogress():
                 await self.app(scope, receive, send_with_id)
         finally:
-            self._record(scope, status, time.perf_counter() - started, began_at)
+            self._record(scope, context, status, time.perf_counter() - started, began_at)
 
-    def _record(self, scope: Scope, status: int, seconds: float, began_at: int) -> None:
+    def _record(self, scope: Scope, context: RequestContext, status: int, seconds: float, began_at: int) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        preset = scope.get("preset") or "none"
+        preset = context.preset or "none"
         self.metrics.requests.labels(route, status, preset).inc()
         self.metrics.duration.labels(route).observe(seconds)
-        if "rejected" in scope:
-            self.metrics.rejected.labels(scope["rejected"]).inc()
+        if context.rejected is not None:
+            self.metrics.rejected.labels(context.rejected).inc()
         facts = {
-            "request_id": scope["request_id"],
+            "request_id": context.request_id,
             "method": scope["method"],
             "route": route,
             "status": status,
             "ms": round(seconds * 1000, 1),
-            "client": scope.get("client_name"),
+            "client": context.client,
             "preset": preset,
         }
         if scope["path"] not in QUIET:
             log.info("request", extra=facts)
         if self.tracing is not None:
-            self.tracing.record(scope, facts, began_at)
+            self.tracing.record(scope, facts, context.parts, began_at)

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.service.errors import RequestError
+from unperturb.service.http.context import RequestContext
 
 log = logging.getLogger("unperturb.service")
 MEDIA_TYPE = "application/problem+json"
@@ -41,7 +42,7 @@ def problem(request: Request, status: int, detail: str, *, retry_after_s: int | 
         title=HTTPStatus(status).phrase,
         status=status,
         detail=detail,
-        request_id=request.scope.get("request_id", ""),
+        request_id=RequestContext.of(request.scope).request_id,
     ).model_dump()
     if request.url.path.startswith("/v2/"):
         body["error"] = detail
@@ -56,7 +57,7 @@ def install(app: FastAPI) -> None:
 
     async def refused(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
-        request.scope["rejected"] = type(error).__name__.removesuffix("Error")
+        RequestContext.of(request.scope).rejected = type(error).__name__.removesuffix("Error")
         return problem(request, error.status, str(error), retry_after_s=error.retry_after_s)
 
     async def out_of_range(request: Request, error: Exception) -> JSONResponse:
@@ -64,7 +65,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        request.scope["rejected"] = "Invalid"
+        RequestContext.of(request.scope).rejected = "Invalid"
         faults = [f"{'.'.join(str(part) for part in e['loc'][1:])}: {e['msg']}" for e in error.errors()[:FAULTS_SHOWN]]
         return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, "; ".join(faults))
 
@@ -78,9 +79,10 @@ def install(app: FastAPI) -> None:
         return Response(status_code=CLIENT_CLOSED_REQUEST)  # for the log alone: nobody reads it
 
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        log.error("request failed", exc_info=error, extra={"request_id": request.scope.get("request_id")})
+        request_id = RequestContext.of(request.scope).request_id
+        log.error("request failed", exc_info=error, extra={"request_id": request_id})
         answer = problem(request, HTTPStatus.INTERNAL_SERVER_ERROR, "an unexpected error; the service's log has it")
-        answer.headers["x-request-id"] = request.scope.get("request_id", "")  # this one is sent outside of Observe
+        answer.headers["x-request-id"] = request_id  # this one is sent outside of Observe
         return answer
 
     for kind, handler in (

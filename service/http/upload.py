@@ -3,19 +3,18 @@
 import asyncio
 import base64
 import binascii
+import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from unperturb.service.errors import MalformedRequestError, TooLargeError, UnsupportedTypeError, UploadTimeoutError
 from unperturb.service.http import json_body
-from unperturb.service.http.schemas import inlined
 
 _BINARY = {"type": "string", "format": "binary"}
 
@@ -47,7 +46,7 @@ def body_schema(*, many: bool) -> dict[str, Any]:
     if many:
         properties["images"] = {"type": "array", "items": _BINARY, "description": "instead of `image`: several files"}
         del content["multipart/form-data"]["schema"]["required"]
-        content["application/json"] = {"schema": inlined(JsonBody)}
+        content["application/json"] = {"schema": json_body.inlined(JsonBody)}
     return {"required": True, "content": content}
 
 
@@ -115,10 +114,7 @@ def _from_json(body: bytes, max_images: int) -> Upload:
     value = json_body.parse(body)
     if isinstance(value.get("inputs"), list) and len(value["inputs"]) > max_images:
         raise too_many(len(value["inputs"]), max_images)
-    try:
-        parsed = JsonBody.model_validate(value)
-    except ValidationError as error:
-        raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
+    parsed = json_body.validate(JsonBody, value)
     many = not isinstance(parsed.inputs, str)
     texts = parsed.inputs if isinstance(parsed.inputs, list) else [parsed.inputs]
     files = []
@@ -134,12 +130,12 @@ def _from_json(body: bytes, max_images: int) -> Upload:
 async def _from_form(request: Request, max_bytes: int, max_images: int) -> Upload:
     body = _limited(request, max_bytes)
     try:
-        form = await MultiPartParser(request.headers, body, max_files=max_images, max_fields=8).parse()
+        form = await _CountingParser(request.headers, body, max_images=max_images).parse()
     except _PastLimit as error:
         raise too_large(max_bytes) from error
+    except _TooManyFiles as error:
+        raise too_many(None, max_images) from error
     except MultiPartException as error:
-        if "Too many files" in error.message:
-            raise too_many(None, max_images) from error
         raise MalformedRequestError(f"the multipart form cannot be read: {error.message}") from error
     except KeyError as error:
         raise MalformedRequestError("the multipart form names no boundary in its content type") from error
@@ -167,6 +163,28 @@ class _PastLimit(MultiPartException):
 
     def __init__(self) -> None:
         super().__init__("the body is over the limit")
+
+
+class _TooManyFiles(MultiPartException):
+    """The form has more files than a request may; of that kind for the same reason."""
+
+    def __init__(self) -> None:
+        super().__init__("too many files")
+
+
+class _CountingParser(MultiPartParser):
+    """Starlette's parser with a count of files of our own, whose refusal is told apart by its type."""
+
+    def __init__(self, headers: Headers, body: AsyncGenerator[bytes, None], *, max_images: int) -> None:
+        super().__init__(headers, body, max_files=math.inf, max_fields=8)
+        self.files, self.max_images = 0, max_images
+
+    def on_part_end(self) -> None:
+        super().on_part_end()
+        _, value = self.items[-1]
+        self.files += isinstance(value, UploadFile)
+        if self.files > self.max_images:
+            raise _TooManyFiles
 
 
 async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.types import Scope
 
@@ -10,6 +10,14 @@ from unperturb.models.errors import ConfigError
 from unperturb.service.version import VERSION
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+class Part(NamedTuple):
+    """One part of a request's way; times in nanoseconds since 1970."""
+
+    name: str
+    began_at: int
+    ended_at: int
 
 
 class Tracing:
@@ -24,8 +32,8 @@ class Tracing:
         self.provider.add_span_processor(BatchSpanProcessor(exporter))
         self.tracer = self.provider.get_tracer("unperturb", VERSION)
 
-    def record(self, scope: Scope, facts: dict[str, Any], began_at: int) -> None:
-        """The request that has just ended; `began_at` in nanoseconds since 1970."""
+    def record(self, scope: Scope, facts: dict[str, Any], parts: Iterable[Part], began_at: int) -> None:
+        """Record the request that has just ended; `began_at` in nanoseconds since 1970."""
         from opentelemetry.propagate import extract
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context
 
@@ -45,20 +53,14 @@ class Tracing:
         )
         if facts["status"] >= 500:
             span.set_status(Status(StatusCode.ERROR))
-        for name, start, end in parts(scope):
-            child = self.tracer.start_span(name, context=set_span_in_context(span), start_time=start)
-            child.end(end)
+        for part in parts:
+            child = self.tracer.start_span(part.name, context=set_span_in_context(span), start_time=part.began_at)
+            child.end(part.ended_at)
         span.end()
 
     def close(self) -> None:
         """Send what is left."""
         self.provider.shutdown()
-
-
-def parts(scope: Scope) -> Iterable[tuple[str, int, int]]:
-    """The request's parts: name, start and end in nanoseconds since 1970."""
-    found: list[tuple[str, int, int]] = scope.get("parts", [])
-    return found
 
 
 def set_up() -> Tracing | None:

@@ -82,7 +82,7 @@ def test_bad_option_is_refused_in_one_line(file: Path, arguments: list[str], mes
 
 def test_train_is_the_training_module() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from service.main import main; main()", "train", "--help"],
+        [sys.executable, "-c", "from unperturb.service.cli import main; main()", "train", "--help"],
         capture_output=True,
         text=True,
     )

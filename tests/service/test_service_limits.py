@@ -55,6 +55,20 @@ def test_strangers_need_a_key_where_one_is_required(tiny_folder: Path) -> None:
             assert guarded.post("/classify", files={"image": photo()}, headers=headers).status_code == 200
 
 
+def test_openapi_document_declares_a_key_exactly_where_a_stranger_is_refused(tiny_folder: Path) -> None:
+    app = create_app(settings(tiny_folder, host="0.0.0.0", api_keys={"ann": digest("secret")}), handle=ThreadHandle)
+    stranger = TestClient(app)  # not started: a key is asked for first
+    described = stranger.get("/openapi.json").json()
+    schemes = described["components"]["securitySchemes"]
+    assert schemes["bearer"]["scheme"] == "bearer"
+    assert (schemes["header"]["in"], schemes["header"]["name"]) == ("header", "X-API-Key")
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            status = stranger.request(method, path.replace("{id}", "tiny")).status_code
+            declared = operation.get("security", [])
+            assert declared == ([{"bearer": []}, {"header": []}] if status in (401, 403) else []), (method, path)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "example.org", "::"])
 def test_serving_strangers_without_keys_is_refused_unless_switched_off_by_name(host: str, tiny_folder: Path) -> None:
     with pytest.raises(ValidationError, match="UNPERTURB_AUTHENTICATION=off"):

@@ -1,1 +1,1 @@
-"""One file for each family of routes; each offers `router(gateway)`."""
+"""One file for each family of routes; each offers a `router`."""

@@ -11,7 +11,9 @@ from fastapi import APIRouter, Query, Request, Response
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.http import problem
 from unperturb.service.http.answer import Answer, Answers, answer, pixels, to_png
-from unperturb.service.http.gateway import Gateway, Timeout
+from unperturb.service.http.context import RequestContext
+from unperturb.service.http.dependencies import GatewayOfApp, Key
+from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.png16 import png16
 from unperturb.service.http.routes.parameters import Classify, Purify
 from unperturb.service.http.upload import body_schema, is_json
@@ -23,84 +25,92 @@ class PurifyImage(Purify):
     bits: Literal["8", "16"] = "8"
 
 
-def router(gateway: Gateway) -> APIRouter:
-    """The routes that take image files."""
-    routes = APIRouter(responses=problem.responses(400, 401, 408, 413, 415, 422, 429, 503, 504))
+router = APIRouter(responses=problem.responses(400, 401, 408, 413, 415, 422, 429, 503, 504))
+
+
+@router.post("/classify", openapi_extra={"requestBody": body_schema(many=True)}, responses=problem.responses(404))
+async def classify(
+    request: Request,
+    gateway: GatewayOfApp,
+    key: Key,
+    query: Annotated[Classify, Query()],
+    timeout_s: Timeout = None,
+) -> Answer | Answers:
+    """Purify one image, or each of a list, classify it, and say what the purifier changed."""
     default = gateway.settings.preset
-
-    @routes.post("/classify", openapi_extra={"requestBody": body_schema(many=True)}, responses=problem.responses(404))
-    async def classify(
-        request: Request, query: Annotated[Classify, Query()], timeout_s: Timeout = None
-    ) -> Answer | Answers:
-        """Purify one image, or each of a list, classify it, and say what the purifier changed."""
-        told = None if is_json(request) else (query.model, query.stage(default))  # JSON has parameters of its own
-        with gateway.admit(request, timeout_s, told) as ticket:
-            upload = await gateway.read(ticket)
-            wanted = query.updated(upload.parameters)
-            preset = wanted.stage(default)
-            request.scope["preset"] = preset
-            with (
-                gateway.count(ticket, len(upload.files)),
-                gateway.engine.models.use(wanted.model) as model,
-            ):
-                top_k, gate = wanted.classes(model), wanted.gate(model, default)
-                read = time.perf_counter()
-                decoded = await gateway.decode(ticket, upload, model)
-                decode_ms = (time.perf_counter() - read) * 1000
-                outcomes = await gateway.run(
-                    ticket,
-                    model,
-                    [one.pixels for one in decoded],
-                    stage=preset,
-                    seed=wanted.seed,
-                    wants_image=wanted.return_image,
-                    gate=gate,
-                )
-            one_answer = partial(
-                answer,
-                model=model,
-                request_id=ticket.id,
-                preset=preset,
-                top_k=top_k,
-                return_image=wanted.return_image,
-                decode_ms=decode_ms,
-                total_ms=ticket.spent_ms,
+    target = None if is_json(request) else (query.model, query.stage(default))  # JSON has parameters of its own
+    with gateway.admit(request, key, timeout_s, target) as ticket:
+        upload = await gateway.read(ticket)
+        wanted = query.updated(upload.parameters)
+        preset = wanted.stage(default)
+        ticket.context.preset = preset
+        with (
+            gateway.count(ticket, len(upload.files)),
+            gateway.engine.models.use(wanted.model) as model,
+        ):
+            top_k, gate = wanted.classes(model), wanted.gate(model, default)
+            read = time.perf_counter()
+            decoded = await gateway.decode(ticket, upload, model)
+            decode_ms = (time.perf_counter() - read) * 1000
+            outcomes = await gateway.run(
+                ticket,
+                model,
+                [one.pixels for one in decoded],
+                stage=preset,
+                seed=wanted.seed,
+                wants_image=wanted.return_image,
+                gate=gate,
             )
-
-            def every() -> list[Answer]:
-                return [one_answer(*pair) for pair in zip(outcomes, decoded, strict=True)]
-
-            answers = await asyncio.to_thread(every) if wanted.return_image else every()  # PNG files take their time
-        return Answers(request_id=ticket.id, answers=answers) if upload.many else answers[0]
-
-    @routes.post(
-        "/purify",
-        response_class=Response,
-        openapi_extra={"requestBody": body_schema(many=False)},
-        responses={200: {"content": {"image/png": {}}, "description": "The purified image"}, **problem.responses(404)},
-    )
-    async def purify(request: Request, query: Annotated[PurifyImage, Query()], timeout_s: Timeout = None) -> Response:
-        """The purified image itself, at the model's size, for a classifier of your own."""
-        preset = request.scope["preset"] = query.preset or default
-        with gateway.admit(request, timeout_s, (query.model, preset)) as ticket:
-            upload = await gateway.read_one(ticket)
-            with gateway.engine.models.use(query.model) as model:
-                (decoded,) = await gateway.decode(ticket, upload, model)
-                (outcome,) = await gateway.run(
-                    ticket, model, [decoded.pixels], stage=preset, seed=query.seed, wants_image=True
-                )
-        assert outcome.image is not None
-        epsilon = PRESETS[preset].loop.epsilon
-        as_png = png16 if query.bits == "16" else partial(to_png, received=pixels(decoded), epsilon=epsilon)
-        return Response(
-            await asyncio.to_thread(as_png, torch.from_numpy(outcome.image)),
-            media_type="image/png",
-            headers={
-                "x-model-id": model.id,
-                "x-purification-linf": f"{outcome.linf:.6f}",
-                "x-loss-before": f"{outcome.loss_before:.6f}",
-                "x-loss-after": f"{outcome.loss_after:.6f}",
-            },
+        one_answer = partial(
+            answer,
+            model=model,
+            request_id=ticket.context.request_id,
+            preset=preset,
+            top_k=top_k,
+            return_image=wanted.return_image,
+            decode_ms=decode_ms,
+            total_ms=ticket.spent_ms,
         )
 
-    return routes
+        def every() -> list[Answer]:
+            return [one_answer(*pair) for pair in zip(outcomes, decoded, strict=True)]
+
+        answers = await asyncio.to_thread(every) if wanted.return_image else every()  # PNG files take their time
+    return Answers(request_id=ticket.context.request_id, answers=answers) if upload.many else answers[0]
+
+
+@router.post(
+    "/purify",
+    response_class=Response,
+    openapi_extra={"requestBody": body_schema(many=False)},
+    responses={200: {"content": {"image/png": {}}, "description": "The purified image"}, **problem.responses(404)},
+)
+async def purify(
+    request: Request,
+    gateway: GatewayOfApp,
+    key: Key,
+    query: Annotated[PurifyImage, Query()],
+    timeout_s: Timeout = None,
+) -> Response:
+    """The purified image itself, at the model's size, for a classifier of your own."""
+    preset = RequestContext.of(request.scope).preset = query.preset or gateway.settings.preset
+    with gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket:
+        upload = await gateway.read_one(ticket)
+        with gateway.engine.models.use(query.model) as model:
+            (decoded,) = await gateway.decode(ticket, upload, model)
+            (outcome,) = await gateway.run(
+                ticket, model, [decoded.pixels], stage=preset, seed=query.seed, wants_image=True
+            )
+    assert outcome.image is not None
+    epsilon = PRESETS[preset].loop.epsilon
+    as_png = png16 if query.bits == "16" else partial(to_png, received=pixels(decoded), epsilon=epsilon)
+    return Response(
+        await asyncio.to_thread(as_png, torch.from_numpy(outcome.image)),
+        media_type="image/png",
+        headers={
+            "x-model-id": model.id,
+            "x-purification-linf": f"{outcome.linf:.6f}",
+            "x-loss-before": f"{outcome.loss_before:.6f}",
+            "x-loss-after": f"{outcome.loss_after:.6f}",
+        },
+    )

@@ -6,17 +6,15 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
 from unperturb.service.errors import MalformedRequestError, NotReadyError
-from unperturb.service.http import problem
-from unperturb.service.http.gateway import Gateway, Timeout
+from unperturb.service.http import json_body, problem
+from unperturb.service.http.dependencies import FOR_USERS, GatewayOfApp, Key
+from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.routes.parameters import PurifyOrNot
-from unperturb.service.http.schemas import inlined
 from unperturb.service.http.tensors import HEADER_LENGTH, INPUT, InferRequest, read_infer, write_infer
 from unperturb.service.http.upload import read_within, too_many
 from unperturb.service.version import VERSION
@@ -25,7 +23,7 @@ DEFAULT_OUTPUTS = ("scores", "label")
 BODY = {
     "required": True,
     "content": {
-        "application/json": {"schema": inlined(InferRequest)},
+        "application/json": {"schema": json_body.inlined(InferRequest)},
         "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
     },
 }
@@ -53,110 +51,103 @@ OUTPUTS: dict[str, Callable[[list[Outcome]], NDArray[Any]]] = {
 OF_PURIFICATION = ("purified", "loss_before", "loss_after", "linf")
 
 
-def router(gateway: Gateway) -> APIRouter:
-    """Health, metadata and inference."""
-    routes = APIRouter(prefix="/v2", tags=["KServe v2"])
-    not_found = problem.responses(404)
-
-    @routes.get("")
-    async def server() -> dict[str, Any]:
-        """What this server is."""
-        return {"name": "unperturb", "version": VERSION, "extensions": ["binary_tensor_data"]}
-
-    @routes.get("/health/live", responses=problem.responses(503))
-    async def live() -> dict[str, bool]:
-        """The process can still serve."""
-        if gateway.engine.failure is not None:
-            raise NotReadyError(gateway.engine.not_ready or "")
-        return {"live": True}
-
-    @routes.get("/health/ready", responses=problem.responses(503))
-    async def ready() -> dict[str, bool]:
-        """Requests are served."""
-        if (reason := gateway.engine.not_ready) is not None:
-            raise NotReadyError(reason)
-        return {"ready": True}
-
-    @routes.get("/models/{id}", responses={**not_found, **problem.responses(401)})
-    @routes.get("/models/{id}/versions/1", include_in_schema=False)
-    async def metadata(request: Request, id: str) -> dict[str, Any]:
-        """The model's inputs and outputs."""
-        gateway.keys.user(request)
-        model = gateway.engine.models.get(id)
-        side, classes = model.image_size, len(model.card.classes)
-        shapes = {
-            "scores": [-1, classes],
-            "unpurified_scores": [-1, classes],
-            "purified": [-1, 3, side, side],
-        }
-        return {
-            "name": model.id,
-            "versions": ["1"],
-            "platform": "pytorch",
-            "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, 3, side, side]}],
-            "outputs": [
-                {"name": name, "datatype": "INT64" if name == "label" else "FP32", "shape": shapes.get(name, [-1])}
-                for name in OUTPUTS
-            ],
-        }
-
-    @routes.get("/models/{id}/ready", responses={**not_found, **problem.responses(503)})
-    @routes.get("/models/{id}/versions/1/ready", include_in_schema=False)
-    async def model_ready(id: str) -> dict[str, Any]:
-        """Requests to this model are served."""
-        model = gateway.engine.models.get(id)
-        if (reason := gateway.engine.not_ready) is not None:
-            raise NotReadyError(reason)
-        return {"name": model.id, "ready": True}
-
-    @routes.post(
-        "/models/{id}/infer",
-        response_class=Response,
-        openapi_extra={"requestBody": BODY},
-        responses={
-            200: {"content": {"application/json": {}, "application/octet-stream": {}}, "description": "The outputs"},
-            **problem.responses(400, 401, 404, 408, 413, 422, 429, 503, 504),
-        },
-    )
-    @routes.post("/models/{id}/versions/1/infer", include_in_schema=False)
-    async def infer(request: Request, id: str, timeout_s: Timeout = None) -> Response:
-        """Purify and classify a tensor of images."""
-        settings = gateway.settings
-        with (
-            gateway.admit(request, timeout_s, None) as ticket,
-            gateway.engine.models.use(id) as model,
-        ):
-            body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
-            asked, images = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
-            wanted = _parameters(asked)
-            preset = request.scope["preset"] = wanted.stage(settings.preset)
-            _check(asked, images, model, purifying=preset is not None, max_images=settings.max_images)
-            with gateway.count(ticket, len(images)):
-                outcomes = await gateway.run(
-                    ticket,
-                    model,
-                    list(images),
-                    stage=preset,
-                    seed=wanted.seed,
-                    wants_image=any(output.name == "purified" for output in asked.outputs),
-                    gate=wanted.gate(model, settings.preset),
-                )
-        names = [output.name for output in asked.outputs] or DEFAULT_OUTPUTS
-        outputs = {name: OUTPUTS[name](outcomes) for name in names}
-        payload, head = await asyncio.to_thread(write_infer, asked, model.id, outputs, DEFAULT_OUTPUTS)
-        if head is None:
-            return Response(payload, media_type="application/json")
-        return Response(payload, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})
-
-    return routes
+router = APIRouter(prefix="/v2", tags=["KServe v2"])
+NOT_FOUND = problem.responses(404)
 
 
-def _parameters(asked: InferRequest) -> InferParameters:
-    try:
-        return InferParameters.model_validate(asked.parameters)
-    except ValidationError as error:
-        faults = [{**e, "loc": ("body", "parameters", *e["loc"])} for e in error.errors()]
-        raise RequestValidationError(faults) from error
+@router.get("")
+async def server() -> dict[str, Any]:
+    """What this server is."""
+    return {"name": "unperturb", "version": VERSION, "extensions": ["binary_tensor_data"]}
+
+
+@router.get("/health/live", responses=problem.responses(503))
+async def live(gateway: GatewayOfApp) -> dict[str, bool]:
+    """The process can still serve."""
+    if gateway.engine.failure is not None:
+        raise NotReadyError(gateway.engine.not_ready or "")
+    return {"live": True}
+
+
+@router.get("/health/ready", responses=problem.responses(503))
+async def ready(gateway: GatewayOfApp) -> dict[str, bool]:
+    """Requests are served."""
+    if (reason := gateway.engine.not_ready) is not None:
+        raise NotReadyError(reason)
+    return {"ready": True}
+
+
+@router.get("/models/{id}", responses={**NOT_FOUND, **problem.responses(401)}, dependencies=[FOR_USERS])
+@router.get("/models/{id}/versions/1", include_in_schema=False, dependencies=[FOR_USERS])
+async def metadata(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
+    """The model's inputs and outputs."""
+    model = gateway.engine.models.get(id)
+    side, classes = model.image_size, len(model.card.classes)
+    shapes = {
+        "scores": [-1, classes],
+        "unpurified_scores": [-1, classes],
+        "purified": [-1, 3, side, side],
+    }
+    return {
+        "name": model.id,
+        "versions": ["1"],
+        "platform": "pytorch",
+        "inputs": [{"name": INPUT, "datatype": "FP32", "shape": [-1, 3, side, side]}],
+        "outputs": [
+            {"name": name, "datatype": "INT64" if name == "label" else "FP32", "shape": shapes.get(name, [-1])}
+            for name in OUTPUTS
+        ],
+    }
+
+
+@router.get("/models/{id}/ready", responses={**NOT_FOUND, **problem.responses(503)})
+@router.get("/models/{id}/versions/1/ready", include_in_schema=False)
+async def model_ready(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
+    """Requests to this model are served."""
+    model = gateway.engine.models.get(id)
+    if (reason := gateway.engine.not_ready) is not None:
+        raise NotReadyError(reason)
+    return {"name": model.id, "ready": True}
+
+
+@router.post(
+    "/models/{id}/infer",
+    response_class=Response,
+    openapi_extra={"requestBody": BODY},
+    responses={
+        200: {"content": {"application/json": {}, "application/octet-stream": {}}, "description": "The outputs"},
+        **problem.responses(400, 401, 404, 408, 413, 422, 429, 503, 504),
+    },
+)
+@router.post("/models/{id}/versions/1/infer", include_in_schema=False)
+async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, timeout_s: Timeout = None) -> Response:
+    """Purify and classify a tensor of images."""
+    settings = gateway.settings
+    with (
+        gateway.admit(request, key, timeout_s, None) as ticket,
+        gateway.engine.models.use(id) as model,
+    ):
+        body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
+        asked, images = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
+        wanted = json_body.validate(InferParameters, asked.parameters, within=("body", "parameters"))
+        preset = ticket.context.preset = wanted.stage(settings.preset)
+        _check(asked, images, model, purifying=preset is not None, max_images=settings.max_images)
+        with gateway.count(ticket, len(images)):
+            outcomes = await gateway.run(
+                ticket,
+                model,
+                list(images),
+                stage=preset,
+                seed=wanted.seed,
+                wants_image=any(output.name == "purified" for output in asked.outputs),
+                gate=wanted.gate(model, settings.preset),
+            )
+    names = [output.name for output in asked.outputs] or DEFAULT_OUTPUTS
+    outputs = {name: OUTPUTS[name](outcomes) for name in names}
+    payload, head = await asyncio.to_thread(write_infer, asked, model.id, outputs, DEFAULT_OUTPUTS)
+    if head is None:
+        return Response(payload, media_type="application/json")
+    return Response(payload, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})
 
 
 def _check(asked: InferRequest, images: NDArray[Any], model: Model, *, purifying: bool, max_images: int) -> None:

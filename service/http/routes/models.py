@@ -5,14 +5,13 @@ import dataclasses
 from typing import Annotated
 
 from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from unperturb.service.engine.registry import Model
 from unperturb.service.http import json_body, problem
+from unperturb.service.http.dependencies import FOR_ADMINS, FOR_USERS, GatewayOfApp
 from unperturb.service.http.gateway import Gateway
-from unperturb.service.http.schemas import inlined
 from unperturb.service.http.upload import read_within
 
 MAX_BYTES = 65_536
@@ -43,72 +42,69 @@ class ToLoad(BaseModel):
     default: bool = Field(False, description="serve it where a request names no model")
 
 
-def router(gateway: Gateway) -> APIRouter:
-    """The models' routes."""
-    routes = APIRouter(tags=["models"])
-    engine, changing = gateway.engine, asyncio.Lock()
+router = APIRouter(tags=["models"])
 
-    def described(model: Model) -> Described:
-        return Described(
-            id=model.id,
-            digest=model.card.weights_sha256,
-            classes=len(model.card.classes),
-            image_size=model.image_size,
-            default=model.id == engine.models.default_id,
-        )
 
-    @routes.get("/models", responses=problem.responses(401))
-    async def models(request: Request) -> list[Described]:
-        """Every model that is served."""
-        gateway.keys.user(request)
-        return [described(model) for model in engine.models.by_id.values()]
-
-    @routes.get("/models/{id}", responses=problem.responses(401, 404))
-    async def card(request: Request, id: str) -> JSONResponse:
-        """A model's card: architecture, classes, data, training and measured figures."""
-        gateway.keys.user(request)
-        return JSONResponse(dataclasses.asdict(engine.models.get(id).card))
-
-    @routes.get("/model", responses=problem.responses(401))
-    async def default_card(request: Request) -> JSONResponse:
-        """The default model's card."""
-        gateway.keys.user(request)
-        return JSONResponse(dataclasses.asdict(engine.models.get(None).card))
-
-    @routes.post(
-        "/models",
-        status_code=201,
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {"application/json": {"schema": inlined(ToLoad)}},
-            }
-        },
-        responses=problem.responses(400, 401, 403, 408, 413, 422, 503),
+def describe(gateway: Gateway, model: Model) -> Described:
+    """Return what the listing shows of a model."""
+    return Described(
+        id=model.id,
+        digest=model.card.weights_sha256,
+        classes=len(model.card.classes),
+        image_size=model.image_size,
+        default=model.id == gateway.engine.models.default_id,
     )
-    async def load(request: Request) -> Described:
-        """Load a checkpoint and warm it up beside the others, then serve it.
 
-        Requests that are in progress on a model of the same id end on the one they began with.
-        """
-        gateway.keys.admin(request)
-        body = await read_within(request, max_bytes=MAX_BYTES, timeout_s=gateway.settings.upload_timeout_s)
-        try:
-            wanted = ToLoad.model_validate(json_body.parse(body))
-        except ValidationError as error:
-            raise RequestValidationError([{**e, "loc": ("body", *e["loc"])} for e in error.errors()]) from error
-        async with changing:
-            model = await asyncio.to_thread(
-                engine.add, wanted.checkpoint, wanted.id, digest=wanted.digest, default=wanted.default
-            )
-            return described(model)
 
-    @routes.delete("/models/{id}", status_code=204, responses=problem.responses(401, 403, 404, 422))
-    async def unload(request: Request, id: str) -> Response:
-        """Serve a model no more; requests that are in progress on it are finished."""
-        gateway.keys.admin(request)
-        async with changing:
-            engine.models.remove(id)
-        return Response(status_code=204)
+@router.get("/models", responses=problem.responses(401), dependencies=[FOR_USERS])
+async def models(gateway: GatewayOfApp) -> list[Described]:
+    """Every model that is served."""
+    return [describe(gateway, model) for model in gateway.engine.models.by_id.values()]
 
-    return routes
+
+@router.get("/models/{id}", responses=problem.responses(401, 404), dependencies=[FOR_USERS])
+async def card(gateway: GatewayOfApp, id: str) -> JSONResponse:
+    """A model's card: architecture, classes, data, training and measured figures."""
+    return JSONResponse(dataclasses.asdict(gateway.engine.models.get(id).card))
+
+
+@router.get("/model", responses=problem.responses(401), dependencies=[FOR_USERS])
+async def default_card(gateway: GatewayOfApp) -> JSONResponse:
+    """The default model's card."""
+    return JSONResponse(dataclasses.asdict(gateway.engine.models.get(None).card))
+
+
+@router.post(
+    "/models",
+    status_code=201,
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": json_body.inlined(ToLoad)}},
+        }
+    },
+    responses=problem.responses(400, 401, 403, 408, 413, 422, 503),
+    dependencies=[FOR_ADMINS],
+)
+async def load(request: Request, gateway: GatewayOfApp) -> Described:
+    """Load a checkpoint and warm it up beside the others, then serve it.
+
+    Requests that are in progress on a model of the same id end on the one they began with.
+    """
+    body = await read_within(request, max_bytes=MAX_BYTES, timeout_s=gateway.settings.upload_timeout_s)
+    wanted = json_body.validate(ToLoad, json_body.parse(body))
+    async with gateway.changing_models:
+        model = await asyncio.to_thread(
+            gateway.engine.add, wanted.checkpoint, wanted.id, digest=wanted.digest, default=wanted.default
+        )
+        return describe(gateway, model)
+
+
+@router.delete(
+    "/models/{id}", status_code=204, responses=problem.responses(401, 403, 404, 422), dependencies=[FOR_ADMINS]
+)
+async def unload(gateway: GatewayOfApp, id: str) -> Response:
+    """Serve a model no more; requests that are in progress on it are finished."""
+    async with gateway.changing_models:
+        gateway.engine.models.remove(id)
+    return Response(status_code=204)

@@ -21,7 +21,9 @@ from unperturb.service.engine.registry import Model
 from unperturb.service.engine.stages import ATTACK, ATTACK_LOOP
 from unperturb.service.http import problem
 from unperturb.service.http.answer import ModelName, Prediction, pixels, png, to_png, top
-from unperturb.service.http.gateway import Gateway, Timeout
+from unperturb.service.http.context import RequestContext
+from unperturb.service.http.dependencies import GatewayOfApp, Key
+from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.routes.parameters import Purify
 from unperturb.service.http.upload import body_schema
 
@@ -63,69 +65,76 @@ class Inspection(BaseModel):
     timings_ms: dict[str, float]
 
 
-def router(gateway: Gateway) -> APIRouter:
-    """The page, its files, and its one request."""
-    routes = APIRouter()
+router = APIRouter()
 
-    @routes.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return FileResponse(
-            PAGE / "index.html", headers={"content-security-policy": POLICY, "x-content-type-options": "nosniff"}
+
+@router.get("/", include_in_schema=False)
+async def page() -> Response:
+    """Return the page, which may load nothing from elsewhere."""
+    return FileResponse(
+        PAGE / "index.html", headers={"content-security-policy": POLICY, "x-content-type-options": "nosniff"}
+    )
+
+
+@router.post(
+    "/inspect",
+    openapi_extra={"requestBody": body_schema(many=False)},
+    responses=problem.responses(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
+)
+async def inspect(
+    request: Request,
+    gateway: GatewayOfApp,
+    key: Key,
+    query: Annotated[Inspect, Query()],
+    timeout_s: Timeout = None,
+) -> Inspection:
+    """Attack an image (where asked to), purify it, and show every image, score and loss on the way."""
+    preset = RequestContext.of(request.scope).preset = query.preset or gateway.settings.preset
+    with (
+        gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket,
+        gateway.engine.models.use(query.model) as model,
+    ):
+        upload = await gateway.read_one(ticket)
+        (decoded,) = await gateway.decode(ticket, upload, model)
+        decode_ms = ticket.spent_ms
+        image, attack = torch.from_numpy(decoded.pixels), None
+        if query.attack:
+            (attack,) = await gateway.run(
+                ticket, model, [decoded.pixels], stage=ATTACK, seed=query.seed, wants_image=True
+            )
+            assert attack.image is not None
+            attacked, received = torch.from_numpy(attack.image), pixels(decoded)
+            image = to_uint8(attacked[None], received[None], epsilon=ATTACK_LOOP.epsilon)[0]
+        (outcome,) = await gateway.run(
+            ticket,
+            model,
+            [image.numpy()],
+            stage=preset,
+            seed=query.seed,
+            wants_image=True,
+            begun=attack is not None,
+        )
+        return await asyncio.to_thread(
+            _inspection,
+            model,
+            preset,
+            decoded,
+            attack,
+            image,
+            outcome,
+            request_id=ticket.context.request_id,
+            timings_ms={
+                "decode": decode_ms,
+                **({"attack": _total_ms(attack)} if attack is not None else {}),
+                "queue": outcome.queue_ms,
+                "purify": outcome.purify_ms,
+                "classify": outcome.classify_ms,
+                "total": ticket.spent_ms,
+            },
         )
 
-    @routes.post(
-        "/inspect",
-        openapi_extra={"requestBody": body_schema(many=False)},
-        responses=problem.responses(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
-    )
-    async def inspect(request: Request, query: Annotated[Inspect, Query()], timeout_s: Timeout = None) -> Inspection:
-        """Attack an image (where asked to), purify it, and show every image, score and loss on the way."""
-        preset = request.scope["preset"] = query.preset or gateway.settings.preset
-        with (
-            gateway.admit(request, timeout_s, (query.model, preset)) as ticket,
-            gateway.engine.models.use(query.model) as model,
-        ):
-            upload = await gateway.read_one(ticket)
-            (decoded,) = await gateway.decode(ticket, upload, model)
-            decode_ms = ticket.spent_ms
-            image, attack = torch.from_numpy(decoded.pixels), None
-            if query.attack:
-                (attack,) = await gateway.run(
-                    ticket, model, [decoded.pixels], stage=ATTACK, seed=query.seed, wants_image=True
-                )
-                assert attack.image is not None
-                attacked, received = torch.from_numpy(attack.image), pixels(decoded)
-                image = to_uint8(attacked[None], received[None], epsilon=ATTACK_LOOP.epsilon)[0]
-            (outcome,) = await gateway.run(
-                ticket,
-                model,
-                [image.numpy()],
-                stage=preset,
-                seed=query.seed,
-                wants_image=True,
-                begun=attack is not None,
-            )
-            return await asyncio.to_thread(
-                _inspection,
-                model,
-                preset,
-                decoded,
-                attack,
-                image,
-                outcome,
-                request_id=ticket.id,
-                timings_ms={
-                    "decode": decode_ms,
-                    **({"attack": _total_ms(attack)} if attack is not None else {}),
-                    "queue": outcome.queue_ms,
-                    "purify": outcome.purify_ms,
-                    "classify": outcome.classify_ms,
-                    "total": ticket.spent_ms,
-                },
-            )
 
-    routes.routes.append(Mount("/page", StaticFiles(directory=PAGE), name="page"))
-    return routes
+router.routes.append(Mount("/page", StaticFiles(directory=PAGE), name="page"))
 
 
 def _total_ms(outcome: Outcome) -> float:

@@ -2,14 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from unperturb.models.checkpoints.card import GATE_SEED, gate_of
 from unperturb.models.errors import CheckpointError
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.registry import Model
 from unperturb.service.errors import UnprocessableError
+from unperturb.service.http import json_body
 
 MAX_SEED = 2**63 - 1
 SHOWN = 5
@@ -65,12 +65,9 @@ class Classify(PurifyOrNot):
     return_image: bool = Field(False, description="put the purified image into the answer")
 
     def updated(self, parameters: dict[str, Any]) -> "Classify":
-        """With those of a JSON body above those of the query."""
-        try:
-            return Classify.model_validate({**self.model_dump(exclude_unset=True), **parameters})
-        except ValidationError as error:
-            faults = [{**e, "loc": ("body", "parameters", *e["loc"])} for e in error.errors()]
-            raise RequestValidationError(faults) from error
+        """Return these with those of a JSON body above those of the query."""
+        both = {**self.model_dump(exclude_unset=True), **parameters}
+        return json_body.validate(Classify, both, within=("body", "parameters"))
 
     def classes(self, model: Model) -> int:
         """How many classes to show; UnprocessableError for more than there are."""
