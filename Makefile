@@ -1,4 +1,4 @@
-# make serve | test | check | install        a bare machine needs Python 3.11 and make, nothing else
+# make serve | test | check | docs | install        a bare machine needs Python 3.11 and make, nothing else
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -7,7 +7,7 @@ BIN := .venv/bin
 # step; on a CPU that can cost as much as the arithmetic.
 export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
 
-.PHONY: install serve test check clean
+.PHONY: install serve test check docs clean
 
 install: .venv/installed
 
@@ -25,10 +25,14 @@ serve: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: install
+check: install docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in build/site; every warning is an error, and nothing is fetched from the network.
+docs: install
+	$(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
