@@ -1,4 +1,4 @@
-# make serve | test | check | oldest | install        a bare machine needs Python 3.11 and make, nothing else
+# make serve | test | check | docs | oldest | install        a bare machine needs Python 3.11 and make, nothing else
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -7,7 +7,7 @@ BIN := .venv/bin
 # step; on a CPU that can cost as much as the arithmetic.
 export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
 
-.PHONY: install serve test check oldest clean
+.PHONY: install serve test check docs oldest clean
 
 install: .venv/installed
 
@@ -25,7 +25,7 @@ serve: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: install
+check: install docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -39,6 +39,10 @@ check: install
 
 oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile -o addopts="-q --strict-markers -m 'not gpu and not slow'" tests/models tests/training
+
+# The site, in build/site; every warning is an error, and nothing is fetched from the network.
+docs: install
+	$(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv .venv-oldest build *.egg-info .mypy_cache .ruff_cache .pytest_cache

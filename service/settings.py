@@ -23,8 +23,8 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="UNPERTURB_", extra="forbid", frozen=True)
 
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8000, description="port; 0: any that is free")
     checkpoint: str = Field(default="default", description="a shipped checkpoint's name, or a folder")
     device: str = Field(
         default="auto", description="auto (every GPU, or the CPU), cpu, cuda, cuda:N, or several with commas"
@@ -32,8 +32,8 @@ class Settings(BaseSettings):
     threads: Annotated[int, Field(ge=0)] = Field(default=0, description="torch's CPU threads; 0: torch's own choice")
     preset: str = Field(default="default", description="the purifier's preset where a request names none")
 
-    max_body_bytes: Positive = 10_000_000
-    max_pixels: Positive = 50_000_000
+    max_body_bytes: Positive = Field(default=10_000_000, description="of one request; past it 413")
+    max_pixels: Positive = Field(default=50_000_000, description="of one image, before it is decoded; past it 413")
     max_images: Positive = Field(default=32, description="images in one request")
     max_per_client: Positive = Field(default=64, description="one client's images in progress; past it 429")
     max_in_progress: Positive = Field(
@@ -69,8 +69,12 @@ class Settings(BaseSettings):
         default="auto", description="whether an API key is needed; auto: on any address but loopback"
     )
     page: bool = Field(default=True, description="the page at / and POST /inspect, which attacks images on request")
-    log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
-    log_format: Literal["json", "text"] = "json"
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
+        default="info", description="the least severe that is logged"
+    )
+    log_format: Literal["json", "text"] = Field(
+        default="json", description="one JSON object a line, or text for people"
+    )
 
     @field_validator("device")
     @classmethod

@@ -1,4 +1,4 @@
-"""The README's table of systems, from the results of benchmarks/papers/run.py: a row a system, and what it shows."""
+"""The table of systems, from the results of benchmarks/papers/run.py: a row a system, and what it shows."""
 
 import json
 import math

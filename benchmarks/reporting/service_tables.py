@@ -1,4 +1,4 @@
-"""The README's tables of the service, from the results of load.py, side_by_side.py and faults.py."""
+"""The tables of the service, from the results of load.py, side_by_side.py and faults.py."""
 
 import statistics
 from collections.abc import Iterable

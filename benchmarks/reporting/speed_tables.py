@@ -1,4 +1,4 @@
-"""The README's table and plot of the purifier's speed, and its table on HTTP, from purify_speed.py and http_cost.py."""
+"""The table and plot of the purifier's speed, and the table on HTTP, from purify_speed.py and http_cost.py."""
 
 import statistics
 from typing import Any

@@ -1,4 +1,4 @@
-"""`python benchmarks/reporting/tables.py`: the README's tables, from the result files and the shipped card."""
+"""`python benchmarks/reporting/tables.py`: the tables of the pages, from result files, card and settings."""
 
 import json
 import re
@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from unperturb.benchmarks.papers.table import systems_table
+from unperturb.benchmarks.reporting.first_page import headline, main_table, picture_line
 from unperturb.benchmarks.reporting.plots import all_plots
-from unperturb.benchmarks.reporting.report import cells as texts_of
-from unperturb.benchmarks.reporting.results import FOLDER, where
-from unperturb.benchmarks.reporting.rows import load_runs, measured_row
+from unperturb.benchmarks.reporting.purifier_tables import (
+    classifier_table,
+    gates_table,
+    purification_table,
+    robustness_table,
+    sweep_table,
+    time_table,
+)
+from unperturb.benchmarks.reporting.results import FOLDER
+from unperturb.benchmarks.reporting.rows import load_runs
 from unperturb.benchmarks.reporting.service_tables import bulk_line, faults_table, load_table, side_by_side_table
+from unperturb.benchmarks.reporting.settings_table import settings_table
 from unperturb.benchmarks.reporting.speed_tables import http_table, speed_plot, speed_table
-from unperturb.models.checkpoints import store as checkpoint
 
 SERVICE = {
     "load": load_table,
@@ -25,129 +33,12 @@ SERVICE = {
 ROBUSTNESS = FOLDER / "robustness"
 UNROLLED = FOLDER / "robustness_unrolled"
 PLOTS = {"Every attack": "every-attack.png"}
-README = Path(__file__).resolve().parents[2] / "README.md"
+ROOT = Path(__file__).resolve().parents[2]
 
 
-def share(cell: dict[str, Any]) -> str:
-    """An accuracy with its interval, in percent."""
-    low, high = cell["interval"]
-    return f"{cell['accuracy']:.1%} ({low * 100:.1f} to {high * 100:.1f})"
-
-
-def points(gain: dict[str, Any]) -> str:
-    """A paired difference with its interval, in points."""
-    low, high = gain["interval"]
-    return f"{gain['mean'] * 100:+.1f} ({low * 100:+.1f} to {high * 100:+.1f})"
-
-
-def classifier_table() -> str:
-    """The shipped classifier on the whole test set, from its card."""
-    card = checkpoint.read_card(checkpoint.resolve("default"))
-    test = card.figures["test"]
-    attack = f"PGD-{test['pgd']['steps']}, L∞ {test['pgd']['epsilon'] * 255:.0f}/255"
-    rows = [
-        f"| `{card.id}`, n = {test['n']:,} | accuracy (95% interval) |",
-        "| --- | --- |",
-        f"| clean | {share({'accuracy': test['clean_accuracy'], 'interval': test['clean_interval']})} |",
-        f"| {attack} | {share({'accuracy': test['pgd_accuracy'], 'interval': test['pgd_interval']})} |",
-    ]
-    return "\n".join(rows)
-
-
-def gates_table() -> str:
-    """What the shipped checkpoint's gates leave as it is, from its card."""
-    gates = checkpoint.read_card(checkpoint.resolve("default")).gates
-    n = next(iter(gates.values()))["n"]
-    rows = [f"| n = {n:,} held-out training images | clean left | attacked left (PGD-20) |", "| --- | --- | --- |"]
-    for name, gate in gates.items():
-        rows.append(f"| `purify=auto`, preset `{name}` | {gate['clean_left']:.1%} | {gate['attacked_left']:.1%} |")
-    return "\n".join(rows)
-
-
-def purification_table(record: dict[str, Any]) -> str:
-    """Every purifier on every set of points, and the adaptive attack."""
-    accuracy = record["results"]["accuracy"]
-    n = accuracy["classifier"]["clean"]["n"]
-    rows = [
-        f"| n = {n:,} | clean | PGD-{record['config']['steps']} on the classifier | noise of that size |",
-        "| --- | --- | --- | --- |",
-    ]
-    for name, cells in accuracy.items():
-        title = "no purifier" if name == "classifier" else f"preset `{name}`"
-        shown = [share(cells[key]) for key in ("clean", "attacked", "noise")]
-        rows.append(f"| {title} | {' | '.join(shown)} |")
-    for name, cells in accuracy.items():
-        if name != "classifier":
-            gains = [points(cells[key]["gain"]) for key in ("clean", "attacked", "noise")]
-            rows.append(f"| `{name}`: points gained | {' | '.join(gains)} |")
-    text = "\n".join(rows)
-    if "adaptive_bpda" in accuracy["default"]:
-        cell = accuracy["default"]["adaptive_bpda"]
-        text += (
-            "\n\nUnder the same PGD through the `default` preset (BPDA: backward = identity; seed known, "
-            f"n = {cell['n']}) it keeps {share(cell)}: {points(cell['gain'])} points against the undefended classifier "
-            "under its own attack, on the same images."
-        )
-    return text
-
-
-def time_table(record: dict[str, Any]) -> str:
-    """Cost per image beside the plain published procedure."""
-    timed = record["results"]["time"]
-    faster = timed["times_faster_than_published_procedure"]
-    titles = {
-        "classifier": "classifier alone",
-        "published_procedure": "published procedure, plain",
-        "published": "preset `published`",
-        "default": "preset `default`",
-        "fast": "preset `fast`",
-    }
-    rows = [
-        f"| batch of {timed['batch']}, {where(record['machine'])} | ms per image | times faster |",
-        "| --- | --- | --- |",
-    ]
-    for name, title in titles.items():
-        ratio = f"{faster[name]:.1f}" if name in faster else ""
-        rows.append(f"| {title} | {timed['ms_per_image'][name]:.1f} | {ratio} |")
-    return "\n".join(rows)
-
-
-def robustness_table(runs: list[dict[str, Any]], stronger: list[dict[str, Any]]) -> str:
-    """Every purifier before the shipped classifier, under every attack, and under a stronger full gradient alone;
-    RobustBench's figures stand in the report.
-    """
-    first = runs[0]["results"]
-    n, budget = first["figures"]["attacks"]["clean"]["n"], first["budget"]["name"]
-    epsilon = first["threat"]["epsilon"]
-    rows = [
-        f"| in %; n = {n}, L∞ {epsilon * 255:.0f}/255, budget `{budget}` | clean "
-        "| AutoAttack on the bare classifier | transfer | worst case (95% interval) "
-        "| **full gradient, budget `standard`** | mean / worst of 10 fresh seeds | ms per image |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    unrolled = {run["config"]["purifier"]: run["results"]["figures"]["attacks"]["unrolled"] for run in stronger}
-    for run in runs:
-        _, purifier, _, _, clean, static, transfer, worst, again, ms, _ = texts_of(measured_row(run))
-        through = f"**{share(unrolled[purifier])}**" if purifier in unrolled else ""
-        rows.append(
-            f"| `{purifier}` | {clean} | {static} | {transfer} | {worst} | {through} | {again or 'not random'} | {ms} |"
-        )
-    return "\n".join(rows)
-
-
-def sweep_table(record: dict[str, Any]) -> str:
-    """Candidates for the default preset on held-out training images."""
-    found = record["results"]["rows"]
-    n = found["no purifier"]["clean"]["n"]
-    rows = [f"| n = {n:,}, held-out training images | clean | attacked | ms per image |", "| --- | --- | --- | --- |"]
-    for name, cells in found.items():
-        if name == "no purifier":
-            rows.append(f"| {name} | {cells['clean']['accuracy']:.1%} | {cells['attacked']['accuracy']:.1%} | |")
-        else:
-            gains = [f"{cells[key]['gain']['mean'] * 100:+.1f}" for key in ("clean", "attacked")]
-            spent = f"{cells['ms_per_image']:.0f} " if "ms_per_image" in cells else ""
-            rows.append(f"| {name} | {gains[0]} | {gains[1]} | {spent}|")
-    return "\n".join(rows)
+def pages() -> list[Path]:
+    """Return every page of the documentation: those at the top level, and the site's."""
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def records_in(folder: str) -> dict[Path, dict[str, Any]]:
@@ -155,18 +46,25 @@ def records_in(folder: str) -> dict[Path, dict[str, Any]]:
     return {file: json.loads(file.read_text()) for file in sorted((FOLDER / folder).glob("*.json"))}
 
 
-def render(text: str) -> str:
-    """The README with every table made anew."""
+def all_tables() -> dict[str, str]:
+    """Return every table by name, made from the result files, the shipped card and the service's settings."""
     measured = json.loads((FOLDER / "purification.json").read_text())
     swept = json.loads((FOLDER / "preset_sweep.json").read_text())
+    runs, stronger = load_runs(ROBUSTNESS), load_runs(UNROLLED)
+    (bare,) = (run for run in runs if run["config"]["purifier"] == "none")
+    (attacked,) = (run for run in stronger if run["config"]["purifier"] == "reverse-attack")
     tables = {
+        "settings": settings_table(),
+        "headline": headline(bare, measured, attacked),
+        "main": main_table(measured, runs, stronger),
+        "picture": picture_line(json.loads((FOLDER / "picture.json").read_text())),
         "classifier": classifier_table(),
         "gates": gates_table(),
         "purification": purification_table(measured),
         "time": time_table(measured),
         "sweep": sweep_table(swept),
         "sweep_restored": sweep_table(json.loads((FOLDER / "preset_sweep_restored.json").read_text())),
-        "robustness": robustness_table(load_runs(ROBUSTNESS), load_runs(UNROLLED)),
+        "robustness": robustness_table(runs, stronger),
         "systems": systems_table(FOLDER / "systems" / "small"),
     }
     for name, make in SERVICE.items():
@@ -176,23 +74,42 @@ def render(text: str) -> str:
         tables["speed"] = "\n\n".join(map(speed_table, records.values()))
     if records := records_in("http_cost"):
         tables["http_cost"] = http_table(list(records.values()))
-    for name in re.findall(r"<!-- table: (\w+) -->", text):
+    return tables
+
+
+def places(text: str) -> list[str]:
+    """Return the names of the tables that a page has places for."""
+    return re.findall(r"<!-- table: (\w+) -->", text)
+
+
+def render(text: str, tables: dict[str, str]) -> str:
+    """Return a page with every table made anew; SystemExit for a place that has no result."""
+    for name in places(text):
         if name not in tables:
-            raise SystemExit(f"README.md has a place for the table {name!r}, and there is no result for it")
-    for name, table in tables.items():
+            raise SystemExit(f"there is a place for the table {name!r}, and no result for it")
         before, start, rest = text.partition(f"<!-- table: {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")
         if not (start and end):
-            raise SystemExit(f"README.md has no place for the table {name!r}")
-        text = f"{before}{start}{table}\n{end}{after}"
+            raise SystemExit(f"the place for the table {name!r} has no end")
+        text = f"{before}{start}{tables[name]}\n{end}{after}"
     return text
 
 
-if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+def main() -> None:
+    """Write the tables into their pages, and the plots beside their results."""
+    tables = all_tables()
+    texts = {page: page.read_text() for page in pages()}
+    if homeless := set(tables).difference(*map(places, texts.values())):
+        raise SystemExit(f"no page has a place for {', '.join(sorted(homeless))}")
+    for page, text in texts.items():
+        page.write_text(render(text, tables))
     for title, png in all_plots(load_runs(ROBUSTNESS)).items():
         if title in PLOTS:
             (FOLDER / PLOTS[title]).write_bytes(png)
     for file, record in records_in("purify_speed").items():
         file.with_suffix(".png").write_bytes(speed_plot(record))
-    print(f"wrote the tables of {README.name}", file=sys.stderr)
+    print(f"wrote {len(tables)} tables into {len(texts)} pages", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -10,8 +10,7 @@ from tests.conftest import make_checkpoint, make_config
 from tests.training.test_training import classifier_arguments
 from unperturb.benchmarks.purifier import preset_sweep, purification, purify_speed
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
-from unperturb.benchmarks.reporting import results, speed_tables
-from unperturb.benchmarks.reporting import tables as readme
+from unperturb.benchmarks.reporting import purifier_tables, results, speed_tables
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.inference.folding import prepared
 from unperturb.models.purifiers.reverse_attack import PRESETS
@@ -73,7 +72,7 @@ def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
     timed = record["results"]["time"]
     assert timed["times_faster_than_published_procedure"]["default"] > 0
     assert checkpoint.load(folder).card.figures["purification"] == accuracy
-    for table in (readme.purification_table(record), readme.time_table(record)):
+    for table in (purifier_tables.purification_table(record), purifier_tables.time_table(record)):
         assert table.count("\n") >= 4
 
 
@@ -104,7 +103,7 @@ def test_sweep_measures_on_images_that_training_kept_back(
     assert preset_sweep.main(arguments) == 0
     record = json.loads(out.read_text())
     assert record["results"]["rows"]["base"]["clean"]["n"] == 9  # what the run held out
-    assert readme.sweep_table(record).count("\n") == 4
+    assert purifier_tables.sweep_table(record).count("\n") == 4
     monkeypatch.setattr(preset_sweep, "restored_candidates", lambda: {"default": PRESETS["default"]})
     assert preset_sweep.main([*arguments, "--restored"]) == 0
     rows = json.loads(out.read_text())["results"]["rows"]

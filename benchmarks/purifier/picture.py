@@ -1,0 +1,117 @@
+"""`python benchmarks/purifier/picture.py --data DIR`: how often the purifier brings a label back, and one such image.
+
+On the first n test images, by the preset `default` and PGD-20 on the classifier alone: how many labels the attack
+changes, how many of these the purifier brings back, and how many right ones it spoils. Of those brought back the one
+of which the classifier is surest, both wrongly when attacked and rightly when purified, is drawn: a chosen image.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unperturb.benchmarks.purifier import points
+from unperturb.benchmarks.reporting import results
+from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.errors import ConfigError, UnperturbError
+from unperturb.models.options import as_json, option, parse
+from unperturb.models.purifiers.defended import DefendedClassifier, defend
+from unperturb.models.purifiers.reverse_attack import preset
+from unperturb.service.demo import EPSILON, run_demo
+from unperturb.training import data
+
+PGD_STEPS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Count the labels that the purifier brings back, and draw one of those images."""
+
+    data: str = option("cifar10, cifar100, or an image folder; its test split is used, in file order")
+    checkpoint: str = option("shipped name or folder", "default")
+    n: int = option("test images, the first ones", 1000)
+    batch: int = option("images in a batch", 125)
+    seed: int = option("of attack and purifier", 0)
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+    out: Path = option("result file; the picture lies beside it", results.FOLDER / "picture.json")
+    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+
+    def __post_init__(self) -> None:
+        """Refuse counts below 1."""
+        if self.n < 1 or self.batch < 1:
+            raise ConfigError(f"n={self.n} and batch={self.batch} must be at least 1")
+
+
+def scores(defended: DefendedClassifier, images: Iterable[Tensor], seed: int) -> tuple[Tensor, Tensor]:
+    """Return the class probabilities of batches of images, without and with the purifier."""
+    answers = [defended.classify(x, seed=seed) for x in images]
+    plain, purified = ([getattr(a, name) for a in answers] for name in ("unpurified_logits", "logits"))
+    return torch.cat(plain).softmax(1), torch.cat(purified).softmax(1)
+
+
+def count(
+    config: Config, defended: DefendedClassifier, images: Tensor, labels: Tensor
+) -> tuple[dict[str, int], list[int]]:
+    """Return the counts, and the images that are brought back, the surest first."""
+    made = points.make_points(
+        defended.classifier, images, labels, epsilon=EPSILON, steps=PGD_STEPS, seed=config.seed, batch=config.batch
+    )
+    with torch.no_grad():
+        clean = torch.cat([defended.classifier(x).argmax(1) for x in made.clean.split(config.batch)])
+    attacked, purified = scores(defended, made.attacked.split(config.batch), config.seed)
+    right = clean == labels
+    changed = right & (attacked.argmax(1) != labels)
+    back = changed & (purified.argmax(1) == labels)
+    spoiled = (attacked.argmax(1) == labels) & (purified.argmax(1) != labels)
+    sure = torch.minimum(attacked.amax(1), purified.amax(1)).masked_fill(~back, -1)
+    counts = {
+        "n": len(labels),
+        "right": int(right.sum()),
+        "changed_by_attack": int(changed.sum()),
+        "brought_back": int(back.sum()),
+        "spoiled": int(spoiled.sum()),
+    }
+    return counts, sure.argsort(descending=True)[: counts["brought_back"]].tolist()
+
+
+def draw(config: Config, defended: DefendedClassifier, loaded: Checkpoint, images: Tensor, chosen: list[int]) -> int:
+    """Draw the first of the chosen images to which the demo's own attack does the same; return its number."""
+    for index in chosen:
+        lines = run_demo(
+            defended,
+            loaded.card,
+            images[index : index + 1].float() / 255,
+            seed=config.seed,
+            out=config.out.with_suffix(".png"),
+        )
+        original, attacked, purified = (line.split(": ")[1].rsplit(" ", 1)[0] for line in list(lines)[:3])
+        if original == purified != attacked:
+            return index
+    raise ConfigError(f"none of the first {config.n} images is brought back: there is nothing to draw")
+
+
+def main(arguments: list[str]) -> int:
+    """Count, draw, and write the result file."""
+    program = "benchmarks/purifier/picture.py"
+    try:
+        config = parse(Config, arguments, program=program)
+        loaded = checkpoint.load(config.checkpoint, device=config.device)
+        dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
+        images, labels = (t[: config.n].to(config.device) for t in dataset.test)
+        defended = defend(loaded, preset("default"))
+        counts, chosen = count(config, defended, images, labels)
+        found = {**counts, "drawn": draw(config, defended, loaded, images, chosen)}
+    except UnperturbError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    results.write(config.out, script=program, config=as_json(config), results=found)
+    print(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
