@@ -3,11 +3,9 @@
 import math
 from typing import NamedTuple
 
-from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.registry import Model
-from unperturb.service.engine.requests import ImageRequest
-from unperturb.service.errors import NotReadyError
 from unperturb.service.engine.scheduler import Scheduler
+from unperturb.service.errors import NotReadyError
 
 
 class Admission(NamedTuple):

@@ -23,7 +23,7 @@ from unperturb.service.cli import app
 from unperturb.service.http.app import create_app
 from unperturb.service.settings import Settings
 from unperturb.training.__main__ import COMMANDS
-from unperturb.training.supervised.adversarial import Batch, smoothed
+from unperturb.training.supervised.adversarial import SupervisedBatch, smoothed
 
 ROOT = Path(__file__).parents[2]
 PAGES = tables.pages()
@@ -153,7 +153,7 @@ def test_recipe_of_an_attack_stays_in_the_ball() -> None:
 
 def test_recipe_of_a_training_method_has_a_gradient() -> None:
     method, classifier = recipe(2)["noise"], store.load("default").classifier.requires_grad_(True)
-    batch = Batch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2), torch.arange(2))
+    batch = SupervisedBatch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2), torch.arange(2))
     attack = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=1)
     crafted = method.craft(classifier, batch, attack)
     method.loss(classifier, batch, crafted, smoothed(batch.labels, 0.1), 1.0).loss.backward()

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from unperturb.models.checkpoints.store import read_card, resolve
-from unperturb.models.errors import NotReadyError
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.messages import Loaded, LoadProgress, Outcome, StepReport, Work
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.scheduler import Scheduler, WorkerState
+from unperturb.service.errors import NotReadyError
 
 BLACK = np.zeros((3, 8, 8), dtype=np.uint8)
 OUTCOME = Outcome(np.ones(2, dtype=np.float32), np.ones(2, dtype=np.float32))
