@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.robustness import attacks
 from unperturb.benchmarks.robustness.attacks.scene import BUDGETS, Threat
@@ -25,17 +26,19 @@ from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Checkpoint
-from unperturb.models.errors import ConfigError, UnperturbError
+from unperturb.models.errors import ConfigError
 from unperturb.models.networks.robustbench import PREFIX, parse_name
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.options import as_json, option
 from unperturb.models.provenance import digest_of
 from unperturb.models.purifiers.registry import build_purifier
 
 EPSILON = {"Linf": 8 / 255, "L2": 0.5}
 
+SCRIPT = "benchmarks/robustbench_eval.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class EvaluationConfig:
     """Score purified classifiers by the field's rules: AutoAttack, transfer, adaptive attacks, the worst case."""
 
     model: tuple[str, ...] = option(
@@ -97,7 +100,7 @@ class Config:
         return (int(number) - 1) * world + rank, int(count) * world
 
 
-def load_model(spec: str, config: Config) -> Checkpoint:
+def load_model(spec: str, config: EvaluationConfig) -> Checkpoint:
     """A checkpoint of this project, or a classifier of RobustBench: by default that for the run's data and threat."""
     if spec.startswith(PREFIX):
         name, dataset, threat = parse_name(spec, dataset=config.dataset, threat=config.threat_model)
@@ -107,7 +110,7 @@ def load_model(spec: str, config: Config) -> Checkpoint:
     return checkpoint.load(spec)
 
 
-def result_name(config: Config, plan: Plan, model: str, purifier: str) -> str:
+def result_name(config: EvaluationConfig, plan: Plan, model: str, purifier: str) -> str:
     """The result file's name: everything that tells two runs apart."""
     radius = f"{config.threat_model}-{plan.threat.epsilon * 255:.4g}of255"
     if config.threat_model == "corruptions":
@@ -139,7 +142,7 @@ def open_device(name: str) -> torch.device:
     return device
 
 
-def run_all(config: Config) -> list[Path]:
+def run_all(config: EvaluationConfig) -> list[Path]:
     """Check everything, then every run; the result files."""
     plan, device = config.plan(), open_device(config.device)
     if not plan.chunks(config.n_examples):
@@ -186,21 +189,22 @@ def run_all(config: Config) -> list[Path]:
         settings = {**as_json(config), "model": model, "purifier": purifier}
         for place in ("data", "generator"):
             settings.pop(place)
-        results.write(file, script="benchmarks/robustbench_eval.py", config=settings, results={**described, **found})
+        results.write(file, script=SCRIPT, config=settings, results={**described, **found})
         files.append(file)
         print(f"{file}: {run.headline(found)}", flush=True)
     return files
 
 
-def main(arguments: list[str]) -> int:
-    """Run, or say what is wrong with the arguments."""
-    try:
-        run_all(parse(Config, arguments, program="benchmarks/robustbench_eval.py"))
-    except UnperturbError as error:
-        print(f"benchmarks/robustbench_eval.py: {error}", file=sys.stderr)
-        return 2
+def evaluate(config: EvaluationConfig) -> int:
+    """Run every model behind every purifier."""
+    run_all(config)
     return 0
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(EvaluationConfig, evaluate, script=SCRIPT, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

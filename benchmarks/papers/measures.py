@@ -11,8 +11,7 @@ from torch import Tensor
 
 from unperturb.benchmarks.papers.plan import Scale
 from unperturb.benchmarks.reporting import results
-from unperturb.benchmarks.robustbench_eval import Config as EvalConfig
-from unperturb.benchmarks.robustbench_eval import run_all
+from unperturb.benchmarks.robustbench_eval import EvaluationConfig, run_all
 from unperturb.benchmarks.robustness.attacks.controls import signs
 from unperturb.models.accuracy import correct
 from unperturb.models.attacks.instance import DISTANCES, away_from
@@ -209,7 +208,7 @@ def harness(subject: Subject) -> dict[str, Any]:
         arguments += ["--data", subject.source]
     for key, value in subject.scale.harness.items():
         arguments += [f"--{key}", value]
-    (file,) = run_all(parse(EvalConfig, arguments, program="benchmarks/robustbench_eval.py"))
+    (file,) = run_all(parse(EvaluationConfig, arguments, program="benchmarks/robustbench_eval.py"))
     found = json.loads(file.read_text())["results"]
     shown = {
         name: found["figures"]["attacks"][name] for name in found["outcomes"] if name in found["figures"]["attacks"]

@@ -18,22 +18,25 @@ from typing import Any
 
 import torch
 
+from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.papers.measures import MEASURES, Subject
 from unperturb.benchmarks.papers.plan import SCALES, Arm, ScaleName, arms
 from unperturb.benchmarks.reporting import results
 from unperturb.models import provenance
 from unperturb.models.checkpoints.store import CARD
 from unperturb.models.errors import ConfigError, UnperturbError
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.options import as_json, option
 from unperturb.training import data
 
 NAMES_IT = {"head": "classifier", "generator": "classifier"}  # how a command calls the checkpoint that it needs
 IMAGE_SIZE = 32
 MADE = {"generator": "generator"}  # the folder that a command writes, where it is not "checkpoint"
 
+SCRIPT = "benchmarks/papers/run.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class PapersConfig:
     """Train and measure every system of the field's root papers."""
 
     data: str = option("cifar10, or a folder with train/<class>/* and test/<class>/*", "cifar10")
@@ -60,7 +63,7 @@ class Config:
 class Campaign:
     """The arms that are wanted, and what is known of them already."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: PapersConfig) -> None:
         self.config, self.arms = config, arms(SCALES[config.scale])
         self.wanted = [name for name in self.arms if not config.arm or name.startswith(config.arm)]
         sources = [config.data]
@@ -222,17 +225,18 @@ def _cost(run: Path) -> dict[str, Any]:
     return {"seconds": round(sum(entry["seconds"] for entry in entries.values()), 1), "epochs": max(entries)}
 
 
-def main(arguments: list[str]) -> int:
-    """Run, or say what is wrong."""
-    try:
-        failed = Campaign(parse(Config, arguments, program="benchmarks/papers/run.py")).run()
-    except UnperturbError as error:
-        print(f"benchmarks/papers/run.py: {error}", file=sys.stderr)
-        return 2
+def run_campaign(config: PapersConfig) -> int:
+    """Train and measure the wanted arms; return 2 where one failed."""
+    failed = Campaign(config).run()
     for line in failed:
-        print(f"benchmarks/papers/run.py: {line}", file=sys.stderr)
+        print(f"{SCRIPT}: {line}", file=sys.stderr)
     return 2 if failed else 0
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(PapersConfig, run_campaign, script=SCRIPT, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

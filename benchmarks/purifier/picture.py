@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.purifier import points
 from unperturb.benchmarks.reporting import results
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Checkpoint
-from unperturb.models.errors import ConfigError, UnperturbError
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.errors import ConfigError
+from unperturb.models.options import as_json, option
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.reverse_attack import preset
 from unperturb.service.demo import EPSILON, run_demo
@@ -26,17 +27,16 @@ from unperturb.training import data
 
 PGD_STEPS = 20
 
+SCRIPT = "benchmarks/purifier/picture.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class PictureConfig(BenchmarkConfig):
     """Count the labels that the purifier brings back, and draw one of those images."""
 
     data: str = option("cifar10, cifar100, or an image folder; its test split is used, in file order")
-    checkpoint: str = option("shipped name or folder", "default")
     n: int = option("test images, the first ones", 1000)
     batch: int = option("images in a batch", 125)
-    seed: int = option("of attack and purifier", 0)
-    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("result file; the picture lies beside it", results.FOLDER / "picture.json")
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
 
@@ -54,7 +54,7 @@ def scores(defended: DefendedClassifier, images: Iterable[Tensor], seed: int) ->
 
 
 def count(
-    config: Config, defended: DefendedClassifier, images: Tensor, labels: Tensor
+    config: PictureConfig, defended: DefendedClassifier, images: Tensor, labels: Tensor
 ) -> tuple[dict[str, int], list[int]]:
     """Return the counts, and the images that are brought back, the surest first."""
     made = points.make_points(
@@ -78,7 +78,9 @@ def count(
     return counts, sure.argsort(descending=True)[: counts["brought_back"]].tolist()
 
 
-def draw(config: Config, defended: DefendedClassifier, loaded: Checkpoint, images: Tensor, chosen: list[int]) -> int:
+def draw(
+    config: PictureConfig, defended: DefendedClassifier, loaded: Checkpoint, images: Tensor, chosen: list[int]
+) -> int:
     """Draw the first of the chosen images to which the demo's own attack does the same; return its number."""
     for index in chosen:
         lines = run_demo(
@@ -94,24 +96,23 @@ def draw(config: Config, defended: DefendedClassifier, loaded: Checkpoint, image
     raise ConfigError(f"none of the first {config.n} images is brought back: there is nothing to draw")
 
 
-def main(arguments: list[str]) -> int:
+def draw_picture(config: PictureConfig) -> int:
     """Count, draw, and write the result file."""
-    program = "benchmarks/purifier/picture.py"
-    try:
-        config = parse(Config, arguments, program=program)
-        loaded = checkpoint.load(config.checkpoint, device=config.device)
-        dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
-        images, labels = (t[: config.n].to(config.device) for t in dataset.test)
-        defended = defend(loaded, preset("default"))
-        counts, chosen = count(config, defended, images, labels)
-        found = {**counts, "drawn": draw(config, defended, loaded, images, chosen)}
-    except UnperturbError as error:
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    results.write(config.out, script=program, config=as_json(config), results=found)
+    loaded = checkpoint.load(config.checkpoint, device=config.device)
+    dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
+    images, labels = (t[: config.n].to(config.device) for t in dataset.test)
+    defended = defend(loaded, preset("default"))
+    counts, chosen = count(config, defended, images, labels)
+    found = {**counts, "drawn": draw(config, defended, loaded, images, chosen)}
+    results.write(config.out, script=SCRIPT, config=as_json(config), results=found)
     print(found)
     return 0
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(PictureConfig, draw_picture, script=SCRIPT, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.purifier import points
 from unperturb.benchmarks.reporting import results
 from unperturb.models.accuracy import correct
@@ -22,9 +23,9 @@ from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.contrastive.loss import NegativePolicy
 from unperturb.models.contrastive.views import ViewPolicy
-from unperturb.models.errors import UnperturbError
+from unperturb.models.errors import ConfigError
 from unperturb.models.networks.restorer import TIMES
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.options import as_json, option
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.denoiser import denoiser_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttackConfig
@@ -32,21 +33,25 @@ from unperturb.training import data
 
 BASE = ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP)
 
+SCRIPT = "benchmarks/purifier/preset_sweep.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class SweepConfig(BenchmarkConfig):
     """Sweep the purifier's parameters on held-out training images."""
 
     data: str = option("the data set that the checkpoint was trained on")
-    checkpoint: str = option("shipped name or folder", "default")
     n: int = option("held-out training images", 1000)
     epsilon: float = option("attack radius, L-infinity", 8 / 255)
     batch: int = option("images in a batch", 125)
-    seed: int = option("of attack, noise and purifier", 0)
-    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     restored: bool = option("sweep what the restored view depends on", False)
     out: Path | None = option("result file (default: results/preset_sweep.json, or preset_sweep_restored.json)", None)
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for counts below 1."""
+        if self.n < 1 or self.batch < 1:
+            raise ConfigError(f"n={self.n} and batch={self.batch} must be at least 1")
 
 
 def restored_candidates() -> dict[str, ReverseAttackConfig]:
@@ -116,17 +121,12 @@ def denoised(
     return found
 
 
-def main(arguments: list[str]) -> int:
+def sweep(config: SweepConfig) -> int:
     """Sweep, write the result file, and say the figures."""
-    try:
-        config = parse(Config, arguments, program="benchmarks/purifier/preset_sweep.py")
-        loaded = checkpoint.load(config.checkpoint, device=config.device)
-        if config.restored:
-            denoiser_of(loaded)
-        dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
-    except UnperturbError as error:
-        print(f"benchmarks/purifier/preset_sweep.py: {error}", file=sys.stderr)
-        return 2
+    loaded = checkpoint.load(config.checkpoint, device=config.device)
+    if config.restored:
+        denoiser_of(loaded)
+    dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
     images, labels = data.first(data.kept_back(dataset, loaded.card), config.n, torch.device(config.device))
     made = points.make_points(
         loaded.classifier, images, labels, epsilon=config.epsilon, steps=20, seed=config.seed, batch=config.batch
@@ -155,9 +155,14 @@ def main(arguments: list[str]) -> int:
         print(f"{title:24} clean {clean:+.1%}  attacked {attacked:+.1%}  {rows[title]['ms_per_image']:.0f} ms")
     record = {"checkpoint": {"id": loaded.card.id, "weights_sha256": loaded.card.weights_sha256}, "rows": rows}
     out = config.out or results.FOLDER / f"preset_sweep{'_restored' * config.restored}.json"
-    results.write(out, script="benchmarks/purifier/preset_sweep.py", config=as_json(config), results=record)
+    results.write(out, script=SCRIPT, config=as_json(config), results=record)
     return 0
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(SweepConfig, sweep, script=SCRIPT, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

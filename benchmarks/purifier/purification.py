@@ -16,25 +16,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.purifier import points
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import results
 from unperturb.models.accuracy import correct
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Checkpoint
-from unperturb.models.errors import ConfigError, UnperturbError
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.errors import ConfigError
+from unperturb.models.options import as_json, option
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.training import data
 
+SCRIPT = "benchmarks/purifier/purification.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class PurificationConfig(BenchmarkConfig):
     """Measure a checkpoint's purifier on test images."""
 
     data: str = option("cifar10, cifar100, or an image folder; its test split is used, in file order")
-    checkpoint: str = option("shipped name or folder", "default")
     n: int = option("test images, the first ones", 1000)
     adaptive_n: int = option("test images for the adaptive attack, the first ones; 0 for none", 500)
     epsilon: float = option("attack radius, L-infinity", 8 / 255)
@@ -42,8 +44,6 @@ class Config:
     batch: int = option("images in a batch", 125)
     timed: int = option("images in the batch that is timed", 64)
     repeats: int = option("times that each timing is taken, in turn; the fastest counts", 3)
-    seed: int = option("of attack, noise and purifier", 0)
-    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("result file", results.FOLDER / "purification.json")
     write_card: bool = option("also write the figures on the checkpoint's card", False)
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
@@ -57,7 +57,7 @@ class Config:
             raise ConfigError(f"timed={self.timed} must be 2 to n={self.n}, adaptive_n={self.adaptive_n} 0 to n")
 
 
-def measure(config: Config, loaded: Checkpoint, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def measure(config: PurificationConfig, loaded: Checkpoint, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """Accuracies of the classifier and of every preset, on the same points."""
     seed, batch = config.seed, config.batch
     made = points.make_points(
@@ -93,7 +93,7 @@ def measure(config: Config, loaded: Checkpoint, images: Tensor, labels: Tensor) 
     return found
 
 
-def time_each(config: Config, loaded: Checkpoint, images: Tensor) -> dict[str, Any]:
+def time_each(config: PurificationConfig, loaded: Checkpoint, images: Tensor) -> dict[str, Any]:
     """Milliseconds per image, each the fastest of its turns; ratios to the plain published procedure."""
     x = images[: config.timed].float() / 255
     fresh = checkpoint.load(config.checkpoint, device=config.device)  # its weights want gradients: not the others'
@@ -137,22 +137,17 @@ def _clock(device: str) -> float:
     return time.perf_counter()
 
 
-def main(arguments: list[str]) -> int:
+def measure_purifier(config: PurificationConfig) -> int:
     """Measure, write the result file, and say the figures."""
-    try:
-        config = parse(Config, arguments, program="benchmarks/purifier/purification.py")
-        loaded = checkpoint.load(config.checkpoint, device=config.device)
-        dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
-    except UnperturbError as error:
-        print(f"benchmarks/purifier/purification.py: {error}", file=sys.stderr)
-        return 2
+    loaded = checkpoint.load(config.checkpoint, device=config.device)
+    dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
     images, labels = (t[: config.n].to(config.device) for t in dataset.test)
     found = {
         "checkpoint": {"id": loaded.card.id, "weights_sha256": loaded.card.weights_sha256},
         "accuracy": measure(config, loaded, images, labels),
         "time": time_each(config, loaded, images),
     }
-    results.write(config.out, script="benchmarks/purifier/purification.py", config=as_json(config), results=found)
+    results.write(config.out, script=SCRIPT, config=as_json(config), results=found)
     if config.write_card:
         folder = checkpoint.resolve(config.checkpoint)
         card = checkpoint.read_card(folder)
@@ -164,5 +159,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(PurificationConfig, measure_purifier, script=SCRIPT, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

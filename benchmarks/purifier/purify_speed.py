@@ -22,19 +22,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import results
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.card import Card, HeadCard
 from unperturb.models.checkpoints.store import Checkpoint
-from unperturb.models.errors import ConfigError, UnperturbError
+from unperturb.models.errors import ConfigError
 from unperturb.models.inference.captured import Execution, Stepper
 from unperturb.models.inference.continuous import ReverseAttackStage
 from unperturb.models.inference.folding import Precision, prepared
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.networks.registry import build
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.options import as_json, option
 from unperturb.models.purifiers.defended import reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttackConfig
 from unperturb.training import data
@@ -45,12 +46,13 @@ MATRIX = {"cpu": 1024, "cuda": 8192}  # side of the matrix product that the devi
 COPY = {"cpu": 1 << 24, "cuda": 1 << 28}  # numbers in the copy that its bandwidth is measured with
 Run = Callable[[Tensor, Tensor], Tensor]
 
+SCRIPT = "benchmarks/purifier/purify_speed.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class SpeedConfig(BenchmarkConfig):
     """Time the purifier."""
 
-    checkpoint: str = option("shipped name or folder", "default")
     arch: str = option("instead of a checkpoint, this architecture with random weights", "")
     batch: tuple[str, ...] = option("images at a time; may be repeated (default: 1 8 64 512)", ("1", "8", "64", "512"))
     views: int = option("of every way but the presets", 4)
@@ -60,7 +62,6 @@ class Config:
     precision: Precision = option("also this one of the backbone, and of the captured and compiled ways", "float32")
     data: str = option("a data set whose first test images must keep their label in every way; empty: not checked", "")
     n: int = option("how many of them", 1000)
-    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path | None = option("result file (default: results/purify_speed/<architecture>_<device>.json)", None)
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
 
@@ -73,7 +74,7 @@ class Config:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
 
 
-def subject(config: Config) -> Checkpoint:
+def subject(config: SpeedConfig) -> Checkpoint:
     """The checkpoint, or random weights of an architecture behind a head of the usual size."""
     if not config.arch:
         return checkpoint.load(config.checkpoint, device=config.device)
@@ -108,7 +109,7 @@ class Way(NamedTuple):
 class Ways:
     """The same purification in several ways, by name."""
 
-    def __init__(self, config: Config, loaded: Checkpoint) -> None:
+    def __init__(self, config: SpeedConfig, loaded: Checkpoint) -> None:
         self.config, self.device = config, torch.device(config.device)
         loop = dataclasses.replace(PRESETS["published"].loop, steps=config.steps)
         self.base = ReverseAttackConfig(loop=loop, views=config.views)
@@ -141,7 +142,7 @@ class Timed(NamedTuple):
     run: Run
 
 
-def measure(config: Config, ways: Ways, size: int) -> dict[str, Any]:
+def measure(config: SpeedConfig, ways: Ways, size: int) -> dict[str, Any]:
     """Every way on one batch of images, in turn, once before it counts; the first turn says which way is fastest."""
     device, side = ways.device, ways.ways["eager"].ready.classifier.image_size
     x = torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
@@ -233,7 +234,7 @@ def device_bandwidth(device: torch.device) -> float:
     return 2 * one.numel() * one.element_size() / best
 
 
-def agreement(config: Config, ways: Ways, dataset: data.DataSet) -> dict[str, Any]:
+def agreement(config: SpeedConfig, ways: Ways, dataset: data.DataSet) -> dict[str, Any]:
     """Labels of test images purified by the preset `default` in every way, against the eager one in float32."""
     images = dataset.test.images[: config.n]
     scores: dict[str, Tensor] = {}
@@ -265,18 +266,13 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def main(arguments: list[str]) -> int:
+def time_purifier(config: SpeedConfig) -> int:
     """Measure, write the result file after every batch size, and say the figures."""
-    try:
-        config = parse(Config, arguments, program="benchmarks/purifier/purify_speed.py")
-        ways = Ways(config, subject(config))
-        if config.data and len(ways.ways) == 1:
-            raise ConfigError("data: there is one way alone here, and nothing to compare it with")
-        classifier = ways.ways["eager"].ready.classifier
-        dataset = data.load(config.data, image_size=classifier.image_size, cache=config.cache) if config.data else None
-    except UnperturbError as error:
-        print(f"benchmarks/purifier/purify_speed.py: {error}", file=sys.stderr)
-        return 2
+    ways = Ways(config, subject(config))
+    if config.data and len(ways.ways) == 1:
+        raise ConfigError("data: there is one way alone here, and nothing to compare it with")
+    classifier = ways.ways["eager"].ready.classifier
+    dataset = data.load(config.data, image_size=classifier.image_size, cache=config.cache) if config.data else None
     card = ways.ways["eager"].ready.card
     where = torch.cuda.get_device_name(ways.device) if ways.device.type == "cuda" else "cpu"
     out = config.out or results.FOLDER / "purify_speed" / f"{card.architecture.name}_{where.replace(' ', '-')}.json"
@@ -300,10 +296,15 @@ def main(arguments: list[str]) -> int:
                 f"{cells['times_published_procedure']:6.2f} x  {cells['of_rate']:5.1%} of the device's rate",
                 flush=True,
             )
-        results.write(out, script="benchmarks/purifier/purify_speed.py", config=as_json(config), results=found)
+        results.write(out, script=SCRIPT, config=as_json(config), results=found)
     print(out)
     return 0
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(SpeedConfig, time_purifier, script=SCRIPT, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

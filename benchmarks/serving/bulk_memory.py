@@ -9,29 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.errors import ConfigError, UnperturbError
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.options import as_json, option
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-c", "from unperturb.service.cli import main; main()", "purify")
 SAMPLES_EVERY_S = 0.1
 
+SCRIPT = "benchmarks/serving/bulk_memory.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class BulkMemoryConfig(BenchmarkConfig):
     """Purify a folder of random 32x32 images in one process, and watch its memory."""
 
-    checkpoint: str = option("shipped name or folder", "default")
     n: int = option("images", 10_000)
     chunk: int = option("images to one part of the traces", 256)
     batch: int = option("images on the device at a time", 64)
-    seed: int = option("of the images and the purifier", 0)
-    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("result file", results.FOLDER / "bulk_memory.json")
 
     def __post_init__(self) -> None:
@@ -82,7 +81,7 @@ def watch(command: list[str], *, traces: Path) -> dict[str, Any]:
     }
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: BulkMemoryConfig) -> dict[str, Any]:
     """Purify the images in a temporary folder."""
     card = read_card(resolve(config.checkpoint))
     with tempfile.TemporaryDirectory() as name:
@@ -103,15 +102,10 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def main(arguments: list[str]) -> int:
+def measure_memory(config: BulkMemoryConfig) -> int:
     """Measure, write the result file, and say the figures; 2 for a bad option."""
-    try:
-        config = parse(Config, arguments, program="benchmarks/serving/bulk_memory.py")
-        found = measure(config)
-    except UnperturbError as error:
-        print(f"benchmarks/serving/bulk_memory.py: {error}", file=sys.stderr)
-        return 2
-    results.write(config.out, script="benchmarks/serving/bulk_memory.py", config=as_json(config), results=found)
+    found = measure(config)
+    results.write(config.out, script=SCRIPT, config=as_json(config), results=found)
     print(
         f"{found['count']} images in {found['seconds']:.0f} s ({found['images_per_second']:.1f}/s); resident memory "
         f"{found['rss_after_first_chunk_mib']:.0f} MiB after the first chunk, {found['peak_rss_mib']:.0f} MiB at most"
@@ -119,5 +113,10 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(BulkMemoryConfig, measure_memory, script=SCRIPT, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

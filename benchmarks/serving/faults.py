@@ -25,32 +25,30 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import hostile, open_loop
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
 from unperturb.benchmarks.serving.watch import Server, memory, metric, text_metrics, tree
 from unperturb.models import provenance
 from unperturb.models.errors import ConfigError
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.options import as_json, option
 
 KILL_AT_S = 2.0  # after the load has begun
 EXPECTED = {200, 400, 408, 413, 415, 422, 429, 503, 504}
 
+SCRIPT = "benchmarks/serving/faults.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class FaultsConfig(BenchmarkConfig):
     """Put the service under faults."""
 
     only: tuple[str, ...] = option("parts to run; all where none is named; may be given several times", ())
-    checkpoint: str = option("shipped name or folder", "default")
     files: int = option("damaged files of each format", 10_000)
     schemathesis_minutes: float = option("for the property-based requests", 10.0)
     soak_minutes: float = option("for the soak", 60.0)
     soak_share: float = option("of capacity that the soak offers", 1.2)
-    seed: int = option("of everything that is drawn", 0)
-    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("result file; parts that are run again replace those in it", results.FOLDER / "faults.json")
 
     def __post_init__(self) -> None:
@@ -59,11 +57,14 @@ class Config:
         if unknown:
             raise ConfigError(f"only={sorted(unknown)[0]!r} is not one of {', '.join(PARTS)}")
         if min(self.files, self.schemathesis_minutes, self.soak_minutes, self.soak_share) <= 0:
-            raise ConfigError("files, minutes and shares must be above 0")
+            raise ConfigError(
+                f"files={self.files}, schemathesis_minutes={self.schemathesis_minutes:g}, "
+                f"soak_minutes={self.soak_minutes:g} and soak_share={self.soak_share:g} must be above 0"
+            )
 
 
 @contextmanager
-def serving(config: Config, **settings: str) -> Iterator[Server]:
+def serving(config: FaultsConfig, **settings: str) -> Iterator[Server]:
     """The service with short limits for stalled clients."""
     port = open_loop.free_port()
     environment = {
@@ -84,12 +85,12 @@ def serving(config: Config, **settings: str) -> Iterator[Server]:
         yield Server(port, f"http://127.0.0.1:{port}", process)
 
 
-def pngs(config: Config) -> list[Prepared]:
+def pngs(config: FaultsConfig) -> list[Prepared]:
     """Ordinary requests."""
     return [Prepared("/classify", file) for file in open_loop.photos(32, seed=config.seed)]
 
 
-def killed(config: Config) -> dict[str, Any]:
+def killed(config: FaultsConfig) -> dict[str, Any]:
     """SIGKILL to the worker's process in mid-batch."""
 
     async def run(server: Server) -> list[Sent]:
@@ -116,7 +117,7 @@ def killed(config: Config) -> dict[str, Any]:
     }
 
 
-def disconnects(config: Config) -> dict[str, Any]:
+def disconnects(config: FaultsConfig) -> dict[str, Any]:
     """As many clients that leave as clients that stay."""
     (file,) = open_loop.photos(1, seed=config.seed)
 
@@ -139,7 +140,7 @@ def disconnects(config: Config) -> dict[str, Any]:
     }
 
 
-def slow_loris(config: Config) -> dict[str, Any]:
+def slow_loris(config: FaultsConfig) -> dict[str, Any]:
     """200 stalled connections beside ordinary requests; the limits are 3 s for the head and 3 s for the body."""
 
     async def run(server: Server) -> tuple[Counter[str], list[Sent]]:
@@ -156,7 +157,7 @@ def slow_loris(config: Config) -> dict[str, Any]:
     }
 
 
-def mutated(config: Config) -> dict[str, Any]:
+def mutated(config: FaultsConfig) -> dict[str, Any]:
     """Damaged files, eight at a time, without purification."""
 
     async def run(server: Server, kind: str) -> list[Sent]:
@@ -183,7 +184,7 @@ def mutated(config: Config) -> dict[str, Any]:
     }
 
 
-def bombs(config: Config) -> dict[str, Any]:
+def bombs(config: FaultsConfig) -> dict[str, Any]:
     """Each bomb four times at once."""
     with serving(config) as server:
         found: dict[str, dict[str, Any]] = {}
@@ -205,7 +206,7 @@ def bombs(config: Config) -> dict[str, Any]:
     }
 
 
-def schemathesis(config: Config) -> dict[str, Any]:
+def schemathesis(config: FaultsConfig) -> dict[str, Any]:
     """Requests made from the OpenAPI, by an administrator, until the time is over; 503 and 504 are no failures."""
     seconds, key = config.schemathesis_minutes * 60, "key"
     digest = hashlib.sha256(key.encode()).hexdigest()
@@ -253,7 +254,7 @@ def schemathesis(config: Config) -> dict[str, Any]:
     }
 
 
-def soak(config: Config) -> dict[str, Any]:
+def soak(config: FaultsConfig) -> dict[str, Any]:
     """Over capacity for a long time; the memory is the sum of all its processes' own pages (USS)."""
     seconds = config.soak_minutes * 60
     found: list[Sent] = []
@@ -301,7 +302,7 @@ def soak(config: Config) -> dict[str, Any]:
     }
 
 
-PARTS: dict[str, Callable[[Config], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[FaultsConfig], dict[str, Any]]] = {
     "killed": killed,
     "disconnects": disconnects,
     "slow_loris": slow_loris,
@@ -317,9 +318,8 @@ def statuses(sent: list[Sent]) -> dict[str, int]:
     return {str(status): count for status, count in sorted(Counter(one.status for one in sent).items())}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; 1 where a part did not go well."""
-    config = parse(Config, sys.argv[1:] if arguments is None else arguments, program="faults.py")
+def run_parts(config: FaultsConfig) -> int:
+    """Run the parts and write each result; return 1 where one did not go well."""
     found = json.loads(config.out.read_text())["results"] if config.out.exists() else {}
     for name in config.only or PARTS:
         started = time.monotonic()
@@ -329,8 +329,13 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
             flush=True,
         )
-        results.write(config.out, script="benchmarks/serving/faults.py", config=as_json(config), results=found)
+        results.write(config.out, script=SCRIPT, config=as_json(config), results=found)
     return int(not all(found[name]["well"] for name in config.only or PARTS))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(FaultsConfig, run_parts, script=SCRIPT, arguments=arguments)
 
 
 if __name__ == "__main__":

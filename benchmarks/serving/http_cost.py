@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
-from unperturb.models.errors import ConfigError, UnperturbError
+from unperturb.models.errors import ConfigError
 from unperturb.models.inference.captured import Execution
 from unperturb.models.inference.folding import Precision
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.options import as_json, option
 from unperturb.service.decoding.decode import decode
 from unperturb.service.engine.engine import Engine
 from unperturb.service.http.app import make_engine
@@ -30,17 +31,17 @@ from unperturb.service.telemetry.metrics import Metrics
 PATIENCE = 1000.0  # nobody is refused: the excess waits
 WARM_UP_S = 900.0
 
+SCRIPT = "benchmarks/serving/http_cost.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class HttpCostConfig(BenchmarkConfig):
     """Saturate the engine and the service."""
 
-    checkpoint: str = option("shipped name or folder", "default")
     preset: str = option("of the purifier", "default")
     clients: int = option("requests in progress; 0: twice the slots", 0)
     seconds: float = option("for each turn", 15.0)
     turns: int = option("of each", 5)
-    seed: int = option("of the images", 0)
     device: str = option("cpu, cuda, cuda:N, or several with commas", "cuda" if torch.cuda.is_available() else "cpu")
     execution: Execution = option("how steps run", "eager")
     precision: Precision = option("of the backbone in the steps", "float32")
@@ -49,7 +50,9 @@ class Config:
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         if self.turns < 1 or self.clients < 0 or self.seconds <= 0:
-            raise ConfigError("turns and seconds must be above 0, clients at least 0")
+            raise ConfigError(
+                f"turns={self.turns} and seconds={self.seconds:g} must be above 0, clients={self.clients} at least 0"
+            )
 
     @property
     def file(self) -> Path:
@@ -58,7 +61,7 @@ class Config:
         return self.out or results.FOLDER / "http_cost" / f"{name}.json"
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: HttpCostConfig) -> dict[str, Any]:
     """Images a second of both, a figure for each turn."""
     changed: dict[str, Any] = {
         "checkpoint": config.checkpoint,
@@ -101,7 +104,7 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-async def through_engine(engine: Engine, files: list[bytes], config: Config, *, clients: int) -> float:
+async def through_engine(engine: Engine, files: list[bytes], config: HttpCostConfig, *, clients: int) -> float:
     """Images a second without HTTP or decoding."""
     with engine.models.use(None) as model:
         pixels = [decode(file, size=model.image_size, max_pixels=1 << 20).pixels for file in files]
@@ -119,7 +122,7 @@ async def through_engine(engine: Engine, files: list[bytes], config: Config, *, 
         return done / (time.perf_counter() - started)
 
 
-def through_http(url: str, files: list[bytes], config: Config, *, clients: int) -> float:
+def through_http(url: str, files: list[bytes], config: HttpCostConfig, *, clients: int) -> float:
     """Images a second of the service, to so many clients that each wait for their answer."""
     requests = [open_loop.Prepared("/classify", file) for file in files]
     started = time.perf_counter()
@@ -131,18 +134,18 @@ def through_http(url: str, files: list[bytes], config: Config, *, clients: int) 
     return len(sent) / lasted
 
 
-def main(arguments: list[str]) -> int:
+def measure_cost(config: HttpCostConfig) -> int:
     """Measure and write the result file."""
-    try:
-        config = parse(Config, arguments, program="benchmarks/serving/http_cost.py")
-        found = measure(config)
-    except UnperturbError as error:
-        print(f"benchmarks/serving/http_cost.py: {error}", file=sys.stderr)
-        return 2
-    results.write(config.file, script="benchmarks/serving/http_cost.py", config=as_json(config), results=found)
+    found = measure(config)
+    results.write(config.file, script=SCRIPT, config=as_json(config), results=found)
     print(f"the service does {found['share']:.1%} of the engine's images a second")
     return 0
 
 
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(HttpCostConfig, measure_cost, script=SCRIPT, arguments=arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -12,38 +12,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
-from unperturb.models.errors import ConfigError, UnperturbError
+from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.options import as_json, option
 
 CLIENTS = (1, 2, 4, 8, 16, 32)  # of the closed loops; the best of them is the capacity
 PAUSE_S = 0.2  # between lone requests: at low load a request meets a server that has been idle
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
 
+SCRIPT = "benchmarks/serving/load.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class LoadConfig(BenchmarkConfig):
     """Offer the service more and more load."""
 
-    checkpoint: str = option("shipped name or folder", "default")
     seconds: float = option("for each load", 30.0)
     calibration_seconds: float = option("for the lone request, and for each closed loop that finds the capacity", 10.0)
     patience: float = option("the service's UNPERTURB_PATIENCE; 0 for its own default", 0.0)
-    seed: int = option("of the arrivals and images", 0)
-    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("result file; a plot is written beside it", results.FOLDER / "load.json")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         if min(self.seconds, self.calibration_seconds) <= 0:
-            raise ConfigError("seconds and calibration_seconds must be above 0")
+            raise ConfigError(
+                f"seconds={self.seconds:g} and calibration_seconds={self.calibration_seconds:g} must be above 0"
+            )
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: LoadConfig) -> dict[str, Any]:
     """The lone request, the capacity, and every load."""
     requests = [open_loop.Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
     port = open_loop.free_port()
@@ -128,17 +128,17 @@ def plot(found: dict[str, Any]) -> bytes:
     return _png(plt, figure)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; 2 for a bad option."""
-    config = parse(Config, sys.argv[1:] if arguments is None else arguments, program="load.py")
-    try:
-        found = measure(config)
-    except UnperturbError as error:
-        print(f"load.py: {error}", file=sys.stderr)
-        return 2
-    results.write(config.out, script="benchmarks/serving/load.py", config=as_json(config), results=found)
+def offer_loads(config: LoadConfig) -> int:
+    """Measure, write the result file, and draw its plot."""
+    found = measure(config)
+    results.write(config.out, script=SCRIPT, config=as_json(config), results=found)
     write_whole(config.out.with_suffix(".png"), plot(found))
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(LoadConfig, offer_loads, script=SCRIPT, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -13,25 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
 from unperturb.models.errors import ConfigError
-from unperturb.models.options import as_json, option, parse
+from unperturb.models.options import as_json, option
 from unperturb.models.purifiers.reverse_attack import PRESETS
 
 Servers = dict[str, dict[str, list[dict[str, Any]]]]  # by name, by load, a summary for each round
 PEERS = "unperturb.benchmarks.serving.peers"
 MEASURES = ("goodput", "goodput_within", "work", "work_within")
 
+SCRIPT = "benchmarks/serving/side_by_side.py"
+
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class SideBySideConfig(BenchmarkConfig):
     """Measure three servers side by side."""
 
-    checkpoint: str = option("shipped name or folder", "default")
     published: int = option("of ten requests, how many ask for the preset `published`; the rest `default`", 1)
     max_batch: int = option("largest batch of every server", 16)
     loads: tuple[str, ...] = option("shares of this service's capacity; may be given several times", ("0.7", "1.5"))
@@ -41,17 +41,18 @@ class Config:
     )
     patience: float = option("this service's UNPERTURB_PATIENCE; the peers take everything in", 1000.0)
     rounds: int = option("times that each server is measured, in turn", 2)
-    seed: int = option("of the arrivals and images", 0)
-    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("result file", results.FOLDER / "side_by_side.json")
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run."""
         if not 0 <= self.published <= 10 or self.seconds <= 0 or self.rounds < 1:
-            raise ConfigError("published must be 0 to 10, seconds above 0, rounds at least 1")
+            raise ConfigError(
+                f"published={self.published} must be 0 to 10, seconds={self.seconds:g} above 0, "
+                f"rounds={self.rounds} at least 1"
+            )
 
 
-def requests(config: Config, path: str) -> list[Prepared]:
+def requests(config: SideBySideConfig, path: str) -> list[Prepared]:
     """JSON with an image and its preset; all three servers take the same."""
     made = []
     for i, file in enumerate(open_loop.photos(60, seed=config.seed)):
@@ -61,7 +62,7 @@ def requests(config: Config, path: str) -> list[Prepared]:
     return made
 
 
-def servers(config: Config, port: int) -> dict[str, tuple[list[str], str, str]]:
+def servers(config: SideBySideConfig, port: int) -> dict[str, tuple[list[str], str, str]]:
     """Name -> command, path of a request, path that is ready."""
     peer = [sys.executable, "-m"]
     return {
@@ -85,7 +86,7 @@ def work(preset: str) -> float:
     return rows(preset) / rows("default")
 
 
-def figures(sent: list[Sent], config: Config) -> dict[str, Any]:
+def figures(sent: list[Sent], config: SideBySideConfig) -> dict[str, Any]:
     """The summary, of all and by preset, and the goodput within the limit."""
     summary = open_loop.summary(sent, seconds=config.seconds)
     good = [one for one in sent if one.status == 200]
@@ -103,7 +104,7 @@ def figures(sent: list[Sent], config: Config) -> dict[str, Any]:
     }
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: SideBySideConfig) -> dict[str, Any]:
     """The capacity of this service, then every server under every load, `rounds` times in turn."""
     capacity = 0.0
     found: Servers = {name: {load: [] for load in config.loads} for name in servers(config, 0)}
@@ -154,12 +155,15 @@ def times(found: Servers, key: str) -> dict[str, dict[str, float]]:
     return {name: {load: own[load] / max(value, 1e-9) for load, value in loads.items()} for name, loads in mean.items()}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command."""
-    config = parse(Config, sys.argv[1:] if arguments is None else arguments, program="side_by_side.py")
-    script = "benchmarks/serving/side_by_side.py"
-    results.write(config.out, script=script, config=as_json(config), results=measure(config))
+def compare(config: SideBySideConfig) -> int:
+    """Measure the servers in turn and write the result file."""
+    results.write(config.out, script=SCRIPT, config=as_json(config), results=measure(config))
     return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    return run_command(SideBySideConfig, compare, script=SCRIPT, arguments=arguments)
 
 
 if __name__ == "__main__":

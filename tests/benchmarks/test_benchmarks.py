@@ -202,7 +202,7 @@ def test_speed_of_an_architecture_is_measured_from_a_single_image_on(
     ]
     assert purify_speed.main(arguments) == 0
     assert json.loads(out.read_text())["results"]["batches"]["1"].keys() >= {"published procedure", "eager, bfloat16"}
-    config = purify_speed.Config(arch="wide_resnet_10_1", device="cpu")
+    config = purify_speed.SpeedConfig(arch="wide_resnet_10_1", device="cpu")
     made = purify_speed.subject(config)
     assert made.head is not None
     assert not any(module.training for part in (made.classifier, made.head) for module in part.modules())
@@ -210,7 +210,7 @@ def test_speed_of_an_architecture_is_measured_from_a_single_image_on(
 
 def test_ways_are_compared_by_label(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
     settings = {"checkpoint": str(tiny_folder), "data": str(image_folder), "n": 10, "steps": 2, "cache": tmp_path}
-    config = purify_speed.Config(device="cpu", **settings)  # type: ignore[arg-type]
+    config = purify_speed.SpeedConfig(device="cpu", **settings)  # type: ignore[arg-type]
     ways = purify_speed.Ways(config, checkpoint.load(tiny_folder))
     ways.add("captured", "float32", prepared(checkpoint.load(tiny_folder)), "captured")
     dataset = data.load(str(image_folder), image_size=32, cache=tmp_path)

@@ -83,10 +83,10 @@ def test_bombs_are_small_and_claim_much() -> None:
 @pytest.mark.parametrize(
     ("config", "bad"),
     [
-        (faults.Config, {"only": ("floods",)}),
-        (faults.Config, {"files": 0}),
-        (load.Config, {"seconds": 0.0}),
-        (side_by_side.Config, {"published": 11}),
+        (faults.FaultsConfig, {"only": ("floods",)}),
+        (faults.FaultsConfig, {"files": 0}),
+        (load.LoadConfig, {"seconds": 0.0}),
+        (side_by_side.SideBySideConfig, {"published": 11}),
     ],
     ids=str,
 )
@@ -144,5 +144,5 @@ def test_service_is_compared_with_its_engine_at_saturation(tiny_folder: Path, tm
 
 
 def test_results_of_the_service_beside_its_engine_are_named_by_how_both_ran() -> None:
-    one = http_cost.Config(device="cpu,cpu", preset="fast", precision="bfloat16")
+    one = http_cost.HttpCostConfig(device="cpu,cpu", preset="fast", precision="bfloat16")
     assert one.file.name == "fast_cpu_cpu_eager_bfloat16.json"

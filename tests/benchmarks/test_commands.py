@@ -1,0 +1,78 @@
+"""Every script of benchmarks/ from the command line: what is refused, and how."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unperturb.benchmarks.command import BenchmarkConfig, run_command
+
+BAD = {
+    "robustbench_eval": ["--n-examples", "0"],
+    "papers.run": ["--seeds", "0"],
+    "purifier.picture": ["--data", "x", "--n", "0"],
+    "purifier.preset_sweep": ["--data", "x", "--n", "0"],
+    "purifier.purification": ["--data", "x", "--steps", "0"],
+    "purifier.purify_speed": ["--blocks", "0"],
+    "serving.bulk_memory": ["--n", "0"],
+    "serving.faults": ["--files", "0"],
+    "serving.http_cost": ["--turns", "0"],
+    "serving.load": ["--seconds", "0"],
+    "serving.side_by_side": ["--rounds", "0"],
+}
+
+
+def module(name: str) -> Any:
+    return import_module(f"unperturb.benchmarks.{name}")
+
+
+def test_every_script_is_here() -> None:
+    root = Path(module("command").__file__).parent
+    found = {
+        ".".join(file.relative_to(root).with_suffix("").parts)
+        for file in root.rglob("*.py")
+        if "run_command(" in file.read_text() and file.name != "command.py"
+    }
+    assert found == set(BAD)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_help_ends_well_and_an_unknown_option_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status in ((["--help"], 0), ([*BAD[name], "--surprise", "1"], 2)):
+        with pytest.raises(SystemExit) as stopped:
+            module(name).main(arguments)
+        assert stopped.value.code == status
+    said = capsys.readouterr()
+    assert f"benchmarks/{name.replace('.', '/')}.py" in said.out
+    assert "surprise" in said.err
+
+
+@pytest.mark.parametrize(("name", "arguments"), BAD.items(), ids=list(BAD))
+def test_bad_value_is_one_line_that_quotes_it(
+    name: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module(name).main(arguments) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    option, value = arguments[-2:]
+    assert line.startswith(f"benchmarks/{name.replace('.', '/')}.py: ")
+    assert f"{option.removeprefix('--').replace('-', '_')}={value}" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "nowhere"), 2, "nowhere: No such file or directory"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measure(config: BenchmarkConfig) -> None:
+        raise error
+
+    assert run_command(BenchmarkConfig, measure, script="script.py", arguments=[]) == status
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line == f"script.py: {said}"
