@@ -43,18 +43,18 @@ class DefendedClassifier(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "DefendedClassifier":
-        """Stays in eval mode, as the purifier does."""
+        """Stay in eval mode, as the purifier does."""
         super().train(False)
         return self
 
     def forward(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] = 0) -> Tensor:
-        """Class scores of the purified images; differentiable with respect to `x` where gradients are on."""
+        """Return class scores of the purified images; differentiable with respect to `x` where gradients are on."""
         return cast(Tensor, self.classifier(self.purified(x, seed=seed)))
 
     def purified(
         self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] = 0
     ) -> Float[Tensor, "batch 3 h w"]:
-        """The purified images, with the gradient that an attacker sees."""
+        """Return the purified images, with the gradient that an attacker sees."""
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
         unrolled = wants_gradient and self.gradient == "unrolled"
         purified = self.purifier.descend(x, seeds=seeds_of(seed, x), unrolled=unrolled).image
@@ -63,23 +63,23 @@ class DefendedClassifier(nn.Module):
         return purified
 
     def purify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor = 0) -> Purified:
-        """The purified images and their trace."""
+        """Return the purified images and their trace."""
         return cast(Purified, self.purifier(x, seeds=seeds_of(seed, x)))
 
     def classify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor = 0) -> Defended:
-        """Everything that a caller may want to show, without gradients."""
+        """Return everything that a caller may want to show, without gradients."""
         with torch.no_grad():
             purified = self.purify(x, seed=seed)
             return Defended(self.classifier(purified.image), self.classifier(x), purified.image, purified.trace)
 
 
 def defend(checkpoint: Checkpoint, config: ReverseAttackConfig) -> DefendedClassifier:
-    """The classifier of a checkpoint behind its reverse attack; CheckpointError where it has no head."""
+    """Return the classifier of a checkpoint behind its reverse attack; raise CheckpointError where it has no head."""
     return DefendedClassifier(checkpoint.classifier, reverse_attack_of(checkpoint, config))
 
 
 def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> ReverseAttack:
-    """The reverse attack of a checkpoint; CheckpointError where it has no head."""
+    """Return the reverse attack of a checkpoint; raise CheckpointError where it has no head."""
     if checkpoint.head is None or checkpoint.bank is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.card.id!r} has no head to purify with; train one: "
@@ -89,5 +89,5 @@ def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Re
 
 
 def seeds_of(seed: int | Tensor, x: Tensor) -> Tensor:
-    """One int64 seed per image of `x`, on its device."""
+    """Return one int64 seed per image of `x`, on its device."""
     return torch.as_tensor(seed, dtype=torch.int64, device=x.device).expand(len(x))
