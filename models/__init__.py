@@ -1,1 +1,1 @@
-"""What computes on image tensors: classifiers, views, contrastive losses, purifiers, checkpoints."""
+"""Computations on image tensors: classifiers, views, contrastive losses, purifiers, checkpoints."""

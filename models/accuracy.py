@@ -20,7 +20,7 @@ class Accuracy(NamedTuple):
 
 
 def wilson(correct: int, n: int) -> Accuracy:
-    """Accuracy with the 95% score interval (Wilson 1927); n of at least 1."""
+    """Return accuracy with the 95% score interval (Wilson 1927); n of at least 1."""
     z = 1.959963984540054
     share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
@@ -31,7 +31,7 @@ def wilson(correct: int, n: int) -> Accuracy:
 def correct(
     classify: Classify, images: Float[Tensor, "n 3 h w"], labels: Int[Tensor, " n"], *, batch: int = 250
 ) -> list[bool]:
-    """Per image, whether `classify` gives its label."""
+    """Return, per image, whether `classify` gives its label."""
     with torch.no_grad():
         parts = [classify(x).argmax(1).eq(y) for x, y in zip(images.split(batch), labels.split(batch), strict=True)]
     return torch.cat(parts).tolist() if parts else []

@@ -1,4 +1,4 @@
-"""Where downloads and decoded images are kept between runs: the one rule, for every kind of file."""
+"""The folders in which downloads and decoded images are kept between runs: the one rule, for every kind of file."""
 
 import os
 from pathlib import Path

@@ -14,12 +14,12 @@ Config = TypeVar("Config")
 
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:  # noqa: ANN401
-    """A dataclass field with its `--help` text; required where no default is given."""
+    """Return a dataclass field with its `--help` text; required where no default is given."""
     return dataclasses.field(default=default, metadata={"help": help})
 
 
 def parse(config_class: type[Config], arguments: Sequence[str], *, program: str) -> Config:
-    """The configuration that `arguments` spell; exits with status 2 and the reason for an unknown or bad one."""
+    """Return the configuration that `arguments` spell; exit with status 2 and the reason for an unknown or bad one."""
     parser = argparse.ArgumentParser(
         prog=program, description=config_class.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -44,13 +44,13 @@ def parse(config_class: type[Config], arguments: Sequence[str], *, program: str)
 
 
 def as_json(config: Any) -> dict[str, Any]:  # noqa: ANN401
-    """The resolved configuration as JSON-ready values."""
+    """Return the resolved configuration as JSON-ready values."""
     values = dataclasses.asdict(config)
     return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 def fraction(text: str) -> float:
-    """`0.03`, or `8/255` as the field writes it."""
+    """Read `0.03`, or `8/255` as the field writes it."""
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
@@ -58,7 +58,7 @@ def fraction(text: str) -> float:
 
 
 def _reading(hint: Any) -> dict[str, Any]:  # noqa: ANN401
-    """argparse's arguments for a type."""
+    """Return argparse's arguments for a type."""
     if isinstance(hint, UnionType):
         (hint,) = (part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:

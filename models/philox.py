@@ -16,7 +16,7 @@ _ROUNDS = 10
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four 32-bit words per counter.
+    """Return four 32-bit words per counter.
 
     `counter` and `key` are int64 tensors holding 32-bit words, broadcastable with one another.
     """
@@ -38,7 +38,7 @@ def uniform(
     stream: int | Int[Tensor, " batch"],
     count: int,
 ) -> Float[Tensor, "batch count"]:
-    """`count` float32 numbers in [0, 1) per image, a function of (seed, step, stream, place) only.
+    """Return `count` float32 numbers in [0, 1) per image, a function of (seed, step, stream, place) only.
 
     `step` is one number for all or one per image; `stream`, likewise, keeps uses of one seed apart (a view's number, a
     start).

@@ -7,7 +7,7 @@ WHITE = (255, 255, 255, 255)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: EXIF orientation applied, 16-bit grey scaled rather than clipped, transparency on white.
+    """Return 8-bit RGB: EXIF orientation applied, 16-bit grey scaled rather than clipped, transparency on white.
 
     Pillow's own convert("RGB") turns every 16-bit level above 255 into white and shows the colour under alpha 0.
     """
@@ -26,7 +26,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_size(image: Image.Image, size: int) -> Image.Image:
-    """A square of `size` pixels a side: the largest centred square, resized bicubic with antialiasing."""
+    """Return a square of `size` pixels a side: the largest centred square, resized bicubic with antialiasing."""
     if image.size == (size, size):
         return image
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""What made an artefact: package versions, and the commit where the code is a checkout; a module's digest."""
+"""The makers of an artefact: package versions, and the commit where the code is a checkout; a module's digest."""
 
 import hashlib
 import platform
@@ -13,7 +13,7 @@ RECORDED = ("torch", "torchvision", "numpy", "pillow", "safetensors", "robustben
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that can move a figure."""
+    """Return versions of Python and of the installed packages that can move a figure."""
     found = {"python": platform.python_version()}
     for package in RECORDED:
         try:
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+changes" where tracked files differ from it (results aside); None outside one."""
+    """Return the checkout's commit, "+changes" added where tracked files (but results) differ; None outside one."""
     folder = Path(__file__).resolve().parent
     try:
         head = subprocess.run(
@@ -43,7 +43,7 @@ def commit() -> str | None:
 
 
 def digest_of(module: nn.Module) -> str:
-    """SHA-256 over a module's parameters and buffers, by name."""
+    """Return the SHA-256 over a module's parameters and buffers, by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())

@@ -10,7 +10,7 @@ from unperturb.models.shapes import Float, UInt8
 def pad_crop_flip(
     images: UInt8[Tensor, "batch 3 h w"], *, pad: int, generator: torch.Generator
 ) -> Float[Tensor, "batch 3 h w"]:
-    """uint8 -> float in [0, 1]; every image with its own offset in the zero-padded frame and its own flip.
+    """Shift and flip uint8 images, each by its own offset in the zero-padded frame; return floats in [0, 1].
 
     `generator` lives on the CPU, so that a run draws the same on every device.
     """

@@ -46,7 +46,7 @@ class DataSet(NamedTuple):
 
 
 def load(source: str, *, image_size: int, cache: Path | None = None) -> DataSet:
-    """A named data set or a folder, at `image_size` pixels a side.
+    """Load a named data set or a folder, at `image_size` pixels a side.
 
     Raises DataError naming the file or folder: missing, without classes, a class without images, a file that cannot
     be decoded, classes that differ between the splits.
@@ -69,7 +69,7 @@ def load(source: str, *, image_size: int, cache: Path | None = None) -> DataSet:
 
 
 def hold_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
-    """The split without `count` random images, and those images."""
+    """Return the split without `count` random images, and those images."""
     if not 0 < count < len(split.labels):
         raise DataError(f"cannot hold out {count} of {len(split.labels)} training images")
     held = _held(len(split.labels), count, seed)
@@ -79,12 +79,12 @@ def hold_out(split: Split, count: int, *, seed: int) -> tuple[Split, Split]:
 
 
 def _held(total: int, count: int, seed: int) -> Tensor:
-    """The numbers of the images that are held out, sorted."""
+    """Return the numbers of the images that are held out, sorted."""
     return torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].sort().values
 
 
 def training_images(train: Split, config: RunConfig) -> tuple[Split, Split]:
-    """The training images that a run uses, and those that it holds back."""
+    """Return the training images that a run uses, and those that it holds back."""
     images, held_out, seed = config.images, config.held_out, config.seed
     kept, held = hold_out(train, held_out, seed=seed)
     if not images:
@@ -96,7 +96,7 @@ def training_images(train: Split, config: RunConfig) -> tuple[Split, Split]:
 
 
 def read_folder(folder: Path, classes: tuple[str, ...], *, image_size: int, cache: Path) -> Split:
-    """One split from `folder/<class>/*`, sorted by file name within and across classes."""
+    """Read one split from `folder/<class>/*`, sorted by file name within and across classes."""
     files: list[tuple[str, int, Path]] = []
     for label, name in enumerate(classes):
         found = [p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES]
@@ -171,7 +171,7 @@ def _torchvision(name: str, image_size: int) -> tuple[Split, Split, tuple[str, .
 
 
 def resident(split: Split, device: torch.device) -> Split:
-    """The split on `device`; raises DataError where its memory is too small."""
+    """Return the split on `device`; raise DataError where its memory is too small."""
     try:
         return Split(split.images.to(device), split.labels.to(device))
     except torch.OutOfMemoryError as error:
@@ -182,7 +182,7 @@ def resident(split: Split, device: torch.device) -> Split:
 
 
 def kept_back(dataset: DataSet, card: Card) -> Split:
-    """The training images that neither the classifier's nor the head's training saw.
+    """Return the training images that neither the classifier's nor the head's training saw.
 
     ConfigError where the card does not say which those are, or was made of other images.
     """
@@ -204,19 +204,19 @@ def kept_back(dataset: DataSet, card: Card) -> Split:
 
 
 def first(split: Split, count: int, device: torch.device) -> Split:
-    """The first `count` images (0 for all) on `device`."""
+    """Return the first `count` images (0 for all) on `device`."""
     count = count or len(split.labels)
     return resident(Split(split.images[:count], split.labels[:count]), device)
 
 
 def require_classes(dataset: DataSet, classes: tuple[str, ...], *, of: str) -> None:
-    """ConfigError where the data set's classes are not those of the classifier `of`."""
+    """Raise ConfigError where the data set's classes are not those of the classifier `of`."""
     if dataset.classes != classes:
         raise ConfigError(f"{dataset.name} has other classes than {of}: {', '.join(dataset.classes[:5])} …")
 
 
 def described(dataset: DataSet, train: Split) -> dict[str, object]:
-    """What a checkpoint's card says of the data that it was trained on."""
+    """Return what a checkpoint's card says of the data that it was trained on."""
     return {
         "name": dataset.name,
         "sha256": dataset.digest,

@@ -1,4 +1,4 @@
-"""What a run shows and writes of itself: a progress bar, a line of JSON an epoch, and scalars for TensorBoard."""
+"""The record of a run: a progress bar, a line of JSON an epoch, and scalars for TensorBoard."""
 
 import json
 from pathlib import Path

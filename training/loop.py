@@ -30,7 +30,7 @@ PLACE_ONLY = {"out", "device", "resume", "resume_from", "cache", "save_every_s"}
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every training run has."""
+    """The options of every training run."""
 
     data: str = option("cifar10, cifar100, or a folder with train/<class>/* and test/<class>/*")
     out: Path = option("folder of the run: state, log, checkpoint")
@@ -55,7 +55,7 @@ class RunConfig:
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb/images)", None)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
@@ -80,23 +80,23 @@ class Task(Protocol):
 
     @property
     def model(self) -> nn.Module:
-        """What is trained, where it asks for a gradient."""
+        """Return what is trained, where it asks for a gradient."""
         ...
 
     @property
     def memory(self) -> nn.Module:
-        """What else a resumed run needs: kept with the run's state, neither trained nor averaged."""
+        """Return what else a resumed run needs: kept with the run's state, neither trained nor averaged."""
         ...
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of a batch of training images, and figures (0-d tensors) for the progress bar.
+        """Return the mean loss of a batch of training images, and figures (0-d tensors) for the progress bar.
 
         `step` counts the batches of the epoch over all processes: no two have one number.
         """
         ...
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """Figures on held-out training images; "score" chooses the epoch (higher is better), without it the last is."""
+        """Return figures on held-out training images; the epoch of the highest "score" is stored, or else the last."""
         ...
 
 
@@ -109,7 +109,7 @@ class Fitted(NamedTuple):
 
 
 def learning_rate(config: RunConfig, progress: float) -> float:
-    """The rate after `progress` (0 to 1) of the run."""
+    """Return the rate after `progress` (0 to 1) of the run."""
     if config.schedule == "constant":
         return config.lr
     warmup = config.warmup if config.schedule == "one-cycle" else 0.0
@@ -119,7 +119,7 @@ def learning_rate(config: RunConfig, progress: float) -> float:
 
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
-    """The precision of forward passes."""
+    """Return the precision of forward passes."""
     half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
@@ -189,7 +189,7 @@ class _Run:
         self.progress = state.load(self.config.out / name, self.comparable, self.parts, self.world.device)
 
     def probe(self) -> None:
-        """One whole step whose effects are undone: memory that is too small shows now, not in epoch 7."""
+        """Take one whole step and undo its effects: memory that is too small shows now, not in epoch 7."""
         task, local = self.task, self.config.batch_size // self.world.size
         kept = (*task.model.buffers(), *task.memory.buffers(), *task.memory.parameters())
         before, random = [(value, value.detach().clone()) for value in kept], torch.get_rng_state()
@@ -245,7 +245,7 @@ class _Run:
         return {"epoch": number, **means, "lr": rate, "seconds": seconds, "images_per_s": steps * images / seconds}
 
     def _step(self, indices: Tensor, step: int, rate: float) -> dict[str, Tensor]:
-        """One step of the optimizer and the average; the loss and the task's figures."""
+        """Take one step of the optimizer and the average; return the loss and the task's figures."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with autocast(self.config, self.world.device):
@@ -259,7 +259,7 @@ class _Run:
         return {"loss": loss.detach(), **figures}
 
     def judge(self, figures: dict[str, Any], collapsed: Callable[[float, float], bool] | None) -> bool:
-        """Keep the epoch if it is the best, or go back to the best if it has collapsed; whether it has."""
+        """Keep the epoch if it is the best, or go back to the best if it has collapsed; return whether it has."""
         now, score = self.progress, figures.get("held_out_score", math.inf)
         best = -math.inf if now.best is None else now.best["score"]
         if collapsed is not None and now.best is not None and collapsed(best, score):
@@ -276,7 +276,7 @@ class _Run:
         return False
 
     def follow(self) -> None:
-        """Every process goes where rank 0 is: to the next epoch, or back."""
+        """Go, on every process, where rank 0 is: to the next epoch, or back."""
         if self.world.size == 1:
             return
         place = torch.tensor([self.progress.epoch, self.progress.attempt], device=self.world.device)
@@ -288,7 +288,7 @@ class _Run:
         worlds.wait(self.world)
 
     def fitted(self) -> Fitted:
-        """The average after the best epoch, or after the last where epochs are not scored."""
+        """Return the average after the best epoch, or after the last where epochs are not scored."""
         best = self.progress.best
         if self.world.rank != 0 or best is None:
             return Fitted(self.average.module, self.progress.epoch, {})
@@ -312,6 +312,6 @@ def _optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:
-    """The configuration that a resumed run must share; the weights that it began with by their digest."""
+    """Return the configuration that a resumed run must share; the weights that it began with by their digest."""
     kept = {key: value for key, value in as_json(config).items() if key not in PLACE_ONLY}
     return kept | {"resume_from_sha256": state.digest(config.resume_from)}

@@ -1,4 +1,4 @@
-"""What a run keeps in its folder to go on from: after each epoch and every few minutes, in the middle of one too.
+"""The state that a run keeps in its folder to go on from: after each epoch, and every few minutes within one.
 
 state.pt           where the run is: weights, average, optimizer, memory, place, figures so far
 best.pt            the same after the best epoch, where a run that collapses goes back to
@@ -26,7 +26,7 @@ FORMAT = 2
 
 @dataclass
 class Progress:
-    """Where a run is: `epoch` whole epochs and `step` steps of the next, with the figures' sums and seconds of that.
+    """The place of a run: `epoch` epochs and `step` steps of the next, with the figures' sums and seconds of that.
 
     attempt: how often the run has gone back; best: number, score and figures of the best epoch, if there is one.
     """
@@ -54,7 +54,7 @@ def save(file: Path, config: dict[str, Any], parts: dict[str, Any], progress: Pr
 
 
 def load(file: Path, config: dict[str, Any], parts: dict[str, Any], device: torch.device) -> Progress:
-    """Load a state into `parts`; ConfigError where it is of another configuration or layout."""
+    """Load a state into `parts`; raise ConfigError where it is of another configuration or layout."""
     content = torch.load(file, map_location="cpu", weights_only=True)
     remedy = "use another --out, or --no-resume to begin again"
     if content.get("format") != FORMAT:
@@ -80,7 +80,7 @@ def export(file: Path, model: nn.Module, *, epoch: int) -> None:
 
 
 def take_over(file: Path, models: tuple[nn.Module, ...]) -> None:
-    """Load exported weights into each model; ConfigError where they cannot be read or do not fit."""
+    """Load exported weights into each model; raise ConfigError where they cannot be read or do not fit."""
     try:
         tensors = load_tensors(file.read_bytes())
         for model in models:

@@ -53,7 +53,7 @@ def average(world: World, tensors: Iterable[Tensor]) -> None:
 
 
 def average_gradients(world: World, model: nn.Module) -> None:
-    """Gradients of the global batch: the mean of every process's own."""
+    """Give the global batch's gradients to every process: the mean of their own."""
     average(world, [p.grad for p in model.parameters() if p.grad is not None])
 
 
@@ -70,7 +70,7 @@ def broadcast(tensor: Tensor) -> None:
 
 
 def gather(world: World, tensor: Tensor) -> Tensor:
-    """Every process's tensor (all of one shape), one after another along the first side; without gradient."""
+    """Return every process's tensor (all of one shape), one after another along the first side; without gradient."""
     tensor = tensor.detach().contiguous()
     if world.size == 1:
         return tensor
@@ -80,6 +80,6 @@ def gather(world: World, tensor: Tensor) -> Tensor:
 
 
 def wait(world: World) -> None:
-    """Until every process is here."""
+    """Wait until every process is here."""
     if world.size > 1:
         dist.barrier()

@@ -28,7 +28,7 @@ def away_from(
     keep: Bool[Tensor, "batch bank"] | None = None,
     temperature: float = 0.5,
 ) -> Objective:
-    """The objective to raise: how far each image's representation is from its target.
+    """Return the objective to raise: how far each image's representation is from its target.
 
     "sim":       InfoNCE of the pair against `negatives` (those that `keep` leaves), both of unit length
     "cos":       1 - cosine

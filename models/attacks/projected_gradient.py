@@ -42,7 +42,7 @@ class LoopState(NamedTuple):
     going: Tensor | None
 
     def among(self, mask: Tensor) -> "LoopState":
-        """The state of the images of the mask alone."""
+        """Return the state of the images of the mask alone."""
         velocity = None if self.velocity is None else self.velocity[mask]
         return LoopState(self.x[mask], velocity, self.losses[:, mask], mask[mask])
 
@@ -74,7 +74,7 @@ class ProjectedGradient:
     settle: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         if self.gate is not None and (self.direction != "descend" or not math.isfinite(self.gate)):
             raise ConfigError(f"gate={self.gate!r} with direction={self.direction!r}: a finite loss, of a descent")
         for name, allowed in (
@@ -94,11 +94,11 @@ class ProjectedGradient:
 
     @property
     def halts(self) -> bool:
-        """Whether an image may end before the last step."""
+        """Return whether an image may end before the last step."""
         return self.gate is not None or self.settle > 0
 
     def goes_on(self, losses: Float[Tensor, "steps batch"]) -> Bool[Tensor, " batch"]:
-        """Which images take the step whose loss is the last one."""
+        """Return which images take the step whose loss is the last one."""
         on = torch.ones_like(losses[-1], dtype=torch.bool)
         if self.gate is not None:
             on &= losses[0] > self.gate
@@ -108,7 +108,7 @@ class ProjectedGradient:
         return on
 
     def begin(self, x0: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Float[Tensor, "batch 3 h w"]:
-        """The first iterate: the image, or a seeded uniform point of the ball around it, in [0, 1]."""
+        """Return the first iterate: the image, or a seeded uniform point of the ball around it, in [0, 1]."""
         if self.start == "zero":
             return x0.clone()
         noise = philox.uniform(seeds, 0, START_STREAM, x0[0].numel() + 1)
@@ -120,7 +120,7 @@ class ProjectedGradient:
     def project(
         self, x: Float[Tensor, "batch 3 h w"], x0: Float[Tensor, "batch 3 h w"]
     ) -> Float[Tensor, "batch 3 h w"]:
-        """The nearest point of the ball around x0, then of [0, 1]."""
+        """Return the nearest point of the ball around x0, then of [0, 1]."""
         if self.norm == "linf":
             return torch.minimum(torch.maximum(x, x0 - self.epsilon), x0 + self.epsilon).clamp(0, 1)
         delta = x - x0
@@ -135,7 +135,7 @@ class ProjectedGradient:
         *,
         smooth_backward: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """One step from `x` along `gradient`: the next iterate and the next velocity (None without momentum)."""
+        """Take one step from `x` along `gradient`; return the next iterate and velocity (None without momentum)."""
         if self.momentum:
             scaled = gradient / gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-12)
             velocity = scaled if velocity is None else self.momentum * velocity + scaled
@@ -157,7 +157,7 @@ class ProjectedGradient:
         unrolled: bool = False,
         objective_of: Callable[[Tensor], Objective] | None = None,
     ) -> Descent:
-        """All steps from `x0` (in [0, 1]); works under a caller's no_grad or inference_mode.
+        """Take all steps from `x0` (in [0, 1]); works under a caller's no_grad or inference_mode.
 
         With `unrolled`, the result carries gradients with respect to `x0` through every step (second derivatives of
         the objective) and, given `objective_of`, through the objective that it makes of the received images; a sign's
@@ -183,7 +183,7 @@ class ProjectedGradient:
         state: LoopState | None = None,
         steps: int | None = None,
     ) -> Iterator[LoopState]:
-        """The state at the start, or that given, and after every step: `steps` of them, or all that are left."""
+        """Yield the state at the start, or that given, and after every step: `steps` of them, or all that are left."""
         if state is None:
             state = LoopState(self.begin(x0, seeds), None, x0.new_zeros((0, len(x0))), None)
         yield state
@@ -203,7 +203,7 @@ class ProjectedGradient:
             yield state
 
     def stopped_after(self, steps: int) -> "ProjectedGradient":
-        """The same loop with at most `steps` steps."""
+        """Return the same loop with at most `steps` steps."""
         return replace(self, steps=min(steps, self.steps))
 
 
@@ -256,17 +256,17 @@ class _Unrolled(torch.autograd.Function):
 
 
 def _where(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """`one` for the images of the mask, `other` for the rest."""
+    """Return `one` for the images of the mask, `other` for the rest."""
     return torch.where(mask[:, None, None, None], one, other)
 
 
 def _l2(delta: Tensor) -> Tensor:
-    """The L2 norm per image [batch, 1, 1, 1], kept off zero."""
+    """Return the L2 norm per image [batch, 1, 1, 1], kept off zero."""
     return delta.flatten(1).square().sum(1).clamp(min=1e-24).sqrt().view(-1, 1, 1, 1)
 
 
 def _sign(gradient: Tensor, ramp: float) -> Tensor:
-    """The sign, linear where |gradient| is under `ramp` times its mean."""
+    """Return the sign, linear where |gradient| is under `ramp` times its mean."""
     if not ramp:
         return gradient.sign()
     mean = gradient.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
@@ -274,7 +274,7 @@ def _sign(gradient: Tensor, ramp: float) -> Tensor:
 
 
 def _with_slope(move: Tensor, gradient: Tensor) -> Tensor:
-    """`move` forward; backward as gradient / (|gradient| + its mean), which has a slope everywhere."""
+    """Return `move`, with the derivative of gradient / (|gradient| + its mean), which has a slope everywhere."""
     mean = gradient.detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
     soft = gradient / (gradient.abs() + mean)
     return soft + (move - soft).detach()

@@ -1,4 +1,4 @@
-"""What a checkpoint's `card.json` says, and how it is read: no unknown key, none missing, every value of its type.
+"""The content of a checkpoint's `card.json`, and how it is read: no unknown key, none missing, every value of its type.
 
 A card's gates are the first losses up to which a preset leaves an image as it is.
 """
@@ -30,7 +30,7 @@ class HeadCard:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What `card.json` holds; an unknown key is refused.
+    """The content of `card.json`; an unknown key is refused.
 
     `training`, `head_training`, `restorer_training` and `figures` are the resolved configurations and measurements, as
     JSON; `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were
@@ -78,7 +78,7 @@ def parse_card(raw: dict[str, Any], file: Path) -> Card:
 
 
 def gate_of(card: Card, preset: str) -> float:
-    """The first loss up to which that preset leaves an image as it is, on views of GATE_SEED.
+    """Return the first loss up to which that preset leaves an image as it is, on views of GATE_SEED.
 
     CheckpointError where none was measured, or with other weights.
     """
@@ -92,7 +92,7 @@ def gate_of(card: Card, preset: str) -> float:
 
 
 def check_gates(gates: Any, file: Path) -> None:  # noqa: ANN401
-    """CheckpointError where a card's gates are not what `unperturb train gate` writes."""
+    """Raise CheckpointError where a card's gates are not what `unperturb train gate` writes."""
     for preset, gate in gates.items() if isinstance(gates, dict) else [("gates", None)]:
         loss = gate.get("loss") if isinstance(gate, dict) else None
         if not isinstance(loss, int | float) or not math.isfinite(loss):
@@ -100,7 +100,7 @@ def check_gates(gates: Any, file: Path) -> None:  # noqa: ANN401
 
 
 def known_fields(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
-    """`raw` as keyword arguments of a dataclass: no unknown key, none missing, plain values of the right type."""
+    """Return `raw` as a dataclass's keyword arguments: no unknown key, none missing, plain values of the right type."""
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: {kind.__name__} is not an object")
     fields = dataclasses.fields(kind)

@@ -48,7 +48,7 @@ class Checkpoint:
 
 
 def resolve(name: str | os.PathLike[str]) -> Path:
-    """The folder of a shipped checkpoint's name, or of a path."""
+    """Return the folder of a shipped checkpoint's name, or of a path."""
     for folder in (Path(name), PRETRAINED / name):
         if (folder / CARD).is_file():
             return folder
@@ -129,7 +129,7 @@ def _load_foreign(name: str, device: str | torch.device) -> Checkpoint:
 
 
 def write_weights(file: Path, parts: dict[str, nn.Module], *, half: bool = True) -> str:
-    """Write the parts' tensors as safetensors, floats as float16 with `half`; the file's SHA-256.
+    """Write the parts' tensors as safetensors, floats as float16 with `half`; return the file's SHA-256.
 
     Raises CheckpointError for weights that are not finite as stored.
     """
@@ -175,7 +175,7 @@ def read_card(folder: Path) -> Card:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object of a file; CheckpointError where it is none."""
+    """Return the JSON object of a file; raise CheckpointError where it is none."""
     try:
         raw = json.loads(file.read_bytes())
     except OSError as error:
@@ -196,7 +196,7 @@ def _parts(checkpoint: Checkpoint) -> list[tuple[str, nn.Module]]:
 
 
 def _empty(card: Card, file: Path) -> Checkpoint:
-    """The modules that the card describes, with weights to be replaced."""
+    """Return the modules that the card describes, with weights to be replaced."""
     head = bank = restorer = None
     try:
         classifier = build(card.architecture, weights=False)

@@ -17,7 +17,7 @@ SUBSET_STREAM = 0xBA6C  # the Philox stream that draws a seeded subset of the ba
 
 @dataclass(frozen=True, kw_only=True)
 class NegativePolicy:
-    """Which of the negatives count for an image.
+    """The choice of the negatives that count for an image.
 
     "all":           every one
     "subset":        `count` of them, drawn from the image's seed
@@ -32,7 +32,7 @@ class NegativePolicy:
     fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what would leave no negative."""
+        """Raise ConfigError for values that would leave no negative."""
         if self.kind not in NEGATIVES:
             raise ConfigError(f"negatives={self.kind!r} is not one of {', '.join(NEGATIVES)}")
         if self.kind == "subset" and self.count < 1:
@@ -41,7 +41,7 @@ class NegativePolicy:
             raise ConfigError(f"negatives={self.kind} with fraction={self.fraction!r}; it must be in [0, 1)")
 
     def thresholds(self, bank: Float[Tensor, "bank dim"]) -> Float[Tensor, " bank"] | None:
-        """Per negative, the similarity beyond which an image is taken to be of its kind; None where no policy asks."""
+        """Return, per negative, the similarity beyond which an image is of its kind; None where no policy asks."""
         if self.kind != "quantile" or not self.fraction or len(bank) < 2:
             return None
         similarity = (bank @ bank.T).fill_diagonal_(-2)
@@ -55,7 +55,7 @@ class NegativePolicy:
         seeds: Int[Tensor, " batch"],
         thresholds: Float[Tensor, " bank"] | None = None,
     ) -> Bool[Tensor, "batch bank"] | None:
-        """The mask of negatives that count, at least one for each image, or None for all of them."""
+        """Return the mask of negatives that count, at least one for each image, or None for all of them."""
         size = len(negatives)
         if self.kind == "subset" and self.count < size:
             keys = philox.uniform(seeds, 0, SUBSET_STREAM, size)
@@ -80,7 +80,7 @@ def info_nce(
     keep: Bool[Tensor, "batch bank"] | None = None,
     together: bool = False,
 ) -> Float[Tensor, " batch"]:
-    """InfoNCE per image, the mean over every ordered pair (i, j) of its views (van den Oord et al. 2018, eq. 4):
+    """Return InfoNCE per image, the mean over every ordered pair (i, j) of its views (van den Oord et al. 2018, eq. 4):
 
         -log( exp(z_i·z_j / τ) / (exp(z_i·z_j / τ) + Σ_n exp(z_i·k_n / τ)) )
 
@@ -111,7 +111,7 @@ def info_nce(
 def in_batch_negatives(
     embeddings: Float[Tensor, "batch views dim"],
 ) -> tuple[Float[Tensor, "batch*views dim"], Bool[Tensor, "batch batch*views"]]:
-    """Training's negatives: every view in the batch, and the mask that takes an image's own views out."""
+    """Return training's negatives: every view in the batch, and the mask that takes an image's own views out."""
     batch, views, _ = embeddings.shape
     own = torch.eye(batch, dtype=torch.bool, device=embeddings.device).repeat_interleave(views, dim=1)
     return embeddings.flatten(0, 1), ~own

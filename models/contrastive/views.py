@@ -39,7 +39,7 @@ class ViewPolicy:
     grayscale: float = 0.2
 
     def __post_init__(self) -> None:
-        """Refuse what is no range or probability."""
+        """Raise ConfigError for what is no range or probability."""
         for name, top in (("crop_area", 1.0), ("crop_ratio", math.inf)):
             low, high = getattr(self, name)
             if not 0 < low <= high <= top:
@@ -57,12 +57,12 @@ class ViewPolicy:
 
     @property
     def crops(self) -> bool:
-        """Whether a view may show less than the whole image."""
+        """Return whether a view may show less than the whole image."""
         return self.crop_area != (1.0, 1.0) or self.crop_ratio != (1.0, 1.0)
 
     @property
     def colors(self) -> bool:
-        """Whether a view may have other colours."""
+        """Return whether a view may have other colours."""
         return any((self.brightness, self.contrast, self.saturation, self.hue, self.grayscale))
 
 
@@ -87,7 +87,7 @@ def draw(
     step: int | Int[Tensor, " batch"],
     view: int | Int[Tensor, " batch"],
 ) -> ViewParameters:
-    """The parameters of one view of each image, from Philox stream `view`; float32."""
+    """Return the parameters of one view of each image, from Philox stream `view`; float32."""
     u = philox.uniform(seeds, step, view, _DRAWS).unbind(1)
     area = policy.crop_area[0] + u[0] * (policy.crop_area[1] - policy.crop_area[0])
     low, high = (math.log(value) for value in policy.crop_ratio)
@@ -120,7 +120,7 @@ def make_views(
     views: int,
     policy: ViewPolicy,
 ) -> Float[Tensor, "batch views 3 h w"]:
-    """`views` views of each image, in [0, 1]."""
+    """Return `views` views of each image, in [0, 1]."""
     numbers = torch.arange(views, device=x.device).repeat(len(x))  # batch*views, an image's views together
     if isinstance(step, Tensor):
         step = step.repeat_interleave(views)
@@ -130,7 +130,7 @@ def make_views(
 
 
 def apply(x: Float[Tensor, "batch 3 h w"], view: ViewParameters, policy: ViewPolicy) -> Float[Tensor, "batch 3 h w"]:
-    """One view of each image, without the work that its policy never asks for; full precision under autocast."""
+    """Return one view of each image, without the work that its policy never asks for; full precision under autocast."""
     with torch.autocast(x.device.type, enabled=False):
         view = ViewParameters(*(p if p.dtype == torch.bool else p.to(x.dtype) for p in view))
         if policy.crops:
@@ -152,7 +152,7 @@ def resized_crop(x: Float[Tensor, "batch 3 h w"], view: ViewParameters) -> Float
 
 
 def color(x: Float[Tensor, "batch 3 h w"], view: ViewParameters) -> Float[Tensor, "batch 3 h w"]:
-    """Brightness, contrast, saturation, hue, grayscale, as torchvision's tensor functions define each."""
+    """Change brightness, contrast, saturation, hue, grayscale, as torchvision's tensor functions define each."""
     brightness, contrast, saturation = (
         v[:, None, None, None] for v in (view.brightness, view.contrast, view.saturation)
     )
@@ -165,7 +165,7 @@ def color(x: Float[Tensor, "batch 3 h w"], view: ViewParameters) -> Float[Tensor
 
 
 def luma(x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 1 h w"]:
-    """The grey of each pixel."""
+    """Return the grey of each pixel."""
     return GRAY[0] * x[:, 0:1] + GRAY[1] * x[:, 1:2] + GRAY[2] * x[:, 2:3]
 
 
@@ -190,7 +190,7 @@ def shift_hue(x: Float[Tensor, "batch 3 h w"], turns: Float[Tensor, " batch"]) -
 def _interpolation(
     start: Float[Tensor, " batch"], share: Float[Tensor, " batch"], size: int
 ) -> Float[Tensor, "batch size size"]:
-    """Bilinear weights from `size` source pixels to `size` pixels across the span from `start`, edges repeated."""
+    """Return bilinear weights from `size` source pixels to `size` across the span from `start`, edges repeated."""
     place = torch.arange(size, device=start.device, dtype=start.dtype)
     source = size * (start[:, None] + share[:, None] * (place + 0.5) / size) - 0.5
     source = source.clamp(0, size - 1)

@@ -77,7 +77,7 @@ class CapturedStep:
         self._used = count
 
     def replay(self) -> StepResult:
-        """One step of every image loaded; what it gives is overwritten by the next."""
+        """Take one step of every image loaded; what it gives is overwritten by the next."""
         if self._graph is None:
             self._advance()
         else:
@@ -125,11 +125,11 @@ class Stepper:
 
     @property
     def together(self) -> bool:
-        """Whether the parts of a step are one batch; a graph for each part is not."""
+        """Return whether the parts of a step are one batch; a graph for each part is not."""
         return self.execution == "eager"
 
     def step(self, parts: Sequence[tuple[Stage, Slots]]) -> list[StepResult]:
-        """One step of every slot of every part."""
+        """Take one step of every slot of every part."""
         if self.together:
             return step_together(self.classifier, parts)
         after = []
@@ -146,7 +146,7 @@ class Stepper:
             self.captured(stage, bucket(count))
 
     def descend(self, stage: Stage, x0: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"]) -> Descent:
-        """All steps of a stage that needs no labels, for images in [0, 1] that begin together and end together."""
+        """Take all steps of a stage that needs no labels, for images in [0, 1] that begin and end together."""
         if stage.loop.halts:
             raise ConfigError("a stage with a gate or settle ends images early; they are stepped one step at a time")
         none = torch.zeros_like(seeds)
@@ -167,7 +167,7 @@ class Stepper:
         return Descent(x.clone(), torch.stack(losses) if losses else x0.new_zeros((0, len(x0))))
 
     def captured(self, stage: Stage, size: int) -> CapturedStep:
-        """The graph of a stage for so many images."""
+        """Return the graph of a stage for so many images."""
         if (stage, size) not in self._made:
             if self._pool is None and self.device.type == "cuda":
                 self._pool = torch.cuda.graph_pool_handle()
@@ -183,7 +183,7 @@ class Stepper:
 
 
 def check_compiler(device: torch.device) -> None:
-    """ConfigError where torch's compiler has no compiler to call: of C++ for a CPU, of C for a GPU."""
+    """Raise ConfigError where torch's compiler has no compiler to call: of C++ for a CPU, of C for a GPU."""
     variable, names = ("CXX", ("g++",)) if device.type == "cpu" else ("CC", ("gcc", "clang"))
     names = (os.environ[variable],) if variable in os.environ else names
     if not any(shutil.which(name) for name in names):
@@ -194,12 +194,12 @@ def check_compiler(device: torch.device) -> None:
 
 
 def bucket(count: int) -> int:
-    """The next power of two."""
+    """Return the next power of two."""
     return 1 << max(0, count - 1).bit_length()
 
 
 def _compiled(step: Function, example: Slots, backend: str) -> Function:
-    """The step and its backward pass as one traced graph, compiled for the sizes of `example`."""
+    """Return the step and its backward pass as one traced graph, compiled for the sizes of `example`."""
     present = [i for i, part in enumerate(example) if part is not None]
 
     def of_tensors(*tensors: Tensor) -> tuple[Tensor, ...]:

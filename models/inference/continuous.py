@@ -39,15 +39,15 @@ class Stage:
     rows: int
 
     def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
-        """What the loss needs of the received images at every step, computed once; most need nothing."""
+        """Return what the loss needs of the received images at every step, computed once; most need nothing."""
         return None
 
     def inputs(self, slots: Slots, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
-        """What the classifier sees of `x` at each slot's step; every subclass gives its own."""
+        """Return what the classifier sees of `x` at each slot's step; every subclass gives its own."""
         raise TypeError(f"{type(self).__name__} does not define inputs()")
 
     def loss_of(self, slots: Slots, features: Float[Tensor, "rows features"]) -> Float[Tensor, " batch"]:
-        """Each image's loss, from the features of its `inputs`; every subclass gives its own."""
+        """Return each image's loss, from the features of its `inputs`; every subclass gives its own."""
         raise TypeError(f"{type(self).__name__} does not define loss_of()")
 
 
@@ -60,7 +60,7 @@ class StepResult(NamedTuple):
 
 
 def step_together(classifier: ImageClassifier, parts: Sequence[tuple[Stage, Slots]]) -> list[StepResult]:
-    """One step of every slot of every part, in one pass through the classifier; works under a caller's no_grad."""
+    """Take one step of every slot of every part, in one pass of the classifier; works under a caller's no_grad."""
     with torch.inference_mode(False), torch.enable_grad():
         iterates = [slots.x.detach().requires_grad_() for _, slots in parts]
         rows = [stage.inputs(slots, x) for (stage, slots), x in zip(parts, iterates, strict=True)]
@@ -76,7 +76,7 @@ def step_together(classifier: ImageClassifier, parts: Sequence[tuple[Stage, Slot
 
 
 def features_of(classifier: ImageClassifier, parts: Sequence[Float[Tensor, "_ 3 h w"]]) -> tuple[Tensor, ...]:
-    """The features of several sets of images from one pass."""
+    """Return the features of several sets of images from one pass."""
     features: tuple[Tensor, ...] = classifier.features(torch.cat(list(parts))).split([len(part) for part in parts])
     return features
 
@@ -88,16 +88,16 @@ class ReverseAttackStage(Stage):
         self.purifier, self.loop, self.rows = purifier, purifier.loop, purifier.config.views
 
     def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
-        """The embedding of the restored view."""
+        """Return the embedding of the restored view."""
         with torch.inference_mode(False), torch.no_grad():
             return self.purifier.anchor(x0)
 
     def inputs(self, slots: Slots, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
-        """The views of each slot's own step."""
+        """Return the views of each slot's own step."""
         return self.purifier.inputs(x, slots.steps, slots.seeds)
 
     def loss_of(self, slots: Slots, features: Float[Tensor, "rows features"]) -> Float[Tensor, " batch"]:
-        """InfoNCE against the bank."""
+        """Return InfoNCE against the bank."""
         return self.purifier.loss_of(features, slots.seeds, slots.anchors)
 
 
@@ -110,9 +110,9 @@ class CrossEntropyAttack(Stage):
         self.classifier, self.loop = classifier, loop
 
     def inputs(self, slots: Slots, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
-        """The images themselves."""
+        """Return the images themselves."""
         return x
 
     def loss_of(self, slots: Slots, features: Float[Tensor, "rows features"]) -> Float[Tensor, " batch"]:
-        """Cross-entropy with the label."""
+        """Return cross-entropy with the label."""
         return F.cross_entropy(self.classifier.logits(features).float(), slots.labels, reduction="none")

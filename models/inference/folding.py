@@ -22,7 +22,7 @@ TOLERANCE = 1e-9  # of the features' largest, between a network and its folded c
 
 
 def prepared(checkpoint: Checkpoint, *, precision: Precision = "float32") -> Checkpoint:
-    """The checkpoint with a classifier for inference alone, on the same device."""
+    """Return the checkpoint with a classifier for inference alone, on the same device."""
     classifier = folded(checkpoint.classifier)
     if precision == "bfloat16":
         classifier = BFloat16Backbone(classifier)
@@ -30,7 +30,7 @@ def prepared(checkpoint: Checkpoint, *, precision: Precision = "float32") -> Che
 
 
 def folded(classifier: ImageClassifier) -> ImageClassifier:
-    """A copy whose convolutions have taken in the batch norm that follows them (Jacob et al. 2018, section 3.2).
+    """Return a copy whose convolutions have taken in the batch norm that follows them (Jacob et al. 2018, section 3.2).
 
     A convolution whose output something else reads as well keeps its batch norm, and a network that does not run in
     float64 on the CPU, where this is tried, all of them.
@@ -70,14 +70,14 @@ class BFloat16Backbone(ImageClassifier):
                 module.to(torch.bfloat16)
 
     def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
-        """The classifier's features; `x` in [0, 1]."""
+        """Return the classifier's features; `x` in [0, 1]."""
         if not (torch.is_grad_enabled() and x.requires_grad):
             return self.exact.features(x)
         with torch.autocast(x.device.type, torch.bfloat16):
             return self.rounded.features(x).float()
 
     def logits(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
-        """The classifier's own readout."""
+        """Return the classifier's own readout."""
         return self.exact.logits(features)
 
 
@@ -87,7 +87,7 @@ def _replace(network: nn.Module, names: tuple[str, str], modules: tuple[nn.Modul
 
 
 def _pairs(network: ImageClassifier, probe: Tensor) -> list[tuple[str, str]]:
-    """The names of every convolution and the batch norm that is given its output, each called once."""
+    """Return the names of every convolution and the batch norm that is given its output, each called once."""
     made: dict[int, str] = {}
     alive: list[Tensor] = []  # so that no id is used again
     found: list[tuple[str, str]] = []

@@ -1,4 +1,4 @@
-"""What every classifier of this project is: an architecture, and a module with `features` and `logits`."""
+"""The interface of every classifier: an architecture, and a module with `features` and `logits`."""
 
 from dataclasses import dataclass
 
@@ -38,13 +38,13 @@ class ImageClassifier(nn.Module):
         self.image_size = image_size
 
     def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
-        """Pooled penultimate activations; every subclass gives its own."""
+        """Return pooled penultimate activations; every subclass gives its own."""
         raise TypeError(f"{type(self).__name__} does not define features()")
 
     def logits(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
-        """Class scores from `features`; every subclass gives its own."""
+        """Return class scores from `features`; every subclass gives its own."""
         raise TypeError(f"{type(self).__name__} does not define logits()")
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
-        """Class scores of images in [0, 1]."""
+        """Return class scores of images in [0, 1]."""
         return self.logits(self.features(x))

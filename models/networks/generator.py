@@ -26,7 +26,7 @@ GROUPS = 8  # of GroupNorm, which unlike BatchNorm keeps an image's noise its ow
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorCard:
-    """What a generator's card.json holds.
+    """The content of a generator's card.json.
 
     epsilon: radius in pixel units of [0, 1]; width: channels at full size
     classifier_sha256: of the frozen classifier's tensors, before and after the training
@@ -62,7 +62,7 @@ class NoiseGenerator(nn.Module):
         self.last = nn.Conv2d(width, 3, 3, 1, 1)
 
     def noise(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        """In (-1, 1); the images' sides are multiples of 4."""
+        """Return the noise in (-1, 1); the images' sides are multiples of 4."""
         wide = self.stem(2 * x - 1)
         half = self.down[0](wide)
         low = self.down[1](half)
@@ -73,7 +73,7 @@ class NoiseGenerator(nn.Module):
         return cast(Tensor, self.last(low)).float().tanh()
 
     def forward(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        """The attacked images, in [0, 1]."""
+        """Return the attacked images, in [0, 1]."""
         return (x + self.epsilon * self.noise(x)).clamp(0, 1)
 
 
@@ -91,7 +91,7 @@ def save(folder: Path, generator: NoiseGenerator, card: GeneratorCard) -> Genera
 
 
 def load(folder: Path, *, device: str | torch.device = "cpu") -> tuple[NoiseGenerator, GeneratorCard]:
-    """The generator of a folder, frozen, and its card; CheckpointError names the file and the fault."""
+    """Return the generator of a folder, frozen, and its card; CheckpointError names the file and the fault."""
     file = folder / CARD
     raw = read_object(file)
     if (raw.get("kind"), raw.get("schema_version")) != ("generator", SCHEMA_VERSION):

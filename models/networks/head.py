@@ -20,7 +20,7 @@ class ProjectionHead(nn.Module):
         )
 
     def forward(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch dim"]:
-        """Features to unit embeddings."""
+        """Return the embeddings of features, each of unit length."""
         return F.normalize(self.layers(features), dim=1)
 
 

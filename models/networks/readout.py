@@ -1,4 +1,4 @@
-"""What turns an encoder's features into class scores: a linear layer, dense layers, nearest neighbours, or nothing yet.
+"""Readouts, from features to class scores: a linear layer, dense layers, nearest neighbours, or nothing yet.
 
 A classifier's readout is its module `linear`; a checkpoint's card says which kind it is.
 """
@@ -20,7 +20,7 @@ WHOLE_BANK = 1e-3  # the share of the vote that images beyond the nearest have
 
 @dataclass(frozen=True, kw_only=True)
 class ReadoutCard:
-    """What a readout is made of.
+    """The shape of a readout.
 
     hidden:      width of the layer between (dense)
     neighbours:  images that vote; 0 for all of the bank; bank_size: images in the bank; temperature: of the votes (knn)
@@ -33,7 +33,7 @@ class ReadoutCard:
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
+        """Raise ConfigError for values out of range."""
         if self.kind not in KINDS:
             raise ConfigError(f"readout kind={self.kind!r} is not one of {', '.join(KINDS)}")
         if self.kind == "dense" and self.hidden < 1:
@@ -54,7 +54,7 @@ class NoReadout(nn.Module):
     """Stands where nothing has been trained to classify."""
 
     def forward(self, features: Tensor) -> Tensor:
-        """Refuses: CheckpointError with what to run."""
+        """Raise CheckpointError with what to run."""
         raise CheckpointError(f"this checkpoint {MAKE_ONE}")
 
 
@@ -84,7 +84,7 @@ class SoftNeighbours(nn.Module):
         self.num_classes, self.neighbours, self.temperature = num_classes, neighbours, temperature
 
     def forward(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
-        """Class scores, finite even for a class of which the bank has no image."""
+        """Return class scores, finite even for a class of which the bank has no image."""
         with torch.autocast(features.device.type, enabled=False):
             similarity = F.normalize(features.float(), dim=1) @ self.bank.T / self.temperature  # batch bank
             weight = torch.full_like(similarity, WHOLE_BANK)
@@ -99,14 +99,14 @@ class SoftNeighbours(nn.Module):
 
 
 def attach(classifier: ImageClassifier, readout: nn.Module) -> None:
-    """Make `readout` the classifier's; ConfigError for a classifier of another library, which has its own."""
+    """Make `readout` the classifier's; raise ConfigError for a classifier of another library, which has its own."""
     if not isinstance(getattr(classifier, "linear", None), nn.Module):
         raise ConfigError(f"{type(classifier).__name__} cannot be given another readout")
     classifier.linear = readout
 
 
 def blank_readout(card: ReadoutCard, *, feature_dim: int, num_classes: int) -> nn.Module | None:
-    """A readout of the card's shape whose weights are to be replaced; None for the architecture's own linear layer."""
+    """Return a readout of the card's shape, with any weights; None for the architecture's own linear layer."""
     if card.kind == "none":
         return NoReadout()
     if card.kind == "dense":

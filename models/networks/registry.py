@@ -28,7 +28,7 @@ NAMES = (
 
 
 def build(architecture: Architecture, *, pretrained: bool = False, weights: bool = True) -> ImageClassifier:
-    """A classifier in eval mode, channels last, with fresh weights.
+    """Return a classifier in eval mode, channels last, with fresh weights.
 
     With `pretrained`, torchvision's ImageNet weights (and a fresh last layer where the number of classes differs).
     A `robustbench:` name comes with its weights, unless `weights` is False: the caller then brings its own.

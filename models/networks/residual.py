@@ -23,7 +23,7 @@ class PreActBlock(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, in, h, w] -> [batch, out, h / stride, w / stride]."""
+        """Return [batch, out, h / stride, w / stride] of [batch, in, h, w]."""
         activated = self.activation(self.norm1(x))
         skipped = x if self.shortcut is None else self.shortcut(activated)
         out = self.conv2(self.activation(self.norm2(self.conv1(activated))))
@@ -68,10 +68,10 @@ class PreActResNet(ImageClassifier):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
-        """Pooled activations before the last linear layer; `x` in [0, 1]."""
+        """Return pooled activations before the last linear layer; `x` in [0, 1]."""
         out = self.blocks(self.stem((x - self.mean) / self.std))
         return cast(Tensor, self.activation(self.norm(out)).mean((2, 3)))
 
     def logits(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
-        """The last linear layer."""
+        """Return the last linear layer's class scores."""
         return cast(Tensor, self.linear(features))

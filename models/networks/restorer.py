@@ -18,7 +18,7 @@ REACH = 2.0  # a restored view lies within so many epsilon of the image
 
 @dataclass(frozen=True, kw_only=True)
 class RestorerCard:
-    """Its shape, and the radius of the attacks that it was trained on, in pixel units of [0, 1]."""
+    """A restorer's shape, and the radius of the attacks that it was trained on, in pixel units of [0, 1]."""
 
     width: int
     depth: int
@@ -41,11 +41,11 @@ class Restorer(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(card.width, 3, 3, 1, 1))
 
     def forward(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
-        """The perturbation of images in [0, 1], as a share of epsilon, in (-1, 1)."""
+        """Return the perturbation of images in [0, 1], as a share of epsilon, in (-1, 1)."""
         estimate: Tensor = self.layers(x.contiguous(memory_format=torch.channels_last))
         return estimate.tanh()
 
     def restored(self, x: Float[Tensor, "batch 3 h w"], *, factor: float) -> Float[Tensor, "batch 3 h w"]:
-        """The images less `factor` times their estimated perturbation, within 2 epsilon of them and in [0, 1]."""
+        """Return the images less `factor` times their estimated perturbation, within 2 epsilon and in [0, 1]."""
         moved, reach = x - factor * self.epsilon * self(x), REACH * self.epsilon
         return torch.minimum(torch.maximum(moved, x - reach), x + reach).clamp(0, 1)

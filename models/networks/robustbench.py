@@ -46,7 +46,7 @@ class ForeignClassifier(ImageClassifier):
                 raise ConfigError(f"{type(model).__name__} does not end in a linear layer of pooled features")
 
     def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
-        """The input of the last linear layer; `x` in [0, 1]."""
+        """Return the input of the last linear layer; `x` in [0, 1]."""
         seen: list[Tensor] = []
         linear = cast(nn.Linear, self._linear)
         handle = linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -57,7 +57,7 @@ class ForeignClassifier(ImageClassifier):
         return seen[-1]
 
     def logits(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
-        """The last linear layer."""
+        """Return the last linear layer's class scores."""
         return cast(Tensor, cast(nn.Linear, self._linear)(features))
 
 
@@ -78,7 +78,7 @@ def parse_name(name: str, *, dataset: str = "cifar10", threat: str = "Linf") -> 
 
 
 def load_robustbench(name: str, *, image_size: int, weights: bool = True) -> ForeignClassifier:
-    """A classifier of RobustBench's zoo, in eval mode.
+    """Return a classifier of RobustBench's zoo, in eval mode.
 
     Raises ConfigError for an unknown name, WeightsUnavailableError saying which file to place where.
     """
@@ -106,7 +106,7 @@ def load_robustbench(name: str, *, image_size: int, weights: bool = True) -> For
 
 
 def robustbench_data(dataset: str, *, n: int, folder: Path) -> tuple[Tensor, Tensor]:
-    """The first `n` test images [n, 3, h, w] in [0, 1] and labels, by RobustBench's own loader."""
+    """Return the first `n` test images [n, 3, h, w] in [0, 1] and labels, by RobustBench's own loader."""
     import_robustbench()
     from robustbench.data import PREPROCESSINGS, load_clean_dataset
     from robustbench.model_zoo.enums import BenchmarkDataset
@@ -122,7 +122,7 @@ def robustbench_data(dataset: str, *, n: int, folder: Path) -> tuple[Tensor, Ten
 
 
 def robustbench_corruption(dataset: str, kind: str, severity: int, *, n: int, folder: Path) -> Tensor:
-    """The first `n` images [n, 3, h, w] in [0, 1] of CIFAR-10-C, CIFAR-100-C or ImageNet-C."""
+    """Return the first `n` images [n, 3, h, w] in [0, 1] of CIFAR-10-C, CIFAR-100-C or ImageNet-C."""
     import_robustbench()
     from robustbench.data import CORRUPTION_DATASET_LOADERS, PREPROCESSINGS
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
@@ -148,7 +148,7 @@ def _refuse_web_page(file: Path) -> None:
 
 
 def import_robustbench() -> Any:  # noqa: ANN401
-    """`robustbench.utils`, with an alias in place of the module that its `eval` imports."""
+    """Import `robustbench.utils`, with an alias in place of the module that its `eval` imports."""
     if "autoattack" not in sys.modules:
         try:
             import pyautoattack

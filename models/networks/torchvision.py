@@ -31,18 +31,18 @@ class TorchvisionClassifier(ImageClassifier):
         self.body, self.dropout = body, nn.Dropout(dropout)
 
     def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
-        """Pooled activations before the last linear layer; `x` in [0, 1]."""
+        """Return pooled activations before the last linear layer; `x` in [0, 1]."""
         return cast(Tensor, self.body((x - self.mean) / self.std))
 
     def logits(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
-        """The last linear layer (after dropout in training, where the network has one)."""
+        """Return the last linear layer's class scores (after dropout in training, where the network has one)."""
         return cast(Tensor, self.linear(self.dropout(features)))
 
 
 def build_torchvision(
     architecture: Architecture, *, activation: Callable[[], nn.Module] | None, pretrained: bool
 ) -> TorchvisionClassifier:
-    """The network by name; `activation` replaces its own where given.
+    """Return the network by name; `activation` replaces its own where given.
 
     With `pretrained`, torchvision's ImageNet weights, and a fresh last layer where the number of classes differs.
     Raises WeightsUnavailableError where they are not in the cache and cannot be downloaded.

@@ -1,4 +1,4 @@
-"""What every purifier is: the one loop on an objective of its own, in front of a classifier that it never changes."""
+"""Every purifier: the one loop on an objective of its own, in front of a classifier that it never changes."""
 
 import copy
 from typing import NamedTuple
@@ -14,7 +14,7 @@ COMPACT_EVERY = 5  # steps
 
 
 class Trace(NamedTuple):
-    """What happened: the loss before each step on that step's views (NaN after an image's last), and before and after
+    """The loss before each step on that step's views (NaN after an image's last), and before and after
     all of them on other views that no step used; the distance |z - x0|∞ and |z - x0|₂ in pixel units of [0, 1].
     """
 
@@ -41,18 +41,18 @@ class Purifier(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "Purifier":
-        """Stays in eval mode."""
+        """Stay in eval mode."""
         super().train(False)
         return self
 
     def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
-        """What the loop descends or ascends for the received images `x`; every subclass gives its own."""
+        """Return what the loop descends or ascends for the received images `x`; every subclass gives its own."""
         raise TypeError(f"{type(self).__name__} does not define objective()")
 
     def descend(
         self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"], unrolled: bool = False
     ) -> Descent:
-        """The steps alone: images in [0, 1], each with its own seed; see ProjectedGradient.run for `unrolled`."""
+        """Take the steps alone, each image in [0, 1] with its own seed; see ProjectedGradient.run for `unrolled`."""
         if unrolled:
             return self.loop.run(
                 x,
@@ -68,7 +68,7 @@ class Purifier(nn.Module):
             return self.loop.run(x, self.objective(x, seeds), seeds=seeds)
 
     def _descend_those_left(self, x: Tensor, seeds: Tensor) -> Descent:
-        """The same steps, without the images that have ended: after the first step, and then after every few."""
+        """Take the same steps, without the images that have ended: after the first step, and then after every few."""
         with torch.inference_mode(False), torch.enable_grad():
             x0, seeds = x.detach().clone(), seeds.clone()
             image, losses = x0.clone(), x0.new_full((self.loop.steps, len(x0)), float("nan"))
@@ -97,7 +97,7 @@ class Purifier(nn.Module):
         return Purified(descent.image, trace)
 
     def stopped_after(self, steps: int) -> "Purifier":
-        """The same purifier, sharing its weights, that stops after `steps` steps."""
+        """Return the same purifier, sharing its weights, that stops after `steps` steps."""
         shorter = copy.copy(self)
         shorter.loop = self.loop.stopped_after(steps)
         return shorter
@@ -110,11 +110,11 @@ class NoPurifier(Purifier):
         super().__init__(classifier, ProjectedGradient(direction="descend", epsilon=0.0, step_size=0.0, steps=0))
 
     def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
-        """Zero: there is nothing to lower."""
+        """Return an objective of zero: there is nothing to lower."""
         return lambda iterate, _: iterate.new_zeros(len(iterate))
 
     def descend(
         self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"], unrolled: bool = False
     ) -> Descent:
-        """The images as they are, with the gradient of the identity."""
+        """Return the images as they are, with the gradient of the identity."""
         return Descent(x, x.new_zeros((0, len(x))))

@@ -47,7 +47,7 @@ class DefendedClassifier(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "DefendedClassifier":
-        """Stays in eval mode, as the purifier does."""
+        """Stay in eval mode, as the purifier does."""
         super().train(False)
         return self
 
@@ -81,7 +81,7 @@ class DefendedClassifier(nn.Module):
         return cast(Purified, self.purifier(x, seeds=self._seeds(seed, x)))
 
     def classify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Defended:
-        """Everything that a caller may want to show, without gradients."""
+        """Return everything that a caller may want to show, without gradients."""
         with torch.no_grad():
             purified = self.purify(x, seed=seed)
             return Defended(self.classifier(purified.image), self.classifier(x), purified.image, purified.trace)
@@ -97,7 +97,7 @@ def defend(
 
 
 def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> ReverseAttack:
-    """The reverse attack of a checkpoint; CheckpointError where it has no head."""
+    """Return the reverse attack of a checkpoint; raise CheckpointError where it has no head."""
     if checkpoint.head is None or checkpoint.bank is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.card.id!r} has no head to purify with; train one: "
@@ -114,5 +114,5 @@ def _require_images(x: Tensor) -> None:
 
 
 def seeds_of(seed: int | Tensor, x: Tensor) -> Tensor:
-    """One int64 seed per image of `x`, on its device."""
+    """Return one int64 seed per image of `x`, on its device."""
     return torch.as_tensor(seed, dtype=torch.int64, device=x.device).expand(len(x))

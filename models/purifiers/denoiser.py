@@ -25,19 +25,19 @@ class Denoiser(Purifier):
         self.restorer, self.times = restorer.eval(), times
 
     def objective(self, x: Float[torch.Tensor, "batch 3 h w"], seeds: Int[torch.Tensor, " batch"]) -> Objective:
-        """Zero: it has no loss."""
+        """Return an objective of zero: there is no loss."""
         return lambda iterate, _: iterate.new_zeros(len(iterate))
 
     def descend(
         self, x: Float[torch.Tensor, "batch 3 h w"], *, seeds: Int[torch.Tensor, " batch"], unrolled: bool = False
     ) -> Descent:
-        """The restored images; with `unrolled`, with their gradient."""
+        """Return the restored images; with `unrolled`, with their gradient."""
         with torch.set_grad_enabled(unrolled and torch.is_grad_enabled()):
             return Descent(self.restorer.restored(x, factor=self.times), x.new_zeros((0, len(x))))
 
 
 def denoiser_of(checkpoint: Checkpoint, *, times: float = TIMES) -> Denoiser:
-    """The denoiser of a checkpoint; CheckpointError where it has no restorer."""
+    """Return the denoiser of a checkpoint; raise CheckpointError where it has no restorer."""
     if checkpoint.restorer is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.card.id!r} has no restorer; train one: "

@@ -85,7 +85,7 @@ REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifie
 
 
 def build_purifier(spec: str, checkpoint: Checkpoint) -> Purifier:
-    """The purifier that `spec` names, for the checkpoint's classifier.
+    """Return the purifier that `spec` names, for the checkpoint's classifier.
 
     Raises ConfigError for an unknown name, preset or key or a value out of range, CheckpointError where the reverse
     attack finds no head, or the denoiser no restorer.
@@ -108,12 +108,12 @@ def _refuse(name: str, words: list[str], changes: Mapping[str, str], known: Mapp
 
 
 def _changed(config: Any, changes: Mapping[str, str], kinds: Mapping[str, Callable[[str], Any]]) -> Any:  # noqa: ANN401
-    """The frozen dataclass with the values that `changes` spell; it checks their ranges itself."""
+    """Return the frozen dataclass with the values that `changes` spell; it checks their ranges itself."""
     return dataclasses.replace(config, **_values(changes, kinds))
 
 
 def _values(changes: Mapping[str, str], kinds: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
-    """What `changes` spell; ConfigError names the one that is no number."""
+    """Return what `changes` spell; ConfigError names the one that is no number."""
     values: dict[str, Any] = {}
     for key, text in changes.items():
         try:

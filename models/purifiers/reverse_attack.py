@@ -40,7 +40,7 @@ class ReverseAttackConfig:
     restored: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         if self.views < 2:
             raise ConfigError(f"views={self.views} must be at least 2: one view has no positive")
         if not 0 <= self.restored < float("inf"):
@@ -76,7 +76,7 @@ PRESETS: dict[str, ReverseAttackConfig] = {
 
 
 def preset(name: str) -> ReverseAttackConfig:
-    """A preset by name; ConfigError lists the names."""
+    """Return a preset by name; ConfigError lists the names."""
     if name not in PRESETS:
         raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
     return PRESETS[name]
@@ -103,7 +103,7 @@ class ReverseAttack(Purifier):
         self.register_buffer("thresholds", config.negatives.thresholds(bank.embeddings), persistent=False)
 
     def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
-        """The InfoNCE loss of each image, on new views at every step."""
+        """Return the InfoNCE loss of each image, on new views at every step."""
         if torch.is_grad_enabled() and x.requires_grad:  # each step's gradient goes through an anchor of its own
             return lambda iterate, step: self.loss(iterate, step, seeds, self.anchor(x))
         with torch.no_grad():
@@ -111,7 +111,7 @@ class ReverseAttack(Purifier):
         return lambda iterate, step: self.loss(iterate, step, seeds, anchor)
 
     def anchor(self, received: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
-        """The embedding of each received image's restored view; None without a restorer."""
+        """Return the embedding of each received image's restored view; None without a restorer."""
         if self.restorer is None:
             return None
         restored = self.restorer.restored(received, factor=self.config.restored)
@@ -125,13 +125,13 @@ class ReverseAttack(Purifier):
         seeds: Int[Tensor, " batch"],
         anchor: Float[Tensor, "batch dim"] | None,
     ) -> Float[Tensor, " batch"]:
-        """InfoNCE of each image over the views of `step` and the anchor, against the bank."""
+        """Return InfoNCE of each image over the views of `step` and the anchor, against the bank."""
         return self.loss_of(self.classifier.features(self.inputs(x, step, seeds)), seeds, anchor)
 
     def inputs(
         self, x: Float[Tensor, "batch 3 h w"], step: int | Int[Tensor, " batch"], seeds: Int[Tensor, " batch"]
     ) -> Float[Tensor, "rows 3 h w"]:
-        """The views of each image at its step, one image's after another's."""
+        """Return the views of each image at its step, one image's after another's."""
         return make_views(x, seeds=seeds, step=step, views=self.config.views, policy=self.policy).flatten(0, 1)
 
     def loss_of(
@@ -140,7 +140,7 @@ class ReverseAttack(Purifier):
         seeds: Int[Tensor, " batch"],
         anchor: Float[Tensor, "batch dim"] | None,
     ) -> Float[Tensor, " batch"]:
-        """InfoNCE of each image from the features of its `inputs`, and its anchor."""
+        """Return InfoNCE of each image from the features of its `inputs`, and its anchor."""
         config, negatives = self.config, self.bank.embeddings
         embeddings = self.head(features).view(len(seeds), config.views, -1)  # batch views dim
         if anchor is not None:

@@ -27,7 +27,7 @@ class AntiAdversary(Purifier):
         super().__init__(classifier, loop)
 
     def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
-        """Cross-entropy with the predicted class; the prediction is taken once, from the received image."""
+        """Return cross-entropy with the predicted class; the prediction is taken once, from the received image."""
         with torch.inference_mode(False), torch.no_grad():  # the loss is differentiated: no inference tensors in it
             predicted = self.classifier(x).argmax(1)
         return cross_entropy(self.classifier, predicted)
@@ -46,5 +46,5 @@ class Hedge(Purifier):
         super().__init__(classifier, loop)
 
     def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
-        """The sum over classes c of -log p_c."""
+        """Return the sum over classes c of -log p_c."""
         return lambda iterate, _: -self.classifier(iterate).float().log_softmax(1).sum(1)

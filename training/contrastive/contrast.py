@@ -1,4 +1,4 @@
-"""What the contrastive methods share: views, NT-Xent with its negatives, and the instance-wise attack."""
+"""The common part of the contrastive methods: views, NT-Xent with its negatives, and the instance-wise attack."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,7 +27,7 @@ POLICY = ViewPolicy(crop_area=(0.2, 1.0), brightness=0.4, contrast=0.4, saturati
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastConfig(FalseNegativeConfig):
-    """What every contrastive run with an instance-wise attack has."""
+    """The options of every contrastive run with an instance-wise attack."""
 
     hidden: int = option("width of the projector's hidden layer", 512)
     embedding_dim: int = option("length of an embedding", 128)
@@ -39,7 +39,7 @@ class ContrastConfig(FalseNegativeConfig):
     bank_size: int = option("training images whose embeddings are stored as the purifier's negatives", 2000)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         super().__post_init__()
         for name, least in (("hidden", 1), ("embedding_dim", 2), ("attack_steps", 0), ("bank_size", 1)):
             if getattr(self, name) < least:
@@ -87,12 +87,12 @@ class Queue(nn.Module):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
 
     def filled_part(self) -> tuple[Tensor, Tensor]:
-        """Copies of the embeddings and labels."""
+        """Return copies of the embeddings and labels."""
         filled = int(self.filled)
         return self.queue[:filled].clone(), self.labels[:filled].clone()
 
     def push(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Every process's, the newest first."""
+        """Put every process's embeddings in, the newest first."""
         embeddings, labels = worlds.gather(self.world, embeddings), worlds.gather(self.world, labels)
         size = len(self.queue)
         self.queue.copy_(torch.cat((embeddings, self.queue))[:size])
@@ -115,12 +115,12 @@ class Contrast:
         )
 
     def views(self, batch: ContrastiveBatch, count: int = 2) -> Float[Tensor, "batch views 3 h w"]:
-        """Random views of each image, in [0, 1]."""
+        """Return random views of each image, in [0, 1]."""
         x = batch.images.float() / 255
         return make_views(x, seeds=batch.seeds, step=0, views=count, policy=self.policy)
 
     def weakly(self, batch: ContrastiveBatch) -> Float[Tensor, "batch 3 h w"]:
-        """The images padded, cropped and flipped: what a classifier is trained on."""
+        """Return the images padded, cropped and flipped: what a classifier is trained on."""
         draw = seeds.of_step(seed=self.config.seed, epoch=batch.epoch, step=batch.step)
         return pad_crop_flip(batch.images, pad=4, generator=draw)
 
@@ -131,7 +131,7 @@ class Contrast:
         *,
         queue: tuple[Tensor, Tensor] | None = None,
     ) -> Loss:
-        """NT-Xent over every ordered pair of an image's views (Chen et al. 2020, eq. 1).
+        """Return NT-Xent over every ordered pair of an image's views (Chen et al. 2020, eq. 1).
 
         Negatives are every view of the batch's other images, and the queue's embeddings with their labels; without
         those that the detector takes to be false.
@@ -143,7 +143,7 @@ class Contrast:
     def found(
         self, embeddings: Tensor, batch: ContrastiveBatch, *, queue: tuple[Tensor, Tensor] | None = None
     ) -> tuple[NegativeMask, Tensor]:
-        """The negatives of every image [n, dim], and which of them count for it."""
+        """Return the negatives of every image [n, dim], and which of them count for it."""
         return self.negatives.found(embeddings, batch.labels, batch.indices, batch.epoch, queue=queue)
 
     def attacked(
@@ -153,7 +153,7 @@ class Contrast:
         target: Float[Tensor, "batch 3 h w"],
         seeds: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch 3 h w"]:
-        """RoCL's instance-wise attack on `x`: away from the embedding of `target`, the others' targets as negatives
+        """Attack `x` as RoCL does: away from the embedding of `target`, the others' targets as negatives
         (Kim et al. 2020, eq. 4); BatchNorm in eval mode.
         """
         with evaluating(encoder):
@@ -172,6 +172,6 @@ class Contrast:
 
 
 def embed_together(encoder: nn.Module, views: Float[Tensor, "batch views 3 h w"]) -> Float[Tensor, "batch views dim"]:
-    """All views in one pass, so that BatchNorm sees one batch."""
+    """Embed all views in one pass, so that BatchNorm sees one batch."""
     embeddings: Tensor = encoder(views.flatten(0, 1))
     return embeddings.view(*views.shape[:2], -1)

@@ -29,7 +29,7 @@ class DeACL:
         encoder.projector.requires_grad_(False)  # no part of the loss; it goes on as the teacher's
 
     def loss(self, batch: ContrastiveBatch) -> Loss:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         teacher, student = self.memory, self.encoder
         assert isinstance(teacher, Encoder)
         x = self.contrast.weakly(batch)

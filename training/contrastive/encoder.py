@@ -1,4 +1,4 @@
-"""What contrastive training trains: a backbone and its projector, as one module; and its checkpoint."""
+"""The module that contrastive training trains: a backbone and its projector, as one module; and its checkpoint."""
 
 from typing import Any, cast
 
@@ -28,16 +28,16 @@ class Encoder(nn.Module):
         self.backbone, self.projector = backbone, projector
 
     def features(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch features"]:
-        """The backbone's, as a readout sees them."""
+        """Return the backbone's features, as a readout sees them."""
         return self.backbone.features(x)
 
     def forward(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"]:
-        """Embeddings of unit length."""
+        """Return embeddings of unit length."""
         return cast(Tensor, self.projector(self.features(x)).float())
 
 
 def fresh(architecture: Architecture, head: HeadCard) -> Encoder:
-    """An encoder with random weights, in training mode."""
+    """Return an encoder with random weights, in training mode."""
     backbone = build(architecture)
     attach(backbone, NoReadout())
     projector = ProjectionHead(feature_dim=backbone.feature_dim, hidden=head.hidden, embedding_dim=head.embedding_dim)
@@ -45,7 +45,7 @@ def fresh(architecture: Architecture, head: HeadCard) -> Encoder:
 
 
 def reopened(name: str, *, image_size: int) -> tuple[Encoder, Checkpoint]:
-    """The encoder of a checkpoint with its projector, to be trained on.
+    """Return the encoder of a checkpoint with its projector, to be trained on.
 
     Raises ConfigError where its images are of another size, or where it has no projector.
     """
@@ -59,7 +59,7 @@ def reopened(name: str, *, image_size: int) -> tuple[Encoder, Checkpoint]:
 
 
 def bank_of(encoder: nn.Module, train: data.Split, *, size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """What `encoder` makes of `size` random training images as they are [size, dim] float32, and their labels."""
+    """Embed `size` random training images as they are: [size, dim] float32, and their labels."""
     if not 0 < size <= len(train.labels):
         raise ConfigError(f"bank_size={size} is not in 1 to {len(train.labels)}, the number of training images")
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(seed))[:size]
@@ -72,7 +72,7 @@ def bank_of(encoder: nn.Module, train: data.Split, *, size: int, seed: int) -> t
 
 
 def bank_for(base: Checkpoint, dataset: data.DataSet, train: data.Split, *, seed: int) -> NegativesBank | None:
-    """A checkpoint's bank of negatives, made anew of `train` where its own is of other classes than the data set's."""
+    """Return a checkpoint's bank of negatives, made anew of `train` where its own is of other classes."""
     if base.head is None or base.bank is None or base.card.classes == dataset.classes:
         return base.bank
     size = min(len(base.bank.labels), len(train.labels))
@@ -91,7 +91,7 @@ def finished(
     seed: int,
     training: dict[str, Any],
 ) -> Checkpoint:
-    """The checkpoint of a trained encoder: no readout yet; its projector and a bank, with which it can purify."""
+    """Return the checkpoint of a trained encoder: no readout yet; a projector and a bank, to purify with."""
     embeddings, labels = bank_of(encoder, train, size=bank_size, seed=seed)
     card = Card(
         id=id,

@@ -1,4 +1,4 @@
-"""Which negatives are of the anchor's own kind, and so are left out (Gupta et al., AAAI 2023, arXiv 2207.10862).
+"""Negatives that are of the anchor's own kind, and so are left out (Gupta et al., AAAI 2023, arXiv 2207.10862).
 
 A tenth of a batch of CIFAR-10 is of the anchor's class; pushing it away makes contrastive features fragile.
 """
@@ -23,21 +23,21 @@ Kind = Literal["keep", "top", "quantile", "labels"]
 
 @dataclass(frozen=True, kw_only=True)
 class FalseNegativeConfig(RunConfig):
-    """What every run with a contrastive loss has."""
+    """The options of every run with a contrastive loss."""
 
     false_negatives: Kind = option("negatives left out: keep (none), top, quantile, or labels (an oracle)", "keep")
     false_negative_share: float = option("share of the negatives that top and quantile leave out", 0.1)
     false_negatives_from: int = option("epochs before any are left out", 5)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         super().__post_init__()
         if not 0 < self.false_negative_share < 1:
             raise ConfigError(f"false_negative_share={self.false_negative_share} must be in (0, 1)")
 
 
 class NegativeMask(NamedTuple):
-    """Which negatives count for each anchor, and how many of those left out are of its class, with counts to divide by:
+    """The negatives that count for each anchor, and how many of the others are of its class, with counts to divide by:
     precision = hits / dropped, recall = hits / of_class.
     """
 
@@ -81,7 +81,7 @@ class FalseNegatives(nn.Module):
         *,
         active: bool = True,
     ) -> NegativeMask:
-        """The mask of negatives that count, at least one for each anchor.
+        """Return the mask of negatives that count, at least one for each anchor.
 
         similarity: cosine of anchor and negative; others: the negatives that are not the anchor itself; same: those of
         its class (used by the oracle, and to report precision); indices: the anchors' numbers in the training set.
@@ -104,7 +104,7 @@ class FalseNegatives(nn.Module):
         return NegativeMask(keep, (drop & same & others).sum(), drop.sum(), (same & others).sum(), others.sum())
 
     def _learned(self, similarity: Tensor, others: Tensor, indices: Tensor) -> Tensor:
-        """Each anchor's threshold, after one step; its first is the quantile of its first batch."""
+        """Return each anchor's threshold, after one step; its first is the quantile of its first batch."""
         count = torch.round(self.fraction * others.sum(1)).long().clamp(min=1)
         ranked = similarity.masked_fill(~others, -2).sort(1, descending=True).values
         first = ranked.gather(1, (count[:, None] - 1))[:, 0]
@@ -143,7 +143,7 @@ class Negatives:
         *,
         queue: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[NegativeMask, Tensor]:
-        """Which negatives count for each image, and all of them [n, dim]: the batch's, and the queue's if there is one
+        """Find which negatives count for each image, among all [n, dim]: the batch's, and the queue's if there is one
         (embeddings and labels). `indices` are the images' numbers in the training set, `epoch` counts from 0.
         """
         negatives, others = in_batch_negatives(embeddings)
@@ -158,7 +158,7 @@ class Negatives:
         return self.detector.find(similarity, others, labels[:, None] == kinds, indices, active=active), negatives
 
     def figures(self, found: NegativeMask) -> dict[str, Tensor]:
-        """The detector's precision and recall against the labels, and the precision of chance."""
+        """Return the detector's precision and recall against the labels, and the precision of chance."""
         if self.config.false_negatives == "keep":
             return {}
         return {

@@ -23,7 +23,7 @@ class Keys(Queue):
         self.encoder = copy.deepcopy(encoder).requires_grad_(False)
 
     def follow(self, encoder: Encoder, momentum: float) -> None:
-        """key ← m · key + (1 - m) · encoder, for weights (eq. 2); BatchNorm statistics are the keys' own."""
+        """Move the keys' weights, key ← m · key + (1 - m) · encoder (eq. 2); BatchNorm statistics are their own."""
         with torch.no_grad():
             for key, query in zip(self.encoder.parameters(), encoder.parameters(), strict=True):
                 key.lerp_(query, 1 - momentum)
@@ -40,7 +40,7 @@ class MoCo:
         self.memory = Keys(encoder, contrast.negatives.detector, queue, last.out_features, world)
 
     def loss(self, batch: ContrastiveBatch) -> Loss:
-        """Each view against the other's key, the batch's other keys and the queue (eq. 1)."""
+        """Return the loss of each view against the other's key, the batch's other keys and the queue (eq. 1)."""
         memory, temperature = self.memory, self.contrast.config.temperature
         views = self.contrast.views(batch)
         memory.follow(self.encoder, self.key_momentum)
@@ -55,7 +55,7 @@ class MoCo:
 
 
 def _one_way(pair: Tensor, negatives: Tensor, keep: Tensor, temperature: float) -> Tensor:
-    """InfoNCE of queries against their keys; a key has no gradient, so its own direction is left out."""
+    """Return InfoNCE of queries against their keys; a key has no gradient, so its own direction is left out."""
     query, key = pair[:, 0], pair[:, 1]
     with torch.autocast(query.device.type, enabled=False):
         positive = (query * key).sum(1) / temperature

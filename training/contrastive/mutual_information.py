@@ -23,7 +23,7 @@ class MutualInformation:
         self.memory: nn.Module = contrast.negatives.detector
 
     def loss(self, batch: ContrastiveBatch) -> Loss:
-        """The mean loss of a batch, and the bound in nats."""
+        """Return the mean loss of a batch, and the bound in nats."""
         (x,) = self.contrast.views(batch, 1).unbind(1)
         attacked = self.contrast.attacked(self.encoder, x, x, batch.seeds)
         found = self.contrast.nt_xent(embed_together(self.encoder, torch.stack((x, attacked), dim=1)), batch)

@@ -47,7 +47,7 @@ class PretrainingMethod(Protocol):
     def memory(self) -> nn.Module: ...  # noqa: D102
 
     def loss(self, batch: ContrastiveBatch) -> Loss:
-        """The mean loss of a batch, and figures for the log."""
+        """Return the mean loss of a batch, and figures for the log."""
         ...
 
 
@@ -76,7 +76,7 @@ class PretrainConfig(ContrastConfig):
     id: str = option("name on the checkpoint's card", "encoder")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         super().__post_init__()
         if self.queue < 1 or self.adversarial_weight < 0 or not 0 <= self.key_momentum < 1:
             raise ConfigError(
@@ -110,14 +110,14 @@ class PretrainTask:
         self.model, self.memory = self.method.model, self.method.memory
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's loss on a batch."""
+        """Return the method's loss on a batch."""
         self.model.train()
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
         batch = ContrastiveBatch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
         return self.method.loss(batch)
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """NT-Xent of two views of held-out images; it says little of robustness, so that the last epoch is stored."""
+        """Return NT-Xent of held-out images; it says little of robustness, so that the last epoch is stored."""
         assert isinstance(averaged, Encoder)
         total = 0.0
         device = self.held.images.device

@@ -23,7 +23,7 @@ class RoCL:
         self.memory: nn.Module = contrast.negatives.detector
 
     def loss(self, batch: ContrastiveBatch) -> Loss:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         views = self.contrast.views(batch)
         first, second = views.unbind(1)
         attacked = self.contrast.attacked(self.encoder, first, second, batch.seeds)

@@ -15,5 +15,5 @@ class SimCLR:
         self.memory: nn.Module = contrast.negatives.detector
 
     def loss(self, batch: ContrastiveBatch) -> Loss:
-        """The mean loss of a batch."""
+        """Return the mean loss of a batch."""
         return self.contrast.nt_xent(embed_together(self.encoder, self.contrast.views(batch)), batch)

@@ -40,7 +40,7 @@ class GateConfig:
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb/images)", None)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         if not 0 < self.quantile < 1:
             raise ConfigError(f"quantile={self.quantile} is not between 0 and 1")
         if self.images < 0:
@@ -77,7 +77,7 @@ def set_gates(config: GateConfig) -> None:
 
 
 def first_losses(purifier: ReverseAttack, held: data.Split, *, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The loss before the first step of each image, as it is and attacked (PGD-20 on the classifier alone)."""
+    """Return the loss before the first step of each image, as it is and attacked (PGD-20 on the classifier alone)."""
     clean: list[Tensor] = []
     attacked: list[Tensor] = []
     numbers = torch.arange(len(held.labels), device=held.labels.device)

@@ -50,7 +50,7 @@ class GeneratorConfig(FalseNegativeConfig):
     id: str = option("name on the generator's card", "generator")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         super().__post_init__()
         if self.test_images < 0:
             raise ConfigError(f"test_images={self.test_images} is below 0")
@@ -78,7 +78,7 @@ class GeneratorTask:
         self.memory = self.negatives.detector
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Less the contrastive loss of a batch of images."""
+        """Return the contrastive loss of a batch of images, negated."""
         self.model.train()
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
         x = self.train.images[indices].float() / 255
@@ -97,12 +97,12 @@ class GeneratorTask:
         return F.normalize(self.classifier.features(x).float(), dim=1)
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """Accuracy on held-out training images, as they are and attacked; the last epoch is stored."""
+        """Return accuracy on held-out training images, as they are and attacked; the last epoch is stored."""
         return accuracies(self.classifier, averaged, self.held)
 
 
 def accuracies(classifier: ImageClassifier, attack: nn.Module, split: data.Split) -> dict[str, int | float]:
-    """Accuracy on images as they are, and attacked."""
+    """Return accuracy on images as they are, and attacked."""
     right: dict[str, list[bool]] = {"clean": [], "attacked": []}
     with torch.no_grad():
         for images, labels in zip(split.images.split(BATCH), split.labels.split(BATCH), strict=True):

@@ -46,7 +46,7 @@ class HeadConfig(ContrastConfig):
     adversarial: bool = option("a further view of each image by RoCL's instance-wise attack on the head", False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         super().__post_init__()
         for name, least in (("views", 2), ("queue", 0)):
             if getattr(self, name) < least:
@@ -71,7 +71,7 @@ class HeadTask:
         self.memory = Queue(config.queue, config.embedding_dim, self.contrast.negatives.detector, here)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean InfoNCE loss of a batch, and how often a view's nearest of all is a view of the same image."""
+        """Return the mean InfoNCE loss of a batch, and how often a view's nearest is a view of the same image."""
         self.model.train()
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
         batch = ContrastiveBatch(self.train.images[indices], indices, own, self.train.labels[indices], epoch, step)
@@ -87,7 +87,7 @@ class HeadTask:
         return found.loss, {**found.figures, "accuracy": _retrieval(embeddings.detach(), negatives, keep)}
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """InfoNCE and retrieval accuracy on held-out training images, in batches of the same size."""
+        """Return InfoNCE and retrieval accuracy on held-out training images, in batches of the same size."""
         losses, accuracies = [], []
         with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
             for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(BATCH):
@@ -100,7 +100,7 @@ class HeadTask:
         return {"loss": loss, "accuracy": accuracy, "score": -loss}
 
     def _embed(self, head: nn.Module, views: Tensor) -> Float[Tensor, "batch views dim"]:
-        """The classifier has no gradient to be computed, the head has."""
+        """Embed the views; gradients are computed for the head, not for the classifier."""
         with torch.no_grad():
             features = self.classifier.features(views.flatten(0, 1))
         embeddings: Tensor = head(features).float()
@@ -112,7 +112,7 @@ def _retrieval(
     negatives: Float[Tensor, "bank dim"],
     keep: Bool[Tensor, "batch bank"],
 ) -> Tensor:
-    """The share of images whose first view is nearer to their second than to every negative."""
+    """Return the share of images whose first view is nearer to their second than to every negative."""
     first, second = embeddings[:, 0], embeddings[:, 1]
     nearest = (first @ negatives.T).masked_fill(~keep, -2).amax(1)
     return ((first * second).sum(1) > nearest).float().mean()

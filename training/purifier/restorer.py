@@ -43,7 +43,7 @@ class RestorerConfig(RunConfig):
     ema: float = option("decay of the averaged weights per step; 0 for none", 0.0)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         super().__post_init__()
         if self.attack_steps < 1:
             raise ConfigError(f"attack_steps={self.attack_steps} must be at least 1")
@@ -62,7 +62,7 @@ class RestorerTask:
         self.attacked, self.attacked_held = (self._attacked(classifier, split) for split in (train, held))
 
     def _attacked(self, classifier: ImageClassifier, split: data.Split) -> Tensor:
-        """Every image of a split under attack, float16."""
+        """Attack every image of a split; return them as float16."""
         made = []
         numbers = torch.arange(len(split.labels), device=split.labels.device)
         for some in tqdm(numbers.split(BATCH), desc="attacking", disable=None, leave=False):
@@ -79,7 +79,7 @@ class RestorerTask:
         return torch.cat(made)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean square error on images as they are and attacked, half of the batches mirrored."""
+        """Return the mean square error on images as they are and attacked, half of the batches mirrored."""
         self.model.train()
         x, noise = self.train.images[indices].float() / 255, self.attacked[indices].float()
         draw = seeds.of_step(seed=self.config.seed, epoch=epoch, step=step)
@@ -91,7 +91,7 @@ class RestorerTask:
         return loss, {"signs": _signs(found[len(x) :].detach(), noise)}
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """On held-out images: the error on attacked ones, and the share of its signs that are right."""
+        """Return, of held-out images, the error on attacked ones, and the share of its signs that are right."""
         errors, signs = [], []
         with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
             numbers = torch.arange(len(self.held.labels), device=self.held.images.device)
@@ -105,7 +105,7 @@ class RestorerTask:
 
 
 def _signs(found: Tensor, noise: Tensor) -> Tensor:
-    """The share of the perturbed pixels whose sign is found."""
+    """Return the share of the perturbed pixels whose sign is found."""
     moved = noise != 0
     return ((found.sign() == noise.sign()) & moved).sum() / moved.sum().clamp(min=1)
 

@@ -47,7 +47,7 @@ class SupervisedMethod:
 
 
 def smoothed(labels: Int[Tensor, " batch"], label_smoothing: float) -> Fit:
-    """Cross-entropy towards smoothed labels."""
+    """Return cross-entropy towards smoothed labels."""
     return lambda logits: F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
 
 
@@ -77,14 +77,14 @@ def _on_crafted(forward: Classify, batch: SupervisedBatch, crafted: Tensor, fit:
 
 
 def _clean_and_gap(forward: Classify, batch: SupervisedBatch, crafted: Tensor, fit: Fit, beta: float) -> LossAndLogits:
-    """Clean cross-entropy + β · KL(clean prediction || attacked prediction) (eq. 5)."""
+    """Return clean cross-entropy + β · KL(clean prediction || attacked prediction) (eq. 5)."""
     logits, attacked_logits = forward(torch.cat((batch.x, crafted))).chunk(2)
     gap = F.kl_div(attacked_logits.float().log_softmax(1), logits.float().softmax(1), reduction="batchmean")
     return LossAndLogits(fit(logits) + beta * gap, attacked_logits)
 
 
 def _bound(forward: Classify, batch: SupervisedBatch, crafted: Tensor, fit: Fit, beta: float) -> LossAndLogits:
-    """The quadratic upper bound of the attacked images' loss; both halves in one pass, as in TRADES."""
+    """Return the quadratic upper bound of the attacked images' loss; both halves in one pass, as in TRADES."""
     logits, attacked_logits = forward(torch.cat((batch.x, crafted))).chunk(2)
     return LossAndLogits(quadratic_upper_bound(logits, attacked_logits, fit), attacked_logits)
 

@@ -1,4 +1,4 @@
-"""What training with labels shares: its options, the loop's task, and how a classifier is measured."""
+"""The common part of training with labels: its options, the loop's task, and how a classifier is measured."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from unperturb.training.supervised.adversarial import Fit, MethodName, Supervise
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedConfig(RunConfig):
-    """What every run with labels has."""
+    """The options of every run with labels."""
 
     method: MethodName = option("training loss", "trades")
     epsilon: float = option("attack radius, L-infinity", 8 / 255)
@@ -38,7 +38,7 @@ class SupervisedConfig(RunConfig):
     id: str = option("name on the checkpoint's card", "classifier")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         super().__post_init__()
         if self.test_images < 0:
             raise ConfigError(f"test_images={self.test_images} is below 0")
@@ -69,34 +69,34 @@ class SupervisedTask:
         )
 
     def batch(self, indices: Tensor, epoch: int, step: int) -> SupervisedBatch:
-        """Those training images, augmented by draws of their own."""
+        """Return those training images, augmented by draws of their own."""
         draw = seeds.of_step(seed=self.config.seed, epoch=epoch, step=step)
         x = pad_crop_flip(self.train.images[indices], pad=self.config.pad, generator=draw)
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
         return SupervisedBatch(x, self.train.labels[indices], own, indices)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's loss on a batch of augmented images, and its accuracy."""
+        """Return the method's loss on a batch of augmented images, and its accuracy."""
         self.model.train()
         return self.supervised(self.model, self.batch(indices, epoch, step), epoch)
 
     def supervised(self, model: nn.Module, batch: SupervisedBatch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's loss of a classifier, and its accuracy."""
+        """Return the method's loss of a classifier, and its accuracy."""
         crafted = self.method.craft(model, batch, self.attack)
         forward = self.forward_pass(model, batch, crafted)
         outcome = self.method.loss(forward, batch, crafted, self.fit(batch, epoch), self.config.beta)
         return outcome.loss, {"accuracy": outcome.logits.detach().argmax(1).eq(batch.labels).float().mean()}
 
     def fit(self, batch: SupervisedBatch, epoch: int) -> Fit:
-        """What the logits of a batch are fitted to."""
+        """Return what the logits of a batch are fitted to."""
         return smoothed(batch.labels, self.config.label_smoothing)
 
     def forward_pass(self, model: nn.Module, batch: SupervisedBatch, crafted: Tensor) -> Classify:
-        """The forward pass that the loss is computed by."""
+        """Return the forward pass that the loss is computed by."""
         return model
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """Clean accuracy on the held-out training images, and but for natural training PGD-10 accuracy."""
+        """Return clean accuracy on the held-out training images, and but for natural training PGD-10 accuracy."""
         natural = self.config.method == "natural"
         with loop.autocast(self.config, self.held.images.device):
             figures = measure(averaged, self.held, epsilon=self.config.epsilon, steps=0 if natural else 10)
@@ -104,7 +104,7 @@ class SupervisedTask:
         return {name: figures[name] for name in shown} | {"score": figures[shown[-1]]}
 
     def collapsed(self, best: float, score: float) -> bool:
-        """Whether PGD accuracy fell by `collapse` and beyond chance: catastrophic overfitting (Wong et al. 2020)."""
+        """Tell whether PGD accuracy fell by `collapse`, not by chance: catastrophic overfitting (Wong et al. 2020)."""
         if not self.config.collapse or self.config.method == "natural":
             return False
         n = len(self.held.labels)
@@ -113,7 +113,7 @@ class SupervisedTask:
 
 
 def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int, batch: int = 250) -> dict[str, Any]:
-    """Clean and PGD accuracy (random start, steps of a quarter of epsilon) on a split, with n and 95% intervals.
+    """Measure clean and PGD accuracy (random start, steps of a quarter of epsilon) on a split, with 95% intervals.
 
     With no steps, clean accuracy alone.
     """

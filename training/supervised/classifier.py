@@ -47,7 +47,7 @@ class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
     self_supervised_weight: float = option("of NT-Xent on all training images (S4L); 0 for none", 0.0)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         super().__post_init__()
         if not (0 < self.labelled <= 1 and self.self_supervised_weight >= 0 and self.weight_perturbation >= 0):
             raise ConfigError(
@@ -84,13 +84,13 @@ class ClassifierTask(SupervisedTask):
             )
 
     def fit(self, batch: SupervisedBatch, epoch: int) -> Fit:
-        """Self-adaptive targets, or the labels."""
+        """Return the loss towards self-adaptive targets, or towards the labels."""
         if isinstance(self.memory, AdaptiveTargets):
             return self.memory.fit(batch.indices, epoch)
         return super().fit(batch, epoch)
 
     def forward_pass(self, model: nn.Module, batch: SupervisedBatch, crafted: Tensor) -> Classify:
-        """At the worst weights nearby, or at the weights."""
+        """Return the forward pass at the worst weights nearby, or at the weights."""
         if not self.config.weight_perturbation:
             return model
         plain = super().fit(batch, 0)

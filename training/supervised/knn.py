@@ -38,7 +38,7 @@ class KnnConfig:
     id: str = option("name on the checkpoint's card", "knn")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         for name in ("neighbours", "bank", "test_images"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is below 0")

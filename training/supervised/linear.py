@@ -51,7 +51,7 @@ class LinearTask(SupervisedTask):
         self.classifier = classifier
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The method's loss on a batch: of stored features, or of attacked images."""
+        """Return the method's loss on a batch: of stored features, or of attacked images."""
         self.model.eval()  # the encoder's BatchNorm stays as it is
         if self.config.method != "natural":
             return self.supervised(self.model, self.batch(indices, epoch, step), epoch)
@@ -62,7 +62,7 @@ class LinearTask(SupervisedTask):
 
     @cached_property
     def encoded(self) -> Tensor:
-        """Features of every image and of its mirror image [2, images, features]."""
+        """Return features of every image and of its mirror image [2, images, features]."""
         parts = []
         with torch.no_grad():
             for images in self.train.images.split(BATCH):

@@ -28,7 +28,7 @@ class AdaptiveTargets(nn.Module):
         self.momentum, self.warmup_epochs, self.world = momentum, warmup_epochs, world
 
     def fit(self, indices: Int[Tensor, " batch"], epoch: int) -> Fit:
-        """The loss of a batch, which moves its targets first (after the warm-up)."""
+        """Return the loss of a batch; its targets are moved first (after the warm-up)."""
 
         def loss(logits: Float[Tensor, "batch classes"]) -> Tensor:
             logits = logits.float()
@@ -41,7 +41,7 @@ class AdaptiveTargets(nn.Module):
         return loss
 
     def _move(self, indices: Tensor, predictions: Tensor) -> None:
-        """On every process, whichever of them had the image."""
+        """Move the targets on every process, whichever of them had the image."""
         where, predicted = worlds.gather(self.world, indices), worlds.gather(self.world, predictions)
         sums = torch.zeros_like(self.targets).index_add_(0, where, predicted)  # an image may come twice
         count = torch.zeros_like(self.targets[:, :1]).index_add_(0, where, torch.ones_like(predicted[:, :1]))

@@ -47,7 +47,7 @@ class SemiSupervisedTask:
         self.model = Encoder(classifier, projector)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """A batch of all images for the self-supervised loss, and as many labelled ones, if there are."""
+        """Return the self-supervised loss of a batch of all images, and that of as many labelled ones, if there are."""
         self.model.train()
         seed = self.task.config.seed
         draw = seeds.of_step(seed=seed, epoch=epoch, step=step, stream=1)
@@ -63,6 +63,6 @@ class SemiSupervisedTask:
         return loss + self.weight * own, figures
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """The classifier's figures."""
+        """Return the classifier's figures."""
         assert isinstance(averaged, Encoder)
         return self.task.validate(averaged.backbone)

@@ -15,7 +15,7 @@ from unperturb.models.attacks.pgd import Classify
 
 
 def at_worst_weights(model: nn.Module, loss_of: Callable[[Classify], Tensor], *, gamma: float) -> Classify:
-    """A forward pass of `model` at w + v; its gradient is that with respect to w.
+    """Return a forward pass of `model` at w + v; its gradient is that with respect to w.
 
     `loss_of` maps a forward pass to the mean loss of the attacked batch. Layers are weights with two sides or more;
     BatchNorm's statistics follow the pass at w + v alone.
