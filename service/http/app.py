@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib import metadata
 
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
@@ -19,7 +20,6 @@ from unperturb.service.http.routes import classify, health, kserve, models, page
 from unperturb.service.settings import Settings
 from unperturb.service.telemetry import tracing
 from unperturb.service.telemetry.metrics import Metrics
-from unperturb.service.version import VERSION
 
 
 def make_engine(
@@ -90,7 +90,7 @@ def create_app(
     app = FastAPI(
         title="unperturb",
         summary="Purifies an image by a reverse attack, then classifies it.",
-        version=VERSION,
+        version=metadata.version("unperturb"),
         lifespan=lifespan,
     )
     app.state.engine, app.state.gateway = engine, gateway

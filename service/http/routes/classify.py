@@ -10,11 +10,10 @@ from fastapi import APIRouter, Query, Request, Response
 
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.http import problem
-from unperturb.service.http.answer import Answer, Answers, answer, pixels, to_png
+from unperturb.service.http.answer import Answer, Answers, answer, pixels, png16, to_png
 from unperturb.service.http.context import RequestContext
 from unperturb.service.http.dependencies import GatewayOfApp, Key
 from unperturb.service.http.gateway import Timeout
-from unperturb.service.http.png16 import png16
 from unperturb.service.http.routes.parameters import Classify, Purify
 from unperturb.service.http.upload import body_schema, is_json
 

@@ -17,7 +17,6 @@ from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.routes.parameters import PurifyOrNot
 from unperturb.service.http.tensors import HEADER_LENGTH, INPUT, InferRequest, read_infer, write_infer
 from unperturb.service.http.upload import read_within, too_many
-from unperturb.service.version import VERSION
 
 DEFAULT_OUTPUTS = ("scores", "label")
 BODY = {
@@ -56,9 +55,9 @@ NOT_FOUND = problem.responses(404)
 
 
 @router.get("")
-async def server() -> dict[str, Any]:
+async def server(request: Request) -> dict[str, Any]:
     """What this server is."""
-    return {"name": "unperturb", "version": VERSION, "extensions": ["binary_tensor_data"]}
+    return {"name": "unperturb", "version": request.app.version, "extensions": ["binary_tensor_data"]}
 
 
 @router.get("/health/live", responses=problem.responses(503))
