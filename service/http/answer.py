@@ -115,7 +115,7 @@ def answer(
     decode_ms: float,
     total_ms: float,
 ) -> Answer:
-    """The answer for one image."""
+    """Return the answer for one image."""
     card = model.card
     predictions = top(outcome.scores, card.classes, top_k)
     unpurified = top(outcome.unpurified_scores, card.classes, top_k)
@@ -146,12 +146,12 @@ def answer(
 
 
 def pixels(decoded: Decoded) -> Float[Tensor, "3 size size"]:
-    """The received image in [0, 1]."""
+    """Return the received image in [0, 1]."""
     return torch.from_numpy(decoded.pixels).float() / 255
 
 
 def top(scores: NDArray[np.float32], classes: tuple[str, ...], k: int) -> list[Prediction]:
-    """The `k` highest scores, highest first."""
+    """Return the `k` highest scores, highest first."""
     return [
         Prediction(index=index, label=classes[index], score=min(1.0, float(scores[index])))
         for index in np.argsort(-scores, kind="stable")[:k].tolist()
@@ -159,14 +159,14 @@ def top(scores: NDArray[np.float32], classes: tuple[str, ...], k: int) -> list[P
 
 
 def png(pixels: UInt8[Tensor, "3 h w"]) -> bytes:
-    """The pixels as a PNG file."""
+    """Return the pixels as a PNG file."""
     buffer = BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def to_png(image: Float[Tensor, "3 h w"], received: Float[Tensor, "3 h w"], *, epsilon: float) -> bytes:
-    """An image as an 8-bit PNG, within epsilon of the received one."""
+    """Return an image as an 8-bit PNG, within epsilon of the received one."""
     return png(to_uint8(image[None], received[None], epsilon=epsilon)[0])
 
 

@@ -64,7 +64,7 @@ class Tracing:
 
 
 def set_up() -> Tracing | None:
-    """Tracing to the endpoint that the standard variables name; None where none does.
+    """Return tracing to the endpoint that the standard variables name; None where none does.
 
     Raises ConfigError where an endpoint is set but the packages are missing.
     """

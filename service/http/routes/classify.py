@@ -19,7 +19,7 @@ from unperturb.service.http.upload import body_schema, is_json
 
 
 class PurifyImage(Purify):
-    """And the form of the image."""
+    """The purifier's options, and the form of the image."""
 
     bits: Literal["8", "16"] = "8"
 
@@ -91,7 +91,7 @@ async def purify(
     query: Annotated[PurifyImage, Query()],
     timeout_s: Timeout = None,
 ) -> Response:
-    """The purified image itself, at the model's size, for a classifier of your own."""
+    """Return the purified image itself, at the model's size, for a classifier of your own."""
     preset = RequestContext.of(request.scope).preset = query.preset or gateway.settings.preset
     with gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket:
         upload = await gateway.read_one(ticket)
