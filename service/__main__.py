@@ -1,4 +1,4 @@
-"""`python -m service --port N`: the same as `unperturb serve`."""
+"""`python -m unperturb.service --port N`: the same as `unperturb serve --port N`."""
 
 import typer
 

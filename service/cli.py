@@ -215,7 +215,7 @@ def demo(
     add_help_option=False,
 )
 def train(context: typer.Context) -> None:
-    """Train a classifier or a head: the same as python -m training …"""
+    """Train a classifier or a head: the same as python -m unperturb.training …"""
     os.execv(sys.executable, [sys.executable, "-m", "unperturb.training", *context.args])
 
 
@@ -249,5 +249,5 @@ def _line(predictions: list[Any]) -> str:
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     app()

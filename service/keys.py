@@ -42,26 +42,26 @@ class KeyRing(NamedTuple):
 
 
 def new_key(name: str) -> tuple[str, str]:
-    """A random key of 256 bits, and the `name:sha256` pair for the settings."""
+    """Return a random key of 256 bits, and the `name:sha256` pair for the settings."""
     key = secrets.token_urlsafe(32)
     return key, f"{name}:{digest(key)}"
 
 
 def digest(key: str) -> str:
-    """SHA-256; a random key of 256 bits needs no slower hash."""
+    """Return the SHA-256 of a key; a random one of 256 bits needs no slower hash."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def presented(request: HTTPConnection) -> str | None:
-    """The key in `Authorization: Bearer` or `X-API-Key`, or None."""
+    """Return the key in `Authorization: Bearer` or `X-API-Key`, or None."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     return (key.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")) or None
 
 
 def match(key: str, digests: dict[str, str]) -> str | None:
-    """The name whose digest is the key's; every digest is compared, whichever matches."""
-    given, found = digest(key), None
+    """Return the name whose digest is the key's; every digest is compared, whichever matches."""
+    given, matching = digest(key), None
     for name, expected in digests.items():
         if hmac.compare_digest(given, expected):
-            found = name
-    return found
+            matching = name
+    return matching

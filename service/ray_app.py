@@ -1,4 +1,4 @@
-"""The same app under Ray Serve: `serve run service.ray_app:app` (the extra `ray`).
+"""The same app under Ray Serve: `serve run unperturb.service.ray_app:app` (the extra `ray`).
 
 A replica is one whole service: its own engine, limits and worker process, on a GPU of its own where there are GPUs.
 Ray routes, scales and restarts; what may wait, and for how long, is still decided by the engine. Settings are the
@@ -25,16 +25,16 @@ TARGET_SHARE = 0.75  # of the slots: a replica is added when more requests than 
 
 
 def replicas(text: str) -> tuple[int, int]:
-    """The least and the most replicas; ConfigError for what is not N or N-M."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    least, most = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    """Return the least and the most replicas; raise ConfigError for what is not N or N-M."""
+    match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
     if not 1 <= least <= most:
         raise ConfigError(f"UNPERTURB_REPLICAS={text!r} is not a number above 0, or two as in 1-8")
     return least, most
 
 
 def build_app() -> FastAPI:
-    """The app of one replica, in its process; Ray shows it one GPU, or none."""
+    """Return the app of one replica, in its process; Ray shows it one GPU, or none."""
     settings = Settings()
     changed: dict[str, Any] = {} if "patience" in settings.model_fields_set else {"patience": 2.0 * settings.slots}
     if settings.authentication == "auto":
@@ -51,7 +51,7 @@ def _end(_: str) -> None:
 
 
 def build() -> serve.Application:
-    """The deployment; raises ValidationError or ConfigError for a bad setting, before anything is started."""
+    """Return the deployment; raise ValidationError or ConfigError for a bad setting, before anything is started."""
     settings = Settings()
     if settings.authentication == "auto" and not settings.api_keys:
         raise ConfigError(

@@ -102,16 +102,16 @@ class Settings(BaseSettings):
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def pairs(cls, value: Any) -> Any:  # noqa: ANN401
-        """`name:sha256,name:sha256` as a mapping; a value that is not is not shown, since it may be a key."""
+        """Turn `name:sha256,name:sha256` into a mapping; do not show any other value, since it may be a key."""
         if not isinstance(value, str):
             return value
-        found = [PAIR.fullmatch(pair.strip()) for pair in value.split(",") if pair.strip()]
-        if None in found:
+        pairs = [PAIR.fullmatch(pair.strip()) for pair in value.split(",") if pair.strip()]
+        if None in pairs:
             raise ValueError("not a list of name:sha256 pairs; `unperturb key NAME` makes one")
-        names = [pair["name"] for pair in found if pair is not None]
+        names = [pair["name"] for pair in pairs if pair is not None]
         if len(set(names)) < len(names):
             raise ValueError(f"{max(names, key=names.count)!r} is named twice; each key needs a name of its own")
-        return {pair["name"]: pair["digest"] for pair in found if pair is not None}
+        return {pair["name"]: pair["digest"] for pair in pairs if pair is not None}
 
     @model_validator(mode="after")
     def compiler_where_needed(self) -> "Settings":
@@ -122,7 +122,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def keys_where_needed(self) -> "Settings":
-        """Refuse to serve strangers without keys, unless told to by name."""
+        """Refuse to serve strangers without keys, unless authentication is switched off by name."""
         if self.keys.required and not (self.api_keys or self.admin_keys):
             raise ValueError(
                 f"host {self.host!r} is not loopback, so clients need an API key, and none is set: put the pair that "
@@ -132,25 +132,25 @@ class Settings(BaseSettings):
 
     @property
     def keys(self) -> KeyRing:
-        """Who may do what."""
+        """Return who may do what."""
         required = self.authentication == "on" or (self.authentication == "auto" and not is_loopback(self.host))
         return KeyRing(self.api_keys, self.admin_keys, required)
 
     @property
     def devices(self) -> list[torch.device]:
-        """The devices that the model runs on, one worker each."""
+        """Return the devices that the model runs on, one worker each."""
         if self.device != "auto":
             return [torch.device(name) for name in self.device.split(",")]
         return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
 
     @property
     def slots(self) -> int:
-        """Images in progress on one device."""
+        """Return how many images may be in progress on one device."""
         return self.max_batch or MAX_BATCH[self.devices[0].type]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host`."""
+    """Return whether only this machine can reach `host`."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -50,7 +50,7 @@ COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to do; `chunk` and `batch` in images."""
+    """One run's options; `chunk` and `batch` in images."""
 
     source: Path
     out: Path
@@ -63,7 +63,7 @@ class Job:
     batch: int = 64
 
     def part(self, chunk: int) -> Path:
-        """The file of a chunk's traces."""
+        """Return the file of a chunk's traces."""
         return self.out / "traces" / f"part-{chunk:05d}.parquet"
 
 
@@ -78,13 +78,13 @@ class Worker:
         self.card, self.defended = loaded.card, defend(loaded, self.config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Chunk numbers from Ray Data, and back when they are done."""
+        """Run the chunks whose numbers Ray Data gives, and return the numbers."""
         for chunk in batch["item"]:
             self.run(int(chunk))
         return batch
 
     def run(self, chunk: int, progress: Callable[[int], object] = lambda count: None) -> None:
-        """Purify one chunk and write its images, then its part; `progress` is told of every batch."""
+        """Purify one chunk and write its images, then its part; call `progress` after every batch."""
         rows: list[dict[str, Any]] = []
         start = chunk * self.job.chunk
         items = self.source.items(start, min(start + self.job.chunk, self.source.count))
@@ -94,10 +94,10 @@ class Worker:
                 good = {item.name: one for item, one in zip(piece, decoded, strict=True) if isinstance(one, Decoded)}
                 pixels, traces = self._purify(list(good.values()))
                 list(pool.map(self._write, (item for item in piece if item.name in good), pixels))
-                found = dict(zip(good, traces, strict=True))
+                trace_of = dict(zip(good, traces, strict=True))
                 for item, one in zip(piece, decoded, strict=True):
                     name = item.name.encode(errors="backslashreplace").decode()  # a file's name may not be UTF-8
-                    rows.append({"name": name, **found.get(item.name, {"status": one})})
+                    rows.append({"name": name, **trace_of.get(item.name, {"status": one})})
                 progress(len(piece))
         _write_part(self.job.part(chunk), rows)
 
@@ -144,7 +144,7 @@ class Worker:
 
 
 def run(job: Job, *, ray_actors: int = 0) -> tuple[int, int]:
-    """Do what is left of the job, with Ray Data where `ray_actors` is above 0; the images, and how many failed.
+    """Do what is left of the job, by Ray Data where `ray_actors` is above 0; return how many images, how many failed.
 
     Raises ConfigError for a package that is not installed, a missing column, or an `out` that holds another run, and
     DataError for a source with no image. A damaged image is a row of the traces, and no error.
@@ -204,7 +204,7 @@ def _pin(job: Job, source: Folder | ParquetRows, worker: Worker) -> None:
 
 
 def _by_ray(job: Job, source: Folder | ParquetRows, todo: list[int], *, actors: int) -> Iterator[int]:
-    """Chunk numbers as they are done; each actor has a GPU, or a CPU core, of its own."""
+    """Yield chunk numbers as they are done; each actor has a GPU, or a CPU core, of its own."""
     data = needed("ray.data", extra="ray")
     data.DataContext.get_current().enable_progress_bars = False
     each = {"num_gpus": 1} if job.device == "cuda" else {"num_cpus": 1}
@@ -218,7 +218,7 @@ def _by_ray(job: Job, source: Folder | ParquetRows, todo: list[int], *, actors: 
 def _ahead(
     pool: ThreadPoolExecutor, function: Callable[[Item], Decoded | str], pieces: Iterable[list[Item]]
 ) -> Iterator[tuple[list[Item], list[Decoded | str]]]:
-    """Each piece and its results, with the next piece already under way."""
+    """Yield each piece and its results, with the next piece already under way."""
     waiting: list[tuple[list[Item], Iterator[Decoded | str]]] = []
     for piece in pieces:
         waiting.append((piece, pool.map(function, piece)))

@@ -30,7 +30,7 @@ class Folder:
         self.keep = len({Path(name).with_suffix("") for name in names}) < len(names)
 
     def items(self, start: int, stop: int) -> Iterator[Item]:
-        """The images from `start` to `stop`."""
+        """Yield the images from `start` to `stop`."""
         for name in self.entries[start:stop]:
             yield Item(name, f"{name if self.keep else Path(name).with_suffix('')}.png", self.root / name)
 
@@ -49,7 +49,7 @@ class ParquetRows:
         self._at = -1  # where the stream is: chunks in order are read in one pass, whatever the row groups are
 
     def items(self, start: int, stop: int) -> Iterator[Item]:
-        """The images from `start` to `stop`."""
+        """Yield the images from `start` to `stop`."""
         if self._at != start:
             self._stream = self._from(start)
         self._at = -1
@@ -104,7 +104,7 @@ class ParquetRows:
 
 
 def open_source(source: Path, *, out: Path, column: str) -> Folder | ParquetRows:
-    """The images of a folder, or of one or several Parquet files.
+    """Return the images of a folder, or of one or several Parquet files.
 
     Raises DataError for none or both kinds, ConfigError for an `out` inside the folder or a column that is missing.
     """
@@ -118,14 +118,14 @@ def open_source(source: Path, *, out: Path, column: str) -> Folder | ParquetRows
         images, tables = ([n for n in names if n.lower().endswith(kind)] for kind in (SUFFIXES, ".parquet"))
         if images and tables:
             raise DataError(f"{root} holds both images ({images[0]}) and Parquet files ({tables[0]}); give one kind")
-    found = Folder(root, images) if images or not tables else ParquetRows(root, tables, column)
-    if not found.count:
+    items = Folder(root, images) if images or not tables else ParquetRows(root, tables, column)
+    if not items.count:
         raise DataError(f"{source} holds no image: neither {', '.join(SUFFIXES)} nor rows of a .parquet file")
-    return found
+    return items
 
 
 def needed(module: str, *, extra: str) -> Any:  # noqa: ANN401
-    """A module of an optional package; ConfigError says how to install it."""
+    """Import a module of an optional package, or raise ConfigError with how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

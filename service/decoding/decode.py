@@ -61,7 +61,7 @@ def decode(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
 
 
 def _is_accepted(payload: bytes) -> bool:
-    """By the first bytes: JPEG (ITU T.81), PNG (W3C), WebP (RIFF container)."""
+    """Return whether the first bytes are those of JPEG (ITU T.81), PNG (W3C) or WebP (RIFF container)."""
     return (
         payload.startswith(b"\xff\xd8\xff")
         or payload.startswith(b"\x89PNG\r\n\x1a\n")
@@ -70,7 +70,7 @@ def _is_accepted(payload: bytes) -> bool:
 
 
 def decode_within_memory(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
-    """`decode`, in a process that does nothing else: it may take only so much memory, and keeps little of it."""
+    """Decode in a process that does nothing else: it may take only so much memory, and keeps little of it."""
     _limit_memory()
     try:
         return decode(payload, size=size, max_pixels=max_pixels)
@@ -87,7 +87,7 @@ def _limit_memory() -> None:
 
 
 def _give_back() -> None:
-    """A large image's memory, which glibc may keep (and is told to keep, for the sake of the model's steps)."""
+    """Release a large image's memory, which glibc may keep (and is set to keep, for the sake of the model's steps)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     if pages * resource.getpagesize() > KEPT_BYTES and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

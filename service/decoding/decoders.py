@@ -28,7 +28,7 @@ class Decoders:
         self._tasks: set[asyncio.Task[Decoded]] = set()
 
     async def start(self) -> None:
-        """Start every process, so that the first requests wait for none; RuntimeError where they do not start.
+        """Start every process, so that the first requests wait for none; raise RuntimeError where they do not start.
 
         One that has been idle for five minutes ends, and is started anew when it is wanted.
         """
@@ -40,7 +40,7 @@ class Decoders:
             raise RuntimeError("the decoding processes do not start") from error
 
     async def decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
-        """What `decode.decode` gives or raises, and UnprocessableError where it takes too long or crashes.
+        """Return or raise what `decode.decode` does; raise UnprocessableError where it takes too long or crashes.
 
         A file whose client goes while it waits for a process is never decoded; one that is being decoded is decoded to
         its end, since killing the process would cost more than it saves.

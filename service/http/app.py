@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib import metadata
 
 from fastapi import FastAPI
 from fastapi.responses import RedirectResponse
@@ -19,7 +20,6 @@ from unperturb.service.http.routes import classify, health, kserve, models, page
 from unperturb.service.settings import Settings
 from unperturb.service.telemetry import tracing
 from unperturb.service.telemetry.metrics import Metrics
-from unperturb.service.version import VERSION
 
 
 def make_engine(
@@ -29,7 +29,7 @@ def make_engine(
     on_failure: Callable[[str], None] | None = None,
     handle: Callable[..., WorkerHandle] = WorkerHandle,
 ) -> Engine:
-    """The engine as set, not started."""
+    """Return the engine that the settings describe, not started."""
     threads = settings.threads or max(1, (os.cpu_count() or 1) // len(settings.devices))
     return Engine(
         settings.checkpoint,
@@ -60,7 +60,7 @@ def create_app(
     handle: Callable[..., WorkerHandle] = WorkerHandle,
     warm_first: bool = False,
 ) -> FastAPI:
-    """The service; loads the checkpoint (CheckpointError says what is wrong with it), warms up after start.
+    """Return the service, its checkpoint loaded; raise CheckpointError where that fails. It warms up after its start.
 
     on_failure is called, from a thread, when the service can never serve again and its process should be restarted;
     handle hosts a worker; warm_first ends the app's start-up only after the warm-up, for a router that asks no /readyz.
@@ -90,7 +90,7 @@ def create_app(
     app = FastAPI(
         title="unperturb",
         summary="Purifies an image by a reverse attack, then classifies it.",
-        version=VERSION,
+        version=metadata.version("unperturb"),
         lifespan=lifespan,
     )
     app.state.engine, app.state.gateway = engine, gateway

@@ -1,4 +1,4 @@
-"""What every route that computes does: who asks, how much they may ask for, how long they wait, if they still do."""
+"""What every route that computes shares: authentication, limits, deadlines, and an end when the client has gone."""
 
 import asyncio
 import math
@@ -49,7 +49,7 @@ class Ticket:
 
 
 class Gateway:
-    """Between the routes and the engine."""
+    """What stands between the routes and the engine."""
 
     def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
         self.settings, self.engine, self.metrics = settings, engine, metrics
@@ -82,11 +82,11 @@ class Gateway:
             yield Ticket(request, context, client, deadline, started)
 
     def count(self, ticket: Ticket, images: int) -> AbstractContextManager[None]:
-        """Count a request as its number of images against every limit; TooManyRequestsError, NotReadyError."""
+        """Count a request as its number of images; raise TooManyRequestsError or NotReadyError past a limit."""
         return self.limits.hold(ticket.client, images - 1)
 
     async def read(self, ticket: Ticket) -> Upload:
-        """The files of the request."""
+        """Return the files of the request."""
         limits = self.settings
         return await read_images(
             ticket.request,
@@ -96,18 +96,18 @@ class Gateway:
         )
 
     def upload_s(self, ticket: Ticket) -> float:
-        """Seconds that the body may still take."""
+        """Return how many seconds the body may still take."""
         return min(self.settings.upload_timeout_s, max(0.0, ticket.deadline - time.monotonic()))
 
     async def read_one(self, ticket: Ticket) -> Upload:
-        """The one file of a request that takes no list; MalformedRequestError for a list."""
+        """Return the one file of a request that takes no list; raise MalformedRequestError for a list."""
         upload = await self.read(ticket)
         if upload.many or upload.parameters:
             raise MalformedRequestError("this route takes one image, as a field `image` or as the body itself")
         return upload
 
     async def decode(self, ticket: Ticket, upload: Upload, model: Model) -> list[Decoded]:
-        """The pixels of every file, at the model's size; an error names which of several files it is."""
+        """Return the pixels of every file, at the model's size; an error names which of several files it is."""
 
         async def one(i: int, payload: bytes) -> Decoded:
             try:
@@ -130,7 +130,7 @@ class Gateway:
         begun: bool = False,
         gate: float | None = None,
     ) -> list[Outcome]:
-        """Through the engine, each image with the seed; `begun` and `gate` as Engine.submit has them."""
+        """Run images through the engine, each with the seed; `begun` and `gate` are those of Engine.submit."""
         work = self.engine.submit(
             model,
             images,
@@ -149,7 +149,7 @@ class Gateway:
     async def _while_waited_for(
         self, ticket: Ticket, name: str, work: "Coroutine[Any, Any, T] | asyncio.Future[T]"
     ) -> T:
-        """The result of `work`, which is cancelled when its client goes (ClientDisconnect) or the deadline passes."""
+        """Return the result of `work`, and cancel it when its client goes (ClientDisconnect) or the deadline passes."""
         began_at = time.time_ns()
         task = asyncio.ensure_future(work)
         watcher = asyncio.create_task(_gone(ticket.request))
@@ -169,6 +169,6 @@ class Gateway:
 
 
 async def _gone(request: Request) -> None:
-    """Returns when the client has closed its connection; the body has been read before."""
+    """Return when the client has closed its connection; the body has been read before."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -32,12 +32,12 @@ class Problem(BaseModel):
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI of these errors."""
+    """Return the OpenAPI of these errors."""
     return {status: {"model": Problem, "content": {MEDIA_TYPE: {}}} for status in statuses}
 
 
 def problem(request: Request, status: int, detail: str, *, retry_after_s: int | None = None) -> JSONResponse:
-    """The answer of an error; under /v2/ with the member `error` that KServe's clients read."""
+    """Return the answer to an error; under /v2/ it has the member `error` that KServe's clients read."""
     body = Problem(
         title=HTTPStatus(status).phrase,
         status=status,

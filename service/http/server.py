@@ -43,25 +43,25 @@ class Server(uvicorn.Server):
         self.failed = failed
 
     async def on_tick(self, counter: int) -> bool:
-        """Whether to end; uvicorn asks ten times a second."""
+        """Return whether to end; uvicorn asks ten times a second."""
         return bool(self.failed) or await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's; what is in progress at the end of the grace period is refused in words."""
+        """Shut down as uvicorn does; refuse, with a reason, what is in progress at the end of the grace period."""
         timer = asyncio.get_running_loop().call_later(self.grace_s, self.engine.refuse_rest)
         await super().shutdown(sockets)
         timer.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain; a second signal ends at once."""
-        self.engine.drain()  # the queue is closed at the end: what was let in before is still taken
+        self.engine.drain()  # the queue is closed at the end: what was admitted before is still taken
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """As uvicorn's, but without raising the signal again at the end, which would make the status that of a kill."""
+        """Handle signals as uvicorn does, but do not raise them again at the end: the status would be a kill's."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -74,8 +74,10 @@ class Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection whose request's head does not arrive in time, the first one's or a later one's, or whose
-    client does not read its answer; and takes no more than so many.
+    """HTTP/1.1 with limits that uvicorn leaves to a proxy.
+
+    It closes a connection whose request's head (the first one's or a later one's) does not arrive in time, or whose
+    client does not read its answer, and accepts no more than `max_connections`.
     """
 
     header_timeout_s: float

@@ -53,7 +53,7 @@ class InferRequest(BaseModel):
 
 
 def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, NDArray[Any]]:
-    """The request and its input [batch, 3, size, size], uint8 or float32 in [0, 1].
+    """Return the request and its input [batch, 3, size, size], uint8 or float32 in [0, 1].
 
     Raises MalformedRequestError for what is not of the protocol's form, UnprocessableError for values out of range.
     """
@@ -106,7 +106,7 @@ def _values(tensor: InputTensor, rest: bytes) -> NDArray[Any]:
 def write_infer(
     request: InferRequest, model: str, outputs: Mapping[str, NDArray[Any]], default: tuple[str, ...]
 ) -> tuple[bytes, int | None]:
-    """The response's body, and the length of its JSON where tensors follow as bytes.
+    """Return the response's body, and the length of its JSON where tensors follow as bytes.
 
     `default` names the outputs of a request that names none; MalformedRequestError for an unknown one.
     """

@@ -37,7 +37,7 @@ class Upload(NamedTuple):
 
 
 def body_schema(*, many: bool) -> dict[str, Any]:
-    """The OpenAPI of the body; `many` where a list is taken too."""
+    """Return the OpenAPI of the body; `many` where a list is accepted too."""
     properties: dict[str, Any] = {"image": _BINARY}
     content: dict[str, Any] = {
         "multipart/form-data": {"schema": {"type": "object", "properties": properties, "required": ["image"]}},
@@ -51,17 +51,17 @@ def body_schema(*, many: bool) -> dict[str, Any]:
 
 
 def media_type(request: Request) -> str:
-    """Of the body, without its parameters."""
+    """Return the media type of the body, without its parameters."""
     return request.headers.get("content-type", "").split(";")[0].strip().lower()
 
 
 def is_json(request: Request) -> bool:
-    """Whether the body is JSON."""
+    """Return whether the body is JSON."""
     return media_type(request) == "application/json"
 
 
 async def read_images(request: Request, *, max_bytes: int, max_images: int, timeout_s: float) -> Upload:
-    """The images of a request's body.
+    """Return the images of a request's body.
 
     Raises TooLargeError past `max_bytes` of body (as announced, or as they come) or `max_images`, UploadTimeoutError
     past `timeout_s`, UnsupportedTypeError for a body of no known form, MalformedRequestError for a broken one.
@@ -82,7 +82,7 @@ async def read_images(request: Request, *, max_bytes: int, max_images: int, time
 
 
 async def read_within(request: Request, *, max_bytes: int, timeout_s: float) -> bytes:
-    """The whole body; TooLargeError past `max_bytes`, UploadTimeoutError past `timeout_s`."""
+    """Return the whole body; raise TooLargeError past `max_bytes`, UploadTimeoutError past `timeout_s`."""
     try:
         async with _in_time(timeout_s):
             return b"".join([chunk async for chunk in _limited(request, max_bytes)])
@@ -100,13 +100,13 @@ async def _in_time(timeout_s: float) -> AsyncIterator[None]:
 
 
 def too_large(max_bytes: int) -> TooLargeError:
-    """The refusal of a body over the limit."""
+    """Return the refusal of a body over the limit."""
     return TooLargeError(f"the body has more than {max_bytes:,} bytes; at most that many are accepted")
 
 
-def too_many(found: int | None, max_images: int) -> TooLargeError:
-    """The refusal of a list over the limit; None where it was not counted to its end."""
-    shown = f"{found} images" if found is not None else "more images"
+def too_many(count: int | None, max_images: int) -> TooLargeError:
+    """Return the refusal of a list over the limit; `count` is None where it was not counted to its end."""
+    shown = f"{count} images" if count is not None else "more images"
     return TooLargeError(f"the request has {shown}; at most {max_images} are accepted")
 
 
@@ -173,7 +173,7 @@ class _TooManyFiles(MultiPartException):
 
 
 class _CountingParser(MultiPartParser):
-    """Starlette's parser with a count of files of our own, whose refusal is told apart by its type."""
+    """Starlette's parser with a count of files of our own, whose refusal has a type of its own."""
 
     def __init__(self, headers: Headers, body: AsyncGenerator[bytes, None], *, max_images: int) -> None:
         super().__init__(headers, body, max_files=math.inf, max_fields=8)
@@ -188,7 +188,7 @@ class _CountingParser(MultiPartParser):
 
 
 async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """The body's chunks; _PastLimit once they are, or are announced to be, more than `max_bytes`."""
+    """Yield the body's chunks; raise _PastLimit once they are, or are announced to be, more than `max_bytes`."""
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise _PastLimit

@@ -10,7 +10,7 @@ _OWN = vars(logging.makeLogRecord({})).keys() | {"message", "asctime"}
 
 
 def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    """What was given as `extra`; Ray adds a private member to every record of its process."""
+    """Return what was given as `extra`; Ray adds a private member to every record of its process."""
     return {key: value for key, value in vars(record).items() if key not in _OWN and not key.startswith("_")}
 
 
@@ -18,7 +18,7 @@ class JsonLines(logging.Formatter):
     """A record as one line of JSON, with what was given as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line."""
         moment = time.gmtime(record.created)
         line: dict[str, Any] = {
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', moment)}.{int(record.msecs):03d}Z",
@@ -39,7 +39,7 @@ class Text(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
-        """The line."""
+        """Return the line."""
         extra = " ".join(f"{key}={value}" for key, value in _extra(record).items())
         return f"{super().formatMessage(record)} {extra}".rstrip()
 

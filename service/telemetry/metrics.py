@@ -67,7 +67,7 @@ class Metrics:
     def watch(
         self, *, queue_length: Callable[[], int], slots_in_use: Callable[[], int], memory: Callable[[], dict[str, int]]
     ) -> None:
-        """Read these at every scrape."""
+        """Read these values at every scrape."""
         for name, help, read in (
             ("unperturb_queue_length", "Images that wait for a slot", queue_length),
             ("unperturb_slots_in_use", "Images in slots", slots_in_use),
@@ -76,13 +76,13 @@ class Metrics:
         self.registry.register(_DeviceMemory(memory))
 
     def stepped(self, slots: int, seconds: float) -> None:
-        """A step of a batch was made."""
+        """Count one step of a batch."""
         self.steps.inc(slots)
         self.step_time.observe(seconds)
         self.fill.observe(slots)
 
     def answered(self, outcome: Outcome, preset: str | None) -> None:
-        """An image was answered."""
+        """Count one answered image."""
         self.images.labels(preset or "none").inc()
         self.wait.observe(outcome.queue_ms / 1000)
         if preset is None or outcome.linf is None or outcome.loss_before is None or outcome.loss_after is None:
@@ -93,7 +93,7 @@ class Metrics:
             self.changed.labels(preset).inc()
 
     def page(self) -> bytes:
-        """The exposition format's text."""
+        """Return the text of the exposition format."""
         return generate_latest(self.registry)
 
 

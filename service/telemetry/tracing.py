@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterable
+from importlib import metadata
 from typing import Any, NamedTuple
 
 from starlette.types import Scope
 
 from unperturb.models.errors import ConfigError
-from unperturb.service.version import VERSION
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -30,7 +30,7 @@ class Tracing:
 
         self.provider = TracerProvider(resource=Resource.create({"service.name": "unperturb"}))
         self.provider.add_span_processor(BatchSpanProcessor(exporter))
-        self.tracer = self.provider.get_tracer("unperturb", VERSION)
+        self.tracer = self.provider.get_tracer("unperturb", metadata.version("unperturb"))
 
     def record(self, scope: Scope, facts: dict[str, Any], parts: Iterable[Part], began_at: int) -> None:
         """Record the request that has just ended; `began_at` in nanoseconds since 1970."""
@@ -64,7 +64,7 @@ class Tracing:
 
 
 def set_up() -> Tracing | None:
-    """Tracing to the endpoint that the standard variables name; None where none does.
+    """Return tracing to the endpoint that the standard variables name; None where none does.
 
     Raises ConfigError where an endpoint is set but the packages are missing.
     """

@@ -91,6 +91,33 @@ def test_train_is_the_training_module() -> None:
     assert "head" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["-m", "unperturb.service"], ["-c", "from unperturb.service.cli import main; main()", "serve"]],
+    ids=["module", "command"],
+)
+def test_module_and_command_refuse_a_bad_setting_alike(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, *command, "--device", "tpu"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("unperturb: UNPERTURB_DEVICE: ")
+    assert done.stderr.count("\n") == 1
+
+
+WITHOUT_ROBUSTBENCH = """
+import sys
+from pathlib import Path
+sys.modules.update(robustbench=None, pkg_resources=None)
+from tests.support.serving import photo, serving
+with serving(Path(sys.argv[1])) as client:
+    print(client.post("/classify", files={"image": photo()}).status_code)
+"""
+
+
+def test_service_starts_and_answers_without_robustbench(tiny_folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_ROBUSTBENCH, tiny_folder], capture_output=True, text=True)
+    assert done.stdout == "200\n", done.stderr
+
+
 def test_key_prints_a_secret_and_the_pair_that_knows_it() -> None:
     result = run(app, ["key", "ann"])
     secret, pair = (line.split(":", 1)[1].strip() for line in result.output.splitlines())

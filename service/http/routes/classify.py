@@ -10,17 +10,16 @@ from fastapi import APIRouter, Query, Request, Response
 
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.http import problem
-from unperturb.service.http.answer import Answer, Answers, answer, pixels, to_png
+from unperturb.service.http.answer import Answer, Answers, answer, pixels, png16, to_png
 from unperturb.service.http.context import RequestContext
 from unperturb.service.http.dependencies import GatewayOfApp, Key
 from unperturb.service.http.gateway import Timeout
-from unperturb.service.http.png16 import png16
 from unperturb.service.http.routes.parameters import Classify, Purify
 from unperturb.service.http.upload import body_schema, is_json
 
 
 class PurifyImage(Purify):
-    """And the form of the image."""
+    """The purifier's options, and the form of the image."""
 
     bits: Literal["8", "16"] = "8"
 
@@ -92,7 +91,7 @@ async def purify(
     query: Annotated[PurifyImage, Query()],
     timeout_s: Timeout = None,
 ) -> Response:
-    """The purified image itself, at the model's size, for a classifier of your own."""
+    """Return the purified image itself, at the model's size, for a classifier of your own."""
     preset = RequestContext.of(request.scope).preset = query.preset or gateway.settings.preset
     with gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket:
         upload = await gateway.read_one(ticket)

@@ -18,7 +18,7 @@ TEXT: dict[int | str, dict[str, Any]] = {
 
 @router.get("/healthz", responses=UNAVAILABLE)
 async def healthz(gateway: GatewayOfApp) -> dict[str, str]:
-    """The process can serve, now or after its warm-up; 503 when it must be restarted."""
+    """Say whether the process can serve, now or after its warm-up; 503 when it must be restarted."""
     if gateway.engine.failure is not None:
         raise NotReadyError(gateway.engine.not_ready or "")
     return {"status": "alive"}
@@ -26,7 +26,7 @@ async def healthz(gateway: GatewayOfApp) -> dict[str, str]:
 
 @router.get("/readyz", responses=UNAVAILABLE)
 async def readyz(gateway: GatewayOfApp) -> dict[str, str]:
-    """Requests are served; 503 before the warm-up, when stopping, and after a failure."""
+    """Say whether requests are served; 503 before the warm-up, when stopping, and after a failure."""
     if (reason := gateway.engine.not_ready) is not None:
         raise NotReadyError(reason)
     return {"status": "ready"}
@@ -39,5 +39,5 @@ async def readyz(gateway: GatewayOfApp) -> dict[str, str]:
     dependencies=[FOR_USERS],
 )
 async def metrics(gateway: GatewayOfApp) -> Response:
-    """What Prometheus reads."""
+    """Return what Prometheus reads."""
     return Response(gateway.metrics.page(), media_type=CONTENT_TYPE)

@@ -17,7 +17,6 @@ from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.routes.parameters import PurifyOrNot
 from unperturb.service.http.tensors import HEADER_LENGTH, INPUT, InferRequest, read_infer, write_infer
 from unperturb.service.http.upload import read_within, too_many
-from unperturb.service.version import VERSION
 
 DEFAULT_OUTPUTS = ("scores", "label")
 BODY = {
@@ -30,7 +29,7 @@ BODY = {
 
 
 class InferParameters(PurifyOrNot):
-    """Of the request; the purifier's, and the form of the outputs."""
+    """The request's parameters: the purifier's, and the form of the outputs."""
 
     binary_data_output: bool = False
 
@@ -56,14 +55,14 @@ NOT_FOUND = problem.responses(404)
 
 
 @router.get("")
-async def server() -> dict[str, Any]:
-    """What this server is."""
-    return {"name": "unperturb", "version": VERSION, "extensions": ["binary_tensor_data"]}
+async def server(request: Request) -> dict[str, Any]:
+    """Describe this server."""
+    return {"name": "unperturb", "version": request.app.version, "extensions": ["binary_tensor_data"]}
 
 
 @router.get("/health/live", responses=problem.responses(503))
 async def live(gateway: GatewayOfApp) -> dict[str, bool]:
-    """The process can still serve."""
+    """Say whether the process can still serve."""
     if gateway.engine.failure is not None:
         raise NotReadyError(gateway.engine.not_ready or "")
     return {"live": True}
@@ -71,7 +70,7 @@ async def live(gateway: GatewayOfApp) -> dict[str, bool]:
 
 @router.get("/health/ready", responses=problem.responses(503))
 async def ready(gateway: GatewayOfApp) -> dict[str, bool]:
-    """Requests are served."""
+    """Say whether requests are served."""
     if (reason := gateway.engine.not_ready) is not None:
         raise NotReadyError(reason)
     return {"ready": True}
@@ -80,7 +79,7 @@ async def ready(gateway: GatewayOfApp) -> dict[str, bool]:
 @router.get("/models/{id}", responses={**NOT_FOUND, **problem.responses(401)}, dependencies=[FOR_USERS])
 @router.get("/models/{id}/versions/1", include_in_schema=False, dependencies=[FOR_USERS])
 async def metadata(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
-    """The model's inputs and outputs."""
+    """Describe the model's inputs and outputs."""
     model = gateway.engine.models.get(id)
     side, classes = model.image_size, len(model.card.classes)
     shapes = {
@@ -103,7 +102,7 @@ async def metadata(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
 @router.get("/models/{id}/ready", responses={**NOT_FOUND, **problem.responses(503)})
 @router.get("/models/{id}/versions/1/ready", include_in_schema=False)
 async def model_ready(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
-    """Requests to this model are served."""
+    """Say whether requests to this model are served."""
     model = gateway.engine.models.get(id)
     if (reason := gateway.engine.not_ready) is not None:
         raise NotReadyError(reason)

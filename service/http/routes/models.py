@@ -58,19 +58,19 @@ def describe(gateway: Gateway, model: Model) -> Described:
 
 @router.get("/models", responses=problem.responses(401), dependencies=[FOR_USERS])
 async def models(gateway: GatewayOfApp) -> list[Described]:
-    """Every model that is served."""
+    """List every model that is served."""
     return [describe(gateway, model) for model in gateway.engine.models.by_id.values()]
 
 
 @router.get("/models/{id}", responses=problem.responses(401, 404), dependencies=[FOR_USERS])
 async def card(gateway: GatewayOfApp, id: str) -> JSONResponse:
-    """A model's card: architecture, classes, data, training and measured figures."""
+    """Return a model's card: architecture, classes, data, training and measured figures."""
     return JSONResponse(dataclasses.asdict(gateway.engine.models.get(id).card))
 
 
 @router.get("/model", responses=problem.responses(401), dependencies=[FOR_USERS])
 async def default_card(gateway: GatewayOfApp) -> JSONResponse:
-    """The default model's card."""
+    """Return the default model's card."""
     return JSONResponse(dataclasses.asdict(gateway.engine.models.get(None).card))
 
 
@@ -104,7 +104,7 @@ async def load(request: Request, gateway: GatewayOfApp) -> Described:
     "/models/{id}", status_code=204, responses=problem.responses(401, 403, 404, 422), dependencies=[FOR_ADMINS]
 )
 async def unload(gateway: GatewayOfApp, id: str) -> Response:
-    """Serve a model no more; requests that are in progress on it are finished."""
+    """Stop serving a model; requests that are in progress on it are finished."""
     async with gateway.changing_models:
         gateway.engine.models.remove(id)
     return Response(status_code=204)

@@ -35,7 +35,7 @@ POLICY = (
 
 
 class Inspect(Purify):
-    """And whether the image is attacked first."""
+    """The purifier's options, and whether the image is attacked first."""
 
     attack: bool = Field(False, description="PGD-10 at 8/255 on the bare classifier, away from its own prediction")
 
@@ -152,7 +152,7 @@ def _inspection(
     request_id: str,
     timings_ms: dict[str, float],
 ) -> Inspection:
-    """Every image, score and loss; `image` is the one that was purified."""
+    """Return every image, score and loss; `image` is the one that was purified."""
     assert outcome.image is not None
     assert outcome.linf is not None
     assert outcome.loss_before is not None

@@ -1,4 +1,4 @@
-"""What a request may ask for, in its query or in a JSON body."""
+"""The options of a request, in its query or in a JSON body."""
 
 from typing import Annotated, Any, Literal
 
@@ -36,18 +36,18 @@ class Purify(BaseModel):
 
 
 class PurifyOrNot(Purify):
-    """And whether it runs."""
+    """The purifier's options, and whether it runs."""
 
     purify: Literal["always", "auto", "never"] = Field(
         "always", description="run the reverse attack first; auto: but for images whose loss is that of clean ones"
     )
 
     def stage(self, default: str) -> str | None:
-        """The preset that its images go through, `default` where none is named; None without purification."""
+        """Return the preset that its images go through, `default` where none is named; None without purification."""
         return None if self.purify == "never" else self.preset or default
 
     def gate(self, model: Model, default: str) -> float | None:
-        """The first loss up to which an image is left as it is; UnprocessableError where the model has none."""
+        """Return the first loss up to which an image is left as it is; raise UnprocessableError without one."""
         if self.purify != "auto":
             return None
         if self.seed != GATE_SEED:
@@ -59,7 +59,7 @@ class PurifyOrNot(Purify):
 
 
 class Classify(PurifyOrNot):
-    """And what the answer shows."""
+    """The purifier's options, whether it runs, and what the answer shows."""
 
     top_k: int | None = Field(None, ge=1, description="classes in the answer; 5, or all of fewer, where none is named")
     return_image: bool = Field(False, description="put the purified image into the answer")
@@ -70,7 +70,7 @@ class Classify(PurifyOrNot):
         return json_body.validate(Classify, both, within=("body", "parameters"))
 
     def classes(self, model: Model) -> int:
-        """How many classes to show; UnprocessableError for more than there are."""
+        """Return how many classes to show; raise UnprocessableError for more than there are."""
         count = len(model.card.classes)
         if self.top_k is not None and self.top_k > count:
             raise UnprocessableError(f"top_k: {self.top_k} is more than the model's {count} classes")

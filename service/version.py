@@ -1,5 +1,0 @@
-"""The installed package's version."""
-
-from importlib import metadata
-
-VERSION = metadata.version("unperturb")
