@@ -13,6 +13,8 @@ def headline(classifier: dict[str, Any], measured: dict[str, Any], run: dict[str
     """
     cells = measured["results"]["accuracy"]
     unknown, plain = cells["default"]["attacked"], cells["classifier"]["attacked"]
+    if classifier["results"]["indices"] != run["results"]["indices"]:
+        raise ValueError("the runs with and without a purifier are of other images")
     worst = [min(values) for values in zip(*classifier["results"]["outcomes"].values(), strict=True)]
     through = run["results"]["outcomes"]["unrolled"]
     known = gain([bool(v) for v in through], [bool(v) for v in worst])
@@ -21,8 +23,8 @@ def headline(classifier: dict[str, Any], measured: dict[str, Any], run: dict[str
         f"- The attacker **does not know** of the purifier (PGD-{measured['config']['steps']} on the classifier, "
         f"n = {unknown['n']:,}): {plain['accuracy']:.1%} of the images withstand without it, {unknown['accuracy']:.1%} "
         f"with it: **{points(unknown['gain'])} points**.\n"
-        f"- The attacker **knows** it and follows its gradient (n = {known['n']}): {alone:.1%} withstand AutoAttack "
-        f"without it, {behind:.1%} the full gradient with it: **{points(known)} points**.\n"
+        f"- The attacker **knows** it and follows its gradient (n = {known['n']}): {alone:.1%} withstand every attack, "
+        f"AutoAttack among them, without it, {behind:.1%} the full gradient with it: **{points(known)} points**.\n"
         f"- On **clean** images (n = {unknown['n']:,}): {points(cells['default']['clean']['gain'])} points.\n\n"
         "In brackets: 95% intervals, paired by image."
     )
@@ -34,7 +36,8 @@ def main_table(measured: dict[str, Any], runs: list[dict[str, Any]], stronger: l
     attacks = {run["config"]["purifier"]: run["results"]["figures"] for run in [*runs, *stronger]}
     n, few = accuracy["classifier"]["clean"]["n"], attacks["none"]["worst_case"]["n"]
     rows = [
-        f"| accuracy in %; L∞ 8/255 | clean, n = {n:,} | PGD-20, purifier unknown, n = {n:,} "
+        f"| accuracy; L∞ {measured['config']['epsilon'] * 255:.0f}/255 | clean, n = {n:,} "
+        f"| PGD-{measured['config']['steps']}, purifier unknown, n = {n:,} "
         f"| worst attack that we have, purifier known, n = {few} | ms per image |",
         "| --- | --- | --- | --- | --- |",
     ]

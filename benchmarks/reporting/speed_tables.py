@@ -36,7 +36,7 @@ def speed_table(record: dict[str, Any]) -> str:
         margin = one["largest_margin_of_the_differing"]
         rest = "" if margin is None else f"; where it differs, the two best scores were at most {margin:.3f} apart"
         same = f"the same label as eager float32 on {one['same_label']:.1%} of {one['n']:,} test images{rest}."
-        rows.append(f"{name}, preset `default`: {same}")
+        rows += ["", f"{name}, preset `default`: {same}"]
     return "\n".join(rows)
 
 
