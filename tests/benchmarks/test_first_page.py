@@ -16,7 +16,7 @@ from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import preset
 from unperturb.service.demo import EPSILON
 
-CONFIG = picture.Config(data="nowhere", n=6, batch=4, device="cpu")
+CONFIG = picture.PictureConfig(data="nowhere", n=6, batch=4, device="cpu")
 
 
 def measured() -> dict[str, Any]:
