@@ -154,9 +154,9 @@ def purify(
 ) -> None:
     """Write the purified image; of a folder or Parquet, every image and its trace, going on where it was ended."""
     if file.is_dir() or file.suffix.lower() == ".parquet":
-        from unperturb.service.bulk.run import Job, run
+        from unperturb.service.bulk.run import BulkJob, run
 
-        job = Job(
+        job = BulkJob(
             source=file,
             out=out,
             checkpoint=checkpoint,

@@ -49,7 +49,7 @@ COLUMNS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class BulkJob:
     """One run's options; `chunk` and `batch` in images."""
 
     source: Path
@@ -67,10 +67,10 @@ class Job:
         return self.out / "traces" / f"part-{chunk:05d}.parquet"
 
 
-class Worker:
+class BulkWorker:
     """The checkpoint, loaded once, and what is done to a chunk; itself the class of Ray Data's actors."""
 
-    def __init__(self, job: Job, source: Folder | ParquetRows) -> None:
+    def __init__(self, job: BulkJob, source: Folder | ParquetRows) -> None:
         settings = Settings(checkpoint=job.checkpoint, device=job.device)
         self.job, self.source, self.device = job, source, settings.devices[0]
         self.max_pixels, self.config = settings.max_pixels, preset(job.preset)
@@ -143,7 +143,7 @@ class Worker:
         write_whole(file, png(pixels))
 
 
-def run(job: Job, *, ray_actors: int = 0) -> tuple[int, int]:
+def run(job: BulkJob, *, ray_actors: int = 0) -> tuple[int, int]:
     """Do what is left of the job, by Ray Data where `ray_actors` is above 0; return how many images, how many failed.
 
     Raises ConfigError for a package that is not installed, a missing column, or an `out` that holds another run, and
@@ -156,7 +156,7 @@ def run(job: Job, *, ray_actors: int = 0) -> tuple[int, int]:
     source = open_source(job.source, out=job.out, column=job.column)
     on_gpu = job.device.startswith("cuda") or (job.device == "auto" and torch.cuda.is_available())
     here = dataclasses.replace(job, device="cpu") if ray_actors and on_gpu else job  # leaves the GPUs to the actors
-    worker = Worker(here, source)
+    worker = BulkWorker(here, source)
     _pin(job, source, worker)
     (job.out / "traces").mkdir(exist_ok=True)
     sizes = {i: min(job.chunk, source.count - i * job.chunk) for i in range(-(-source.count // job.chunk))}
@@ -174,7 +174,7 @@ def run(job: Job, *, ray_actors: int = 0) -> tuple[int, int]:
     return source.count, sum(status != "ok" for part in statuses for status in part)
 
 
-def _pin(job: Job, source: Folder | ParquetRows, worker: Worker) -> None:
+def _pin(job: BulkJob, source: Folder | ParquetRows, worker: BulkWorker) -> None:
     """Write the manifest, or refuse an `out` whose manifest says otherwise."""
     entries = "\0".join(source.entries).encode(errors="surrogateescape")
     identity: dict[str, Any] = {
@@ -203,13 +203,13 @@ def _pin(job: Job, source: Folder | ParquetRows, worker: Worker) -> None:
     write_whole(file, (json.dumps({**identity, "made_by": made_by}, indent=1) + "\n").encode())
 
 
-def _by_ray(job: Job, source: Folder | ParquetRows, todo: list[int], *, actors: int) -> Iterator[int]:
+def _by_ray(job: BulkJob, source: Folder | ParquetRows, todo: list[int], *, actors: int) -> Iterator[int]:
     """Yield chunk numbers as they are done; each actor has a GPU, or a CPU core, of its own."""
     data = needed("ray.data", extra="ray")
     data.DataContext.get_current().enable_progress_bars = False
     each = {"num_gpus": 1} if job.device == "cuda" else {"num_cpus": 1}
     chunks = data.from_items(todo, override_num_blocks=min(len(todo), 1000)).map_batches(
-        Worker, fn_constructor_args=(job, source), batch_size=1, compute=data.ActorPoolStrategy(size=actors), **each
+        BulkWorker, fn_constructor_args=(job, source), batch_size=1, compute=data.ActorPoolStrategy(size=actors), **each
     )
     for row in chunks.iter_rows():
         yield int(row["item"])

@@ -33,13 +33,13 @@ import resource, sys
 from pathlib import Path
 from unperturb.service.bulk import run as bulk
 
-peaks, plain = [], bulk.Worker.run
+peaks, plain = [], bulk.BulkWorker.run
 def run(self, chunk, progress):
     plain(self, chunk, progress)
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-bulk.Worker.run = run
+bulk.BulkWorker.run = run
 source, out, checkpoint = sys.argv[1:]
-bulk.run(bulk.Job(source=Path(source), out=Path(out), checkpoint=checkpoint, device="cpu", chunk=16, batch=16))
+bulk.run(bulk.BulkJob(source=Path(source), out=Path(out), checkpoint=checkpoint, device="cpu", chunk=16, batch=16))
 print(peaks[1], peaks[-1])
 """
 
