@@ -38,7 +38,7 @@ check: install docs
 	touch $@
 
 oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n 2 --dist loadfile -o addopts="-q --strict-markers -m 'not gpu and not slow'" tests/models tests/training
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -n 2 --dist loadfile -o addopts="-q --strict-markers -m 'not gpu and not slow'" tests/models tests/training
 
 # The site, in build/site; every warning is an error, and nothing is fetched from the network.
 docs: install

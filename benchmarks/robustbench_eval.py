@@ -54,7 +54,7 @@ class EvaluationConfig:
     data: Path | None = option("folder of class folders or .npz file; default: RobustBench's own loader", None)
     n_examples: int = option("test images, the first ones", 1000)
     attacks: str = option("all, fast, or names between commas", "all")
-    generator: Path | None = option("folder of a noise generator (python -m training generator), as an attack", None)
+    generator: Path | None = option("folder of a noise generator (unperturb train generator), as an attack", None)
     budget: Literal["fast", "standard", "full"] = option("steps, restarts and draws of the attacks", "standard")
     seed: int = option("of the attacks' own draws", 0)
     chunk: int = option("images attacked together: the batch, and what is lost at most when a run is killed", 128)

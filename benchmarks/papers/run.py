@@ -1,6 +1,6 @@
 """`python benchmarks/papers/run.py --data cifar10`: train and measure every system of the field's root papers.
 
-Each arm (benchmarks/papers/plan.py) is `python -m training …`, once per seed, and one JSON file of results. The same
+Each arm (benchmarks/papers/plan.py) is `unperturb train …`, once per seed, and one JSON file of results. The same
 command goes on where it was killed: a finished seed is not run again, a begun one resumes after its last epoch.
 """
 

@@ -1,3 +1,4 @@
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from unperturb.models.errors import ConfigError, WeightsUnavailableError
 from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Architecture
 from unperturb.models.networks.registry import ACTIVATIONS, build
 from unperturb.models.networks.robustbench import ForeignClassifier, parse_name
+
+needs_robustbench = pytest.mark.skipif(find_spec("robustbench") is None, reason="RobustBench is not installed")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +62,7 @@ def test_normalisation_is_inside() -> None:
         ({"name": "wide_resnet_11_2"}, "6n"),
         ({"activation": "tanh"}, "tanh.*silu"),
         ({"num_classes": 1}, "num_classes=1"),
-        ({"name": "robustbench:NoSuchModel"}, "NoSuchModel"),
+        pytest.param({"name": "robustbench:NoSuchModel"}, "NoSuchModel", marks=needs_robustbench),
         ({"name": "robustbench:Standard:svhn:Linf"}, "svhn"),
         ({"name": "robustbench:Standard", "activation": "silu"}, "silu"),
     ],
@@ -98,6 +101,7 @@ def weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
+@needs_robustbench
 def test_robustbench_weights_that_were_placed_load_offline(weights: Path) -> None:
     from robustbench.model_zoo.cifar10 import Wong2020FastNet
 
@@ -111,6 +115,7 @@ def test_robustbench_weights_that_were_placed_load_offline(weights: Path) -> Non
     assert not (Path(__file__).parents[2] / "models" / "cifar10").exists()
 
 
+@needs_robustbench
 def test_robustbench_classifier_loads_as_a_frozen_checkpoint_without_a_head(weights: Path) -> None:
     from robustbench.model_zoo.cifar10 import Wong2020FastNet
 
@@ -121,6 +126,7 @@ def test_robustbench_classifier_loads_as_a_frozen_checkpoint_without_a_head(weig
     assert not any(parameter.requires_grad for parameter in loaded.classifier.parameters())
 
 
+@needs_robustbench
 def test_robustbench_without_weights_says_which_file_to_place(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def offline(*_: object, **__: object) -> None:
         raise OSError("no route to host")
@@ -130,6 +136,7 @@ def test_robustbench_without_weights_says_which_file_to_place(weights: Path, mon
         build(Architecture(name="robustbench:Wong2020Fast", num_classes=10))
 
 
+@needs_robustbench
 def test_robustbench_web_page_in_place_of_weights_is_recognised(weights: Path) -> None:
     (weights / "Wong2020Fast.pt").write_text("<!DOCTYPE html><html>quota exceeded</html>")
     with pytest.raises(WeightsUnavailableError, match="web page"):

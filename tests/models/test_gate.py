@@ -66,7 +66,7 @@ def test_gate_is_the_quantile_of_clean_images_losses(
 @pytest.mark.parametrize(
     ("spec", "error", "says"),
     [
-        ("reverse-attack:gate=auto", CheckpointError, "training gate"),
+        ("reverse-attack:gate=auto", CheckpointError, "unperturb train gate"),
         ("reverse-attack:gate=auto,views=4", ConfigError, "views"),
         ("reverse-attack:gate=soon", ConfigError, "gate"),
     ],

@@ -145,7 +145,7 @@ def test_bad_spec_is_refused_with_its_part(spec: str, says: str) -> None:
 
 
 def test_reverse_attack_without_a_head_is_refused_with_the_remedy() -> None:
-    with pytest.raises(CheckpointError, match="training head"):
+    with pytest.raises(CheckpointError, match="unperturb train head"):
         build_purifier("reverse-attack", make_checkpoint(head=False))
 
 

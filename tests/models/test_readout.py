@@ -86,7 +86,7 @@ def test_checkpoint_keeps_its_readout(kind: str, tmp_path: Path, images: torch.T
     assert loaded.card.readout == CARDS[kind]
     if kind == "none":
         assert isinstance(loaded.classifier.get_submodule("linear"), NoReadout)
-        with pytest.raises(CheckpointError, match="training linear --encoder"):
+        with pytest.raises(CheckpointError, match="unperturb train linear --encoder"):
             loaded.classifier(images)
     else:
         assert torch.allclose(loaded.classifier(images), made.classifier(images), atol=1e-5)

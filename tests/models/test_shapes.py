@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 from unperturb.models.contrastive.views import luma
 
 
+@pytest.mark.skipif(find_spec("jaxtyping") is None, reason="jaxtyping is not installed")
 def test_shapes_are_checked_while_testing() -> None:
     with pytest.raises(Exception, match="Type-check error"):
         luma(torch.zeros(3, 8, 8))

@@ -1,6 +1,5 @@
 import dataclasses
 
-import kornia
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +57,7 @@ def test_work_that_a_policy_never_asks_for_changes_nothing(policy: ViewPolicy, i
 
 
 def test_resized_crop_matches_kornia_and_grid_sample(images: torch.Tensor) -> None:
+    kornia = pytest.importorskip("kornia")
     view = parameters(
         8,
         top=torch.rand(8) * 0.4,
@@ -84,11 +84,13 @@ def test_resized_crop_matches_kornia_and_grid_sample(images: torch.Tensor) -> No
 
 
 def test_flip_matches_kornia(images: torch.Tensor) -> None:
+    kornia = pytest.importorskip("kornia")
     flipped = resized_crop(images, parameters(8, flip=torch.ones(8, dtype=torch.bool)))
     assert torch.allclose(flipped, kornia.geometry.transform.hflip(images), atol=2e-6)
 
 
 def test_each_colour_operation_matches_kornia(images: torch.Tensor) -> None:
+    kornia = pytest.importorskip("kornia")
     factor = torch.linspace(0.2, 1.8, 8)
     turns = torch.linspace(-0.5, 0.5, 8)
     enhance = kornia.enhance

@@ -271,5 +271,5 @@ def test_nearest_neighbour_checkpoint_is_served_like_any_other(tmp_path: Path) -
 
 def test_encoder_without_a_classifier_is_not_served(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "encoder", with_readout(CARDS["none"]))
-    with pytest.raises(CheckpointError, match="training linear --encoder"):
+    with pytest.raises(CheckpointError, match="unperturb train linear --encoder"):
         create_app(settings(tmp_path / "encoder"))

@@ -92,7 +92,7 @@ def test_tensor_within_the_gate_is_left_as_it_is(gated: TestClient) -> None:
 def test_preset_without_a_gate_is_refused_with_the_remedy(gated: TestClient) -> None:
     answer = gated.post("/classify?purify=auto&preset=published", files={"image": photo()})
     assert answer.status_code == 422
-    assert "training gate" in answer.json()["detail"]
+    assert "unperturb train gate" in answer.json()["detail"]
 
 
 def test_seed_that_the_gate_was_not_measured_with_is_refused(gated: TestClient) -> None:

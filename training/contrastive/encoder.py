@@ -53,7 +53,7 @@ def reopened(name: str, *, image_size: int) -> tuple[Encoder, Checkpoint]:
     if found.card.architecture.image_size != image_size:
         raise ConfigError(f"image_size={image_size}, but {name} takes images of {found.card.architecture.image_size}")
     if found.head is None:
-        raise ConfigError(f"{name} has no projector; begin with a checkpoint of `training pretrain` or `training head`")
+        raise ConfigError(f"{name} has no projector; begin with one of `unperturb train pretrain` or `head`")
     attach(found.classifier, NoReadout())
     return Encoder(found.classifier, found.head).train().requires_grad_(True), found
 

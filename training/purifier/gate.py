@@ -1,4 +1,4 @@
-"""`training gate`: from which first loss on an image is worth purifying, measured on clean images.
+"""`unperturb train gate`: from which first loss on an image is worth purifying, measured on clean images.
 
 An image whose InfoNCE loss is within a quantile of what clean training images have, which neither the classifier's nor
 the head's training saw, is left as it is (`purify=auto`, `reverse-attack:gate=auto`). A loss depends on the views, so

@@ -6,9 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
-from fastapi.testclient import TestClient
 
-from tests.support.serving import wait_until_ready
 from tests.training.test_pretrain import FRESH, pretrain_arguments
 from tests.training.test_training import classifier_arguments
 from unperturb.benchmarks import robustbench_eval
@@ -19,8 +17,6 @@ from unperturb.models.inference.continuous import ReverseAttackStage
 from unperturb.models.inference.folding import Precision, prepared
 from unperturb.models.purifiers.defended import defend, reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
-from unperturb.service.http.app import create_app
-from unperturb.service.settings import Settings
 from unperturb.training.__main__ import main as train
 from unperturb.training.contrastive.pretrain import GOES_ON, PRETRAINING_METHODS
 
@@ -74,7 +70,14 @@ def test_captured_steps_are_the_eager_ones(
 @pytest.mark.parametrize("execution", ["eager", "captured"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_service_answers_from_the_device(execution: Literal["eager", "captured"], precision: Precision) -> None:
-    sample = Path(__file__).parents[2] / "service" / "assets" / "sample.png"
+    pytest.importorskip("fastapi", reason="what models/ and training/ need is tested without the service's packages")
+    from fastapi.testclient import TestClient
+
+    from tests.support.serving import wait_until_ready
+    from unperturb.service.http.app import create_app
+    from unperturb.service.settings import Settings
+
+    sample = Path(__file__).parents[1] / "service" / "assets" / "sample.png"
     with TestClient(create_app(Settings(device="cuda", execution=execution, precision=precision))) as client:
         wait_until_ready(client)
         answer = client.post("/classify", files={"image": sample.read_bytes()})
