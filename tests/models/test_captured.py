@@ -21,6 +21,8 @@ from unperturb.models.purifiers.defended import reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import ReverseAttackConfig
 
 CPU = torch.device("cpu")
+# A padded batch may be convolved by another kernel, whose last bits the ramp multiplies by up to 1,000 (older torch).
+SAME = 1e-5 if torch.__version__ >= "2.12" else 1e-4
 MOMENTUM = ProjectedGradient(
     direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=4, momentum=0.75, start="uniform", ramp=1e-3
 )
@@ -116,7 +118,7 @@ def test_captured_steps_are_those_of_the_loop(name: str, images: torch.Tensor) -
     expected = stage.purifier.descend(images[:5], seeds=seeds)
     for execution in ("eager", "captured"):
         found = Stepper(loaded.classifier, CPU, execution=execution).descend(stage, images[:5], seeds=seeds)
-        assert torch.allclose(found.image, expected.image, atol=1e-5)
+        assert torch.allclose(found.image, expected.image, atol=SAME)
         assert torch.allclose(found.losses, expected.losses, atol=1e-4)
 
 
