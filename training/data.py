@@ -23,7 +23,7 @@ from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.pixels import to_rgb, to_size
 from unperturb.models.shapes import Int, UInt8
-from unperturb.training.loop import RunConfig
+from unperturb.training.options import RunConfig
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
-from unperturb.training import loop
+from unperturb.training import options
 from unperturb.training.__main__ import main
 from unperturb.training.data import Split
 from unperturb.training.state import AVERAGED, BEST
@@ -215,7 +216,7 @@ def test_unfinished_run_goes_on_elsewhere_from_its_averaged_weights(image_folder
     config = ClassifierConfig(
         data="x", out=Path("x"), epochs=8, resume_from=first / AVERAGED, epoch=6, batch_size=16, held_out=9
     )
-    kept = loop.comparable(config)
+    kept = options.comparable(config)
     assert "resume_from" not in kept
     assert len(kept["resume_from_sha256"]) == 64
     training = json.loads((second / "checkpoint" / "card.json").read_text())["training"]
@@ -240,3 +241,32 @@ def test_one_step_on_a_network_is_within_three_epsilon_and_leaves_its_mode() -> 
     found = step(model, x, torch.tensor([0, 1, 2, 0]), torch.arange(4), epsilon=8 / 255)
     assert float((found - x).abs().max()) <= 24 / 255 + 1e-6
     assert model.training
+
+
+def test_tensorboard_is_opened_once_and_closed(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Board] = []
+
+    class Board:
+        def __init__(self, folder: str) -> None:
+            self.folder, self.epochs, self.closed = folder, set[int](), False
+            opened.append(self)
+
+        def add_scalar(self, name: str, value: float, epoch: int) -> None:
+            self.epochs.add(epoch)
+
+        def flush(self) -> None:
+            assert not self.closed
+
+        def close(self) -> None:
+            self.closed = True
+
+    board = ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = Board  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    assert main(classifier_arguments(image_folder, tmp_path / "run", "--epochs", "3")) == 0
+    (only,) = opened
+    assert only.epochs == {1, 2, 3}
+    assert only.closed
+    assert only.folder == str(tmp_path / "run" / "tensorboard")

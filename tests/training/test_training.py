@@ -19,7 +19,7 @@ from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
 from unperturb.training.__main__ import COMMANDS, main
 from unperturb.training.log import LOG
-from unperturb.training.loop import learning_rate
+from unperturb.training.options import learning_rate
 from unperturb.training.state import STATE
 from unperturb.training.supervised.adversarial import SUPERVISED_METHODS, SupervisedBatch, SupervisedMethod, smoothed
 from unperturb.training.supervised.classifier import ClassifierConfig

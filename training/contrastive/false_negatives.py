@@ -15,7 +15,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.options import option
 from unperturb.models.shapes import Bool, Float, Int
 from unperturb.training import world as worlds
-from unperturb.training.loop import RunConfig
+from unperturb.training.options import RunConfig
 from unperturb.training.world import World
 
 Kind = Literal["keep", "top", "quantile", "labels"]

@@ -19,7 +19,7 @@ from unperturb.models.contrastive.views import make_views
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.options import option
-from unperturb.training import data, loop, seeds, world
+from unperturb.training import data, loop, options, seeds, world
 from unperturb.training.contrastive.contrast import (
     POLICY,
     Contrast,
@@ -121,7 +121,7 @@ class PretrainTask:
         assert isinstance(averaged, Encoder)
         total = 0.0
         device = self.held.images.device
-        with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, device):
+        with torch.no_grad(), evaluating(averaged), options.autocast(self.config, device):
             for indices in torch.arange(len(self.held.labels), device=device).split(BATCH):
                 x = self.held.images[indices].float() / 255
                 views = make_views(x, seeds=indices, step=0, views=2, policy=POLICY)
@@ -167,7 +167,7 @@ def pretrain(config: PretrainConfig) -> None:
     if here.rank == 0:
         assert isinstance(fitted.model, Encoder)
         training = {
-            **loop.comparable(config),
+            **options.comparable(config),
             **resolved,
             "chosen_epoch": fitted.epoch,
             "at_that_epoch": fitted.figures,

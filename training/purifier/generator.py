@@ -24,7 +24,7 @@ from unperturb.models.networks.generator import GeneratorCard, NoiseGenerator
 from unperturb.models.networks.readout import MAKE_ONE
 from unperturb.models.options import option
 from unperturb.models.provenance import digest_of
-from unperturb.training import data, loop, seeds, world
+from unperturb.training import data, loop, options, seeds, world
 from unperturb.training.contrastive.contrast import POLICY
 from unperturb.training.contrastive.encoder import BATCH
 from unperturb.training.contrastive.false_negatives import FalseNegativeConfig, Negatives
@@ -141,7 +141,7 @@ def train_generator(config: GeneratorConfig) -> None:
             width=config.width,
             classifier_sha256=(before, digest_of(base.classifier)),
             data=data.described(dataset, kept),
-            training={**loop.comparable(config), "at_last_epoch": fitted.figures},
+            training={**options.comparable(config), "at_last_epoch": fitted.figures},
             figures={"test": figures},
         )
         generator.save(out, fitted.model, card)

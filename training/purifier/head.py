@@ -22,7 +22,7 @@ from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.options import option
 from unperturb.models.shapes import Bool, Float
-from unperturb.training import data, loop, seeds, world
+from unperturb.training import data, loop, options, seeds, world
 from unperturb.training.contrastive.contrast import Contrast, ContrastConfig, ContrastiveBatch, Queue
 from unperturb.training.contrastive.encoder import BATCH, Encoder, bank_of
 from unperturb.training.world import World
@@ -89,7 +89,7 @@ class HeadTask:
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
         """Return InfoNCE and retrieval accuracy on held-out training images, in batches of the same size."""
         losses, accuracies = [], []
-        with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
+        with torch.no_grad(), evaluating(averaged), options.autocast(self.config, self.held.images.device):
             for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(BATCH):
                 batch = ContrastiveBatch(self.held.images[indices], indices, indices, self.held.labels[indices], 0, 0)
                 embeddings = self._embed(averaged, self.contrast.views(batch, self.config.views))
@@ -148,7 +148,7 @@ def train_head(config: HeadConfig) -> None:
             base.card,
             head=HeadCard(hidden=config.hidden, embedding_dim=config.embedding_dim, temperature=config.temperature),
             head_training={
-                **loop.comparable(config),
+                **options.comparable(config),
                 "data_sha256": dataset.digest,
                 "chosen_epoch": fitted.epoch,
                 "at_that_epoch": fitted.figures,

@@ -20,9 +20,9 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.options import option
-from unperturb.training import data, loop, seeds, world
+from unperturb.training import data, loop, options, seeds, world
 from unperturb.training.contrastive.encoder import BATCH
-from unperturb.training.loop import RunConfig
+from unperturb.training.options import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class RestorerTask:
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
         """Return, of held-out images, the error on attacked ones, and the share of its signs that are right."""
         errors, signs = [], []
-        with torch.no_grad(), evaluating(averaged), loop.autocast(self.config, self.held.images.device):
+        with torch.no_grad(), evaluating(averaged), options.autocast(self.config, self.held.images.device):
             numbers = torch.arange(len(self.held.labels), device=self.held.images.device)
             for some in numbers.split(BATCH):
                 noise = self.attacked_held[some].float()
@@ -131,7 +131,7 @@ def train_restorer(config: RestorerConfig) -> None:
             restorer=card,
             gates={},
             restorer_training={
-                **loop.comparable(config),
+                **options.comparable(config),
                 "data_sha256": dataset.digest,
                 "chosen_epoch": fitted.epoch,
                 "at_that_epoch": fitted.figures,

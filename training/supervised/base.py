@@ -14,9 +14,9 @@ from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import option
-from unperturb.training import data, loop, seeds
+from unperturb.training import data, options, seeds
 from unperturb.training.augment import pad_crop_flip
-from unperturb.training.loop import RunConfig
+from unperturb.training.options import RunConfig
 from unperturb.training.supervised.adversarial import Fit, MethodName, SupervisedBatch, method_of, smoothed
 
 
@@ -98,7 +98,7 @@ class SupervisedTask:
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
         """Return clean accuracy on the held-out training images, and but for natural training PGD-10 accuracy."""
         natural = self.config.method == "natural"
-        with loop.autocast(self.config, self.held.images.device):
+        with options.autocast(self.config, self.held.images.device):
             figures = measure(averaged, self.held, epsilon=self.config.epsilon, steps=0 if natural else 10)
         shown = ("clean_accuracy",) if natural else ("clean_accuracy", "pgd_accuracy")
         return {name: figures[name] for name in shown} | {"score": figures[shown[-1]]}

@@ -20,7 +20,7 @@ from unperturb.models.networks.classifier import (
 )
 from unperturb.models.networks.registry import TORCHVISION, build
 from unperturb.models.options import option
-from unperturb.training import data, loop, world
+from unperturb.training import data, loop, options, world
 from unperturb.training.contrastive.encoder import Encoder
 from unperturb.training.contrastive.false_negatives import FalseNegativeConfig
 from unperturb.training.supervised.adversarial import Fit, SupervisedBatch
@@ -140,7 +140,7 @@ def train_classifier(config: ClassifierConfig) -> None:
             architecture=architecture,
             classes=dataset.classes,
             data={**data.described(dataset, kept), "held_out_of_train": config.held_out, "labelled": labelled},
-            training={**loop.comparable(config), "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures},
+            training={**options.comparable(config), "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures},
         )
         out = config.out / "checkpoint"
         store.save(out, Checkpoint(card, classifier))

@@ -19,7 +19,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.readout import ReadoutCard, attach, blank_readout
 from unperturb.models.options import option
-from unperturb.training import data, loop, seeds, world
+from unperturb.training import data, loop, options, seeds, world
 from unperturb.training.contrastive.encoder import BATCH, bank_for
 from unperturb.training.supervised.adversarial import MethodName, SupervisedBatch
 from unperturb.training.supervised.base import SupervisedConfig, SupervisedTask, report
@@ -99,7 +99,7 @@ def train_linear(config: LinearConfig) -> None:
             figures={},
             data={**data.described(dataset, kept), "held_out_of_train": config.held_out},
             training={
-                **loop.comparable(config),
+                **options.comparable(config),
                 "chosen_epoch": fitted.epoch,
                 "at_that_epoch": fitted.figures,
                 "encoder_sha256": base.card.weights_sha256,
