@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -246,7 +247,7 @@ def test_one_step_on_a_network_is_within_three_epsilon_and_leaves_its_mode() -> 
 def test_tensorboard_is_opened_once_and_closed(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[Board] = []
+    opened: list[Any] = []
 
     class Board:
         def __init__(self, folder: str) -> None:
