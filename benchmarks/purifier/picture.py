@@ -1,17 +1,21 @@
-"""`python benchmarks/purifier/picture.py --data DIR`: how often the purifier brings a label back, and one such image.
+"""`python benchmarks/purifier/picture.py --data DIR`: how often the purifier brings a label back, and such an image.
 
 On the first n test images, by the preset `default` and PGD-20 on the classifier alone: how many labels the attack
-changes, how many of these the purifier brings back, and how many right ones it spoils. Of those brought back the one
-of which the classifier is surest, both wrongly when attacked and rightly when purified, is drawn: a chosen image.
+changes, how many of these the purifier brings back, and how many right ones it spoils. What is drawn is no image of
+the data, but a square cut from the shipped drawing of a ship: of all squares whose label is brought back the one of
+which the classifier is surest, both wrongly when attacked and rightly when purified. It is a chosen image.
 """
 
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
 from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.purifier import points
@@ -20,30 +24,41 @@ from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
+from unperturb.models.pixels import to_rgb, to_size
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.reverse_attack import preset
-from unperturb.service.demo import EPSILON, run_demo
+from unperturb.models.shapes import UInt8
+from unperturb.service.demo import EPSILON, SAMPLE, run_demo
 from unperturb.training import data
 
 PGD_STEPS = 20
+STRIDE = 16  # pixels of the drawing between two squares
 
 SCRIPT = "benchmarks/purifier/picture.py"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureConfig(BenchmarkConfig):
-    """Count the labels that the purifier brings back, and draw one of those images."""
+    """Count the labels that the purifier brings back, and draw an image of which it does."""
 
     data: str = option("cifar10, cifar100, or an image folder; its test split is used, in file order")
     n: int = option("test images, the first ones", 1000)
     batch: int = option("images in a batch", 125)
-    out: Path = option("result file; the picture lies beside it", results.FOLDER / "picture.json")
+    out: Path = option("result file; the picture lies beside it", results.FOLDER / "brought_back.json")
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
 
     def __post_init__(self) -> None:
-        """Refuse counts below 1."""
+        """Raise ConfigError for counts below 1."""
         if self.n < 1 or self.batch < 1:
             raise ConfigError(f"n={self.n} and batch={self.batch} must be at least 1")
+
+
+class Square(NamedTuple):
+    """A square of the drawing, in its pixels."""
+
+    side: int
+    left: int
+    top: int
 
 
 def scores(defended: DefendedClassifier, images: Iterable[Tensor], seed: int) -> tuple[Tensor, Tensor]:
@@ -78,6 +93,19 @@ def count(
     return counts, sure.argsort(descending=True)[: counts["brought_back"]].tolist()
 
 
+def squares(drawing: Image.Image, size: int) -> tuple[list[Square], UInt8[Tensor, "n 3 h w"]]:
+    """Return squares cut from a drawing, whole to half, at `size` pixels a side, and where they lie."""
+    whole = min(drawing.size)
+    places = [
+        Square(side, left, top)
+        for side in range(whole // 2, whole + 1, STRIDE)
+        for left in range(0, drawing.width - side + 1, STRIDE)
+        for top in range(0, drawing.height - side + 1, STRIDE)
+    ]
+    cut = (drawing.crop((at.left, at.top, at.left + at.side, at.top + at.side)) for at in places)
+    return places, torch.stack([pil_to_tensor(to_size(piece, size)) for piece in cut])
+
+
 def draw(
     config: PictureConfig, defended: DefendedClassifier, loaded: Checkpoint, images: Tensor, chosen: list[int]
 ) -> int:
@@ -93,7 +121,7 @@ def draw(
         original, attacked, purified = (line.split(": ")[1].rsplit(" ", 1)[0] for line in list(lines)[:3])
         if original == purified != attacked:
             return index
-    raise ConfigError(f"none of the first {config.n} images is brought back: there is nothing to draw")
+    raise ConfigError("the label of none of the images is brought back: there is nothing to draw")
 
 
 def draw_picture(config: PictureConfig) -> int:
@@ -102,9 +130,14 @@ def draw_picture(config: PictureConfig) -> int:
     dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
     images, labels = (t[: config.n].to(config.device) for t in dataset.test)
     defended = defend(loaded, preset("default"))
-    counts, chosen = count(config, defended, images, labels)
-    found = {**counts, "drawn": draw(config, defended, loaded, images, chosen)}
-    results.write(config.out, script=SCRIPT, config=as_json(config), results=found)
+    counts, _ = count(config, defended, images, labels)
+    with Image.open(SAMPLE) as opened:
+        places, cut = squares(to_rgb(opened), loaded.classifier.image_size)
+    ship = torch.full((len(cut),), loaded.card.classes.index("ship"), device=config.device)
+    of_drawing, chosen = count(config, defended, cut.to(config.device), ship)
+    drawn = places[draw(config, defended, loaded, cut.to(config.device), chosen)]
+    found = {**counts, "drawing": {**of_drawing, "drawn": drawn._asdict()}}
+    results.write(config.out, script=SCRIPT, config={**as_json(config), "data": dataset.name}, results=found)
     print(found)
     return 0
 

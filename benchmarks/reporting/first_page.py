@@ -55,10 +55,13 @@ def main_table(measured: dict[str, Any], runs: list[dict[str, Any]], stronger: l
 def picture_line(record: dict[str, Any]) -> str:
     """Return what the picture shows, and how often that happens."""
     found, again = record["results"], record["results"]["changed_by_attack"]
+    drawing = found["drawing"]
     return (
-        f"CIFAR-10's test image {found['drawn']}. It was **chosen**: of the first {found['n']:,} test images the "
-        f"classifier has {found['right']} right; the attack (PGD-20, L∞ 8/255, made without knowing of the purifier) "
-        f"changes {again} of these labels, and the purifier brings {found['brought_back']} of them back, "
+        f"Part of a drawing that comes with the service, **chosen** among {drawing['n']:,} parts: the attack changes "
+        f"the label of {drawing['changed_by_attack']} of the {drawing['right']} that are called a ship, and the purifier "
+        f"brings {drawing['brought_back']} back. On the first {found['n']:,} CIFAR-10 test images the classifier has "
+        f"{found['right']} right; the attack (PGD-20, L∞ 8/255, made without knowing of the purifier) changes {again} "
+        f"of these labels, and the purifier brings {found['brought_back']} of them back, "
         f"{found['brought_back'] / again:.0%}; {found['spoiled']} that withstood the attack it spoils "
         f"(`{record['script']}`)."
     )

@@ -57,7 +57,7 @@ def all_tables() -> dict[str, str]:
         "settings": settings_table(),
         "headline": headline(bare, measured, attacked),
         "main": main_table(measured, runs, stronger),
-        "picture": picture_line(json.loads((FOLDER / "picture.json").read_text())),
+        "picture": picture_line(json.loads((FOLDER / "brought_back.json").read_text())),
         "classifier": classifier_table(),
         "gates": gates_table(),
         "purification": purification_table(measured),

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 from unperturb.benchmarks.purifier import picture
 from unperturb.benchmarks.reporting.first_page import headline
@@ -93,3 +95,12 @@ def test_picture_is_of_the_first_image_that_the_demo_brings_back_too(
     assert picture.draw(CONFIG, defended, loaded, images, [1, 2, 0]) == 2
     with pytest.raises(ConfigError, match="nothing to draw"):
         picture.draw(CONFIG, defended, loaded, images, [0, 1])
+
+
+def test_squares_are_cut_where_they_say_from_whole_to_half() -> None:
+    drawing = Image.effect_noise((64, 64), 80).convert("RGB")
+    places, cut = picture.squares(drawing, 32)
+    assert cut.shape == (len(places), 3, 32, 32)
+    assert {at.side for at in places} == {32, 48, 64}
+    at = next(i for i, place in enumerate(places) if place == (32, 16, 32))
+    assert torch.equal(cut[at], pil_to_tensor(drawing.crop((16, 32, 48, 64))))
