@@ -59,7 +59,8 @@ def picture_line(record: dict[str, Any]) -> str:
     return (
         f"Part of a drawing that comes with the service, **chosen** among {drawing['n']:,} parts: the attack changes "
         f"the label of {drawing['changed_by_attack']} of the {drawing['right']} that are called a ship, and the "
-        f"purifier brings {drawing['brought_back']} back. On the first {found['n']:,} CIFAR-10 test images the classifier has "
+        f"purifier brings {drawing['brought_back']} back. On the first {found['n']:,} CIFAR-10 test images the "
+        f"classifier has "
         f"{found['right']} right; the attack (PGD-20, L∞ 8/255, made without knowing of the purifier) changes {again} "
         f"of these labels, and the purifier brings {found['brought_back']} of them back, "
         f"{found['brought_back'] / again:.0%}; {found['spoiled']} that withstood the attack it spoils "
