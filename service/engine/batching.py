@@ -1,4 +1,4 @@
-"""The slots of one model on one device, and the tick that takes each of them one step further."""
+"""Batch continuously: the slots of one model on one device, each of which is taken one step further at a time."""
 
 import logging
 import time
@@ -24,7 +24,7 @@ log = logging.getLogger("unperturb.engine")
 
 @dataclass(eq=False)
 class Slot:
-    """An image in progress: as received and as it is, the steps done, and the loss before each."""
+    """Hold an image in progress: as received and as it is, the steps done, and the loss before each."""
 
     work: Work
     stage: Stage | None
@@ -40,25 +40,25 @@ class Slot:
 
     @property
     def loop(self) -> ProjectedGradient:
-        """Its stage's, with its own gate."""
+        """Return the loop of its stage, with its own gate."""
         assert self.stage is not None
         return self.stage.loop if self.work.gate is None else replace(self.stage.loop, gate=self.work.gate)
 
     @property
     def finished(self) -> bool:
-        """Whether its last step is done."""
+        """Return whether its last step is done."""
         return self.stage is None or self.halted or self.step >= self.stage.loop.steps
 
 
 class SlotResult(NamedTuple):
-    """An image that has left its slot, and what came of it."""
+    """Say what came of an image that has left its slot."""
 
     id: int
     result: Outcome | Exception
 
 
 class ContinuousBatch:
-    """Slots of one replica. Nothing of a slot outlives it: the next job in its place begins from its own image."""
+    """Hold the slots of one replica. Nothing of a slot outlives it: the next image in its place begins from itself."""
 
     def __init__(self, loaded: Checkpoint, device: torch.device, *, execution: Execution) -> None:
         self.classifier, self.stages, self.device = loaded.classifier, stages_of(loaded), device
@@ -68,7 +68,7 @@ class ContinuousBatch:
         self.slots: list[Slot] = []
 
     def admit(self, works: Iterable[Work]) -> list[SlotResult]:
-        """Give each image a slot; those that cannot begin come back."""
+        """Give each image a slot, and return those that cannot begin."""
         begun: list[Slot] = []
         failed: list[SlotResult] = []
         for work in works:
@@ -83,28 +83,28 @@ class ContinuousBatch:
         self.slots += [slot for slot in begun if slot.work.id not in refused]
         return failed
 
-    def forget(self, ids: Iterable[int]) -> None:
-        """Free the slots of those that nobody waits for any more."""
-        gone = set(ids)
-        self.slots = [slot for slot in self.slots if slot.work.id not in gone]
+    def free(self, ids: Iterable[int]) -> None:
+        """Free the slots of images that have ended, or that nobody waits for any more."""
+        freed = set(ids)
+        self.slots = [slot for slot in self.slots if slot.work.id not in freed]
 
     def advance(self) -> list[SlotResult]:
-        """One step for every slot, then the outcomes of those that have done their last."""
+        """Take every slot one step further, and return the results of those that have done their last."""
         ended = self._isolated(self._step, [slot for slot in self.slots if not slot.finished])
-        self.forget(id for id, _ in ended)
+        self.free(id for id, _ in ended)
         outcomes: list[SlotResult] = []
         finished = [slot for slot in self.slots if slot.finished]
         ended += self._isolated(lambda slots: outcomes.extend(self._finish(slots)), finished)
-        self.forget(slot.work.id for slot in finished)
+        self.free(slot.work.id for slot in finished)
         return ended + outcomes
 
     def warm_up(self, size: int) -> Generator[None, None, Timing]:
-        """`size` black images through a step and the end of every stage, a stage for each `next`.
+        """Put `size` black images through a step and the end of every stage, a stage for each `next`.
 
         Returns what that took; raises what went wrong.
         """
         black = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
-        spent, batches, passes = 0.0, self.batch_count, self.pass_count
+        seconds, batches, passes = 0.0, self.batch_count, self.pass_count
         for stage in (None, *self.stages):
             if stage is not None:
                 self.stepper.prepare(self.stages[stage], size)
@@ -116,9 +116,9 @@ class ContinuousBatch:
             for _, result in (*ended, *self.advance()):
                 if isinstance(result, Exception):
                     raise result
-            spent += time.monotonic() - started
+            seconds += time.monotonic() - started
             yield
-        return Timing(self.batch_count - batches, self.pass_count - passes, spent)
+        return Timing(self.batch_count - batches, self.pass_count - passes, seconds)
 
     def _slot(self, work: Work) -> Slot:
         image = torch.from_numpy(work.image).to(self.device)
@@ -146,7 +146,7 @@ class ContinuousBatch:
         return []
 
     def _begin(self, slots: list[Slot]) -> None:
-        """The first iterate and the stage's anchor; the label that an attack leads away from is what it has now."""
+        """Set the first iterate and the stage's anchor; the label that an attack leads away from is what it has now."""
         attacked = [slot for slot in slots if slot.work.stage == ATTACK]
         labels: list[int] = []
         with torch.no_grad():
@@ -181,7 +181,7 @@ class ContinuousBatch:
                     slot.x, slot.step = after.x[i], slot.step + 1
 
     def _finish(self, slots: list[Slot]) -> list[SlotResult]:
-        """The losses before and after on new views, and both classifications, in one pass through the classifier."""
+        """Put images through the classifier again: losses before and after on new views, both classifications."""
         started = time.monotonic()
         parts = _by_stage(slots)
         staged = [slot for _, part in parts for slot in part]
@@ -248,7 +248,7 @@ class ContinuousBatch:
 
 
 def _by_stage(slots: list[Slot]) -> list[tuple[Stage, list[Slot]]]:
-    """The slots that have a stage, together with those of the same stage and state."""
+    """Group the slots that have a stage with those of the same stage and state."""
     parts: dict[tuple[int, bool], tuple[Stage, list[Slot]]] = {}
     for slot in slots:
         if slot.stage is not None:

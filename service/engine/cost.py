@@ -1,4 +1,4 @@
-"""What images cost a device, in seconds, and so what those in progress cost a newcomer."""
+"""Estimate what images cost a device, in seconds, and so what those in progress cost a newcomer."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ MIN_SLOPE = 0.01  # of a lone image's pass: timings are noisy, and work that cos
 
 
 class Timing(NamedTuple):
-    """So many batches through the classifier, with so many images forward in them, took so many seconds."""
+    """Say how many seconds so many batches through the classifier took, with so many images forward in them."""
 
     batches: int
     passes: int
@@ -16,7 +16,7 @@ class Timing(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """A batch takes `per_batch_s` whatever its size, and `per_pass_s` more for each image forward in it.
+    """Estimate that a batch takes `per_batch_s` whatever its size, and `per_pass_s` more for each image forward in it.
 
     together: images of several stages share a batch
     """
@@ -27,7 +27,7 @@ class Cost(NamedTuple):
 
     @classmethod
     def fit(cls, small: Timing, large: Timing, *, together: bool = True) -> "Cost":
-        """The straight line through as many small batches and large ones."""
+        """Return the straight line through as many small batches and large ones."""
         more = large.passes - small.passes
         slope = (large.seconds - small.seconds) / more if more else small.seconds / small.passes
         alone = small.seconds / small.passes
@@ -35,15 +35,17 @@ class Cost(NamedTuple):
         return cls((small.seconds - slope * small.passes) / small.batches, slope, together)
 
     def seconds(self, batches: int, passes: int) -> float:
-        """What so much work takes."""
+        """Return the seconds of so much work."""
         return batches * self.per_batch_s + passes * self.per_pass_s
 
     def alone(self, stage: str | None) -> float:
-        """What one image takes that has the device for itself."""
+        """Return the seconds of one image that has the device for itself."""
         return self.seconds(shape(stage)[0] + 1, passes(stage))
 
     def added_by(self, other: str | None, stage: str | None, *, together: bool = True) -> float:
-        """What an image in stage `other` adds to one in `stage`: they share each step until the first of them ends.
+        """Return the seconds that an image in stage `other` adds to one in `stage`.
+
+        They share each step until the first of them ends.
 
         together: they are of the same model, whose batches they may share
         """

@@ -1,4 +1,4 @@
-"""The engine: one worker per device behind one bounded queue, and whether all of it is well.
+"""Run the engine: one worker per device behind one bounded queue, and whether all of it is well.
 
 An image's outcome does not depend on the images that share its batch.
 """
@@ -29,11 +29,11 @@ from unperturb.service.engine.messages import (
     StepReport,
     Unload,
     Work,
+    WorkerConfig,
 )
 from unperturb.service.engine.registry import Model, ModelRegistry
 from unperturb.service.engine.requests import ImageRequest, resolve
 from unperturb.service.engine.scheduler import Scheduler, WorkerState
-from unperturb.service.engine.worker import WorkerConfig
 from unperturb.service.errors import DeadlineError, NotReadyError
 from unperturb.service.telemetry.metrics import Metrics
 

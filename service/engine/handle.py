@@ -10,8 +10,17 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from unperturb.service.engine.messages import Cancel, Failed, Load, Loaded, LoadProgress, StepReport, Unload, Work
-from unperturb.service.engine.worker import WorkerConfig
+from unperturb.service.engine.messages import (
+    Cancel,
+    Failed,
+    Load,
+    Loaded,
+    LoadProgress,
+    StepReport,
+    Unload,
+    Work,
+    WorkerConfig,
+)
 
 log = logging.getLogger("unperturb.engine")
 
@@ -27,13 +36,14 @@ class WorkerHandle:
     ) -> None:
         self.config, self.on_message = config, on_message
         self.process: subprocess.Popen[bytes] | None = None
-        self._outbox: queue.SimpleQueue[Work | Load | Unload | Cancel | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[WorkerConfig | Work | Load | Unload | Cancel | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._closed = threading.Event()
 
     def start(self) -> None:
         """Start the process and the threads."""
         self._connection, theirs = multiprocessing.Pipe()
+        self._outbox.put(self.config)
         self._start_worker(theirs)
         for target in (self._send_all, self._receive_all):
             threading.Thread(target=target, name=f"worker-{self.config.device}", daemon=True).start()
@@ -60,7 +70,7 @@ class WorkerHandle:
     def _start_worker(self, theirs: Connection) -> None:
         """Run the worker at the other end; tests run it in a thread."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "unperturb.service.engine.worker", str(theirs.fileno()), *map(str, self.config)],
+            [sys.executable, "-m", "unperturb.service.engine.worker", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
         )

@@ -1,15 +1,17 @@
-"""What the service's process and a worker's process say to each other."""
+"""Define the messages between the service's process and a worker's."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from unperturb.models.inference.captured import Execution
+from unperturb.models.inference.folding import Precision
 from unperturb.service.engine.cost import Cost
 
 
 class Outcome(NamedTuple):
-    """One image's softmax scores after and before its stage, what the stage did, and timings in ms.
+    """Hold one image's softmax scores after and before its stage, what the stage did, and timings in ms.
 
     For an image without a stage both scores are the same, and the fields of the stage None or empty. `steps` are those
     that it took, `losses` those before each on that step's views, and the one that ended it early; `loss_before` and
@@ -30,8 +32,23 @@ class Outcome(NamedTuple):
     classify_ms: float = 0.0
 
 
+class WorkerConfig(NamedTuple):
+    """Tell a worker how to run: the first message to it.
+
+    device: as torch names it; slots: images at a time; threads: torch's on the CPU
+    """
+
+    device: str
+    slots: int
+    threads: int
+    execution: Execution
+    precision: Precision
+    log_level: str
+    log_format: str
+
+
 class Load(NamedTuple):
-    """To a worker: load the checkpoint whose weights have that digest, warm it up, and answer with Loaded."""
+    """Ask a worker to load the checkpoint whose weights have that digest, warm it up, and answer with Loaded."""
 
     model: int
     name: str
@@ -39,13 +56,13 @@ class Load(NamedTuple):
 
 
 class Unload(NamedTuple):
-    """To a worker: no more work comes for this model."""
+    """Tell a worker that no more work comes for this model."""
 
     model: int
 
 
 class Work(NamedTuple):
-    """To a worker: one image [3, size, size], uint8 or float32 in [0, 1]; `queued_at` is time.monotonic().
+    """Give a worker one image [3, size, size], uint8 or float32 in [0, 1]; `queued_at` is time.monotonic().
 
     gate: a first loss up to which it is left as it is; None: it is not
     """
@@ -61,19 +78,19 @@ class Work(NamedTuple):
 
 
 class Cancel(NamedTuple):
-    """To a worker: nobody waits for these any more."""
+    """Tell a worker that nobody waits for these images any more."""
 
     ids: tuple[int, ...]
 
 
 class LoadProgress(NamedTuple):
-    """From a worker: one more piece of a model's warm-up is done."""
+    """Report, from a worker, that one more piece of a model's warm-up is done."""
 
     model: int
 
 
 class Loaded(NamedTuple):
-    """From a worker: what images cost on its device; or why it cannot serve the model."""
+    """Report, from a worker, what images cost on its device, or why it cannot serve the model."""
 
     model: int
     cost: Cost
@@ -81,9 +98,9 @@ class Loaded(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """From a worker, after each step: slots in use, its seconds, what has ended, and the device's memory in bytes.
+    """Report, from a worker, a step: slots in use, its seconds, what has ended, and the device's memory in bytes.
 
-    pace: its seconds in multiples of what the model's cost foretold
+    pace: its seconds in multiples of what the model's cost estimated
     """
 
     model: int
@@ -95,6 +112,6 @@ class StepReport(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """From a worker, its last words."""
+    """Report, from a worker, why it ends."""
 
     reason: str

@@ -1,4 +1,4 @@
-"""Which models are served under which id, and who still uses one that has been replaced."""
+"""Register which models are served under which id, and who still uses one that has been replaced."""
 
 import itertools
 import threading
@@ -13,13 +13,13 @@ from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.stages import stages_of
 from unperturb.service.errors import NotFoundError
 
-PACE_LIMIT = 10.0  # times faster or slower than foretold
+PACE_LIMIT = 10.0  # times faster or slower than estimated
 PACE_SMOOTHING = 0.1  # of each new observation's distance from the estimate
 
 
 @dataclass(eq=False)
 class Model:
-    """A model that is served under `id`; `number` tells two of one id apart.
+    """Hold a model that is served under `id`; `number` tells two of one id apart.
 
     cost:  of images on a device; measured in the warm-up
     pace:  what work takes now, in multiples of its cost
@@ -36,19 +36,19 @@ class Model:
 
     @property
     def image_size(self) -> int:
-        """Side of the images that it takes."""
+        """Return the side of the images that it takes."""
         return self.card.architecture.image_size
 
     def observe(self, pace: float) -> None:
-        """Follow what work takes; one step that hung tells little of the next."""
+        """Follow what work takes now; one step that hung tells little of the next."""
         self.pace += PACE_SMOOTHING * (min(max(pace, 1 / PACE_LIMIT), PACE_LIMIT) - self.pace)
 
     def alone_s(self, stage: str | None) -> float:
-        """Estimated seconds of one image that has a device for itself."""
+        """Estimate the seconds of one image that has a device for itself."""
         return self.pace * self.cost.alone(stage)
 
     def added_s(self, other: str | None, stage: str | None, model: "Model") -> float:
-        """Estimated seconds that one of its images, in stage `other`, adds to one of `model` in `stage`."""
+        """Estimate the seconds that one of its images, in stage `other`, adds to one of `model` in `stage`."""
         return self.pace * self.cost.added_by(other, stage, together=model is self)
 
 
@@ -63,7 +63,7 @@ class ModelRegistry:
         self.default_id = first.id
 
     def check(self, name: str, id: str | None, *, digest: str | None = None) -> Model:
-        """What a checkpoint is, all of it having been read and checked.
+        """Return what a checkpoint is, all of it having been read and checked.
 
         Raises CheckpointError for one that cannot be served, or has another digest.
         """
@@ -74,15 +74,15 @@ class ModelRegistry:
         return Model(next(self._numbers), id or loaded.card.id, name, loaded.card)
 
     def get(self, id: str | None) -> Model:
-        """The model with that id, or the default one; NotFoundError lists the ids."""
-        found = self.by_id.get(self.default_id if id is None else id)
-        if found is None:
+        """Return the model with that id, or the default one; NotFoundError lists the ids."""
+        model = self.by_id.get(self.default_id if id is None else id)
+        if model is None:
             raise NotFoundError(f"model {id!r} is not loaded; {', '.join(sorted(self.by_id))} is")
-        return found
+        return model
 
     @contextmanager
     def use(self, id: str | None) -> Iterator[Model]:
-        """The model, which stays loaded until the block's end even if it is replaced."""
+        """Yield the model, which stays loaded until the block's end even if it is replaced."""
         with self._lock:
             model = self.get(id)
             model.users += 1
@@ -105,12 +105,12 @@ class ModelRegistry:
         self._release()
 
     def remove(self, id: str) -> None:
-        """Serve a model no more; ConfigError for the default one."""
+        """Serve a model no more; raise ConfigError for the default one."""
         with self._lock:
             model = self.get(id)
             if id == self.default_id:
                 raise ConfigError(f"model {id!r} is the default one; it can be replaced but not removed")
-            self.by_id = {name: one for name, one in self.by_id.items() if name != id}
+            self.by_id = {name: other for name, other in self.by_id.items() if name != id}
             self._replaced.add(model)
         self._release()
 

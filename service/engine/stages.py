@@ -1,4 +1,4 @@
-"""What an image may go through, by name: a preset of the purifier, the page's attack, or nothing; and its cost."""
+"""Name what an image may go through: a preset of the purifier, the page's attack, or nothing; and count its passes."""
 
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints.store import Checkpoint
@@ -14,7 +14,7 @@ BACKWARD = 2  # a pass backward costs about two forward
 
 
 def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
-    """Every stage of a checkpoint; CheckpointError where it has no head, or no readout."""
+    """Return every stage of a checkpoint; raise CheckpointError where it has no head, or no readout."""
     if loaded.card.readout.kind == "none":
         raise CheckpointError(f"checkpoint {loaded.card.id!r} {MAKE_ONE}")
     purifiers = {name: ReverseAttackStage(reverse_attack_of(loaded, config)) for name, config in PRESETS.items()}
@@ -22,28 +22,28 @@ def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
 
 
 def passes(stage: str | None) -> int:
-    """The work of one image, in images forward through the classifier."""
+    """Return the work of one image, in images forward through the classifier."""
     steps, rows = shape(stage)
     return begin_passes(stage) + steps * step_passes(rows) + finish_passes(rows) if steps else 1
 
 
 def shape(stage: str | None) -> tuple[int, int]:
-    """Its steps, and the images of one step of one image."""
+    """Return a stage's steps, and the images of one step of one image."""
     if stage is None:
         return 0, 0
     return (ATTACK_LOOP.steps, 1) if stage == ATTACK else (PRESETS[stage].loop.steps, PRESETS[stage].views)
 
 
 def begin_passes(stage: str | None) -> int:
-    """The work before the first step: the restored view, where the checkpoint has a restorer."""
+    """Return the work before the first step: the restored view, where the checkpoint has a restorer."""
     return 1 if stage in PRESETS and PRESETS[stage].restored else 0
 
 
 def step_passes(rows: int) -> int:
-    """The work of one step: every row forward and backward."""
+    """Return the work of one step: every row forward and backward."""
     return rows * (1 + BACKWARD)
 
 
 def finish_passes(rows: int) -> int:
-    """The work after the last step: the losses before and after, and both classifications."""
+    """Return the work after the last step: the losses before and after, and both classifications."""
     return 2 * rows + 2

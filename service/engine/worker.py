@@ -1,9 +1,10 @@
-"""A worker owns one device: `python -m service.worker FD …`, in a process of its own.
+"""Run a worker, which owns one device: `python -m unperturb.service.engine.worker FD`, in a process of its own.
 
 Its Python does not wait for the web server's, nor the server for its steps; and whatever happens to its device, the
 server is there to answer everybody. It fills free slots between steps, and reports after each.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,33 +13,30 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import NamedTuple
 
 import torch
 
 from unperturb.models.checkpoints import store as checkpoint
 from unperturb.models.errors import CheckpointError
-from unperturb.models.inference.captured import Execution, bucket
-from unperturb.models.inference.folding import Precision, prepared
+from unperturb.models.inference.captured import bucket
+from unperturb.models.inference.folding import prepared
 from unperturb.service.engine.batching import ContinuousBatch, SlotResult
 from unperturb.service.engine.cost import Cost
-from unperturb.service.engine.messages import Cancel, Failed, Load, Loaded, LoadProgress, StepReport, Unload, Work
+from unperturb.service.engine.messages import (
+    Cancel,
+    Failed,
+    Load,
+    Loaded,
+    LoadProgress,
+    StepReport,
+    Unload,
+    Work,
+    WorkerConfig,
+)
 from unperturb.service.telemetry import logs
 
 log = logging.getLogger("unperturb.worker")
 DONE = object()
-
-
-class WorkerConfig(NamedTuple):
-    """device, as torch names it; slots: images at a time; threads: torch's on the CPU; how it steps and logs."""
-
-    device: str
-    slots: int
-    threads: int
-    execution: Execution
-    precision: Precision
-    log_level: str
-    log_format: str
 
 
 def work(server: Connection, config: WorkerConfig) -> None:
@@ -74,16 +72,16 @@ class _Worker:
                     self.server.send(LoadProgress(model))
 
     def _read(self) -> None:
-        """Everything that the server has said; waits for it where there is nothing else to do."""
+        """Read everything that the server has sent; wait for it where there is nothing else to do."""
         new: dict[int, list[Work]] = {}
         while self.server.poll(0 if new or self._busy() else None):
             match self.server.recv():
-                case Work() as one:
-                    new.setdefault(one.model, []).append(one)
+                case Work() as image:
+                    new.setdefault(image.model, []).append(image)
                 case Cancel(ids):
-                    new = {model: [one for one in works if one.id not in ids] for model, works in new.items()}
+                    new = {model: [image for image in works if image.id not in ids] for model, works in new.items()}
                     for batch in self.batches.values():
-                        batch.forget(ids)
+                        batch.free(ids)
                 case Load(model, name, digest):
                     self.loading.append((model, self._load(model, name, digest)))
                 case None:
@@ -110,10 +108,12 @@ class _Worker:
             for size in sorted({bucket(n) for n in range(1, self.config.slots)} | {self.config.slots}):
                 yield
                 yield from batch.warm_up(size)
-            spent = []  # measured when all is warm
+            timings = []  # measured when all is warm
             for size in (self.config.slots, 1, 1):
-                spent.append((yield from batch.warm_up(size)))
-            cost = Cost.fit(min(spent[1:], key=lambda one: one.seconds), spent[0], together=batch.stepper.together)
+                timings.append((yield from batch.warm_up(size)))
+            large, *small = timings
+            fastest = min(small, key=lambda timing: timing.seconds)
+            cost = Cost.fit(fastest, large, together=batch.stepper.together)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -134,20 +134,21 @@ class _Worker:
             torch.cuda.synchronize(self.device)
         seconds = time.monotonic() - started
         expected = self.costs[model].seconds(batch.batch_count - batches, batch.pass_count - passes)
-        failed = any(isinstance(one.result, Exception) for one in ended)  # its other steps were not done
+        failed = any(isinstance(result, Exception) for _, result in ended)  # its other steps were not done
         self._report(model, slots, seconds, seconds / expected if expected and not failed else None, ended)
 
     def _report(self, model: int, slots: int, seconds: float, pace: float | None, ended: list[SlotResult]) -> None:
         memory = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        self.server.send(StepReport(model, slots, seconds, pace, [(one.id, one.result) for one in ended], memory))
+        self.server.send(StepReport(model, slots, seconds, pace, [(id, result) for id, result in ended], memory))
 
 
 if __name__ == "__main__":
     for _signal in (signal.SIGINT, signal.SIGTERM):  # the server ends it, when all is answered
         signal.signal(_signal, signal.SIG_IGN)
-    _descriptor, _device, _slots, _threads, *_rest = sys.argv[1:]
-    _config = WorkerConfig(_device, int(_slots), int(_threads), *_rest)  # type: ignore[arg-type]
-    logs.set_up(level=_config.log_level, style=_config.log_format)
-    work(Connection(int(_descriptor)), _config)
+    _server = Connection(int(sys.argv[1]))
+    with contextlib.suppress(EOFError, ConnectionError):  # the server has ended before it said how to work
+        _config = _server.recv()
+        logs.set_up(level=_config.log_level, style=_config.log_format)
+        work(_server, _config)
     logging.shutdown()
     os._exit(0)  # a broken device may hang in its own clean-up

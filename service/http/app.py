@@ -12,7 +12,7 @@ from fastapi.responses import RedirectResponse
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.engine import Engine, EngineState
 from unperturb.service.engine.handle import WorkerHandle
-from unperturb.service.engine.worker import WorkerConfig
+from unperturb.service.engine.messages import WorkerConfig
 from unperturb.service.http import problem
 from unperturb.service.http.gateway import Gateway
 from unperturb.service.http.observe import Observe

@@ -21,8 +21,8 @@ from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.batching import ContinuousBatch, Slot
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
-from unperturb.service.engine.messages import Outcome
-from unperturb.service.engine.worker import WorkerConfig, work
+from unperturb.service.engine.messages import Outcome, WorkerConfig
+from unperturb.service.engine.worker import work
 from unperturb.service.telemetry.metrics import Metrics
 
 Pixels = NDArray[Any]
@@ -32,7 +32,7 @@ class ThreadHandle(WorkerHandle):
     """The worker in a thread of this process, so that a test can reach into it."""
 
     def _start_worker(self, theirs: Connection) -> None:
-        threading.Thread(target=work, args=(theirs, self.config), daemon=True).start()
+        threading.Thread(target=lambda: work(theirs, theirs.recv()), daemon=True).start()
 
 
 @contextmanager
