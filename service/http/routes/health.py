@@ -4,7 +4,6 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
-from unperturb.service.errors import NotReadyError
 from unperturb.service.http import problem
 from unperturb.service.http.dependencies import FOR_USERS, GatewayOfApp
 from unperturb.service.telemetry.metrics import CONTENT_TYPE
@@ -19,16 +18,14 @@ TEXT: dict[int | str, dict[str, Any]] = {
 @router.get("/healthz", responses=UNAVAILABLE)
 async def healthz(gateway: GatewayOfApp) -> dict[str, str]:
     """Say whether the process can serve, now or after its warm-up; 503 when it must be restarted."""
-    if gateway.engine.failure is not None:
-        raise NotReadyError(gateway.engine.not_ready or "")
+    gateway.engine.require_alive()
     return {"status": "alive"}
 
 
 @router.get("/readyz", responses=UNAVAILABLE)
 async def readyz(gateway: GatewayOfApp) -> dict[str, str]:
     """Say whether requests are served; 503 before the warm-up, when stopping, and after a failure."""
-    if (reason := gateway.engine.not_ready) is not None:
-        raise NotReadyError(reason)
+    gateway.engine.require_ready()
     return {"status": "ready"}
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
-from unperturb.service.errors import MalformedRequestError, NotReadyError
+from unperturb.service.errors import MalformedRequestError
 from unperturb.service.http import json_body, problem
 from unperturb.service.http.dependencies import FOR_USERS, GatewayOfApp, Key
 from unperturb.service.http.gateway import Timeout
@@ -63,16 +63,14 @@ async def server(request: Request) -> dict[str, Any]:
 @router.get("/health/live", responses=problem.responses(503))
 async def live(gateway: GatewayOfApp) -> dict[str, bool]:
     """Say whether the process can still serve."""
-    if gateway.engine.failure is not None:
-        raise NotReadyError(gateway.engine.not_ready or "")
+    gateway.engine.require_alive()
     return {"live": True}
 
 
 @router.get("/health/ready", responses=problem.responses(503))
 async def ready(gateway: GatewayOfApp) -> dict[str, bool]:
     """Say whether requests are served."""
-    if (reason := gateway.engine.not_ready) is not None:
-        raise NotReadyError(reason)
+    gateway.engine.require_ready()
     return {"ready": True}
 
 
@@ -104,8 +102,7 @@ async def metadata(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
 async def model_ready(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
     """Say whether requests to this model are served."""
     model = gateway.engine.models.get(id)
-    if (reason := gateway.engine.not_ready) is not None:
-        raise NotReadyError(reason)
+    gateway.engine.require_ready()
     return {"name": model.id, "ready": True}
 
 
