@@ -158,92 +158,120 @@ SCALES: dict[str, Scale] = {
 }
 
 
-def arms(scale: Scale) -> dict[str, Arm]:
-    """Every arm by name, those that others need first."""
-    contrast, tuned = scale.contrast, {**scale.contrast, **scale.fine_tuning}
-    tested = {"test-images": str(scale.test_images)}
-    untested = {"test-images": "1"}  # what is measured at several radii instead
-    readout = {**scale.readout, **tested}
-    made: dict[str, Arm] = {}
+class Building:
+    """The arms of a scale, while they are added one after the other."""
 
-    def pretrain(name: str, method: str, more: Options, needs: str | None = None) -> None:
-        base = contrast if needs is None else {k: v for k, v in tuned.items() if k not in ("arch", "activation")}
+    def __init__(self, scale: Scale) -> None:
+        self.scale = scale
+        self.tested = {"test-images": str(scale.test_images)}
+        self.untested = {"test-images": "1"}  # what is measured at several radii instead
+        self.readout = {**scale.readout, **self.tested}
+        self.made: dict[str, Arm] = {}
+
+    def pretrain(self, name: str, method: str, more: Options, needs: str | None = None) -> None:
+        """Add an encoder, from random weights or from the one that it needs."""
+        base = self.scale.contrast
+        if needs is not None:
+            base = {**base, **self.scale.fine_tuning}
+            base = {key: value for key, value in base.items() if key not in ("arch", "activation")}
         measures = ("detector",) if "false-negatives" in more else ()
-        made[name] = Arm(command="pretrain", options={**base, "method": method, **more}, needs=needs, measures=measures)
+        options = {**base, "method": method, **more}
+        self.made[name] = Arm(command="pretrain", options=options, needs=needs, measures=measures)
 
-    def linear(name: str) -> None:
-        options = {**readout, **untested}
-        made[f"{name}-linear"] = Arm(command="linear", options=options, needs=name, measures=("radii",))
+    def linear(self, name: str) -> None:
+        """Add a linear classifier on an encoder's features."""
+        options = {**self.readout, **self.untested}
+        self.made[f"{name}-linear"] = Arm(command="linear", options=options, needs=name, measures=("radii",))
 
-    def neighbours(name: str, encoder: str) -> None:
-        options = {**scale.knn, **untested}
-        made[name] = Arm(command="knn", options=options, needs=encoder, measures=("neighbours",))
+    def neighbours(self, name: str, encoder: str) -> None:
+        """Add a kNN classifier on an encoder's features."""
+        options = {**self.scale.knn, **self.untested}
+        self.made[name] = Arm(command="knn", options=options, needs=encoder, measures=("neighbours",))
 
-    def supervised(name: str, base: Options, more: Options, *, measures: tuple[str, ...] = ("test",)) -> None:
-        made[name] = Arm(command="classifier", options={**base, **tested, **more}, measures=measures)
+    def supervised(self, name: str, base: Options, more: Options, *, measures: tuple[str, ...] = ("test",)) -> None:
+        """Add a classifier trained with labels."""
+        self.made[name] = Arm(command="classifier", options={**base, **self.tested, **more}, measures=measures)
 
-    pretrain("simclr", "simclr", {})
-    linear("simclr")
-    pretrain("rocl", "rocl", {})
-    linear("rocl")
-    made["simclr-instance"] = Arm(command="", options={}, needs="simclr-linear", measures=("instance",))
-    neighbours("simclr-knn", "simclr")
-    pretrain("simclr-longer", "simclr", {}, "simclr")  # as many epochs as the next
-    neighbours("simclr-longer-knn", "simclr-longer")
-    pretrain("mutual-information", "mutual-information", {}, "simclr")
-    neighbours("mutual-information-knn", "mutual-information")
-    supervised("natural", scale.supervised, {"method": "natural"})
-    neighbours("natural-knn", "natural")
-    pretrain("deacl", "deacl", {}, "simclr")
-    linear("deacl")
-    pretrain("moco", "moco", {})
-    linear("moco")
+
+def arms(scale: Scale) -> dict[str, Arm]:
+    """Return every arm by name, those that others need first."""
+    plan = Building(scale)
+    _add_contrastive(plan)
+    _add_supervised(plan)
+    _add_readouts(plan)
+    return plan.made
+
+
+def _add_contrastive(plan: Building) -> None:
+    plan.pretrain("simclr", "simclr", {})
+    plan.linear("simclr")
+    plan.pretrain("rocl", "rocl", {})
+    plan.linear("rocl")
+    plan.made["simclr-instance"] = Arm(command="", options={}, needs="simclr-linear", measures=("instance",))
+    plan.neighbours("simclr-knn", "simclr")
+    plan.pretrain("simclr-longer", "simclr", {}, "simclr")  # as many epochs as the next
+    plan.neighbours("simclr-longer-knn", "simclr-longer")
+    plan.pretrain("mutual-information", "mutual-information", {}, "simclr")
+    plan.neighbours("mutual-information-knn", "mutual-information")
+    plan.supervised("natural", plan.scale.supervised, {"method": "natural"})
+    plan.neighbours("natural-knn", "natural")
+    plan.pretrain("deacl", "deacl", {}, "simclr")
+    plan.linear("deacl")
+    plan.pretrain("moco", "moco", {})
+    plan.linear("moco")
     for kind in ("top", "quantile", "labels"):
-        pretrain(f"simclr-{kind}", "simclr", {"false-negatives": kind, **scale.false_negatives})
-        linear(f"simclr-{kind}")
-    supervised("silu", scale.overfitting, {"activation": "silu"}, measures=("test", "overfitting"))
-    supervised("relu", scale.overfitting, {"activation": "relu"}, measures=("test", "overfitting"))
-    warm = str(int(scale.overfitting["epochs"]) // 4)
-    supervised(
+        plan.pretrain(f"simclr-{kind}", "simclr", {"false-negatives": kind, **plan.scale.false_negatives})
+        plan.linear(f"simclr-{kind}")
+
+
+def _add_supervised(plan: Building) -> None:
+    plan.supervised("silu", plan.scale.overfitting, {"activation": "silu"}, measures=("test", "overfitting"))
+    plan.supervised("relu", plan.scale.overfitting, {"activation": "relu"}, measures=("test", "overfitting"))
+    warm = str(int(plan.scale.overfitting["epochs"]) // 4)
+    plan.supervised(
         "self-adaptive",
-        scale.overfitting,
+        plan.scale.overfitting,
         {"activation": "silu", "self-adaptive-from": warm},
         measures=("test", "overfitting"),
     )
-    supervised(
+    plan.supervised(
         "weight-perturbation",
-        scale.overfitting,
+        plan.scale.overfitting,
         {"activation": "silu", "weight-perturbation": "5e-3"},
         measures=("test", "overfitting"),
     )
-    epochs = int(contrast["epochs"])
-    supervised("labels-only", scale.labels, {"epochs": str(epochs * 10)})  # as many steps as S4L: a tenth of the images
-    supervised("s4l", scale.labels, {"epochs": str(epochs), "self-supervised-weight": "1"})
-    made["rocl-robust-linear"] = Arm(
+    epochs = int(plan.scale.contrast["epochs"])
+    plan.supervised(
+        "labels-only", plan.scale.labels, {"epochs": str(epochs * 10)}
+    )  # as many steps as S4L: a tenth of the images
+    plan.supervised("s4l", plan.scale.labels, {"epochs": str(epochs), "self-supervised-weight": "1"})
+
+
+def _add_readouts(plan: Building) -> None:
+    plan.made["rocl-robust-linear"] = Arm(
         command="linear",
-        options={**readout, "method": "pgd", "attack-steps": "3", "attack-step-size": "4/255", "epochs": "5"},
+        options={**plan.readout, "method": "pgd", "attack-steps": "3", "attack-step-size": "4/255", "epochs": "5"},
         needs="rocl",
     )
-    made["efficientnet"] = Arm(
+    plan.made["efficientnet"] = Arm(
         command="classifier",
-        options={**scale.frozen, **tested, "arch": "efficientnet_b0", "method": "natural"},
+        options={**plan.scale.frozen, **plan.tested, "arch": "efficientnet_b0", "method": "natural"},
         seeds=1,
     )
-    made["efficientnet-dense"] = Arm(
-        command="linear", options={**readout, **untested, "hidden": "256"}, needs="efficientnet", seeds=1
+    plan.made["efficientnet-dense"] = Arm(
+        command="linear", options={**plan.readout, **plan.untested, "hidden": "256"}, needs="efficientnet", seeds=1
     )
-    made["generator"] = Arm(
+    plan.made["generator"] = Arm(
         command="generator",
-        options={**scale.generator, **tested},
+        options={**plan.scale.generator, **plan.tested},
         needs="efficientnet-dense",
         measures=("generator",),
         seeds=5,  # they differ much
     )
     for name, more in (("head-plain", {}), ("head-robust", {"adversarial": ""})):
-        made[name] = Arm(command="head", options={**scale.head, **more}, measures=("harness",))
+        plan.made[name] = Arm(command="head", options={**plan.scale.head, **more}, measures=("harness",))
     for name in ("simclr", "rocl"):
-        made[f"{name}-transfer"] = Arm(command="linear", options={**readout, "data": "cifar100"}, needs=name)
-    return made
+        plan.made[f"{name}-transfer"] = Arm(command="linear", options={**plan.readout, "data": "cifar100"}, needs=name)
 
 
 ScaleName = Literal["small", "full"]

@@ -15,7 +15,7 @@ Seeds = dict[int, float]  # a figure by seed, as a share of 1
 FEWEST = 3  # seeds, for a difference to be judged
 
 
-class Row(NamedTuple):
+class SystemRow(NamedTuple):
     """What was measured, and what it shows; its budget is that of `arm`."""
 
     system: str
@@ -99,17 +99,17 @@ def verdict(difference: Difference, *, least: float = 0.0) -> str:
     return "shown" if difference.mean >= least else "the direction, not the size"
 
 
-def _simclr(found: Found) -> Row:
+def _simclr(found: Found) -> SystemRow:
     linear, knn = found.values("simclr-linear", "radii", "clean"), found.values("simclr-knn", "neighbours", "clean")
-    return Row("SimCLR", f"linear {spread(linear)}, kNN {spread(knn)}", "simclr", "the base of the rows below")
+    return SystemRow("SimCLR", f"linear {spread(linear)}, kNN {spread(knn)}", "simclr", "the base of the rows below")
 
 
-def _moco(found: Found) -> Row:
+def _moco(found: Found) -> SystemRow:
     linear, base = (found.values(f"{name}-linear", "radii", "clean") for name in ("moco", "simclr"))
-    return Row("MoCo", f"linear {spread(linear)}", "moco", f"beside SimCLR's: {gain(linear, base)} points")
+    return SystemRow("MoCo", f"linear {spread(linear)}", "moco", f"beside SimCLR's: {gain(linear, base)} points")
 
 
-def _rocl(found: Found) -> Row:
+def _rocl(found: Found) -> SystemRow:
     robust, base = (found.values(f"{name}-linear", "radii", "pgd-8/255") for name in ("rocl", "simclr"))
     clean = found.values("rocl-linear", "radii", "clean")
     measured = f"linear {spread(clean)}, robust {spread(robust)} (SimCLR's {spread(base)})"
@@ -123,19 +123,19 @@ def _rocl(found: Found) -> Row:
     measured += f"; on CIFAR-100 {spread(to[0])}, robust {spread(to[1])} (SimCLR's {spread(to[2])}, {spread(to[3])})"
     more = gain(robust, base)
     shows = f"≥ 15 points more robust than SimCLR ({more}): {verdict(more, least=15)}"
-    return Row("RoCL", measured, "rocl", shows)
+    return SystemRow("RoCL", measured, "rocl", shows)
 
 
-def _instance(found: Found) -> Row:
+def _instance(found: Found) -> SystemRow:
     names = ("clean", "noise", "sim", "mse", "l1", "cos")
     cells = {name: found.values("simclr-instance", "instance", name) for name in names}
     more = gain(cells["noise"], cells["sim"])
     measured = "SimCLR's linear: " + ", ".join(f"`{name}` {spread(values)}" for name, values in cells.items())
     shows = f"`sim` takes ≥ 30 points more than noise ({more}): {verdict(more, least=30)}"
-    return Row("label-free instance attack", measured, "simclr-instance", shows)
+    return SystemRow("label-free instance attack", measured, "simclr-instance", shows)
 
 
-def _generator(found: Found) -> Row:
+def _generator(found: Found) -> SystemRow:
     clean, noise, attacked = (found.values("generator", "generator", name) for name in ("clean", "noise", "generator"))
     same = all(found.values("generator", "generator", "classifier_unchanged").values())
     drop, more = gain(clean, attacked), gain(noise, attacked)
@@ -144,10 +144,10 @@ def _generator(found: Found) -> Row:
         f"takes ≥ 5 points ({drop}): {verdict(drop, least=5)}; more than noise ({more}): {verdict(more)}; "
         f"the classifier's digest is {'the same' if same else '**another**'} afterwards"
     )
-    return Row("contrastive attack generator", measured, "generator", shows)
+    return SystemRow("contrastive attack generator", measured, "generator", shows)
 
 
-def _neighbours(found: Found) -> Row:
+def _neighbours(found: Found) -> SystemRow:
     arms = ("natural-knn", "simclr-longer-knn", "mutual-information-knn")
     cells, shows = [], []
     for name in ("clean", "pgd-2/255", "pgd-8/255"):
@@ -160,10 +160,10 @@ def _neighbours(found: Found) -> Row:
                 f"self-supervised < adversarial ({steps[1]}): {verdict(steps[1])}"
             )
     measured = f"supervised / self-supervised / adversarial: {'; '.join(cells)}"
-    return Row("kNN and self-supervised adversarial training", measured, "mutual-information", "; ".join(shows))
+    return SystemRow("kNN and self-supervised adversarial training", measured, "mutual-information", "; ".join(shows))
 
 
-def _false_negatives(found: Found) -> Row:
+def _false_negatives(found: Found) -> SystemRow:
     parts = []
     for kind in ("top", "quantile"):
         precision, recall, chance = (
@@ -185,22 +185,22 @@ def _false_negatives(found: Found) -> Row:
         f"`top`'s precision ≥ 3 times chance ({times:.1f}): {enough}; plain ≤ `top` ({steps[0]}): {verdict(steps[0])}; "
         f"`top` ≤ oracle ({steps[1]}): {verdict(steps[1])}"
     )
-    return Row("false-negative removal", "; ".join(parts), "simclr-top", shows)
+    return SystemRow("false-negative removal", "; ".join(parts), "simclr-top", shows)
 
 
-def _deacl(found: Found) -> Row:
+def _deacl(found: Found) -> SystemRow:
     clean, robust = (found.values("deacl-linear", "radii", name) for name in ("clean", "pgd-8/255"))
     more = gain(robust, found.values("rocl-linear", "radii", "pgd-8/255"))
     share = found.seconds("deacl") / found.seconds("rocl")
     shows = f"robust beside RoCL's {more} points, at {share:.0%} of its time, its teacher's included"
-    return Row("DeACL", f"linear {spread(clean)}, robust {spread(robust)}", "deacl", shows)
+    return SystemRow("DeACL", f"linear {spread(clean)}, robust {spread(robust)}", "deacl", shows)
 
 
-def _silu(found: Found) -> Row:
+def _silu(found: Found) -> SystemRow:
     smooth, sharp = (found.values(name, "test", "pgd_accuracy") for name in ("silu", "relu"))
     more = gain(smooth, sharp)
     measured = f"robust (PGD-20, 4/255) at the chosen epoch: SiLU {spread(smooth)}, ReLU {spread(sharp)}"
-    return Row("smooth activations", measured, "silu", f"SiLU ≥ ReLU ({more}): {verdict(more)}")
+    return SystemRow("smooth activations", measured, "silu", f"SiLU ≥ ReLU ({more}): {verdict(more)}")
 
 
 def _overfitting(found: Found, name: str) -> tuple[str, Seeds, Seeds, Difference]:
@@ -214,29 +214,29 @@ def _overfitting(found: Found, name: str) -> tuple[str, Seeds, Seeds, Difference
     return measured, own, plain, gain(*last)
 
 
-def _self_adaptive(found: Found) -> Row:
+def _self_adaptive(found: Found) -> SystemRow:
     measured, own, plain, _ = _overfitting(found, "self-adaptive")
     ratio = statistics.mean(own.values()) / max(statistics.mean(plain.values()), 1e-9)
     closed = gain(plain, own)
     enough = verdict(closed, least=50 * statistics.mean(plain.values()))
     shows = f"gap at least halved ({ratio:.2f} of it, {closed} points closed): {enough}"
-    return Row("self-adaptive training", measured, "self-adaptive", shows)
+    return SystemRow("self-adaptive training", measured, "self-adaptive", shows)
 
 
-def _weight_perturbation(found: Found) -> Row:
+def _weight_perturbation(found: Found) -> SystemRow:
     measured, _, _, more = _overfitting(found, "weight-perturbation")
     shows = f"more robust at the last epoch ({more}): {verdict(more)}"
-    return Row("adversarial weight perturbation", measured, "weight-perturbation", shows)
+    return SystemRow("adversarial weight perturbation", measured, "weight-perturbation", shows)
 
 
-def _s4l(found: Found) -> Row:
+def _s4l(found: Found) -> SystemRow:
     both, alone = (found.values(name, "test", "clean_accuracy") for name in ("s4l", "labels-only"))
     more = gain(both, alone)
     measured = f"10% labels: {spread(both)}, labels only {spread(alone)}"
-    return Row("S4L", measured, "s4l", f"beats labels only ({more}): {verdict(more)}")
+    return SystemRow("S4L", measured, "s4l", f"beats labels only ({more}): {verdict(more)}")
 
 
-def _head(found: Found) -> Row:
+def _head(found: Found) -> SystemRow:
     cells, differences = [], []
     for figure in ("clean", "transfer", "bpda-contrastive", "worst_case"):
         values = [found.values(name, "harness", figure) for name in ("head-robust", "head-plain")]
@@ -245,10 +245,10 @@ def _head(found: Found) -> Row:
     seed = next(iter(found.arms["head-robust"]["seeds"].values()))
     n = seed["figures"]["harness"]["clean"]["n"]
     measured = f"reverse attack with the robust / the plain head, n = {n}: {', '.join(cells)}"
-    return Row("robust head", measured, "head-robust", f"points gained: {', '.join(differences)}")
+    return SystemRow("robust head", measured, "head-robust", f"points gained: {', '.join(differences)}")
 
 
-ROWS: dict[str, Callable[[Found], Row]] = {
+ROWS: dict[str, Callable[[Found], SystemRow]] = {
     "SimCLR": _simclr,
     "MoCo": _moco,
     "RoCL": _rocl,

@@ -50,7 +50,7 @@ def make_points(
     return Points(clean, torch.cat(parts), (clean + epsilon * signs).clamp(0, 1), labels)
 
 
-class Purification(NamedTuple):
+class PurifiedSet(NamedTuple):
     """Per image: whether its purified version is classified right; the InfoNCE loss before and after."""
 
     correct: list[bool]
@@ -60,9 +60,9 @@ class Purification(NamedTuple):
 
 def purify_all(
     defended: DefendedClassifier, images: Tensor, labels: Tensor, *, seed: int, batch: int, name: str
-) -> Purification:
+) -> PurifiedSet:
     """Purify and classify; the seed is every image's own, as in the service."""
-    rows = Purification([], [], [])
+    rows = PurifiedSet([], [], [])
     for x, y in tqdm(list(zip(images.split(batch), labels.split(batch), strict=True)), desc=name, leave=False):
         with torch.no_grad():
             purified = defended.purify(x, seed=seed)
@@ -97,6 +97,6 @@ def mean(values: list[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).mean())
 
 
-def describe(purification: Purification) -> dict[str, Any]:
+def describe(purification: PurifiedSet) -> dict[str, Any]:
     """The mean losses, for a result file."""
     return {"loss_before": mean(purification.loss_before), "loss_after": mean(purification.loss_after)}

@@ -24,6 +24,7 @@ from unperturb.benchmarks.reporting.rows import (
 from unperturb.models.errors import UnperturbError
 from unperturb.models.files import write_whole
 
+SCRIPT = "benchmarks/reporting/report.py"
 ASSETS = Path(__file__).resolve().parent / "assets"
 HEADS = (
     "model",
@@ -148,7 +149,7 @@ def write_report(folder: Path, out: Path) -> list[Path]:
 
 def main(arguments: list[str]) -> int:
     """Write the report, or say why not."""
-    parser = argparse.ArgumentParser(prog="report.py", description=(__doc__ or "").partition("\n\n")[2])
+    parser = argparse.ArgumentParser(prog=SCRIPT, description=(__doc__ or "").partition("\n\n")[2])
     parser.add_argument("results", type=Path, help="folder with result files, searched with its subfolders")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder for the report (default: report)")
     chosen = parser.parse_args(arguments)
@@ -156,8 +157,15 @@ def main(arguments: list[str]) -> int:
         for file in write_report(chosen.results, chosen.out):
             print(file)
     except UnperturbError as error:
-        print(f"benchmarks/reporting/report.py: {error}", file=sys.stderr)
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # not writable, disk full
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{SCRIPT}: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{SCRIPT}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from unperturb.models.files import write_whole
 
+ROOT = Path(__file__).resolve().parents[2]  # holds models/ and benchmarks/
+
 
 class Unit(NamedTuple):
     """One attack on one chunk: the points [n, 3, h, w], which of them are classified right, by what margin (the
@@ -57,9 +59,8 @@ def _read(file: Path) -> Unit:
         return Unit(**fields, **json.loads(str(stored["rest"])))
 
 
-def code_digest() -> str:
-    """SHA-256 over what computes a unit: a stored one is not taken for that of other code."""
-    root = Path(__file__).resolve().parents[2]
+def code_digest(root: Path = ROOT) -> str:
+    """Return the SHA-256 over the code that computes a unit: a stored one is not taken for that of other code."""
     digest = hashlib.sha256()
     for file in sorted((*root.glob("models/**/*.py"), *root.glob("benchmarks/robustness/**/*.py"))):
         digest.update(str(file.relative_to(root)).encode())

@@ -63,22 +63,9 @@ def measure(config: LoadConfig) -> dict[str, Any]:
             open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
         ),
     ):
-        lone = asyncio.run(
-            open_loop.saturate(
-                url, requests, clients=1, seconds=config.calibration_seconds, seed=config.seed, pause_s=PAUSE_S
-            )
+        solo_ms, back_to_back_ms, closed = calibrate(
+            url, requests, seconds=config.calibration_seconds, seed=config.seed
         )
-        loops = {
-            clients: asyncio.run(
-                open_loop.saturate(url, requests, clients=clients, seconds=config.calibration_seconds, seed=config.seed)
-            )
-            for clients in CLIENTS
-        }
-        solo_ms, back_to_back_ms = (statistics.median(one.seconds * 1000 for one in sent) for sent in (lone, loops[1]))
-        closed = {
-            clients: sum(one.status == 200 for one in sent) / config.calibration_seconds
-            for clients, sent in loops.items()
-        }
         capacity = max(closed.values())
         print(f"closed loops: {closed}", file=sys.stderr)
         print(
@@ -105,6 +92,20 @@ def measure(config: LoadConfig) -> dict[str, Any]:
         "goodput_at_300_over_best": at_300["goodput"] / best,
         "statuses": sorted({status for row in rows for status in row["statuses"]}),
     }
+
+
+def calibrate(
+    url: str, requests: list[open_loop.Prepared], *, seconds: float, seed: int
+) -> tuple[float, float, dict[int, float]]:
+    """Return the ms of a lone request to an idle server and right after another, and what each closed loop answers."""
+    lone = asyncio.run(open_loop.saturate(url, requests, clients=1, seconds=seconds, seed=seed, pause_s=PAUSE_S))
+    loops = {
+        clients: asyncio.run(open_loop.saturate(url, requests, clients=clients, seconds=seconds, seed=seed))
+        for clients in CLIENTS
+    }
+    solo_ms, back_to_back_ms = (statistics.median(one.seconds * 1000 for one in sent) for sent in (lone, loops[1]))
+    closed = {clients: sum(one.status == 200 for one in sent) / seconds for clients, sent in loops.items()}
+    return solo_ms, back_to_back_ms, closed
 
 
 def plot(found: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers.litserve_server PORT`: the purifier behind LitServe's dynamic batching."""
+"""`python -m unperturb.benchmarks.serving.peers.litserve_server PORT`: LitServe's dynamic batching, measured."""
 
 import sys
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import litserve
 import torch
 
-from unperturb.benchmarks.serving.peers.shared import BATCH_WAIT_S, MAX_BATCH, Model
+from unperturb.benchmarks.serving.peers.shared import BATCH_WAIT_S, MAX_BATCH, PeerModel
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]
@@ -14,7 +14,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
 
     def setup(self, device: str) -> None:
         """Load the model."""
-        self.model = Model()
+        self.model = PeerModel()
 
     def decode_request(self, request: dict[str, Any]) -> tuple[torch.Tensor, str]:
         """One request's image."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.peers.ray_batch_server PORT`: the purifier behind Ray Serve's `@serve.batch`."""
+"""`python -m unperturb.benchmarks.serving.peers.ray_batch_server PORT`: Ray Serve's `@serve.batch`, measured."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import torch
 from ray import serve
 from starlette.requests import Request
 
-from unperturb.benchmarks.serving.peers.shared import BATCH_WAIT_S, MAX_BATCH, Model
+from unperturb.benchmarks.serving.peers.shared import BATCH_WAIT_S, MAX_BATCH, PeerModel
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_gpus": 1 if torch.cuda.is_available() else 0})
@@ -19,7 +19,7 @@ class Batched:
 
     def __init__(self) -> None:
         torch.set_num_threads(os.cpu_count() or 1)  # Ray gives an actor one thread
-        self.model = Model()
+        self.model = PeerModel()
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
     async def predict(self, batch: list[Any]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ MAX_BATCH = int(os.environ.get("PEER_MAX_BATCH", "16"))
 BATCH_WAIT_S = 0.01
 
 
-class Model:
+class PeerModel:
     """The shipped checkpoint behind both presets."""
 
     def __init__(self) -> None:
