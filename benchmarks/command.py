@@ -1,4 +1,4 @@
-"""What every script of this folder shares: the first options, and how one is run from the command line."""
+"""Share between the scripts of this folder the first options, and how one is run from the command line."""
 
 import sys
 from collections.abc import Callable, Sequence

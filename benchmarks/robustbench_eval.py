@@ -65,7 +65,7 @@ class EvaluationConfig:
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run, before any compute."""
+        """Raise ConfigError for values out of range."""
         for name in ("n_examples", "chunk"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")

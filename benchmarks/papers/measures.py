@@ -61,7 +61,7 @@ def _log(run: Path) -> list[dict[str, Any]]:
 
 
 def test(subject: Subject) -> dict[str, Any]:
-    """What the trainer measured, once, on the test images: clean and PGD-20 at 8/255."""
+    """Return what the trainer measured, once, on the test images: clean and PGD-20 at 8/255."""
     return dict(checkpoint.read_card(subject.folder).figures["test"])
 
 

@@ -1,4 +1,4 @@
-"""What `benchmarks/papers/run.py` trains and measures: every system of the field's root papers as arms, at two scales.
+"""Plan what run.py trains and measures: every system of the field's root papers as arms, at two scales.
 
 An arm is one training command, run once per seed, and the measurements that are taken of its checkpoint. Arms that are
 compared have the same schedule, data and seeds.
@@ -28,7 +28,7 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What is common to all arms; `small` is for two CPU cores, `full` for a GPU."""
+    """Hold what is common to all arms; `small` is for two CPU cores, `full` for a GPU."""
 
     contrast: Options  # of pre-training
     fine_tuning: Options  # of what goes on from a pre-trained encoder

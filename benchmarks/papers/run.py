@@ -50,7 +50,7 @@ class PapersConfig:
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         for name in ("seeds", "jobs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
@@ -112,7 +112,7 @@ class Campaign:
         return None if needs is None else (needs, min(seed, self.arms[needs].seeds - 1))
 
     def known(self, name: str, seed: int) -> bool:
-        """Whether the arm's file has every figure of that seed, made by the same options of the same data."""
+        """Return whether the arm's file has every figure of that seed, by the same options of the same data."""
         found = self._before(name).get(str(seed))
         return found is not None and found["figures"].keys() == set(self.arms[name].measures)
 
@@ -124,7 +124,7 @@ class Campaign:
         return dict(found["seeds"]) if all(found[key] == value for key, value in self.identity(name).items()) else {}
 
     def identity(self, name: str) -> dict[str, Any]:
-        """What an arm's figures depend on, beside the code and the seed."""
+        """Return what an arm's figures depend on, beside the code and the seed."""
         return {
             "scale": self.config.scale,
             "options": self.chain(name),
@@ -175,7 +175,7 @@ class Campaign:
         print(f"{name}, seed {seed}: done", flush=True)
 
     def dataset(self, name: str) -> data.DataSet:
-        """What the arm is trained and measured on."""
+        """Return what the arm is trained and measured on."""
         return self.datasets[self.config.transfer_data if "data" in self.arms[name].options else self.config.data]
 
     def folder(self, name: str, seed: int) -> Path:

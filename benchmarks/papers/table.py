@@ -16,7 +16,7 @@ FEWEST = 3  # seeds, for a difference to be judged
 
 
 class SystemRow(NamedTuple):
-    """What was measured, and what it shows; its budget is that of `arm`."""
+    """One system's row: what was measured, and what it shows; its budget is that of `arm`."""
 
     system: str
     measured: str
@@ -91,7 +91,7 @@ def gain(first: Seeds, second: Seeds) -> Difference:
 
 
 def verdict(difference: Difference, *, least: float = 0.0) -> str:
-    """Whether a difference is what was to be shown: its 95% interval above 0, and its mean at least `least` points."""
+    """Return whether a difference is shown: its 95% interval above 0, its mean at least `least` points."""
     if difference.seeds < FEWEST:
         return f"not judged on {difference.seeds} seed{'s' * (difference.seeds > 1)}"
     if difference.mean - difference.half <= 0:
@@ -204,7 +204,7 @@ def _silu(found: Found) -> SystemRow:
 
 
 def _overfitting(found: Found, name: str) -> tuple[str, Seeds, Seeds, Difference]:
-    """What an arm and the plain one measured, their gaps, and what the arm gains at the last epoch."""
+    """Return what an arm and the plain one measured, their gaps, and what the arm gains at the last epoch."""
     own, plain = (found.values(arm, "overfitting", "gap") for arm in (name, "silu"))
     last = [found.values(arm, "overfitting", "last") for arm in (name, "silu")]
     measured = (

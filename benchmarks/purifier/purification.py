@@ -49,7 +49,7 @@ class PurificationConfig(BenchmarkConfig):
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         for name in ("n", "steps", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")

@@ -66,7 +66,7 @@ class SpeedConfig(BenchmarkConfig):
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         if not all(size.isdigit() and int(size) > 0 for size in self.batch):
             raise ConfigError(f"batch={' '.join(self.batch)!r} are not whole numbers of at least 1")
         for name in ("steps", "blocks", "n"):
@@ -134,7 +134,7 @@ class Ways:
 
 
 class Timed(NamedTuple):
-    """What is timed: its precision, steps and views."""
+    """Return what is timed: its precision, steps and views."""
 
     precision: Precision
     steps: int

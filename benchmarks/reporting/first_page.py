@@ -1,4 +1,4 @@
-"""What the first page says in figures: the headline, the one table, and how often what the picture shows happens."""
+"""Make the first page's figures: the headline, the one table, and how often what the picture shows happens."""
 
 from typing import Any
 

@@ -35,7 +35,7 @@ def classifier_table() -> str:
 
 
 def gates_table() -> str:
-    """What the shipped checkpoint's gates leave as it is, from its card."""
+    """Return the table of what the shipped checkpoint's gates leave as it is, from its card."""
     gates = checkpoint.read_card(checkpoint.resolve("default")).gates
     n = next(iter(gates.values()))["n"]
     rows = [f"| n = {n:,} held-out training images | clean left | attacked left (PGD-20) |", "| --- | --- | --- |"]

@@ -81,7 +81,7 @@ def cells(row: Row) -> list[str]:
 
 
 def sort_keys(row: Row) -> list[float | str]:
-    """What each cell of the page sorts by."""
+    """Return the key that each cell of the page sorts by."""
     numbers = (row.clean, row.static, row.transfer, row.worst, row.worst_of_draws, row.ms_per_image)
     return [
         row.model,

@@ -61,7 +61,7 @@ def speed_plot(record: dict[str, Any]) -> bytes:
 
 
 def http_table(records: list[dict[str, Any]]) -> str:
-    """What the service reaches of the engine alone, a row for each way to run both."""
+    """Return the table of what the service reaches of the engine alone, a row for each way to run both."""
     turns = sorted({record["config"]["turns"] for record in records})
     rows = [
         f"| medians of {' or '.join(map(str, turns))} turns | workers | steps | engine alone, images/s | service "

@@ -48,7 +48,7 @@ class CorruptionRun(Evaluation):
 
     @property
     def generated(self) -> bool:
-        """Whether the corruptions are made here, from local images."""
+        """Return whether the corruptions are made here, from local images."""
         return self.data.source != "robustbench"
 
     def run(self) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def gradient_calls() -> Iterator[list[str]]:
 def suspicion_flags(
     defended: DefendedClassifier, x: Float[Tensor, "batch 3 h w"], labels: Int[Tensor, " batch"], *, seed: int
 ) -> dict[str, Any]:
-    """What AutoAttack's checks look for (its flags_doc.md), of the defense as an ordinary caller sees it.
+    """Return what AutoAttack's checks look for (its flags_doc.md), of the defense as an ordinary caller sees it.
 
     randomised: scores move by more than 1e-4 (of unit L2 length) between seeds
     zero_gradients: images whose cross-entropy has no gradient when automatic differentiation goes through the purifier

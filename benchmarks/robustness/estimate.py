@@ -1,4 +1,4 @@
-"""What a run will cost, said before it begins."""
+"""Estimate what a run will cost, before it begins."""
 
 import dataclasses
 import time

@@ -37,7 +37,7 @@ SERVED_SEED = 0  # the service's default
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is done to every model and purifier.
+    """Say what is done to every model and purifier.
 
     shard: (number from 0, count): every count-th chunk of `chunk` images, from the number on
     panel: images that the record shows

@@ -1,4 +1,4 @@
-"""What a record shows of a defense beside its accuracies: loss curves, a panel of images, time per image, flags."""
+"""Show more of a defense than its accuracies: loss curves, a panel of images, time per image, flags."""
 
 import base64
 import io

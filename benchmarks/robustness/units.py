@@ -1,4 +1,4 @@
-"""What has been computed so far: one file per attack and chunk of images, so that a killed run goes on where it was."""
+"""Keep what has been computed so far: one file per attack and chunk of images, so a killed run goes on where it was."""
 
 import hashlib
 import io

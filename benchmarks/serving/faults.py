@@ -52,7 +52,7 @@ class FaultsConfig(BenchmarkConfig):
     out: Path = option("result file; parts that are run again replace those in it", results.FOLDER / "faults.json")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         unknown = set(self.only) - set(PARTS)
         if unknown:
             raise ConfigError(f"only={sorted(unknown)[0]!r} is not one of {', '.join(PARTS)}")

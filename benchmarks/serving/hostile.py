@@ -1,4 +1,4 @@
-"""What the fault benchmark sends: damaged files, bombs, and connections that stall or close."""
+"""Make what the fault benchmark sends: damaged files, bombs, and connections that stall or close."""
 
 import asyncio
 import contextlib

@@ -48,7 +48,7 @@ class HttpCostConfig(BenchmarkConfig):
     out: Path | None = option("result file (default: results/http_cost/, named by these settings)", None)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         if self.turns < 1 or self.clients < 0 or self.seconds <= 0:
             raise ConfigError(
                 f"turns={self.turns} and seconds={self.seconds:g} must be above 0, clients={self.clients} at least 0"

@@ -36,7 +36,7 @@ class LoadConfig(BenchmarkConfig):
     out: Path = option("result file; a plot is written beside it", results.FOLDER / "load.json")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         if min(self.seconds, self.calibration_seconds) <= 0:
             raise ConfigError(
                 f"seconds={self.seconds:g} and calibration_seconds={self.calibration_seconds:g} must be above 0"

@@ -44,7 +44,7 @@ class SideBySideConfig(BenchmarkConfig):
     out: Path = option("result file", results.FOLDER / "side_by_side.json")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be run."""
+        """Raise ConfigError for values out of range."""
         if not 0 <= self.published <= 10 or self.seconds <= 0 or self.rounds < 1:
             raise ConfigError(
                 f"published={self.published} must be 0 to 10, seconds={self.seconds:g} above 0, "
@@ -77,7 +77,7 @@ def servers(config: SideBySideConfig, port: int) -> dict[str, tuple[list[str], s
 
 
 def work(preset: str) -> float:
-    """What an image costs, in images of the preset `default`: its rows forward and (twice that) backward."""
+    """Return what an image costs, in images of the preset `default`: its rows forward and (twice that) backward."""
 
     def rows(name: str) -> int:
         config = PRESETS[name]

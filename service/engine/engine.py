@@ -43,7 +43,7 @@ LOAD_TIMEOUT_S = 900.0  # for one piece of a warm-up: a batch size of a stage, c
 
 
 class EngineState(Enum):
-    """What the engine does with requests."""
+    """The states of the engine: what it does with requests."""
 
     WARMING_UP = "warming up"
     SERVING = "serving"

@@ -15,7 +15,7 @@ from unperturb.service.engine.requests import ImageRequest
 
 
 class WorkerState(Enum):
-    """What a worker is busy with."""
+    """The states of a worker."""
 
     IDLE = "idle"
     STEPPING = "stepping"

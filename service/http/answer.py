@@ -20,7 +20,7 @@ from unperturb.service.engine.registry import Model
 
 
 class ModelName(BaseModel):
-    """Which checkpoint answered."""
+    """The checkpoint that answered."""
 
     id: str
     digest: str = Field(description="SHA-256 of the weights")
@@ -35,13 +35,13 @@ class Prediction(BaseModel):
 
 
 class Unpurified(BaseModel):
-    """What the classifier says of the image as it was received."""
+    """The classifier's answer for the image as it was received."""
 
     predictions: list[Prediction]
 
 
 class Purification(BaseModel):
-    """What the purifier did; all null but `applied` where it was not asked to. Distances in units of [0, 1].
+    """The purifier's work; all null but `applied` where it was not asked to. Distances in units of [0, 1].
 
     `applied` is false, too, where `purify=auto` left the image as it is.
     """

@@ -1,4 +1,4 @@
-"""What is known of one request, for its log line, its metrics and its trace."""
+"""Hold what is known of one request, for its log line, its metrics and its trace."""
 
 from dataclasses import dataclass, field
 

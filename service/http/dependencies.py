@@ -1,4 +1,4 @@
-"""What a handler asks FastAPI for: the gateway, and the client's API key, declared in the OpenAPI document."""
+"""Dependencies of the route handlers: the gateway, and the client's API key, declared in the OpenAPI document."""
 
 from typing import Annotated
 

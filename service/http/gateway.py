@@ -1,4 +1,4 @@
-"""What every route that computes shares: authentication, limits, deadlines, and an end when the client has gone."""
+"""Guard every route that computes: authentication, limits, deadlines, and an end when the client has gone."""
 
 import asyncio
 import math
@@ -49,7 +49,7 @@ class Ticket:
 
 
 class Gateway:
-    """What stands between the routes and the engine."""
+    """The gate between the routes and the engine."""
 
     def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
         self.settings, self.engine, self.metrics = settings, engine, metrics

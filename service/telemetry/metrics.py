@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics; one registry for each app."""
+"""Keep the metrics that Prometheus reads at /metrics; one registry for each app."""
 
 from collections.abc import Callable, Iterable
 

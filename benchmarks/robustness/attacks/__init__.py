@@ -86,5 +86,5 @@ def chosen(text: str) -> tuple[str, ...]:
 
 
 def applies(name: str, *, purifies: bool) -> bool:
-    """Whether the attack says anything that another does not: without a purifier the adaptive ones do not."""
+    """Return whether the attack says anything that another does not: without a purifier the adaptive ones do not."""
     return purifies or not (name == TRANSFER or (name in ATTACKS and ATTACKS[name].adaptive))

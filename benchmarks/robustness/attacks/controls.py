@@ -1,4 +1,4 @@
-"""What is no attack on the image: noise of the same size, and hostile neighbours in the batch."""
+"""Run the controls, which are no attack on the image: noise of the same size, and hostile neighbours in the batch."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What an attack is given: images, labels, the defended classifier as it is served, the ball, and the budget."""
+"""Hold what an attack is given: images, labels, the defended classifier as it is served, the ball, and the budget."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -125,7 +125,7 @@ class Scene:
 
     @property
     def purifies(self) -> bool:
-        """Whether there is a purifier at all."""
+        """Return whether there is a purifier at all."""
         return not isinstance(self.defended.purifier, NoPurifier)
 
     @property
@@ -139,7 +139,7 @@ class Scene:
         return self.defended(x, seed=seeds_of(seed, x))  # type: ignore[no-any-return]
 
     def right(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Bool[Tensor, " batch"]:
-        """Which of `x` are given their label."""
+        """Return which of `x` are given their label."""
         with torch.no_grad():
             return self.logits(x, seed=seed).argmax(1).eq(self.labels)
 
@@ -194,7 +194,7 @@ def dlr_loss(
 
 
 def clearly_wrong(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
-    """Which are misclassified by more than rounding can turn around when they are judged in another batch."""
+    """Return which are misclassified by more than rounding turns around when they are judged in another batch."""
     logits = logits.detach().float()
     own = logits.gather(1, labels[:, None])[:, 0]
     return logits.scatter(1, labels[:, None], float("-inf")).amax(1) - own > 1e-3

@@ -1,4 +1,4 @@
-"""What both peers do with a batch: the same model and purifier as the service, a preset at a time."""
+"""Do with a batch what both peers do: the same model and purifier as the service, a preset at a time."""
 
 import base64
 import os

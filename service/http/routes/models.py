@@ -1,4 +1,4 @@
-"""Which models are served: listed for everybody, changed with an administrator's key."""
+"""List the models that are served, for everybody, and change them, with an administrator's key."""
 
 import asyncio
 import dataclasses

@@ -16,7 +16,7 @@ SHOWN = 5
 
 
 class Purify(BaseModel):
-    """Which model, and how its purifier runs; unknown names are refused."""
+    """The model, and how its purifier runs; unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
