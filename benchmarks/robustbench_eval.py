@@ -74,7 +74,7 @@ class EvaluationConfig:
         self.plan()
 
     def plan(self) -> Plan:
-        """The plan of every run."""
+        """Return the plan of every run."""
         chosen = () if self.threat_model == "corruptions" else attacks.chosen(self.attacks)
         if (attacks.GENERATOR in chosen) != (self.generator is not None):
             raise ConfigError(f"attacks={self.attacks!r}: the attack `generator` and --generator FOLDER go together")
@@ -126,7 +126,7 @@ def result_name(config: EvaluationConfig, plan: Plan, model: str, purifier: str)
 
 
 def open_device(name: str) -> torch.device:
-    """The device, ready and set to give the same answer twice; under torchrun each process has its own GPU."""
+    """Return the device, ready and set to give the same answer twice; under torchrun each process has its own GPU."""
     if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:

@@ -43,7 +43,7 @@ class Subject:
     device: torch.device
 
     def test(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Images in [0, 1], labels and numbers, in chunks."""
+        """Return images in [0, 1], labels and numbers, in chunks."""
         count = min(self.scale.test_images or len(self.dataset.test.labels), len(self.dataset.test.labels))
         numbers = torch.arange(count)
         return [
@@ -66,7 +66,7 @@ def test(subject: Subject) -> dict[str, Any]:
 
 
 def radii(subject: Subject) -> dict[str, Any]:
-    """Clean accuracy, and that under PGD-20 at several radii, the classifier's own gradient."""
+    """Measure clean accuracy, and that under PGD-20 at several radii, the classifier's own gradient."""
     classifier = checkpoint.load(subject.folder, device=subject.device).classifier
     right: dict[str, list[bool]] = {}
     for x, labels, numbers in subject.test():
@@ -104,7 +104,7 @@ def neighbours(subject: Subject) -> dict[str, Any]:
 
 
 def instance(subject: Subject) -> dict[str, Any]:
-    """Accuracy under the label-free attacks of an encoder's features, and under noise of the same size.
+    """Measure accuracy under the label-free attacks of an encoder's features, and under noise of the same size.
 
     The attack knows neither labels nor the readout. 20 steps of 2/255 within 8/255.
     """
@@ -126,7 +126,7 @@ def instance(subject: Subject) -> dict[str, Any]:
 
 
 def detector(subject: Subject) -> dict[str, Any]:
-    """Precision and recall of the detector in the last epoch of training, and of the policies on the stored bank."""
+    """Return precision and recall of the detector in training's last epoch, and of the policies on the stored bank."""
     last = _log(subject.run)[-1]
     figures: dict[str, Any] = {"training": {name: last[name] for name in ("precision", "recall", "chance")}}
     loaded = checkpoint.load(subject.folder, device=subject.device)
@@ -156,7 +156,7 @@ def detector(subject: Subject) -> dict[str, Any]:
 
 
 def overfitting(subject: Subject) -> dict[str, Any]:
-    """Robust accuracy on held-out training images at the best and at the last epoch (mean of the last three)."""
+    """Return robust accuracy on held-out training images at the best and at the last epoch (mean of the last three)."""
     curve = [entry["held_out_pgd_accuracy"] for entry in _log(subject.run)]
     smooth = [sum(curve[max(0, i - 2) : i + 1]) / len(curve[max(0, i - 2) : i + 1]) for i in range(len(curve))]
     best = max(smooth)
@@ -185,7 +185,7 @@ def generator(subject: Subject) -> dict[str, Any]:
 
 
 def harness(subject: Subject) -> dict[str, Any]:
-    """The reverse attack with the run's head, by benchmarks/robustbench_eval.py: transfer and worst case.
+    """Judge the reverse attack with the run's head by benchmarks/robustbench_eval.py: transfer and worst case.
 
     The runs of a scale share a folder, since AutoAttack on the classifier alone is the same for every head of it.
     """

@@ -73,7 +73,7 @@ class Campaign:
         self.lock = threading.Lock()
 
     def run(self) -> list[str]:
-        """Every arm that has no result yet, each after the one that it needs; what has failed, and why."""
+        """Run every arm that has no result yet, each after the one that it needs; return what failed, and why."""
         waiting: list[tuple[str, int]] = []
         for seed in range(self.config.seeds):
             for name in self.wanted:
@@ -99,7 +99,7 @@ class Campaign:
                         failed.append(f"{one[0]}, seed {one[1]}: {error}")
 
     def _queue(self, waiting: list[tuple[str, int]], name: str, seed: int) -> None:
-        """An arm behind those that it goes on from."""
+        """Return an arm behind those that it goes on from."""
         needed = self.needed_by(name, seed)
         if needed is not None:
             self._queue(waiting, *needed)
@@ -107,7 +107,7 @@ class Campaign:
             waiting.append((name, seed))
 
     def needed_by(self, name: str, seed: int) -> tuple[str, int] | None:
-        """The arm that it goes on from, and that one's seed: its last, where it has fewer."""
+        """Return the arm that it goes on from, and that one's seed: its last, where it has fewer."""
         needs = self.arms[name].needs
         return None if needs is None else (needs, min(seed, self.arms[needs].seeds - 1))
 
@@ -117,7 +117,7 @@ class Campaign:
         return found is not None and found["figures"].keys() == set(self.arms[name].measures)
 
     def _before(self, name: str) -> dict[str, Any]:
-        """The seeds of the arm's file, if they were made by the same options of the same data."""
+        """Return the seeds of the arm's file, if they were made by the same options of the same data."""
         if not self.file(name).exists():
             return {}
         found = json.loads(self.file(name).read_text())["results"]
@@ -133,11 +133,11 @@ class Campaign:
         }
 
     def file(self, name: str) -> Path:
-        """The arm's result file."""
+        """Return the arm's result file."""
         return self.config.out / self.config.scale / f"{name}.json"
 
     def chain(self, name: str) -> dict[str, Any]:
-        """The arm's command and options, and those of the arms that it needs."""
+        """Return the arm's command and options, and those of the arms that it needs."""
         arm = self.arms[name]
         own = {"command": arm.command, **arm.options}
         return {name: own} if arm.needs is None else {**self.chain(arm.needs), name: own}
@@ -179,7 +179,7 @@ class Campaign:
         return self.datasets[self.config.transfer_data if "data" in self.arms[name].options else self.config.data]
 
     def folder(self, name: str, seed: int) -> Path:
-        """Where an arm's run is: another place for other options or data."""
+        """Return where an arm's run is: another place for other options or data."""
         identity = [self.identity(one) for one in self.chain(name)]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return self.config.runs / self.config.scale / f"{name}-{digest}" / str(seed)
@@ -217,7 +217,7 @@ class Campaign:
 
 
 def _cost(run: Path) -> dict[str, Any]:
-    """Seconds of the training, epochs, and images an epoch."""
+    """Return seconds of the training, epochs, and images an epoch."""
     log = run / "log.jsonl"
     if not log.exists():
         return {}

@@ -33,7 +33,7 @@ class Found:
         self.machine = {name: record["machine"] for name, record in records.items()}
 
     def values(self, arm: str, measure: str, *path: str) -> Seeds:
-        """One figure by seed."""
+        """Return one figure by seed."""
         found = {}
         for seed, record in self.arms[arm]["seeds"].items():
             value = record["figures"][measure]
@@ -43,7 +43,7 @@ class Found:
         return found
 
     def seconds(self, arm: str) -> float:
-        """Mean seconds of an arm's training, with that of the arms that it goes on from."""
+        """Return mean seconds of an arm's training, with that of the arms that it goes on from."""
         total = 0.0
         for name in self.arms[arm]["options"]:
             spent = [record["training"].get("seconds", 0.0) for record in self.arms[name]["seeds"].values()]
@@ -51,7 +51,7 @@ class Found:
         return total
 
     def budget(self, arm: str) -> str:
-        """Seeds, images, epochs and minutes of the arm and of those that it goes on from, and the device."""
+        """Return seeds, images, epochs and minutes of the arm and of those that it goes on from, and the device."""
         parts = []
         for name, options in self.arms[arm]["options"].items():
             if options["command"] in ("pretrain", "classifier", "head", "generator") and name in self.arms:
@@ -66,7 +66,7 @@ class Found:
 
 
 def spread(values: Seeds) -> str:
-    """Mean ± standard deviation over seeds, in percent."""
+    """Return mean ± standard deviation over seeds, in percent."""
     text = f"{statistics.mean(values.values()) * 100:.1f}"
     return text if len(values) < 2 else f"{text} ± {statistics.stdev(values.values()) * 100:.1f}"
 
@@ -83,7 +83,7 @@ class Difference(NamedTuple):
 
 
 def gain(first: Seeds, second: Seeds) -> Difference:
-    """The first less the second, paired by seed."""
+    """Return the first less the second, paired by seed."""
     pairs = [(first[seed] - second[seed]) * 100 for seed in sorted(first.keys() & second.keys())]
     mean, n = statistics.mean(pairs), len(pairs)
     half = math.inf if n < 2 else float(student.ppf(0.975, n - 1)) * statistics.stdev(pairs) / math.sqrt(n)
@@ -266,7 +266,7 @@ ROWS: dict[str, Callable[[Found], SystemRow]] = {
 
 
 def systems_table(folder: Path) -> str:
-    """One row a system; a system whose results are not all there is named as such."""
+    """Return one row a system; a system whose results are not all there is named as such."""
     found = Found(folder)
     rows = ["| system | measured | budget of a seed | shows |", "| --- | --- | --- | --- |"]
     for name, make in ROWS.items():

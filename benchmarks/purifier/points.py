@@ -21,7 +21,7 @@ class Points(NamedTuple):
     labels: Tensor
 
     def sets(self) -> dict[str, Tensor]:
-        """The three sets by name."""
+        """Return the three sets by name."""
         return {"clean": self.clean, "attacked": self.attacked, "noise": self.noisy}
 
 
@@ -93,10 +93,10 @@ def bpda(
 
 
 def mean(values: list[float]) -> float:
-    """The mean, as JSON takes it."""
+    """Return the mean, as JSON takes it."""
     return float(torch.tensor(values, dtype=torch.float64).mean())
 
 
 def describe(purification: PurifiedSet) -> dict[str, Any]:
-    """The mean losses, for a result file."""
+    """Return the mean losses, for a result file."""
     return {"loss_before": mean(purification.loss_before), "loss_after": mean(purification.loss_after)}

@@ -42,7 +42,7 @@ class PublishedProcedure:
         )
 
     def __call__(self, x0: Tensor) -> Tensor:
-        """[batch, 3, h, w] in [0, 1] -> purified."""
+        """Purify images [batch, 3, h, w] in [0, 1]."""
         x = (x0 + self.epsilon * (2 * torch.rand_like(x0) - 1)).clamp(0, 1)
         for _ in range(self.steps):
             x = x.detach().requires_grad_()

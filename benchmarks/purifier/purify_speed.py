@@ -129,7 +129,7 @@ class Ways:
             self.add(f"compiled{rounded}", config.precision, ready, "compiled")
 
     def add(self, name: str, precision: Precision, ready: Checkpoint, execution: Execution) -> None:
-        """One more way."""
+        """Add a way."""
         self.ways[name] = Way(precision, ready, Stepper(ready.classifier, self.device, execution=execution))
 
 
@@ -191,7 +191,7 @@ def _seconds(device: torch.device, run: Run, x: Tensor, seeds: Tensor) -> float:
 
 
 def _peak(device: torch.device, run: Run, x: Tensor, seeds: Tensor) -> int | None:
-    """Bytes that the first run needed beyond what was there before, a graph's own included; None on a CPU."""
+    """Return bytes that the first run needed beyond what was there before, a graph's own included; None on a CPU."""
     if device.type != "cuda":
         run(x, seeds)
         return None
@@ -202,7 +202,7 @@ def _peak(device: torch.device, run: Run, x: Tensor, seeds: Tensor) -> int | Non
 
 
 def step_flop(ways: Ways, x: Tensor, seeds: Tensor) -> float:
-    """Floating-point operations of one eager step of the batch: a multiplication and an addition are two."""
+    """Return floating-point operations of one eager step of the batch: a multiplication and an addition are two."""
     once = dataclasses.replace(ways.base, loop=ways.base.loop.stopped_after(1))
     with FlopCounterMode(display=False) as counter:
         ways.ways["eager"].run(once)(x, seeds)
@@ -210,7 +210,7 @@ def step_flop(ways: Ways, x: Tensor, seeds: Tensor) -> float:
 
 
 def device_rate(device: torch.device, precision: Precision) -> float:
-    """Floating-point operations per second of a large matrix product, in TF32 where convolutions take it."""
+    """Return floating-point operations per second of a large matrix product, in TF32 where convolutions take it."""
     side = MATRIX[device.type]
     one = torch.randn(side, side, device=device, dtype=getattr(torch, precision))
     before, best = torch.backends.cuda.matmul.allow_tf32, float("inf")
@@ -224,7 +224,7 @@ def device_rate(device: torch.device, precision: Precision) -> float:
 
 
 def device_bandwidth(device: torch.device) -> float:
-    """Bytes per second of a copy, read and written."""
+    """Return bytes per second of a copy, read and written."""
     one = torch.zeros(COPY[device.type], device=device)
     other, best = torch.empty_like(one), float("inf")
     for _ in range(12):
@@ -260,7 +260,7 @@ def agreement(config: SpeedConfig, ways: Ways, dataset: data.DataSet) -> dict[st
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, when the device has done what it was given."""
+    """Wait until the device has done what it was given, and return the clock's seconds."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -11,7 +11,7 @@ COLOURS = ("#3b6fb6", "#d1762b", "#3a9461", "#a04a8c", "#7d6b3a", "#4aa3b8")
 
 
 def all_plots(runs: list[dict[str, Any]]) -> dict[str, bytes]:
-    """Title -> PNG; a plot that the runs have too little for is left out."""
+    """Return PNG files by title; a plot that the runs have too little for is left out."""
     attacked = [run for run in runs if group_of(run)[1] != "corruptions"]
     made = {
         "Robust accuracy by attack": _headline(attacked),
@@ -43,7 +43,7 @@ def _png(plt: Any, figure: Any) -> bytes:  # noqa: ANN401
 
 
 def label(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """The purifier, with the model and epsilon where runs differ in them."""
+    """Return the purifier, with the model and epsilon where runs differ in them."""
     found = run["results"]
     parts = [found["purifier_spec"]]
     if len({other["results"]["model"]["spec"] for other in runs}) > 1:
@@ -57,7 +57,7 @@ def label(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
 
 
 def _headline(runs: list[dict[str, Any]]) -> bytes | None:
-    """Bars: static AutoAttack, its points replayed, the worst case with its interval."""
+    """Draw bars: static AutoAttack, its points replayed, the worst case with its interval."""
     if not runs:
         return None
     plt, figure, axes = _figure(8, 0.9 + 0.75 * len(runs))
@@ -99,7 +99,7 @@ def _headline(runs: list[dict[str, Any]]) -> bytes | None:
 
 
 def _every_attack(runs: list[dict[str, Any]]) -> bytes | None:
-    """A dot per attack and run."""
+    """Draw a dot per attack and run."""
     names = list(dict.fromkeys(name for run in runs for name in run["results"]["figures"]["attacks"]))
     if not names:
         return None
@@ -130,7 +130,7 @@ def _every_attack(runs: list[dict[str, Any]]) -> bytes | None:
 
 
 def _by_epsilon(runs: list[dict[str, Any]]) -> bytes | None:
-    """Lines of runs that differ in epsilon alone, over the attacks that all of them have."""
+    """Draw lines of runs that differ in epsilon alone, over the attacks that all of them have."""
     lines: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for run in runs:
         dataset, threat, _ = group_of(run)
@@ -188,7 +188,7 @@ def _by_time(runs: list[dict[str, Any]]) -> bytes | None:
 
 
 def _curves(runs: list[dict[str, Any]]) -> bytes | None:
-    """Each objective as a share of its value before the first step on clean images, since their scales differ."""
+    """Draw each objective as a share of its value before the first step on clean images, since their scales differ."""
     shown = [run for run in runs if len(run["results"]["curves"]["clean"]) > 1]
     if not shown:
         return None

@@ -51,14 +51,14 @@ NOTES = (
 
 
 def percent(share: float | None, interval: tuple[float, float] | None = None) -> str:
-    """A share in percent, with its interval."""
+    """Return a share in percent, with its interval."""
     if share is None:
         return ""
     return f"{share * 100:.1f}" + (f" ({interval[0] * 100:.1f} to {interval[1] * 100:.1f})" if interval else "")
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text, in the order of HEADS."""
+    """Return a row as text, in the order of HEADS."""
     worst = percent(row.worst, row.interval)
     if row.measured and row.attacks:
         worst += f", {row.attacks} attacks"
@@ -102,7 +102,7 @@ def title_of(group: tuple[str, str, float]) -> str:
 
 
 def tables(runs: list[dict[str, Any]]) -> dict[str, list[Row]]:
-    """Title -> our rows, then the published ones."""
+    """Return by title our rows, then the published ones."""
     found: dict[str, list[Row]] = {}
     for group in dict.fromkeys(group_of(run) for run in runs):
         ours = [measured_row(run) for run in runs if group_of(run) == group]
@@ -111,13 +111,13 @@ def tables(runs: list[dict[str, Any]]) -> dict[str, list[Row]]:
 
 
 def markdown_table(rows: list[Row]) -> str:
-    """A Markdown table of the rows."""
+    """Return a Markdown table of the rows."""
     lines = [HEADS, ["---"] * len(HEADS), *(cells(row) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
-    """All files of the report."""
+    """Write all files of the report, and return them."""
     runs = load_runs(folder)
     plots = all_plots(runs)
     out.mkdir(parents=True, exist_ok=True)

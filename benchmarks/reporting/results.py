@@ -39,13 +39,13 @@ def write(path: Path, *, script: str, config: dict[str, Any], results: dict[str,
 
 
 def accuracy(correct: list[bool]) -> dict[str, Any]:
-    """A share with n and its 95% Wilson interval."""
+    """Return a share with n and its 95% Wilson interval."""
     found = wilson(sum(correct), len(correct))
     return {"accuracy": found.value, "n": found.n, "interval": [found.low, found.high]}
 
 
 def gain(after: list[bool], before: list[bool]) -> dict[str, Any]:
-    """The mean difference of paired outcomes, with its 95% normal interval, in shares of 1."""
+    """Return the mean difference of paired outcomes, with its 95% normal interval, in shares of 1."""
     difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
     mean = float(difference.mean())
     half = 1.959963984540054 * float(difference.std()) / len(difference) ** 0.5
@@ -53,7 +53,7 @@ def gain(after: list[bool], before: list[bool]) -> dict[str, Any]:
 
 
 def where(machine: dict[str, Any]) -> str:
-    """A record's device by name."""
+    """Return a record's device by name."""
     if not machine["device"].startswith("cpu"):
         return str(machine["name"])
     threads = machine["cpu_threads"]

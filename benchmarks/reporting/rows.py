@@ -86,14 +86,14 @@ def _place(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def group_of(run: dict[str, Any]) -> tuple[str, str, float]:
-    """Data set, threat and epsilon: what makes runs comparable."""
+    """Return data set, threat and epsilon: what makes runs comparable."""
     found = run["results"]
     epsilon = 0.0 if found["threat"]["model"] == "corruptions" else found["threat"]["epsilon"]
     return found["data"]["dataset"], found["threat"]["model"], epsilon
 
 
 def measured_row(run: dict[str, Any]) -> Row:
-    """A run as a row."""
+    """Return a run as a row."""
     found = run["results"]
     figures = found["figures"]
     accuracy = {name: cell["accuracy"] for name, cell in figures["attacks"].items()}
@@ -123,7 +123,7 @@ def measured_row(run: dict[str, Any]) -> Row:
 
 
 def published_rows(group: tuple[str, str, float]) -> list[Row]:
-    """RobustBench's figures for the same data set, threat and epsilon, best first."""
+    """Return RobustBench's figures for the same data set, threat and epsilon, best first."""
     dataset, threat, epsilon = group
     rows = []
     with LEADERBOARD.open(newline="") as opened:

@@ -52,7 +52,7 @@ class CorruptionRun(Evaluation):
         return self.data.source != "robustbench"
 
     def run(self) -> dict[str, Any]:
-        """Accuracy per corruption and severity on the shard's images, and their mean."""
+        """Measure accuracy per corruption and severity on the shard's images, and their mean."""
         chunks = self.plan.chunks(len(self.data.labels))
         kinds = [CLEAN, *(f"{kind}-{severity}" for kind in KINDS for severity in SEVERITIES)]
         outcomes: dict[str, list[int]] = {kind: [] for kind in kinds}
@@ -73,7 +73,7 @@ class CorruptionRun(Evaluation):
         }
 
     def headline(self, found: dict[str, Any]) -> str:
-        """One line of the result."""
+        """Return one line of the result."""
         clean = found["figures"]["attacks"][CLEAN]["accuracy"]
         return f"clean {clean:.1%}, mean over corruptions {found['figures']['corruptions_mean']:.1%}"
 
@@ -100,7 +100,7 @@ class CorruptionRun(Evaluation):
 
 
 def generate(images: UInt8[Tensor, "n 3 h w"], kind: str, severity: int) -> UInt8[Tensor, "n 3 h w"]:
-    """The corrupted images, by imagecorruptions; the same for the same images, kind and severity."""
+    """Return the corrupted images, by imagecorruptions; the same for the same images, kind and severity."""
     try:
         from imagecorruptions import corrupt
         from numba import njit

@@ -24,7 +24,7 @@ class CountingClassifier(ImageClassifier):
         self.train(classifier.training)
 
     def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
-        """The classifier's features, counted."""
+        """Return the classifier's features, counted."""
         features = self.counted.features(x)
         self.forward_passes += len(x)
         if features.requires_grad:
@@ -32,7 +32,7 @@ class CountingClassifier(ImageClassifier):
         return features
 
     def logits(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
-        """The classifier's logits."""
+        """Return the classifier's logits."""
         return self.counted.logits(features)
 
     def _count_backward(self, gradient: Tensor) -> None:
@@ -41,7 +41,7 @@ class CountingClassifier(ImageClassifier):
 
 @contextmanager
 def gradient_calls() -> Iterator[list[str]]:
-    """The names of autograd's entry points that are called inside the block."""
+    """Yield the names of autograd's entry points that are called inside the block."""
     calls: list[str] = []
     originals: dict[str, Callable[..., Any]] = {"grad": torch.autograd.grad, "backward": torch.autograd.backward}
 

@@ -30,7 +30,7 @@ class EvaluationSet(NamedTuple):
 def load_images(
     dataset: str, folder: Path | None, *, n: int, image_size: int, classes: tuple[str, ...], cache: Path | None = None
 ) -> EvaluationSet:
-    """The first `n` test images, in RobustBench's order, or in sorted file order from `folder`.
+    """Return the first `n` test images, in RobustBench's order, or in sorted file order from `folder`.
 
     `folder` holds <class>/*, or test/<class>/*, or is an .npz file with `images` (uint8 [n, h, w, 3]) and `labels`.
     `classes` are the classifier's, in its order; for ImageNet the folders are WordNet ids. Raises DataError naming
@@ -101,7 +101,7 @@ def _from_folder(
 
 
 def wordnet_ids() -> tuple[str, ...]:
-    """ImageNet's 1,000 WordNet ids in the order of its classes."""
+    """Return ImageNet's 1,000 WordNet ids in the order of its classes."""
     package = find_spec("robustbench")  # found, not imported
     if package is None or package.origin is None:
         raise DataError("ImageNet's class order comes with robustbench, which is not installed")

@@ -13,7 +13,7 @@ AUTOATTACK_PASSES = (1910, 5954)
 
 
 def announce(runs: list[Evaluation]) -> None:
-    """A line per run and attack: at most how many classifier passes per image, and how long that takes here.
+    """Print a line per run and attack: at most how many classifier passes per image, and how long that takes here.
 
     An image that an attack has broken costs it nothing more, so a run mostly takes less.
     """
@@ -44,7 +44,7 @@ def announce(runs: list[Evaluation]) -> None:
 
 
 def _passes_per_query(run: Evaluation) -> tuple[float, float]:
-    """The classifier's forward and backward passes per image in one call of the defended classifier, counted."""
+    """Return the classifier's forward and backward passes per image in one call of the defended classifier, counted."""
     x = run.data.images[:2].to(run.device)
     counting = run.counting
     before = counting.forward_passes, counting.backward_passes
@@ -54,7 +54,7 @@ def _passes_per_query(run: Evaluation) -> tuple[float, float]:
 
 
 def _seconds_per_image(run: Evaluation) -> tuple[float, float]:
-    """A forward and a backward pass of the classifier, timed once on a chunk."""
+    """Time a forward and a backward pass of the classifier, once on a chunk."""
     x = run.data.images[: run.plan.chunk].to(run.device).requires_grad_()
     spent = []
     for _ in range(2):

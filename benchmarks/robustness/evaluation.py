@@ -55,7 +55,7 @@ class Plan:
     generator: Path | None = None
 
     def chunks(self, n: int) -> list[Tensor]:
-        """The image numbers of every chunk of this shard."""
+        """Return the image numbers of every chunk of this shard."""
         return list(torch.arange(n).split(self.chunk))[self.shard[0] :: self.shard[1]]
 
 
@@ -129,7 +129,7 @@ class Evaluation:
         return not torch.allclose(one, other, rtol=0, atol=1e-3)
 
     def run(self) -> dict[str, Any]:
-        """Every attack on every chunk, then the record."""
+        """Run every attack on every chunk; return the record."""
         chunks = self.plan.chunks(len(self.data.labels))
         collected: dict[str, list[Unit]] = {}
         units_each = 1 + len(self.names) + self.randomised
@@ -179,7 +179,7 @@ class Evaluation:
         }
 
     def headline(self, found: dict[str, Any]) -> str:
-        """One line of the result."""
+        """Return one line of the result."""
         cells = found["figures"]["attacks"]
         shown = [f"{name} {cells[name]['accuracy']:.1%}" for name in (CLEAN, AUTOATTACK, TRANSFER) if name in cells]
         return f"{', '.join(shown)}, worst case {found['figures']['worst_case']['accuracy']:.1%}"
@@ -244,7 +244,7 @@ class Evaluation:
         return self._judged(whole, points, also=standing)
 
     def _judged(self, whole: Scene, points: Tensor, also: Tensor | None = None) -> Unit:
-        """The points back in the ball and [0, 1], and the served answer to them."""
+        """Return the points back in the ball and [0, 1], and the served answer to them."""
         points = whole.project(points)
         with torch.no_grad():
             logits = whole.logits(points).float()
@@ -281,7 +281,7 @@ class Evaluation:
         return Unit(points[0], torch.stack(draws), torch.zeros(len(whole.x)), [], 0, 0, 0.0)
 
     def _timed(self, compute: Callable[[], Unit]) -> Unit:
-        """The unit with its time and passes."""
+        """Return the unit with its time and passes."""
         counting = self.counting
         before, started = (counting.forward_passes, counting.backward_passes), time.perf_counter()
         unit = compute()
@@ -293,7 +293,7 @@ class Evaluation:
 
 
 def describe(purifier: Purifier) -> dict[str, Any]:
-    """A purifier's kind and parameters, as JSON."""
+    """Return a purifier's kind and parameters, as JSON."""
     config = getattr(purifier, "config", None)
     plain = {name: value for name, value in vars(purifier).items() if isinstance(value, int | float | str)}
     described: dict[str, Any] = {
@@ -305,7 +305,7 @@ def describe(purifier: Purifier) -> dict[str, Any]:
 
 
 def hardest(seen: dict[str, Unit]) -> Tensor:
-    """Of every image the point of the smallest margin: nearest to being broken, or broken by most."""
+    """Return of every image the point of the smallest margin: nearest to being broken, or broken by most."""
     margins = torch.stack([unit.margins for unit in seen.values()])
     points = torch.stack([unit.points for unit in seen.values()])
     return points[margins.argmin(0), torch.arange(margins.shape[1])]

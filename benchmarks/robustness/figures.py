@@ -34,7 +34,7 @@ def summarise(outcomes: dict[str, list[int]], resubmitted: list[list[int]] | Non
 
 
 def summarise_corruptions(outcomes: dict[str, list[int]]) -> dict[str, Any]:
-    """The accuracy on clean images and on each corruption and severity, and the mean over all of the latter."""
+    """Return the accuracy on clean images and on each corruption and severity, and the mean over all of the latter."""
     cells = {name: accuracy([bool(value) for value in values]) for name, values in outcomes.items()}
     means = [cell["accuracy"] for name, cell in cells.items() if name != CLEAN]
     return {"attacks": cells, "corruptions_mean": sum(means) / len(means)}
@@ -44,7 +44,7 @@ SAME = ("model", "purifier_spec", "purifier", "data", "threat", "budget", "purif
 
 
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The results of one run's shards as those of the whole; the first shard's for what is shown of a few images.
+    """Merge the results of one run's shards to those of the whole; what is shown of a few images is the first shard's.
 
     Raises ValueError saying why the parts make no whole.
     """

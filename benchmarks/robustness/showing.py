@@ -27,7 +27,7 @@ def show(
     seed: int,
     panel: int,
 ) -> dict[str, Any]:
-    """All of it, from the first images, `panel` of them as pictures.
+    """Return all of it, from the first images, `panel` of them as pictures.
 
     Everything but `ms_per_image` is the same in every run.
     """
@@ -45,7 +45,7 @@ def show(
 
 
 def _curve(defended: DefendedClassifier, x: Tensor, seed: int) -> list[float]:
-    """The purifier's mean objective before each step."""
+    """Return the purifier's mean objective before each step."""
     trace = defended.purify(x, seed=seed).trace
     means = trace.losses.double().nanmean(1)  # of those that took the step
     return [float(value) for value in means[means.isfinite()]]
@@ -78,12 +78,12 @@ def _panel(
 
 
 def _amplified(difference: Tensor) -> Tensor:
-    """A difference around mid-grey, its largest value at the end of the range."""
+    """Return a difference around mid-grey, its largest value at the end of the range."""
     return 0.5 + 0.5 * difference / difference.abs().max().clamp(min=1e-8)
 
 
 def _png(image: Tensor) -> str:
-    """A PNG file in base64, at most 96 pixels wide: a record holds five for every image shown."""
+    """Return a PNG file in base64, at most 96 pixels wide: a record holds five for every image shown."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     picture = Image.fromarray(pixels)
     if picture.width > PANEL_PIXELS:
@@ -94,7 +94,7 @@ def _png(image: Tensor) -> str:
 
 
 def _ms_per_image(defended: DefendedClassifier, x: Tensor, seed: int) -> dict[str, float]:
-    """The classifier alone and behind its purifier, each the fastest of its turns."""
+    """Time the classifier alone and behind its purifier, each the fastest of its turns."""
     best: dict[str, float] = {}
     runs: dict[str, Callable[[], object]] = {
         "classifier": lambda: defended.classifier(x),

@@ -38,7 +38,7 @@ class Units:
         self.folder = root / ".units" / hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def get(self, name: str, chunk: int, compute: Callable[[], Unit]) -> Unit:
-        """The stored unit, or the computed one, which is then stored."""
+        """Return the stored unit, or the computed one, which is then stored."""
         file = self.folder / f"{name}-{chunk:05d}.npz"
         if file.exists():
             return _read(file)

@@ -50,7 +50,7 @@ def write_images(folder: Path, *, count: int, seed: int) -> None:
 
 
 def rss_mib(pid: int) -> float:
-    """The resident memory of a process in MiB; 0 when it has ended."""
+    """Return the resident memory of a process in MiB; 0 when it has ended."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024

@@ -314,7 +314,7 @@ PARTS: dict[str, Callable[[FaultsConfig], dict[str, Any]]] = {
 
 
 def statuses(sent: list[Sent]) -> dict[str, int]:
-    """Counts by status; 0 where there was no answer."""
+    """Return counts by status; 0 where there was no answer."""
     return {str(status): count for status, count in sorted(Counter(one.status for one in sent).items())}
 
 

@@ -15,7 +15,7 @@ FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
 def mutated(kind: str, count: int, *, seed: int) -> Iterator[bytes]:
-    """Files of one format with bytes changed, cut off, repeated or inserted; past the first 12, which name the type."""
+    """Yield files of one format, bytes changed, cut off, repeated or inserted after the first 12, which name it."""
     generator = np.random.default_rng(seed)
     sources = []
     for side in (16, 48):
@@ -41,7 +41,7 @@ def mutated(kind: str, count: int, *, seed: int) -> Iterator[bytes]:
 
 
 def bombs() -> dict[str, bytes]:
-    """Small files that claim to be, or unpack to be, very large."""
+    """Return small files that claim to be, or unpack to be, very large."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

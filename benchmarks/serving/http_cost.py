@@ -56,7 +56,7 @@ class HttpCostConfig(BenchmarkConfig):
 
     @property
     def file(self) -> Path:
-        """The result file."""
+        """Return the result file."""
         name = "_".join((self.preset, *self.device.replace(":", "").split(","), self.execution, self.precision))
         return self.out or results.FOLDER / "http_cost" / f"{name}.json"
 

@@ -47,7 +47,7 @@ class Sent(NamedTuple):
 
 
 def photos(count: int, *, seed: int, side: int = 32) -> list[bytes]:
-    """PNG files of smooth random images."""
+    """Return PNG files of smooth random images."""
     generator = np.random.default_rng(seed)
     made = []
     for _ in range(count):
@@ -74,7 +74,7 @@ async def offer(url: str, requests: Sequence[Prepared], *, rate: float, seconds:
 async def saturate(
     url: str, requests: Sequence[Prepared], *, clients: int, seconds: float, seed: int, pause_s: float = 0.0
 ) -> list[Sent]:
-    """A closed loop of so many clients, which finds the capacity.
+    """Run a closed loop of so many clients, which finds the capacity.
 
     With one client that pauses between its requests, it finds the latency of a lone request to an idle server.
     """
@@ -94,7 +94,7 @@ async def saturate(
 
 
 def summary(sent: Sequence[Sent], *, seconds: float) -> dict[str, Any]:
-    """Counts by status, goodput (answers of status 200 a second), and percentiles of their latency in ms."""
+    """Return counts by status, goodput (answers of status 200 a second), and percentiles of their latency in ms."""
     good = sorted(one.seconds * 1000 for one in sent if one.status == 200)
     lasted = max((one.at + one.seconds for one in sent), default=seconds) if sent and sent[0].at < seconds else seconds
     return {
@@ -108,14 +108,14 @@ def summary(sent: Sequence[Sent], *, seconds: float) -> dict[str, Any]:
 
 
 def client_session() -> aiohttp.ClientSession:
-    """A session of as many connections as it takes."""
+    """Return a session of as many connections as it takes."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     )
 
 
 async def burst(url: str, requests: Sequence[Prepared]) -> list[Sent]:
-    """All of the requests at once."""
+    """Send all of the requests at once."""
     async with client_session() as session:
         return list(await asyncio.gather(*(post(session, url, request, 0.0) for request in requests)))
 
@@ -136,7 +136,7 @@ async def post(session: aiohttp.ClientSession, url: str, request: Prepared, at: 
 def running(
     command: Sequence[str], *, port: int, ready: str, log: Path, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process of its own, from when `ready` answers 200; ended by SIGTERM."""
+    """Run a server in a process of its own, from when `ready` answers 200; ended by SIGTERM."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
@@ -166,12 +166,12 @@ def running(
 
 
 def service(port: int) -> list[str]:
-    """The command of this project's service."""
+    """Return the command of this project's service."""
     return [sys.executable, "-m", "unperturb.service", "--port", str(port)]
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -146,7 +146,7 @@ def measure(config: SideBySideConfig) -> dict[str, Any]:
 
 
 def times(found: Servers, key: str) -> dict[str, dict[str, float]]:
-    """This service's mean over the rounds, in multiples of each peer's, by load."""
+    """Return this service's mean over the rounds, in multiples of each peer's, by load."""
     mean = {
         name: {load: sum(row[key] for row in rows) / len(rows) for load, rows in loads.items()}
         for name, loads in found.items()

@@ -16,22 +16,22 @@ class Server(NamedTuple):
 
 
 def text_metrics(server: Server) -> list[str]:
-    """The lines of /metrics."""
+    """Return the lines of /metrics."""
     with urlopen(f"{server.url}/metrics", timeout=30) as answer:
         return str(answer.read().decode()).splitlines()
 
 
 def metric(server: Server, name: str) -> float:
-    """A gauge's value."""
+    """Return a gauge's value."""
     return next(float(line.split()[1]) for line in text_metrics(server) if line.startswith(f"{name} "))
 
 
 def tree(pid: int) -> list[psutil.Process]:
-    """A process and all of its descendants."""
+    """Return a process and all of its descendants."""
     process = psutil.Process(pid)
     return [process, *process.children(recursive=True)]
 
 
 def memory(pid: int) -> float:
-    """MB of pages that no other process shares, over the process and its descendants."""
+    """Return MB of pages that no other process shares, over the process and its descendants."""
     return float(sum(one.memory_full_info().uss for one in tree(pid)) / 2**20)

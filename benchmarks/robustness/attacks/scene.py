@@ -148,12 +148,12 @@ class Scene:
         return self.threat.ball().project(x, self.x)
 
     def select(self, rows: Int[Tensor, " some"] | Bool[Tensor, " batch"]) -> "Scene":
-        """The scene of some of its images."""
+        """Return the scene of some of its images."""
         known = None if self.known is None else self.known[rows]
         return replace(self, x=self.x[rows], labels=self.labels[rows], seeds=self.seeds[rows], known=known)
 
     def against(self, defended: DefendedClassifier) -> "Scene":
-        """The same images before another classifier."""
+        """Return the same images before another classifier."""
         return replace(self, defended=defended)
 
 

@@ -17,7 +17,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         self.model = PeerModel()
 
     def decode_request(self, request: dict[str, Any]) -> tuple[torch.Tensor, str]:
-        """One request's image."""
+        """Return one request's image."""
         return self.model.read(request)
 
     def batch(self, inputs: list[Any]) -> list[Any]:
@@ -25,15 +25,15 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         return list(inputs)
 
     def predict(self, batch: list[Any]) -> list[dict[str, Any]]:
-        """A batch's answers."""
+        """Return a batch's answers."""
         return self.model.answer(batch)
 
     def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """One answer for each request."""
+        """Return one answer for each request."""
         return output
 
     def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
-        """The answer as JSON."""
+        """Return the answer as JSON."""
         return output
 
 

@@ -23,11 +23,11 @@ class Batched:
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=BATCH_WAIT_S)
     async def predict(self, batch: list[Any]) -> list[dict[str, Any]]:
-        """A batch's answers."""
+        """Return a batch's answers."""
         return self.model.answer(batch)
 
     async def __call__(self, request: Request) -> dict[str, Any]:
-        """One request."""
+        """Answer one request."""
         if request.method == "GET":
             return {"status": "ready"}
         answer: dict[str, Any] = await self.predict(self.model.read(await request.json()))

@@ -28,12 +28,12 @@ class PeerModel:
         }
 
     def read(self, request: dict[str, Any]) -> tuple[torch.Tensor, str]:
-        """The pixels and the preset of a request's JSON."""
+        """Return the pixels and the preset of a request's JSON."""
         decoded = decode(base64.b64decode(request["inputs"]), size=self.size, max_pixels=50_000_000)
         return torch.from_numpy(decoded.pixels).float() / 255, request["parameters"]["preset"]
 
     def answer(self, batch: Sequence[tuple[torch.Tensor, str]]) -> list[dict[str, Any]]:
-        """The scores of every image; the presets of a batch one after the other."""
+        """Return the scores of every image; the presets of a batch one after the other."""
         answers: list[dict[str, Any]] = [{}] * len(batch)
         for preset, defended in self.defended.items():
             places = [i for i, (_, wanted) in enumerate(batch) if wanted == preset]
