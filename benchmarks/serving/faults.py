@@ -29,7 +29,7 @@ from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import hostile, open_loop
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
-from unperturb.benchmarks.serving.watch import Server, memory, metric, text_metrics, tree
+from unperturb.benchmarks.serving.watch import RunningServer, memory, metric, text_metrics, tree
 from unperturb.models import provenance
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
@@ -64,7 +64,7 @@ class FaultsConfig(BenchmarkConfig):
 
 
 @contextmanager
-def serving(config: FaultsConfig, **settings: str) -> Iterator[Server]:
+def serving(config: FaultsConfig, **settings: str) -> Iterator[RunningServer]:
     """The service with short limits for stalled clients."""
     port = open_loop.free_port()
     environment = {
@@ -82,7 +82,7 @@ def serving(config: FaultsConfig, **settings: str) -> Iterator[Server]:
             open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
         ) as process,
     ):
-        yield Server(port, f"http://127.0.0.1:{port}", process)
+        yield RunningServer(port, f"http://127.0.0.1:{port}", process)
 
 
 def pngs(config: FaultsConfig) -> list[Prepared]:
@@ -93,7 +93,7 @@ def pngs(config: FaultsConfig) -> list[Prepared]:
 def killed(config: FaultsConfig) -> dict[str, Any]:
     """SIGKILL to the worker's process in mid-batch."""
 
-    async def run(server: Server) -> list[Sent]:
+    async def run(server: RunningServer) -> list[Sent]:
         task = asyncio.create_task(open_loop.offer(server.url, pngs(config), rate=40.0, seconds=4.0, seed=config.seed))
         await asyncio.sleep(KILL_AT_S)
         (worker,) = [one for one in tree(server.process.pid) if "unperturb.service.engine.worker" in one.cmdline()]
@@ -121,7 +121,7 @@ def disconnects(config: FaultsConfig) -> dict[str, Any]:
     """As many clients that leave as clients that stay."""
     (file,) = open_loop.photos(1, seed=config.seed)
 
-    async def run(server: Server) -> list[Sent]:
+    async def run(server: RunningServer) -> list[Sent]:
         leaving = asyncio.create_task(hostile.leave_early(server.port, file, count=100, after_s=0.3))
         sent = await open_loop.offer(server.url, pngs(config), rate=10.0, seconds=10.0, seed=config.seed)
         await leaving
@@ -143,7 +143,7 @@ def disconnects(config: FaultsConfig) -> dict[str, Any]:
 def slow_loris(config: FaultsConfig) -> dict[str, Any]:
     """200 stalled connections beside ordinary requests; the limits are 3 s for the head and 3 s for the body."""
 
-    async def run(server: Server) -> tuple[Counter[str], list[Sent]]:
+    async def run(server: RunningServer) -> tuple[Counter[str], list[Sent]]:
         stalled = asyncio.create_task(hostile.stall(server.port, count=200, seconds=12.0))
         sent = await open_loop.offer(server.url, pngs(config), rate=5.0, seconds=10.0, seed=config.seed)
         return await stalled, sent
@@ -160,7 +160,7 @@ def slow_loris(config: FaultsConfig) -> dict[str, Any]:
 def mutated(config: FaultsConfig) -> dict[str, Any]:
     """Damaged files, eight at a time, without purification."""
 
-    async def run(server: Server, kind: str) -> list[Sent]:
+    async def run(server: RunningServer, kind: str) -> list[Sent]:
         files = hostile.mutated(kind, config.files, seed=config.seed)
         found: list[Sent] = []
         async with open_loop.client_session() as session:

@@ -7,7 +7,7 @@ from urllib.request import urlopen
 import psutil
 
 
-class Server(NamedTuple):
+class RunningServer(NamedTuple):
     """A running service."""
 
     port: int
@@ -15,13 +15,13 @@ class Server(NamedTuple):
     process: subprocess.Popen[bytes]
 
 
-def text_metrics(server: Server) -> list[str]:
+def text_metrics(server: RunningServer) -> list[str]:
     """Return the lines of /metrics."""
     with urlopen(f"{server.url}/metrics", timeout=30) as answer:
         return str(answer.read().decode()).splitlines()
 
 
-def metric(server: Server, name: str) -> float:
+def metric(server: RunningServer, name: str) -> float:
     """Return a gauge's value."""
     return next(float(line.split()[1]) for line in text_metrics(server) if line.startswith(f"{name} "))
 

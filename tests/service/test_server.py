@@ -19,11 +19,11 @@ import pytest
 from tests.support.engines import wait_until
 from tests.support.serving import photo
 from unperturb.benchmarks.serving import hostile, open_loop
-from unperturb.benchmarks.serving.watch import Server, metric, tree
+from unperturb.benchmarks.serving.watch import RunningServer, metric, tree
 
 
 @contextmanager
-def serving(checkpoint: Path, log: Path) -> Iterator[Server]:
+def serving(checkpoint: Path, log: Path) -> Iterator[RunningServer]:
     port = open_loop.free_port()
     environment = {
         "UNPERTURB_CHECKPOINT": str(checkpoint),
@@ -37,17 +37,17 @@ def serving(checkpoint: Path, log: Path) -> Iterator[Server]:
     with open_loop.running(
         open_loop.service(port), port=port, ready="/readyz", log=log, environment=environment
     ) as process:
-        yield Server(port, f"http://127.0.0.1:{port}", process)
+        yield RunningServer(port, f"http://127.0.0.1:{port}", process)
 
 
 @pytest.fixture
-def server(tiny_folder: Path, tmp_path: Path) -> Iterator[Server]:
+def server(tiny_folder: Path, tmp_path: Path) -> Iterator[RunningServer]:
     with serving(tiny_folder, tmp_path / "log") as one:
         yield one
 
 
 @pytest.fixture(scope="module")
-def lasting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def lasting(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """For tests that the server outlives."""
     with serving(tiny_folder, tmp_path_factory.mktemp("server") / "log") as one:
         yield one
@@ -69,7 +69,7 @@ def kill(processes: list[psutil.Process]) -> None:
             one.kill()
 
 
-def test_stalled_and_leaving_clients_cost_nothing_and_sigterm_drains(server: Server, tmp_path: Path) -> None:
+def test_stalled_and_leaving_clients_cost_nothing_and_sigterm_drains(server: RunningServer, tmp_path: Path) -> None:
     ended = asyncio.run(hostile.stall(server.port, count=6, seconds=8.0))
     assert ended == {"closed": 3, "HTTP/1.1 408 Request Timeout": 3}
 
@@ -99,7 +99,7 @@ def test_stalled_and_leaving_clients_cost_nothing_and_sigterm_drains(server: Ser
             json.loads(line)
 
 
-def test_dead_worker_is_answered_for_and_ends_the_process_with_a_status(server: Server) -> None:
+def test_dead_worker_is_answered_for_and_ends_the_process_with_a_status(server: RunningServer) -> None:
     with ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(post, server.url) for _ in range(4)]
         wait_until(lambda: metric(server, "unperturb_slots_in_use") == 4, 10)
@@ -109,11 +109,11 @@ def test_dead_worker_is_answered_for_and_ends_the_process_with_a_status(server: 
     assert server.process.wait(30) == 1
 
 
-def decoders(server: Server) -> list[psutil.Process]:
+def decoders(server: RunningServer) -> list[psutil.Process]:
     return [one for one in tree(server.process.pid) if "anyio.to_process" in one.cmdline()]
 
 
-def test_file_that_crashes_every_decoder_it_meets_answers_422_and_others_go_on(lasting: Server) -> None:
+def test_file_that_crashes_every_decoder_it_meets_answers_422_and_others_go_on(lasting: RunningServer) -> None:
     assert post(lasting.url) == 200
     with ThreadPoolExecutor(1) as pool:
         slow = hostile.bombs()["a PNG of 49 million black pixels"]
@@ -129,14 +129,14 @@ def test_file_that_crashes_every_decoder_it_meets_answers_422_and_others_go_on(l
     assert post(lasting.url) == 200
 
 
-def test_decoders_that_ended_while_idle_fail_no_request(lasting: Server) -> None:
+def test_decoders_that_ended_while_idle_fail_no_request(lasting: RunningServer) -> None:
     killed = decoders(lasting)
     kill(killed)
     assert post(lasting.url) == 200
     assert not set(killed) & set(decoders(lasting))
 
 
-def test_decoders_are_small_processes_without_torch(lasting: Server) -> None:
+def test_decoders_are_small_processes_without_torch(lasting: RunningServer) -> None:
     found = decoders(lasting)
     assert found
     for one in found:
