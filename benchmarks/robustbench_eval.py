@@ -24,7 +24,7 @@ from unperturb.benchmarks.robustness.corruptions import CorruptionRun
 from unperturb.benchmarks.robustness.data import EvaluationSet, load_images
 from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.robustbench import PREFIX, parse_name
@@ -107,7 +107,7 @@ def load_model(spec: str, config: EvaluationConfig) -> Checkpoint:
         spec = f"{PREFIX}{name}:{dataset}:{threat}"
         if dataset != config.dataset:
             raise ConfigError(f"model {spec} is for another data set than --dataset {config.dataset}")
-    return checkpoint.load(spec)
+    return store.load(spec)
 
 
 def result_name(config: EvaluationConfig, plan: Plan, model: str, purifier: str) -> str:

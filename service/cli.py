@@ -220,14 +220,14 @@ def train(context: typer.Context) -> None:
 
 
 def _load(name: str, preset: str, device: str) -> "tuple[DefendedClassifier, Card, torch.device]":
-    from unperturb.models.checkpoints import store as checkpoint
+    from unperturb.models.checkpoints import store
     from unperturb.models.purifiers import reverse_attack
     from unperturb.models.purifiers.defended import defend
     from unperturb.service.settings import Settings
 
     settings = Settings(checkpoint=name, device=device)
     config, place = reverse_attack.preset(preset), settings.devices[0]
-    loaded = checkpoint.load(settings.checkpoint, device=place)
+    loaded = store.load(settings.checkpoint, device=place)
     return defend(loaded, config), loaded.card, place
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from unperturb.models.attacks.projected_gradient import RAMP, ProjectedGradient
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card, HeadCard
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.networks.classifier import Architecture
@@ -85,7 +85,7 @@ def images() -> torch.Tensor:
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved checkpoint with a head."""
     folder = tmp_path_factory.mktemp("tiny")
-    checkpoint.save(folder, make_checkpoint())
+    store.save(folder, make_checkpoint())
     return folder
 
 

@@ -17,7 +17,7 @@ from unperturb.models.accuracy import correct
 from unperturb.models.attacks.instance import DISTANCES, away_from
 from unperturb.models.attacks.pgd import pgd
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.contrastive.loss import NegativePolicy, in_batch_negatives
 from unperturb.models.contrastive.views import ViewPolicy, make_views
 from unperturb.models.networks.generator import load as load_generator
@@ -62,12 +62,12 @@ def _log(run: Path) -> list[dict[str, Any]]:
 
 def test(subject: Subject) -> dict[str, Any]:
     """Return what the trainer measured, once, on the test images: clean and PGD-20 at 8/255."""
-    return dict(checkpoint.read_card(subject.folder).figures["test"])
+    return dict(store.read_card(subject.folder).figures["test"])
 
 
 def radii(subject: Subject) -> dict[str, Any]:
     """Measure clean accuracy, and that under PGD-20 at several radii, the classifier's own gradient."""
-    classifier = checkpoint.load(subject.folder, device=subject.device).classifier
+    classifier = store.load(subject.folder, device=subject.device).classifier
     right: dict[str, list[bool]] = {}
     for x, labels, numbers in subject.test():
         right.setdefault("clean", []).extend(correct(classifier, x, labels))
@@ -82,7 +82,7 @@ def neighbours(subject: Subject) -> dict[str, Any]:
     """Clean accuracy of a kNN classifier, and that under PGD-20 through its own votes and through those of its whole
     bank: an image that either breaks is broken.
     """
-    classifier = checkpoint.load(subject.folder, device=subject.device).classifier
+    classifier = store.load(subject.folder, device=subject.device).classifier
     votes = classifier.get_submodule("linear")
     assert isinstance(votes, SoftNeighbours)
     everyone = SoftNeighbours(
@@ -108,7 +108,7 @@ def instance(subject: Subject) -> dict[str, Any]:
 
     The attack knows neither labels nor the readout. 20 steps of 2/255 within 8/255.
     """
-    classifier = checkpoint.load(subject.folder, device=subject.device).classifier
+    classifier = store.load(subject.folder, device=subject.device).classifier
     loop = ProjectedGradient(direction="ascend", epsilon=EPSILON, step_size=2 / 255, steps=20, start="uniform")
     right: dict[str, list[bool]] = {}
     for x, labels, numbers in subject.test():
@@ -129,7 +129,7 @@ def detector(subject: Subject) -> dict[str, Any]:
     """Return precision and recall of the detector in training's last epoch, and of the policies on the stored bank."""
     last = _log(subject.run)[-1]
     figures: dict[str, Any] = {"training": {name: last[name] for name in ("precision", "recall", "chance")}}
-    loaded = checkpoint.load(subject.folder, device=subject.device)
+    loaded = store.load(subject.folder, device=subject.device)
     assert loaded.head is not None
     assert loaded.bank is not None
     for kind in ("drop-similar", "quantile"):
@@ -172,7 +172,7 @@ def overfitting(subject: Subject) -> dict[str, Any]:
 def generator(subject: Subject) -> dict[str, Any]:
     """Accuracy as it is, under the generator's noise and under random noise of that size; the classifier's digests."""
     made, card = load_generator(subject.folder, device=subject.device)
-    classifier = checkpoint.load(str(card.training["classifier"]), device=subject.device).classifier
+    classifier = store.load(str(card.training["classifier"]), device=subject.device).classifier
     right: dict[str, list[bool]] = {}
     for x, labels, numbers in subject.test():
         with torch.no_grad():

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.purifier import points
 from unperturb.benchmarks.reporting import results
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
@@ -126,7 +126,7 @@ def draw(
 
 def draw_picture(config: PictureConfig) -> int:
     """Count, draw, and write the result file."""
-    loaded = checkpoint.load(config.checkpoint, device=config.device)
+    loaded = store.load(config.checkpoint, device=config.device)
     dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
     images, labels = (t[: config.n].to(config.device) for t in dataset.test)
     defended = defend(loaded, preset("default"))

@@ -19,7 +19,7 @@ from unperturb.benchmarks.purifier import points
 from unperturb.benchmarks.reporting import results
 from unperturb.models.accuracy import correct
 from unperturb.models.attacks.projected_gradient import RAMP, ProjectedGradient
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.contrastive.loss import NegativePolicy
 from unperturb.models.contrastive.views import ViewPolicy
@@ -123,7 +123,7 @@ def denoised(
 
 def sweep(config: SweepConfig) -> int:
     """Sweep, write the result file, and say the figures."""
-    loaded = checkpoint.load(config.checkpoint, device=config.device)
+    loaded = store.load(config.checkpoint, device=config.device)
     if config.restored:
         denoiser_of(loaded)
     dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)

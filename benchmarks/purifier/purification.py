@@ -21,7 +21,7 @@ from unperturb.benchmarks.purifier import points
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import results
 from unperturb.models.accuracy import correct
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
@@ -96,7 +96,7 @@ def measure(config: PurificationConfig, loaded: Checkpoint, images: Tensor, labe
 def time_each(config: PurificationConfig, loaded: Checkpoint, images: Tensor) -> dict[str, Any]:
     """Milliseconds per image, each the fastest of its turns; ratios to the plain published procedure."""
     x = images[: config.timed].float() / 255
-    fresh = checkpoint.load(config.checkpoint, device=config.device)  # its weights want gradients: not the others'
+    fresh = store.load(config.checkpoint, device=config.device)  # its weights want gradients: not the others'
     runs: dict[str, Callable[[], object]] = {
         "classifier": lambda: loaded.classifier(x),
         "published_procedure": PublishedProcedureRun(fresh, x),
@@ -139,7 +139,7 @@ def _clock(device: str) -> float:
 
 def measure_purifier(config: PurificationConfig) -> int:
     """Measure, write the result file, and say the figures."""
-    loaded = checkpoint.load(config.checkpoint, device=config.device)
+    loaded = store.load(config.checkpoint, device=config.device)
     dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
     images, labels = (t[: config.n].to(config.device) for t in dataset.test)
     found = {
@@ -149,10 +149,10 @@ def measure_purifier(config: PurificationConfig) -> int:
     }
     results.write(config.out, script=SCRIPT, config=as_json(config), results=found)
     if config.write_card:
-        folder = checkpoint.resolve(config.checkpoint)
-        card = checkpoint.read_card(folder)
+        folder = store.resolve(config.checkpoint)
+        card = store.read_card(folder)
         figures = {**card.figures, "purification": found["accuracy"]}
-        checkpoint.write_card(folder, dataclasses.replace(card, figures=figures))
+        store.write_card(folder, dataclasses.replace(card, figures=figures))
     for row, cells in found["accuracy"].items():
         print(f"{row:10}", "  ".join(f"{name} {cell['accuracy']:.1%}" for name, cell in cells.items()))
     print({name: f"{value:.1f} ms" for name, value in found["time"]["ms_per_image"].items()})

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import results
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card, HeadCard
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
@@ -77,7 +77,7 @@ class SpeedConfig(BenchmarkConfig):
 def subject(config: SpeedConfig) -> Checkpoint:
     """The checkpoint, or random weights of an architecture behind a head of the usual size."""
     if not config.arch:
-        return checkpoint.load(config.checkpoint, device=config.device)
+        return store.load(config.checkpoint, device=config.device)
     torch.manual_seed(0)
     architecture = Architecture(name=config.arch, num_classes=10)
     classifier = build(architecture).eval().requires_grad_(False).to(config.device)

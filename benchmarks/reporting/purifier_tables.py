@@ -5,7 +5,7 @@ from typing import Any
 from unperturb.benchmarks.reporting.report import cells as texts_of
 from unperturb.benchmarks.reporting.results import where
 from unperturb.benchmarks.reporting.rows import measured_row
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 
 
 def share(cell: dict[str, Any]) -> str:
@@ -22,7 +22,7 @@ def points(gain: dict[str, Any]) -> str:
 
 def classifier_table() -> str:
     """The shipped classifier on the whole test set, from its card."""
-    card = checkpoint.read_card(checkpoint.resolve("default"))
+    card = store.read_card(store.resolve("default"))
     test = card.figures["test"]
     attack = f"PGD-{test['pgd']['steps']}, L∞ {test['pgd']['epsilon'] * 255:.0f}/255"
     rows = [
@@ -36,7 +36,7 @@ def classifier_table() -> str:
 
 def gates_table() -> str:
     """Return the table of what the shipped checkpoint's gates leave as it is, from its card."""
-    gates = checkpoint.read_card(checkpoint.resolve("default")).gates
+    gates = store.read_card(store.resolve("default")).gates
     n = next(iter(gates.values()))["n"]
     rows = [f"| n = {n:,} held-out training images | clean left | attacked left (PGD-20) |", "| --- | --- | --- |"]
     for name, gate in gates.items():

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from unperturb.models import provenance
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
 from unperturb.models.purifiers.defended import defend
@@ -74,7 +74,7 @@ class BulkWorker:
         settings = Settings(checkpoint=job.checkpoint, device=job.device)
         self.job, self.source, self.device = job, source, settings.devices[0]
         self.max_pixels, self.config = settings.max_pixels, preset(job.preset)
-        loaded = checkpoint.load(settings.checkpoint, device=self.device)
+        loaded = store.load(settings.checkpoint, device=self.device)
         self.card, self.defended = loaded.card, defend(loaded, self.config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.service.engine.cost import Cost
@@ -67,7 +67,7 @@ class ModelRegistry:
 
         Raises CheckpointError for one that cannot be served, or has another digest.
         """
-        loaded = checkpoint.load(name)
+        loaded = store.load(name)
         stages_of(loaded)
         if digest not in (None, loaded.card.weights_sha256):
             raise CheckpointError(f"checkpoint {name!r} has SHA-256 {loaded.card.weights_sha256}, not {digest}")

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import CheckpointError
 from unperturb.models.inference.captured import bucket
 from unperturb.models.inference.folding import prepared
@@ -100,7 +100,7 @@ class _Worker:
         """Load a checkpoint and warm it up, a piece for each `next`; a checkpoint's fault is its own alone."""
         started = time.monotonic()
         try:
-            loaded = checkpoint.load(name, device=self.device)
+            loaded = store.load(name, device=self.device)
             if loaded.card.weights_sha256 != digest:
                 raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
             ready = prepared(loaded, precision=self.config.precision)

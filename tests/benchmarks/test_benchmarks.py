@@ -11,7 +11,7 @@ from tests.training.test_training import classifier_arguments
 from unperturb.benchmarks.purifier import preset_sweep, purification, purify_speed
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import purifier_tables, results, speed_tables
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.inference.folding import prepared
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.training import data
@@ -30,7 +30,7 @@ def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, out = tmp_path / "checkpoint", tmp_path / "out.json"
-    checkpoint.save(folder, make_checkpoint())
+    store.save(folder, make_checkpoint())
     presets = dict.fromkeys(PRESETS, PRESETS["default"])  # 40 steps are for no test
     monkeypatch.setattr(purification, "PRESETS", presets)
     arguments = [
@@ -71,7 +71,7 @@ def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
     assert accuracy["default"]["adaptive_bpda"]["n"] == 6
     timed = record["results"]["time"]
     assert timed["times_faster_than_published_procedure"]["default"] > 0
-    assert checkpoint.load(folder).card.figures["purification"] == accuracy
+    assert store.load(folder).card.figures["purification"] == accuracy
     for table in (purifier_tables.purification_table(record), purifier_tables.time_table(record)):
         assert table.count("\n") >= 4
 
@@ -80,11 +80,11 @@ def test_sweep_measures_on_images_that_training_kept_back(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train(classifier_arguments(image_folder, tmp_path / "run", "--epochs", "1")) == 0
-    made, tiny = checkpoint.load(tmp_path / "run" / "checkpoint"), make_checkpoint()
+    made, tiny = store.load(tmp_path / "run" / "checkpoint"), make_checkpoint()
     assert made.classifier.feature_dim == tiny.classifier.feature_dim
     card = dataclasses.replace(made.card, head=tiny.card.head, restorer=tiny.card.restorer)
     whole = dataclasses.replace(tiny, card=card, classifier=made.classifier)
-    checkpoint.save(tmp_path / "head", whole)
+    store.save(tmp_path / "head", whole)
     few = dict(list(preset_sweep.candidates().items())[:2])
     monkeypatch.setattr(preset_sweep, "candidates", lambda: few)
     out = tmp_path / "sweep.json"
@@ -109,7 +109,7 @@ def test_sweep_measures_on_images_that_training_kept_back(
     rows = json.loads(out.read_text())["results"]["rows"]
     assert rows.keys() == {"no purifier", "restored view itself", "default"}
     assert rows["restored view itself"]["attacked"]["n"] == 9
-    checkpoint.save(tmp_path / "head", dataclasses.replace(whole, restorer=None))
+    store.save(tmp_path / "head", dataclasses.replace(whole, restorer=None))
     assert preset_sweep.main([*arguments, "--restored"]) == 2
     assert "has no restorer; train one: unperturb train restorer" in capsys.readouterr().err
 
@@ -166,7 +166,7 @@ def test_speed_of_every_way_is_measured_beside_the_published_procedure(
     three = found["batches"]["3"]["eager"]
     assert three["passes_per_s"] == pytest.approx(three["images_per_s"] * 2 * 3)
     # of one step of one view: forward and the input's gradient, which is as much again
-    loaded = checkpoint.load(tiny_folder)
+    loaded = store.load(tiny_folder)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         loaded.classifier.features(torch.rand(1, 3, 32, 32))
     per_pass = three["flop_per_s"] / three["passes_per_s"]
@@ -211,8 +211,8 @@ def test_speed_of_an_architecture_is_measured_from_a_single_image_on(
 def test_ways_are_compared_by_label(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
     settings = {"checkpoint": str(tiny_folder), "data": str(image_folder), "n": 10, "steps": 2, "cache": tmp_path}
     config = purify_speed.SpeedConfig(device="cpu", **settings)  # type: ignore[arg-type]
-    ways = purify_speed.Ways(config, checkpoint.load(tiny_folder))
-    ways.add("captured", "float32", prepared(checkpoint.load(tiny_folder)), "captured")
+    ways = purify_speed.Ways(config, store.load(tiny_folder))
+    ways.add("captured", "float32", prepared(store.load(tiny_folder)), "captured")
     dataset = data.load(str(image_folder), image_size=32, cache=tmp_path)
     found = purify_speed.agreement(config, ways, dataset)["captured"]
     assert found == {"n": 10, "same_label": 1.0, "largest_margin_of_the_differing": None}

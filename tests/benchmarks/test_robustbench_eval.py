@@ -18,7 +18,7 @@ from unperturb.benchmarks.reporting import report
 from unperturb.benchmarks.reporting.rows import load_runs, published_rows
 from unperturb.benchmarks.robustness import corruptions
 from unperturb.benchmarks.robustness.data import load_images, wordnet_ids
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import DataError
@@ -274,7 +274,7 @@ def test_imagenet_images_and_class_order_work_end_to_end(tmp_path: Path) -> None
         Card(id="random", architecture=architecture, classes=ids, data={}, training={"by": "nobody"}),
         build(architecture),
     )
-    checkpoint.save(tmp_path / "model", subject)
+    store.save(tmp_path / "model", subject)
     folder = tmp_path / "val"
     generator = np.random.default_rng(0)
     from PIL import Image

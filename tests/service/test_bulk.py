@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS, to_uint8
 from unperturb.service.bulk import run as bulk
@@ -105,7 +105,7 @@ def written(out: Path) -> dict[Path, tuple[int, int]]:
 
 def same_as_the_model(row: dict[str, Any], png: Path, payload: bytes, tiny_folder: Path, *, seed: int) -> None:
     """The row and the PNG are what DefendedClassifier makes of the image by itself."""
-    loaded = checkpoint.load(tiny_folder)
+    loaded = store.load(tiny_folder)
     x = torch.from_numpy(np.asarray(Image.open(io.BytesIO(payload))).copy()).permute(2, 0, 1)[None].float() / 255
     result = defend(loaded, PRESETS["default"]).classify(x, seed=seed)
     for prefix, logits in (("", result.logits), ("unpurified_", result.unpurified_logits)):
@@ -138,7 +138,7 @@ def test_folder_gives_a_png_and_a_trace_for_each_image_as_the_model_does(
         payload = (folder / rows[index]["name"]).read_bytes()
         same_as_the_model(rows[index], out / "images" / PNGS[index], payload, tiny_folder, seed=5)
     manifest = json.loads((out / "manifest.json").read_text())
-    card = checkpoint.read_card(tiny_folder)
+    card = store.read_card(tiny_folder)
     assert manifest["weights_sha256"] == card.weights_sha256
     pinned = {"checkpoint": "tiny", "preset": "default", "seed": 5, "chunk": 3, "source": "folder", "count": 5}
     assert pinned.items() <= manifest.items()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.support.engines import close, one, submit, uint8
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.inference.folding import prepared
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
@@ -28,7 +28,7 @@ def test_outcome_is_that_of_the_defended_classifier(
     engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, preset: str, execution: str
 ) -> None:
     engine = engines(execution=execution, slots=2)
-    expected = defend(prepared(checkpoint.load(tiny_folder)), PRESETS[preset]).classify(images[:1], seed=7)
+    expected = defend(prepared(store.load(tiny_folder)), PRESETS[preset]).classify(images[:1], seed=7)
     outcome = one(engine, uint8(images)[0], preset, seed=7, wants_image=True)
     assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)
     assert close(outcome.unpurified_scores, expected.unpurified_logits[0].softmax(0), 1e-5)
@@ -57,7 +57,7 @@ def test_compiled_steps_give_the_same_outcome(
 
     monkeypatch.setattr(torch, "compile", watched)
     engine = engines(execution="compiled", slots=1)
-    expected = defend(prepared(checkpoint.load(tiny_folder)), PRESETS["default"]).classify(images[:1], seed=7)
+    expected = defend(prepared(store.load(tiny_folder)), PRESETS["default"]).classify(images[:1], seed=7)
     outcome = one(engine, uint8(images)[0], "default", seed=7, wants_image=True)
     assert len(compiled) == 1
     assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)

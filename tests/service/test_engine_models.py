@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import make_checkpoint
 from tests.support.engines import close, one, other_checkpoint, submit, uint8
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.inference.captured import Stepper
 from unperturb.models.inference.continuous import Stage
@@ -67,7 +67,7 @@ def test_checkpoint_that_does_not_run_is_refused_and_the_others_are_served(
     with torch.no_grad():
         for parameter in broken.classifier.parameters():
             parameter.mul_(1e30)
-    checkpoint.save(tmp_path, broken, half=False)
+    store.save(tmp_path, broken, half=False)
     engine = engines(slots=2)
     with pytest.raises(CheckpointError, match="does not run"):
         engine.add(str(tmp_path), "broken")

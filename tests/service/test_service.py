@@ -19,7 +19,7 @@ from tests.models.test_readout import CARDS, with_readout
 from tests.service.test_decode import png_of_claimed_size
 from tests.support.engines import ThreadHandle, wait_until
 from tests.support.serving import photo, serving, settings
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import CheckpointError
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
@@ -61,7 +61,7 @@ def test_raw_body_gives_the_same_answer(client: TestClient) -> None:
 
 
 def test_answer_is_the_models_own(client: TestClient, tiny_folder: Path) -> None:
-    defended = defend(checkpoint.load(tiny_folder), PRESETS["published"])
+    defended = defend(store.load(tiny_folder), PRESETS["published"])
     pixels = torch.from_numpy(np.array(Image.open(BytesIO(photo())))).permute(2, 0, 1)
     expected = defended.classify(pixels[None].float() / 255, seed=9)
     body = client.post("/classify?preset=published&seed=9", files={"image": photo()}).json()
@@ -174,7 +174,7 @@ def test_unexpected_error_shows_no_exception_text(client: TestClient, monkeypatc
 def test_health_readiness_card_and_docs(client: TestClient, tiny_folder: Path) -> None:
     assert client.get("/healthz").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
-    card = json.loads((tiny_folder / checkpoint.CARD).read_text())
+    card = json.loads((tiny_folder / store.CARD).read_text())
     assert client.get("/model").json() == card
     assert client.get("/docs").status_code == 200
     operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
@@ -258,11 +258,11 @@ def test_every_reference_of_the_openapi_description_leads_somewhere(client: Test
 
 
 def test_nearest_neighbour_checkpoint_is_served_like_any_other(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "knn", with_readout(CARDS["knn"]))
+    store.save(tmp_path / "knn", with_readout(CARDS["knn"]))
     with serving(tmp_path / "knn") as opened:
         answer = opened.post("/classify", files={"image": photo()})
     assert answer.status_code == 200
-    defended = defend(checkpoint.load(tmp_path / "knn"), PRESETS["default"])
+    defended = defend(store.load(tmp_path / "knn"), PRESETS["default"])
     pixels = torch.from_numpy(np.array(Image.open(BytesIO(photo())))).permute(2, 0, 1)[None].float() / 255
     scores = defended.classify(pixels).logits.softmax(1)[0]
     for one in answer.json()["predictions"]:
@@ -270,6 +270,6 @@ def test_nearest_neighbour_checkpoint_is_served_like_any_other(tmp_path: Path) -
 
 
 def test_encoder_without_a_classifier_is_not_served(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "encoder", with_readout(CARDS["none"]))
+    store.save(tmp_path / "encoder", with_readout(CARDS["none"]))
     with pytest.raises(CheckpointError, match="unperturb train linear --encoder"):
         create_app(settings(tmp_path / "encoder"))

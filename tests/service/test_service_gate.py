@@ -14,7 +14,7 @@ from tests.conftest import make_checkpoint, make_defended
 from tests.models.test_halting import differing, some_end
 from tests.support.engines import submit, uint8
 from tests.support.serving import photo, serving
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.engine import Engine
 
@@ -43,9 +43,9 @@ def test_service_ends_images_as_the_purifier_does(
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A service whose checkpoint has a gate for one preset that leaves every image as it is."""
     tiny, folder = make_checkpoint(), tmp_path_factory.mktemp("gated")
-    card = checkpoint.save(folder, tiny)
+    card = store.save(folder, tiny)
     gates = {"default": {"loss": ALL, "weights_sha256": card.weights_sha256}}
-    checkpoint.write_card(folder, dataclasses.replace(card, gates=gates))
+    store.write_card(folder, dataclasses.replace(card, gates=gates))
     with serving(folder) as client:
         yield client
 

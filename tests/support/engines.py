@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.conftest import make_checkpoint
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.inference.captured import Execution
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.batching import ContinuousBatch, Slot
@@ -118,5 +118,5 @@ def other_checkpoint(folder: Path) -> str:
     for module in other.classifier.modules():
         if isinstance(module, torch.nn.BatchNorm2d) and module.running_mean is not None:
             module.running_mean.add_(0.1)
-    checkpoint.save(folder, other)
+    store.save(folder, other)
     return str(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from unperturb.models.checkpoints import store as checkpoint
+from unperturb.models.checkpoints import store
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.decoding.decode import decode
@@ -21,7 +21,7 @@ class PeerModel:
 
     def __init__(self) -> None:
         device = torch.device(os.environ.get("PEER_DEVICE", "cpu"))
-        loaded = checkpoint.load(os.environ.get("PEER_CHECKPOINT", "default"), device=device)
+        loaded = store.load(os.environ.get("PEER_CHECKPOINT", "default"), device=device)
         self.device, self.size = device, loaded.classifier.image_size
         self.defended: dict[str, DefendedClassifier] = {
             name: defend(loaded, config) for name, config in PRESETS.items()
