@@ -34,7 +34,7 @@ class BulkMemoryConfig(BenchmarkConfig):
     out: Path = option("result file", results.FOLDER / "bulk_memory.json")
 
     def __post_init__(self) -> None:
-        """Refuse what tells nothing."""
+        """Raise ConfigError for counts that tell nothing."""
         if min(self.chunk, self.batch) < 1 or self.n < 2 * self.chunk:
             raise ConfigError(
                 f"n={self.n} must be at least two chunks of {self.chunk}, and batch={self.batch} 1 or more"

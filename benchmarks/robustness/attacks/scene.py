@@ -25,7 +25,7 @@ class Threat:
     epsilon: float
 
     def __post_init__(self) -> None:
-        """Refuse 8 where 8/255 is meant."""
+        """Raise ConfigError for 8 where 8/255 is meant."""
         top = 1.0 if self.norm == "linf" else 8.0
         if not 0 < self.epsilon < top:
             raise ConfigError(
