@@ -2,7 +2,8 @@
 # The shipped classifiers, one after another; about ten hours on two cores with AMX:
 #   nohup nice training/queue.sh RUNS CIFAR10 CIFAR100 >> queue.log 2>&1 &
 # RUNS is a folder for the runs, the others image folders. A run that was ended goes on from its state; finished ones
-# are skipped. PYTHON chooses the interpreter.
+# are skipped. One without a state goes on from its averaged weights in training/unfinished, where there are some.
+# PYTHON chooses the interpreter.
 set -euo pipefail
 runs=$1 cifar10=$2 cifar100=$3
 cd "$(dirname "$0")/.."
@@ -12,6 +13,11 @@ train() { # NAME DATA EPOCHS, then options
   local name=$1 data=$2 epochs=$3
   shift 3
   test -f "$runs/$name/checkpoint/card.json" && grep -q pgd_accuracy "$runs/$name/checkpoint/card.json" && return
+  local unfinished=training/unfinished/$name begun=$runs/$name.begun
+  if ! test -f "$runs/$name/state.pt" && test -f "$unfinished/ema.safetensors"; then
+    echo "--resume-from $unfinished/ema.safetensors --epoch $(sed -n '$s/^{"epoch": \([0-9]*\).*/\1/p' "$unfinished/log.jsonl")" > "$begun"
+  fi
+  test -f "$begun" && read -ra more < "$begun" && set -- "$@" "${more[@]}"
   echo "$(date -u +%FT%TZ) $name"
   "${PYTHON:-python3}" -m unperturb.training classifier --data "$data" --out "$runs/$name" --id "$name" --epochs "$epochs" \
     --arch preact_resnet18 --activation silu --precision bfloat16 "$@" 2> "$runs/$name.err"
