@@ -1,7 +1,7 @@
 """`python benchmarks/robustbench_eval.py --data DIR`: purified classifiers beside RobustBench's models.
 
-Every model behind every purifier is one run, and one JSON file in --out. A run that was killed goes on where it was
-when the same command is given again. Rules: Croce et al., "Evaluating the adversarial robustness of adaptive test-time
+Every model behind every defense is one run, and one JSON file in --out. A run that was killed goes on where it was when
+the same command is given again. Rules: Croce et al., "Evaluating the adversarial robustness of adaptive test-time
 defenses", ICML 2022.
 """
 
@@ -10,31 +10,32 @@ import hashlib
 import os
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.robustness import attacks
-from unperturb.benchmarks.robustness.attacks.scene import BUDGETS, Threat
-from unperturb.benchmarks.robustness.corruptions import CorruptionRun
-from unperturb.benchmarks.robustness.data import EvaluationSet, load_images
+from unperturb.benchmarks.robustness.budgets import BUDGETS
+from unperturb.benchmarks.robustness.corruptions import CorruptionRun, NoiseRun
+from unperturb.benchmarks.robustness.data import PUBLISHED, EvaluationSet, load_images
 from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
-from unperturb.models.checkpoints import store
+from unperturb.benchmarks.robustness.subjects import defense_of, described_model, load_subject, ready
+from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
+from unperturb.models.memory import keep_freed_memory
+from unperturb.models.networks.benchmark_classes import class_names
+from unperturb.models.networks.generator import load as load_generator
 from unperturb.models.networks.robustbench import PREFIX, parse_name
 from unperturb.models.options import as_json, option
-from unperturb.models.provenance import digest_of
-from unperturb.models.purifiers.registry import build_purifier
-
-EPSILON = {"Linf": 8 / 255, "L2": 0.5}
 
 SCRIPT = "benchmarks/robustbench_eval.py"
+NONE = "none"
+RUNS: dict[str, type[Evaluation]] = {"corruptions": CorruptionRun, "noise": NoiseRun}  # others are attacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +43,23 @@ class EvaluationConfig:
     """Score purified classifiers by the field's rules: AutoAttack, transfer, adaptive attacks, the worst case."""
 
     model: tuple[str, ...] = option(
-        "shipped name, checkpoint folder, or robustbench:<Name>[:<dataset>:<threat>]; may be repeated", ("default",)
+        "shipped name, checkpoint folder, robustbench:<Name>[:<dataset>:<threat>], or package.module:factory on the "
+        "Python path; may be repeated",
+        ("default",),
     )
     purifier: tuple[str, ...] = option(
-        "none, reverse-attack[:preset|key=value,…], anti-adversary, hedge, denoiser[:times=N]; may be repeated",
+        "none, vote[:shifts=2], reverse-attack[:preset|key=value,…[,vote=2]], anti-adversary, hedge, "
+        "denoiser[:times=N], or package.module:Class[:key=value,…] on the Python path; may be repeated",
         ("none", "reverse-attack"),
     )
-    dataset: Literal["cifar10", "cifar100", "imagenet"] = option("what the images are", "cifar10")
-    threat_model: Literal["Linf", "L2", "corruptions"] = option("the ball, or the common corruptions", "Linf")
+    dataset: str = option("what the images are: cifar10, cifar100, imagenet, or a name for your own", "cifar10")
+    threat_model: Literal["Linf", "L2", "corruptions", "noise"] = option(
+        "the ball, the common corruptions, or Gaussian noise in no ball", "Linf"
+    )
     epsilon: float | None = option("radius in pixel units of [0, 1]; default 8/255 (Linf), 0.5 (L2)", None)
     data: Path | None = option("folder of class folders or .npz file; default: RobustBench's own loader", None)
     n_examples: int = option("test images, the first ones", 1000)
+    image_size: int | None = option("side of the images of a factory's model; default 32, for imagenet 224", None)
     attacks: str = option("all, fast, or names between commas", "all")
     generator: Path | None = option("folder of a noise generator (unperturb train generator), as an attack", None)
     budget: Literal["fast", "standard", "full"] = option("steps, restarts and draws of the attacks", "standard")
@@ -71,25 +78,29 @@ class EvaluationConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.panel < 0:
             raise ConfigError(f"panel={self.panel} is below 0")
-        self.plan()
+        if self.dataset not in PUBLISHED and self.data is None:
+            raise ConfigError(f"dataset={self.dataset!r}: your own images need --data; known: {', '.join(PUBLISHED)}")
+        self._plan(None)
 
-    def plan(self) -> Plan:
+    def plan(self, device: torch.device) -> Plan:
         """Return the plan of every run."""
-        chosen = () if self.threat_model == "corruptions" else attacks.chosen(self.attacks)
+        return self._plan(device)
+
+    def _plan(self, device: torch.device | None) -> Plan:
+        chosen = () if self.threat_model in RUNS else attacks.chosen(self.attacks)
         if (attacks.GENERATOR in chosen) != (self.generator is not None):
             raise ConfigError(f"attacks={self.attacks!r}: the attack `generator` and --generator FOLDER go together")
-        norm: Literal["linf", "l2"] = "l2" if self.threat_model == "L2" else "linf"
         epsilon = EPSILON.get(self.threat_model, 8 / 255) if self.epsilon is None else self.epsilon
+        load = device is not None and self.generator is not None
         return Plan(
-            dataset=self.dataset,
-            threat=Threat(norm=norm, epsilon=epsilon),
+            threat=Threat(norm=NORMS.get(self.threat_model, "linf"), epsilon=epsilon),
             budget=BUDGETS[self.budget],
             attacks=chosen,
             seed=self.seed,
             chunk=self.chunk,
             shard=self._shard(),
             panel=self.panel,
-            generator=self.generator,
+            generator=load_generator(self.generator, device=device)[0] if load else None,  # type: ignore[arg-type]
         )
 
     def _shard(self) -> tuple[int, int]:
@@ -101,20 +112,23 @@ class EvaluationConfig:
 
 
 def load_model(spec: str, config: EvaluationConfig) -> Checkpoint:
-    """A checkpoint of this project, or a classifier of RobustBench: by default that for the run's data and threat."""
+    """Return a checkpoint, a factory's model, or RobustBench's classifier, by default for the run's data and threat."""
+    published = config.dataset in PUBLISHED
     if spec.startswith(PREFIX):
-        name, dataset, threat = parse_name(spec, dataset=config.dataset, threat=config.threat_model)
+        dataset = config.dataset if published else "cifar10"
+        name, dataset, threat = parse_name(spec, dataset=dataset, threat=config.threat_model)
         spec = f"{PREFIX}{name}:{dataset}:{threat}"
-        if dataset != config.dataset:
+        if published and dataset != config.dataset:
             raise ConfigError(f"model {spec} is for another data set than --dataset {config.dataset}")
-    return store.load(spec)
+    size = config.image_size or (224 if config.dataset == "imagenet" else 32)
+    return load_subject(spec, classes=class_names(config.dataset) if published else None, image_size=size)
 
 
 def result_name(config: EvaluationConfig, plan: Plan, model: str, purifier: str) -> str:
     """The result file's name: everything that tells two runs apart."""
     radius = f"{config.threat_model}-{plan.threat.epsilon * 255:.4g}of255"
-    if config.threat_model == "corruptions":
-        radius = "corruptions"
+    if config.threat_model in RUNS:
+        radius = config.threat_model
     parts = [model, purifier, config.dataset, radius, f"n{config.n_examples}", config.budget, f"seed{config.seed}"]
     if plan.attacks and plan.attacks != attacks.NAMES:
         parts.append("fast" if plan.attacks == attacks.FAST else "+".join(plan.attacks))
@@ -135,6 +149,8 @@ def open_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device={name!r} is not on this machine ({reason}); --device cpu always is") from error
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True
@@ -144,55 +160,75 @@ def open_device(name: str) -> torch.device:
 
 def run_all(config: EvaluationConfig) -> list[Path]:
     """Check everything, then every run; the result files."""
-    plan, device = config.plan(), open_device(config.device)
+    device = open_device(config.device)
+    plan = config.plan(device)
     if not plan.chunks(config.n_examples):
         print(f"shard {plan.shard[0] + 1}/{plan.shard[1]} of {config.n_examples} images is empty: nothing to do")
         return []
-    runs: list[tuple[str, str, Checkpoint, EvaluationSet, Evaluation]] = []
-    for model in config.model:
-        subject = load_model(model, config)
-        data = load_images(
-            config.dataset,
-            config.data,
-            n=config.n_examples,
-            image_size=subject.classifier.image_size,
-            classes=subject.card.classes,
-            cache=config.cache,
-        )
-        if model != subject.card.id and Path(model).is_dir():
-            model = f"{subject.card.id}-{subject.card.weights_sha256[:8]}"  # no path of a machine in names
-        for purifier in config.purifier:
-            make = partial(build_purifier, purifier)
-            title = f"{model} + {purifier}"
-            kind = CorruptionRun if config.threat_model == "corruptions" else Evaluation
-            run = kind(subject, make, data, plan, folder=config.out, device=device, title=title)
-            runs.append((model, purifier, subject, data, run))
-    if config.threat_model != "corruptions":
+    runs = [run for model in config.model for run in _runs_of(model, config, plan, device)]
+    if config.threat_model not in RUNS:
         announce([run for *_, run in runs])
     files = []
-    for model, purifier, subject, data, run in runs:
+    for described, purifier, run in runs:
         found = run.run()
-        file = config.out / result_name(config, plan, model, purifier)
-        described = {
-            "model": {
-                "spec": subject.card.architecture.name if model.startswith(PREFIX) else subject.card.id,
-                "architecture": subject.card.architecture.name,
-                "weights_sha256": subject.card.weights_sha256 or digest_of(subject.classifier),
-            },
-            "classes": list(subject.card.classes),
-            "purifier_spec": purifier,
-            "data": {"dataset": config.dataset, "source": data.source, "sha256": data.digest},
-            "threat": {"model": config.threat_model, "epsilon": plan.threat.epsilon},
-            "budget": {"name": config.budget, **dataclasses.asdict(plan.budget)},
-            "shard": f"{plan.shard[0] + 1}/{plan.shard[1]}",
-        }
-        settings = {**as_json(config), "model": model, "purifier": purifier}
+        file = config.out / result_name(config, plan, described["model"]["spec"], purifier)
+        settings = {**as_json(config), "model": described["model"]["spec"], "purifier": purifier}
         for place in ("data", "generator"):
             settings.pop(place)
-        results.write(file, script=SCRIPT, config=settings, results={**described, **found})
+        results.write(file, script=SCRIPT, config=settings, results={**described, "purifier_spec": purifier, **found})
         files.append(file)
         print(f"{file}: {run.headline(found)}", flush=True)
     return files
+
+
+def _runs_of(
+    model: str, config: EvaluationConfig, plan: Plan, device: torch.device
+) -> list[tuple[dict[str, Any], str, Evaluation]]:
+    """Return what the record says of model and data, the purifier, and the run, of every purifier of a model.
+
+    The bare classifier is evaluated in any case: every other row is paired with it.
+    """
+    subject = ready(load_model(model, config), device)
+    data = load_images(
+        config.dataset,
+        config.data,
+        n=config.n_examples,
+        image_size=subject.classifier.image_size,
+        classes=subject.card.classes,
+        cache=config.cache,
+    )
+    if model != subject.card.id and Path(model).is_dir():
+        model = f"{subject.card.id}-{subject.card.weights_sha256[:8]}"  # no path of a machine in names
+    described = _described(subject, model, data, config, plan)
+    kind = RUNS.get(config.threat_model, Evaluation)
+    made: dict[str, Evaluation] = {}
+    for purifier in dict.fromkeys((NONE, *config.purifier)):
+        defended = defense_of(purifier, subject)
+        made[purifier] = kind(
+            defended, data, plan, folder=config.out, bare=made.get(NONE), title=f"{model} + {purifier}"
+        )
+        if isinstance(run := made[purifier], CorruptionRun):
+            run.dataset = config.dataset
+    return [(described, purifier, made[purifier]) for purifier in dict.fromkeys(config.purifier)]
+
+
+def _described(
+    subject: Checkpoint, model: str, data: EvaluationSet, config: EvaluationConfig, plan: Plan
+) -> dict[str, Any]:
+    spec = model if not model.startswith(PREFIX) else subject.card.architecture.name
+    return {
+        "model": described_model(subject, subject.card.id if model == "default" else spec),
+        "classes": list(subject.card.classes),
+        "data": {
+            "dataset": config.dataset,
+            "source": data.source,
+            "sha256": data.digest,
+            "own": config.dataset not in PUBLISHED,
+        },
+        "threat": {"model": config.threat_model, "epsilon": plan.threat.epsilon},
+        "budget": {"name": config.budget, **dataclasses.asdict(plan.budget)},
+        "shard": f"{plan.shard[0] + 1}/{plan.shard[1]}",
+    }
 
 
 def evaluate(config: EvaluationConfig) -> int:

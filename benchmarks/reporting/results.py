@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ PLACES = ("out", "cache")  # where files lie on one machine: no part of a result
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
 
-def write(path: Path, *, script: str, config: dict[str, Any], results: dict[str, Any]) -> None:
-    """Write one result as JSON, with its provenance."""
+def record(*, script: str, config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Return one result with its provenance."""
     config = {key: value for key, value in config.items() if key not in PLACES}
-    record = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "script": script,
         "config": config,
@@ -34,8 +35,13 @@ def write(path: Path, *, script: str, config: dict[str, Any], results: dict[str,
         "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "results": results,
     }
+
+
+def write(path: Path, *, script: str, config: dict[str, Any], results: dict[str, Any]) -> None:
+    """Write one result as JSON, with its provenance."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    whole = record(script=script, config=config, results=results)
+    write_whole(path, (json.dumps(whole, indent=1, allow_nan=False) + "\n").encode())
 
 
 def accuracy(correct: list[bool]) -> dict[str, Any]:
@@ -44,12 +50,15 @@ def accuracy(correct: list[bool]) -> dict[str, Any]:
     return {"accuracy": found.value, "n": found.n, "interval": [found.low, found.high]}
 
 
-def gain(after: list[bool], before: list[bool]) -> dict[str, Any]:
-    """Return the mean difference of paired outcomes, with its 95% normal interval, in shares of 1."""
+def gain(after: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
+    """Return the mean difference of paired outcomes, with its 95% normal interval, in shares of 1.
+
+    Of one pair the interval is all there is.
+    """
     difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    mean = float(difference.mean())
-    half = 1.959963984540054 * float(difference.std()) / len(difference) ** 0.5
-    return {"mean": mean, "n": len(difference), "interval": [mean - half, mean + half]}
+    mean, n = float(difference.mean()), len(difference)
+    half = 1.959963984540054 * float(difference.std()) / n**0.5 if n > 1 else 1.0
+    return {"mean": mean, "n": n, "interval": [mean - half, mean + half]}
 
 
 def where(machine: dict[str, Any]) -> str:

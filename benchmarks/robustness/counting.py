@@ -75,7 +75,7 @@ def suspicion_flags(
     spread = max(float((one - scores[0]).norm(dim=1).max()) for one in scores[1:])
     inside = x.detach().clone().requires_grad_()
     purified = defended.purifier.descend(inside, seeds=seeds_of(seed, x)).image
-    loss = torch.nn.functional.cross_entropy(defended.classifier(purified), labels, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(defended.scores(purified), labels, reduction="sum")
     zero = len(x)
     if loss.requires_grad:
         (gradient,) = torch.autograd.grad(loss, inside, allow_unused=True)

@@ -1,8 +1,6 @@
 """The images that a classifier is judged on: RobustBench's own, or a local folder or .npz file."""
 
 import hashlib
-import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
@@ -13,9 +11,12 @@ from torch import Tensor
 
 from unperturb.models.cache import cache_folder
 from unperturb.models.errors import DataError
-from unperturb.models.networks.robustbench import CLASSES, robustbench_data
+from unperturb.models.networks.benchmark_classes import IMAGENET_CLASSES, class_names, wordnet_ids
+from unperturb.models.networks.robustbench import robustbench_data
 from unperturb.models.shapes import Float, Int
 from unperturb.training.data import read_folder
+
+PUBLISHED = ("cifar10", "cifar100", "imagenet")  # data sets with published rows; any other name is somebody's own
 
 
 class EvaluationSet(NamedTuple):
@@ -33,9 +34,12 @@ def load_images(
     """Return the first `n` test images, in RobustBench's order, or in sorted file order from `folder`.
 
     `folder` holds <class>/*, or test/<class>/*, or is an .npz file with `images` (uint8 [n, h, w, 3]) and `labels`.
-    `classes` are the classifier's, in its order; for ImageNet the folders are WordNet ids. Raises DataError naming
-    what is missing, wrong or too little.
+    `classes` are the classifier's, in its order: class folders are matched by name, and refused where it, or a
+    published `dataset`, has none of the name; for ImageNet the folders are WordNet ids. Raises DataError naming what is
+    missing, wrong or too little.
     """
+    if folder is None and dataset not in PUBLISHED:
+        raise DataError(f"--dataset {dataset}: images of your own need --data; known: {', '.join(PUBLISHED)}")
     if folder is None:
         images, labels = robustbench_data(dataset, n=n, folder=cache_folder("robustbench-data"))
         source = "robustbench"
@@ -83,29 +87,21 @@ def _from_folder(
     if not root.is_dir():
         raise DataError(f"{folder} is neither a folder of class folders nor an .npz file")
     found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+    if not found:
+        raise DataError(f"{root} has no class folder")
     order = classes
-    if dataset == "imagenet" and found and found[0] not in classes:
+    if dataset == "imagenet" and len(classes) == IMAGENET_CLASSES and found[0] not in classes:
         order = wordnet_ids()
-    elif len(found) == len(classes) and all(name.isdigit() for name in classes) and not set(found) <= set(classes):
-        order = found  # a classifier that names no classes; CIFAR's are in alphabetical order
-    unknown = [name for name in found if name not in order]
-    if unknown or not found:
-        raise DataError(
-            f"{root} has {f'a class folder {unknown[0]!r}' if unknown else 'no class folder'}; "
-            f"the classifier's classes are {', '.join(order[:10])}{' …' if len(order) > 10 else ''}"
-        )
+    if dataset in PUBLISHED and dataset != "imagenet":
+        _refuse_others(found, class_names(dataset), root, f"{dataset}; --dataset NAME is for images of your own")
+    _refuse_others(found, order, root, f"the classifier, whose classes are {', '.join(order[:10])}")
     split = read_folder(root, found, image_size=image_size, cache=cache)
     # A folder may lack classes: a label is the class's place in the classifier's order, not among the folders.
     place = torch.tensor([order.index(name) for name in found])
     return split.images.float() / 255, place[split.labels]
 
 
-def wordnet_ids() -> tuple[str, ...]:
-    """Return ImageNet's 1,000 WordNet ids in the order of its classes."""
-    package = find_spec("robustbench")  # found, not imported
-    if package is None or package.origin is None:
-        raise DataError("ImageNet's class order comes with robustbench, which is not installed")
-    file = Path(package.origin).parent / "helper_files" / "imagenet_class_to_id_map.json"
-    places: dict[str, int] = json.loads(file.read_text())
-    assert len(places) == CLASSES["imagenet"]
-    return tuple(sorted(places, key=lambda name: places[name]))
+def _refuse_others(found: tuple[str, ...], known: tuple[str, ...], root: Path, whose: str) -> None:
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise DataError(f"{root} has a class folder {unknown[0]!r}, which is no class of {whose}")

@@ -1,71 +1,103 @@
-"""Estimate what a run will cost, before it begins."""
+"""Estimate what a run will cost, before it begins, and choose the number of threads."""
 
 import dataclasses
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from unperturb.benchmarks.robustness.attacks import ATTACKS, AUTOATTACK
+from unperturb.benchmarks.robustness.attacks import ATTACKS
 from unperturb.benchmarks.robustness.evaluation import Evaluation
 
-# Standard AutoAttack on an image that it never breaks: forward+backward and forward passes of the classifier.
-AUTOATTACK_PASSES = (1910, 5954)
+TIMED_IMAGES = 32
+LIKELY = 0.5  # share of the images that an attack is run on, if half are right and not broken before
+
+
+class Cost(NamedTuple):
+    """Seconds per image of one call of the defended classifier: with the full gradient, by BPDA, and without."""
+
+    full: float
+    bpda: float
+    none: float
 
 
 def announce(runs: list[Evaluation]) -> None:
-    """Print a line per run and attack: at most how many classifier passes per image, and how long that takes here.
+    """Print a line per run and attack: how many calls of the defense per image, and how long that takes here.
 
-    An image that an attack has broken costs it nothing more, so a run mostly takes less.
+    `at most` is if every image withstands everything; an image that is broken costs nothing more, so that it is mostly
+    nearer to the second figure, for half of the images.
     """
+    _choose_threads(runs[0])
     budget = dataclasses.asdict(runs[0].plan.budget)
     print("budget: " + ", ".join(f"{name} {value}" for name, value in budget.items()))
-    print(f"{'run':44} {'attack':20} {'forward':>9} {'backward':>9}   at most")
-    total, seen = 0.0, set()
-    for run in runs:
+    print("calls of the defense per image, with the full gradient, by BPDA, without; and the time:")
+    print(f"{'run':40} {'attack':20} {'full':>7} {'bpda':>7} {'none':>7}   {'at most':>8} {'half':>8}")
+    total = 0.0
+    every = list(dict.fromkeys([*(run.bare for run in runs if run.bare is not None), *runs]))
+    for run in every:
         images = sum(len(chunk) for chunk in run.plan.chunks(len(run.data.labels)))
-        forward_s, backward_s = _seconds_per_image(run)
-        per_query = _passes_per_query(run)
+        cost = _cost(run)
         for name in run.names:
-            if name == AUTOATTACK:
-                if id(run.data) in seen:
-                    continue  # shared by all purifiers of a model
-                seen.add(id(run.data))
-                backward, forward = AUTOATTACK_PASSES
-                forward += backward
-            else:
-                with_gradient, without = ATTACKS[name].queries(run.plan.budget) if name in ATTACKS else (0, 1)
-                queries = with_gradient + without + 1
-                forward = round(queries * per_query[0])
-                backward = round(queries * per_query[1] + with_gradient)
-            seconds = images * (forward * forward_s + backward * backward_s)
+            calls = ATTACKS[name].queries(run.plan.budget)
+            seconds = images * sum(each * spent for each, spent in zip(calls, cost, strict=True))
             total += seconds
-            print(f"{run.title[:44]:44} {name:20} {forward:9,} {backward:9,}   {_span(seconds)}")
-    print(f"all of it on {runs[0].device}: at most about {_span(total)}", flush=True)
+            print(
+                f"{run.title[:40]:40} {name:20} {calls.full:7,} {calls.bpda:7,} {calls.none:7,}   "
+                f"{_span(seconds):>8} {_span(seconds * LIKELY):>8}"
+            )
+        for name, reason in run.could_not_run.items():
+            print(f"{run.title[:40]:40} {name:20} not run: {reason}")
+    print(f"all of it on {runs[0].device}: about {_span(total * LIKELY)}, at most {_span(total)}", flush=True)
 
 
-def _passes_per_query(run: Evaluation) -> tuple[float, float]:
-    """Return the classifier's forward and backward passes per image in one call of the defended classifier, counted."""
-    x = run.data.images[:2].to(run.device)
-    counting = run.counting
-    before = counting.forward_passes, counting.backward_passes
-    with torch.no_grad():
-        run.defended(x)
-    return (counting.forward_passes - before[0]) / len(x), (counting.backward_passes - before[1]) / len(x)
+def _cost(run: Evaluation) -> Cost:
+    """Time the defended classifier on a few images."""
+    x = run.data.images[: min(TIMED_IMAGES, run.plan.chunk)].to(run.device)
+    full = run.defended.attacked_by("full", steps=run.plan.budget.unrolled_steps)
+    bpda = run.defended.attacked_by("bpda")
+
+    def differentiated(model: Callable[[Tensor], Tensor]) -> None:
+        inside = x.clone().requires_grad_()
+        scores = model(inside)
+        if scores.requires_grad:
+            float(torch.autograd.grad(scores.sum(), inside)[0].sum())
+
+    def plain() -> None:
+        with torch.no_grad():
+            float(run.defended(x).sum())
+
+    calls = (lambda: differentiated(full), lambda: differentiated(bpda), plain)
+    return Cost(*(_fastest(call) / len(x) for call in calls))
 
 
-def _seconds_per_image(run: Evaluation) -> tuple[float, float]:
-    """Time a forward and a backward pass of the classifier, once on a chunk."""
-    x = run.data.images[: run.plan.chunk].to(run.device).requires_grad_()
-    spent = []
+def _choose_threads(run: Evaluation) -> None:
+    """Set torch's threads on a CPU to one where that is faster for this network than all of them."""
+    threads = torch.get_num_threads()
+    if run.device.type != "cpu" or threads == 1:
+        return
+    x = run.data.images[: run.plan.chunk]
+
+    def pass_through() -> None:
+        inside = x.clone().requires_grad_()
+        torch.autograd.grad(run.counting(inside).sum(), inside)
+
+    spent = {}
+    for count in (threads, 1):
+        torch.set_num_threads(count)
+        spent[count] = _fastest(pass_through)
+    torch.set_num_threads(min(spent, key=lambda count: spent[count]))
+    print(f"{torch.get_num_threads()} of {threads} threads, the faster for this network")
+
+
+def _fastest(call: Callable[[], None]) -> float:
+    times = []
     for _ in range(2):
         started = time.perf_counter()
-        loss = run.counting(x).sum()
-        float(loss.detach())
-        middle = time.perf_counter()
-        (gradient,) = torch.autograd.grad(loss, x)
-        float(gradient.sum())
-        spent.append((middle - started, time.perf_counter() - middle))
-    return min(one for one, _ in spent) / len(x), min(other for _, other in spent) / len(x)
+        call()
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def _span(seconds: float) -> str:

@@ -1,7 +1,10 @@
-"""One model behind one purifier, under every attack: chunk by chunk, resumable, to one record."""
+"""One defended classifier on a set of images, under every attack that applies: resumable, to one record.
+
+The bare classifier is evaluated on the same images under the same budget, and every figure of a defense stands beside
+it. An image that an attack has broken leaves, but where a figure of one attack alone is wanted.
+"""
 
 import dataclasses
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -13,25 +16,33 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unperturb.benchmarks.robustness import attacks as registry
-from unperturb.benchmarks.robustness.attacks import ATTACKS, AUTOATTACK, FRESH_ATTACKS, TRANSFER
+from unperturb.benchmarks.robustness.attacks import (
+    ATTACKS,
+    AUTOATTACK,
+    DEFENDED_AUTOATTACK,
+    FRESH_ATTACKS,
+    GRADIENT,
+    TRANSFER,
+    Attack,
+)
 from unperturb.benchmarks.robustness.attacks.adaptive import FRESH
-from unperturb.benchmarks.robustness.attacks.autoattack import autoattack
-from unperturb.benchmarks.robustness.attacks.scene import Budget, Scene, Threat
+from unperturb.benchmarks.robustness.attacks.autoattack import LEAST_CLASSES
+from unperturb.benchmarks.robustness.attacks.scene import Scene
+from unperturb.benchmarks.robustness.budgets import Budget
 from unperturb.benchmarks.robustness.counting import CountingClassifier
 from unperturb.benchmarks.robustness.data import EvaluationSet
-from unperturb.benchmarks.robustness.figures import CLEAN, summarise
+from unperturb.benchmarks.robustness.figures import CLEAN, figures_of
+from unperturb.benchmarks.robustness.identity import REASONS, Identity, describe, missing
 from unperturb.benchmarks.robustness.showing import show
-from unperturb.benchmarks.robustness.units import Unit, Units, code_digest
-from unperturb.models import provenance
-from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.benchmarks.robustness.threat import Threat
+from unperturb.benchmarks.robustness.units import Unit, Units, digest_of_tensors
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.generator import load as load_generator
-from unperturb.models.provenance import digest_of
-from unperturb.models.purifiers.base import NoPurifier, Purifier
+from unperturb.models.networks.generator import NoiseGenerator
+from unperturb.models.purifiers.base import NoPurifier
 from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
 
 RESUBMITTED, RESUBMISSIONS = "resubmitted", 10
+LARGER = (2, 4)  # times epsilon: a defense that withstands these hides its gradient
 SERVED_SEED = 0  # the service's default
 
 
@@ -41,10 +52,9 @@ class Plan:
 
     shard: (number from 0, count): every count-th chunk of `chunk` images, from the number on
     panel: images that the record shows
-    generator: folder of the noise generator for the attack of that name
+    generator: the noise generator for the attack of that name
     """
 
-    dataset: str
     threat: Threat
     budget: Budget
     attacks: tuple[str, ...]
@@ -52,7 +62,7 @@ class Plan:
     chunk: int = 128
     shard: tuple[int, int] = (0, 1)
     panel: int = 6
-    generator: Path | None = None
+    generator: NoiseGenerator | None = None
 
     def chunks(self, n: int) -> list[Tensor]:
         """Return the image numbers of every chunk of this shard."""
@@ -60,57 +70,43 @@ class Plan:
 
 
 class Evaluation:
-    """A defended classifier on a set of images; `run` does the work and gives the record's results."""
+    """A defended classifier on a set of images; `run` does the work and gives the record's results.
+
+    The classifier counts its passes. `bare` is the evaluation of the same classifier without a defense on the same
+    images, None where this one has none.
+    """
 
     def __init__(
         self,
-        subject: Checkpoint,
-        make_purifier: Callable[[Checkpoint], Purifier],
+        defended: DefendedClassifier,
         data: EvaluationSet,
         plan: Plan,
         *,
         folder: Path,
-        device: torch.device,
+        bare: "Evaluation | None" = None,
         title: str = "",
     ) -> None:
-        counting = CountingClassifier(subject.classifier.to(device)).requires_grad_(False)
-        self.counting, self.data, self.plan, self.device, self.title = counting, data, plan, device, title
-        purifier = make_purifier(dataclasses.replace(subject, classifier=counting)).to(device).requires_grad_(False)
-        self.defended = DefendedClassifier(counting, purifier)
-        self.purifies = not isinstance(purifier, NoPurifier)
-        self.names = [name for name in plan.attacks if registry.applies(name, purifies=self.purifies)]
+        self.defended, self.data, self.plan, self.bare, self.title = defended, data, plan, bare, title
+        if not isinstance(defended.classifier, CountingClassifier):
+            raise TypeError("the classifier has to count its passes: subjects.ready")
+        self.counting = defended.classifier
+        self.device = next(iter(defended.state_dict().values()), torch.zeros(0)).device
         if not plan.chunks(len(data.labels)):
             raise ConfigError(f"shard {plan.shard[0] + 1}/{plan.shard[1]} of {len(data.labels)} images is empty")
         self._check_logits()
-        self.generator, noise = None, None
-        if plan.generator is not None:
-            self.generator, card = load_generator(plan.generator, device=device)
-            noise = card.weights_sha256
-        self.randomised = self._is_randomised()
-        common = {
-            "data": data.digest,
-            "seed": plan.seed,
-            "chunk": plan.chunk,
-            "threat": dataclasses.asdict(plan.threat),
-            "code": code_digest(),
-            "versions": provenance.versions(),
-            "device": device.type,
-            "source": data.source,
-            "architecture": dataclasses.asdict(subject.card.architecture),
-            "dataset": plan.dataset,
-        }
-        self.static = Units(folder, {**common, "classifier": digest_of(counting)})
-        self.units = Units(
-            folder,
-            {
-                **common,
-                "budget": dataclasses.asdict(plan.budget),
-                "defended": digest_of(purifier),
-                "purifier": describe(purifier),
-                "warm": AUTOATTACK in self.names,
-                "generator": noise,
-            },
-        )
+        self.randomised = self.purifies and self._is_randomised()
+        lacks = missing(plan.attacks, defended, randomised=self.randomised)
+        self.names = [name for name in plan.attacks if name not in lacks]
+        self.could_not_run = {name: REASONS[need] for name, need in lacks.items() if need in REASONS}
+        few = self.counting.num_classes < LEAST_CLASSES and {AUTOATTACK, DEFENDED_AUTOATTACK}.intersection(self.names)
+        self.notes = [f"with {self.counting.num_classes} classes AutoAttack's apgd-t was left out"] if few else []
+        self._last: dict[int, dict[str, Unit]] = {}
+        self.units, self.identity = Units(folder), Identity(defended, plan.generator, seed=plan.seed)
+
+    @property
+    def purifies(self) -> bool:
+        """Return whether there is a defense at all: a purifier, or a vote."""
+        return self.defended.vote is not None or not isinstance(self.defended.purifier, NoPurifier)
 
     def _check_logits(self) -> None:
         x = self.data.images[:2].to(self.device)
@@ -132,62 +128,78 @@ class Evaluation:
         """Run every attack on every chunk; return the record."""
         chunks = self.plan.chunks(len(self.data.labels))
         collected: dict[str, list[Unit]] = {}
-        units_each = 1 + len(self.names) + self.randomised
-        with tqdm(total=len(chunks) * units_each, desc=self.title, unit="unit", smoothing=0) as bar:
+        bare: dict[str, list[Unit]] = {}
+        with tqdm(total=len(chunks), desc=self.title, unit="chunk", smoothing=0) as bar:
             for indices in chunks:
-                for name, unit in self._chunk(indices, bar.set_postfix_str):
-                    if name in collected:  # the first chunk's images are shown; the others' would fill the memory
-                        unit = unit._replace(points=unit.points[:0])
-                    collected.setdefault(name, []).append(unit)
-                    bar.update()
+                for into, evaluation in ((bare, self.bare), (collected, self)):
+                    for name, unit in evaluation.chunk(indices, bar.set_postfix_str).items() if evaluation else ():
+                        if name in into:  # the first chunk's images are shown; the others' would fill the memory
+                            unit = unit._replace(points=unit.points[:0])
+                        into.setdefault(name, []).append(unit)
+                bar.update()
+        return self._record(chunks, collected, bare if self.bare else None)
+
+    def headline(self, found: dict[str, Any]) -> str:
+        """Return one line of the result."""
+        figures = found["figures"]
+        worst = f"clean {figures['clean']['accuracy']:.1%}, worst case {figures['worst_case']['accuracy']:.1%}"
+        if figures["gain"] is None:
+            return worst
+        mean, (low, high) = figures["gain"]["mean"] * 100, figures["gain"]["interval"]
+        return f"gain {mean:+.1f} points ({low * 100:+.1f} to {high * 100:+.1f}), {worst}"
+
+    def _record(
+        self, chunks: list[Tensor], collected: dict[str, list[Unit]], bare: dict[str, list[Unit]] | None
+    ) -> dict[str, Any]:
         again = collected.pop(RESUBMITTED, [])
-        draws = torch.cat([unit.right for unit in again], dim=1).int().tolist() if again else None
-        outcomes = {name: torch.cat([unit.right for unit in units]).int().tolist() for name, units in collected.items()}
-        counted = {name: units[0] for name, units in collected.items() if name != AUTOATTACK or not self.purifies}
+        kinds = dict[str, dict[str, list[Unit]]](larger={}, parts={})
+        for name in [name for name in collected if name not in ATTACKS and name != CLEAN]:
+            kind, _, rest = name.partition(":")
+            kinds[kind][rest] = collected.pop(name)
         first = chunks[0]
+        labels = self.data.labels[first].to(self.device)
         shown = show(
             self.defended,
             self.data.images[first].to(self.device),
-            hardest(counted).to(self.device),
-            self.data.labels[first].to(self.device),
+            hardest({name: units[0] for name, units in collected.items()}).to(self.device),
+            labels,
             seed=SERVED_SEED,
             panel=self.plan.panel,
         )
-        n = len(outcomes[CLEAN])
-        return {
+        n = sum(map(len, chunks))
+        everything = {**collected, **({RESUBMITTED: again} if again else {})}
+        results: dict[str, Any] = {
             "purifies": self.purifies,
-            "purifier": describe(self.defended.purifier),
+            "purifier": describe(self.defended),
             "indices": torch.cat(chunks).tolist(),
-            "outcomes": outcomes,
-            "resubmitted": draws,
-            "figures": summarise(outcomes, draws, purifies=self.purifies),
-            "not_applicable": [name for name in self.plan.attacks if name not in self.names],
-            "notes": sorted({note for units in collected.values() for unit in units for note in unit.notes}),
+            "outcomes": _outcomes(collected),
+            "bare_outcomes": None if bare is None else _outcomes(_attacks_of(bare)),
+            "larger_epsilon": _outcomes(kinds["larger"]),
+            "autoattack_parts": _outcomes(kinds["parts"]),
+            "resubmitted": torch.cat([unit.right for unit in again], dim=1).int().tolist() if again else None,
+        }
+        return {
+            **results,
+            "figures": figures_of(results),
+            "could_not_run": self.could_not_run,
+            "notes": self.notes,
             "passes_per_image": {
                 name: {
                     "forward": sum(unit.forward_passes for unit in units) / n,
                     "backward": sum(unit.backward_passes for unit in units) / n,
                 }
-                for name, units in collected.items()
-                if name != AUTOATTACK
+                for name, units in everything.items()
             },
             "timings": {
-                "seconds": {name: sum(unit.seconds for unit in units) for name, units in collected.items()},
+                "seconds": {name: sum(unit.seconds for unit in units) for name, units in everything.items()},
                 "ms_per_image": shown.pop("ms_per_image"),
             },
             **shown,
         }
 
-    def headline(self, found: dict[str, Any]) -> str:
-        """Return one line of the result."""
-        cells = found["figures"]["attacks"]
-        shown = [f"{name} {cells[name]['accuracy']:.1%}" for name in (CLEAN, AUTOATTACK, TRANSFER) if name in cells]
-        return f"{', '.join(shown)}, worst case {found['figures']['worst_case']['accuracy']:.1%}"
-
-    def _chunk(self, indices: Tensor, say: Callable[[str], None]) -> Iterator[tuple[str, Unit]]:
-        """Every unit of one chunk, stored ones from the disk; images that are wrong already are not attacked."""
-        number = int(indices[0]) // self.plan.chunk
-        whole = Scene(
+    def scene(self, indices: Tensor) -> Scene:
+        """Return the images of a chunk before the defense."""
+        return Scene(
             defended=self.defended,
             x=self.data.images[indices].to(self.device),
             labels=self.data.labels[indices].to(self.device),
@@ -195,113 +207,176 @@ class Evaluation:
             threat=self.plan.threat,
             budget=self.plan.budget,
             served_seed=SERVED_SEED,
-            generator=self.generator,
+            attack_seed=self.plan.seed,
+            generator=self.plan.generator,
         )
 
-        def get(name: str, compute: Callable[[], Unit], units: Units = self.units) -> Unit:
-            say(name)
-            return units.get(name, number, lambda: self._timed(compute))
+    def chunk(self, indices: Tensor, say: Callable[[str], None]) -> dict[str, Unit]:
+        """Return every unit of one chunk, stored ones from the disk."""
+        first = int(indices[0])
+        if first not in self._last:
+            self._last = {first: dict(self._units(indices, say))}
+        return self._last[first]
 
-        clean = get(CLEAN, partial(self._judged, whole, whole.x))
+    def _units(self, indices: Tensor, say: Callable[[str], None]) -> Iterator[tuple[str, Unit]]:
+        scene = self.scene(indices)
+        number = int(indices[0]) // self.plan.chunk
+        if TRANSFER in self.names and self.bare is not None:
+            scene = replace(scene, known=self.bare.chunk(indices, say)[AUTOATTACK].points.to(self.device))
+        clean = self._get(CLEAN, number, scene, partial(self._judged, scene, scene.x))
         yield CLEAN, clean
         right = clean.right.to(self.device)
-        seen, scene = {CLEAN: clean}, whole
+        seen, left = {CLEAN: clean}, right
         for name in self.names:
-            if name == AUTOATTACK:
-                unit = get(name, partial(self._autoattack, whole), self.static)
-            elif name == TRANSFER:
-                unit = get(name, partial(self._replayed, scene, right))
-            else:
-                unit = get(name, partial(self._attacked, name, scene, right))
+            attack = ATTACKS[name]
+            rows = {"right": right, "left": left}.get(attack.on)
+            rows = seen[attack.on].right.to(self.device) if rows is None else rows
+            unit = None
+            for part, run in attack.runs.items():
+                say(f"{self.title}: {name} {part}".strip())
+                found = self._attacked(name, part, attack, run, number, scene, rows)
+                if part and name == DEFENDED_AUTOATTACK:
+                    yield f"parts:{part}", found
+                unit = found if unit is None else _joined(unit, found)
+                rows = found.right.to(self.device)
+            assert unit is not None
             yield name, unit
-            if name == AUTOATTACK and self.purifies:
-                # What is broken without the purifier says nothing about it, but is a place to start from.
-                scene = replace(whole, known=unit.points.to(self.device))
-            else:
-                seen[name] = unit
+            seen[name] = unit
+            left = left & ~(unit.attacked & ~unit.right).to(self.device)
+        if GRADIENT in self.names:
+            yield from self._larger(number, scene, left, say)
         if self.randomised:
-            over = hashlib.sha256(",".join(self.names).encode()).hexdigest()[:12]
-            yield RESUBMITTED, get(f"{RESUBMITTED}-{over}", partial(self._resubmitted, whole, seen))
+            compute = partial(self._resubmitted, scene, seen)
+            yield RESUBMITTED, self._get(RESUBMITTED, number, scene, compute, {"over": self.names})
 
-    def _replayed(self, whole: Scene, right: Tensor) -> Unit:
-        """The static classifier's adversarial images before the defense."""
-        assert whole.known is not None
-        return self._judged(whole, whole.known, also=right)
+    def _attacked(
+        self, name: str, part: str, attack: Attack, run: Callable[..., Any], number: int, scene: Scene, rows: Tensor
+    ) -> Unit:
+        """Return the attack on the images of the mask; the others stay as they are."""
+        identity = self.identity.of_attack(name, attack, self.plan.budget)
+        compute = partial(self._run, run, scene, rows)
+        return self._get(f"{name}-{part}" if part else name, number, scene, compute, identity, rows)
 
-    def _attacked(self, name: str, whole: Scene, right: Tensor) -> Unit:
-        """The attack on the images that the defense gets right; the others stay as they are, and wrong."""
-        if not right.any():
-            return self._judged(whole, whole.x)
-        scene = whole.select(right)
-        found = ATTACKS[name].run(scene)
-        points = whole.x.clone()
-        images, fallen = (
-            found if isinstance(found, tuple) else (found, torch.zeros_like(scene.labels, dtype=torch.bool))
-        )
-        points[right] = images
-        standing = right.clone()
-        standing[right] = ~fallen
-        return self._judged(whole, points, also=standing)
+    def _run(self, run: Callable[..., Any], scene: Scene, rows: Tensor) -> Unit:
+        if not rows.any():
+            return _nothing(scene)
+        chosen = scene.select(rows)
+        found = run(chosen)
+        images, fallen = found if isinstance(found, tuple) else (found, torch.zeros_like(chosen.labels) != 0)
+        judged = self._judged(chosen, images)
+        return _spread(judged._replace(right=judged.right & ~fallen), scene, rows)
 
-    def _judged(self, whole: Scene, points: Tensor, also: Tensor | None = None) -> Unit:
+    def _larger(
+        self, number: int, scene: Scene, left: Tensor, say: Callable[[str], None]
+    ) -> Iterator[tuple[str, Unit]]:
+        """Yield the gradient attack in larger balls, each on the images that are left."""
+        for times in LARGER:
+            try:
+                threat = replace(scene.threat, epsilon=times * scene.threat.epsilon)
+            except ConfigError:  # no ball of that size
+                return
+            say(f"epsilon x {times}")
+            attack, wider = ATTACKS[GRADIENT], replace(scene, threat=threat)
+            unit = self._attacked(GRADIENT, f"x{times}", attack, attack.run, number, wider, left)
+            yield f"larger:{times}", unit
+            left = unit.right.to(self.device)
+
+    def _judged(self, scene: Scene, points: Tensor) -> Unit:
         """Return the points back in the ball and [0, 1], and the served answer to them."""
-        points = whole.project(points)
+        points = scene.project(points)
         with torch.no_grad():
-            logits = whole.logits(points).float()
+            logits = scene.logits(points).float()
         if not logits.isfinite().all():
             raise ConfigError(f"{self.title}: the defended classifier returns NaN or infinite scores")
-        own = logits.gather(1, whole.labels[:, None])
-        others = logits.scatter(1, whole.labels[:, None], float("-inf")).amax(1)
-        right = logits.argmax(1).eq(whole.labels)
-        right = right if also is None else right & also
-        return Unit(points, right, own[:, 0] - others, [], 0, 0, 0.0)
+        own = logits.gather(1, scene.labels[:, None])
+        others = logits.scatter(1, scene.labels[:, None], float("-inf")).amax(1)
+        right = logits.argmax(1).eq(scene.labels)
+        return Unit(points, torch.ones_like(right), right, own[:, 0] - others, 0, 0, 0.0)
 
-    def _autoattack(self, whole: Scene) -> Unit:
-        points, notes = autoattack(
-            self.counting.counted,
-            whole.x,
-            whole.labels,
-            threat=whole.threat,
-            seed=self.plan.seed,
-            batch=self.plan.chunk,
-        )
-        static = whole.against(DefendedClassifier(self.counting, NoPurifier(self.counting)))
-        return self._judged(static, points)._replace(notes=notes)
-
-    def _resubmitted(self, whole: Scene, seen: dict[str, Unit]) -> Unit:
+    def _resubmitted(self, scene: Scene, seen: dict[str, Unit]) -> Unit:
         """Two points of each image under fresh seeds, right where both are: the one of the smallest margin as served,
         and the one that was made against fresh seeds, where that attack was run.
         """
         points = [hardest(seen).to(self.device)]
         points += [seen[name].points.to(self.device) for name in FRESH_ATTACKS if name in seen]
         draws = [
-            torch.stack([whole.right(x, seed=FRESH // 2 + draw) for x in points]).all(0)
+            torch.stack([scene.right(x, seed=FRESH // 2 + draw) for x in points]).all(0)
             for draw in range(RESUBMISSIONS)
         ]
-        return Unit(points[0], torch.stack(draws), torch.zeros(len(whole.x)), [], 0, 0, 0.0)
+        unit = _nothing(scene)
+        return unit._replace(points=points[0], right=torch.stack(draws))
 
-    def _timed(self, compute: Callable[[], Unit]) -> Unit:
-        """Return the unit with its time and passes."""
-        counting = self.counting
-        before, started = (counting.forward_passes, counting.backward_passes), time.perf_counter()
-        unit = compute()
-        return unit._replace(
-            forward_passes=counting.forward_passes - before[0],
-            backward_passes=counting.backward_passes - before[1],
-            seconds=time.perf_counter() - started,
-        )
+    def _get(
+        self,
+        name: str,
+        number: int,
+        scene: Scene,
+        compute: Callable[[], Unit],
+        identity: dict[str, Any] | None = None,
+        rows: Tensor | None = None,
+    ) -> Unit:
+        """Return the stored unit, or the computed one with its time and passes."""
+
+        def timed() -> Unit:
+            counting = self.counting
+            before, started = (counting.forward_passes, counting.backward_passes), time.perf_counter()
+            unit = compute()
+            return unit._replace(
+                forward_passes=counting.forward_passes - before[0],
+                backward_passes=counting.backward_passes - before[1],
+                seconds=time.perf_counter() - started,
+            )
+
+        whole = {
+            **(self.identity.of_judge() if identity is None else {**self.identity.of_judge(), **identity}),
+            "threat": dataclasses.asdict(scene.threat),
+            "images": digest_of_tensors(scene.x, scene.labels, scene.seeds, scene.known, rows),
+        }
+        return self.units.get(name, number, whole, timed)
 
 
-def describe(purifier: Purifier) -> dict[str, Any]:
-    """Return a purifier's kind and parameters, as JSON."""
-    config = getattr(purifier, "config", None)
-    plain = {name: value for name, value in vars(purifier).items() if isinstance(value, int | float | str)}
-    described: dict[str, Any] = {
-        "kind": type(purifier).__name__,
-        "loop": dataclasses.asdict(purifier.loop),
-        **{name: value for name, value in plain.items() if not name.startswith("_") and name != "training"},
+def _nothing(scene: Scene) -> Unit:
+    """Return a unit of no attacked image."""
+    none = torch.zeros(len(scene.x), dtype=torch.bool)
+    return Unit(scene.x, none, none, torch.full((len(none),), float("inf")), 0, 0, 0.0)
+
+
+def _spread(unit: Unit, scene: Scene, rows: Tensor) -> Unit:
+    """Return the unit of some images as one of all."""
+    whole = _nothing(scene)
+    points, attacked, right, margins = (value.clone().to(scene.x.device) for value in whole[:4])
+    points[rows], attacked[rows], right[rows], margins[rows] = unit.points, unit.attacked, unit.right, unit.margins
+    return unit._replace(points=points, attacked=attacked, right=right, margins=margins)
+
+
+def _joined(before: Unit, after: Unit) -> Unit:
+    """Return two parts of an attack as one: what the second was run on is the second's."""
+    on = after.attacked
+    return Unit(
+        torch.where(on.view(-1, 1, 1, 1), after.points, before.points),
+        before.attacked | on,
+        torch.where(on, after.right, before.right),
+        torch.where(on, after.margins, before.margins),
+        before.forward_passes + after.forward_passes,
+        before.backward_passes + after.backward_passes,
+        before.seconds + after.seconds,
+    )
+
+
+def _outcomes(collected: dict[str, list[Unit]]) -> dict[str, list[int | None]]:
+    """Return 1, 0 or None per image."""
+    return {
+        name: [
+            int(right) if attacked else None
+            for unit in units
+            for right, attacked in zip(unit.right.tolist(), unit.attacked.tolist(), strict=True)
+        ]
+        for name, units in collected.items()
     }
-    return described if config is None else {**described, "config": dataclasses.asdict(config)}
+
+
+def _attacks_of(collected: dict[str, list[Unit]]) -> dict[str, list[Unit]]:
+    return {name: units for name, units in collected.items() if name in ATTACKS or name == CLEAN}
 
 
 def hardest(seen: dict[str, Unit]) -> Tensor:

@@ -1,46 +1,163 @@
-"""From per-image outcomes to figures: accuracies with intervals, the worst case, resubmissions; shards to a whole."""
+"""From per-image outcomes to figures: the paired gain, the worst case, signs of masked gradients; shards to a whole."""
 
 from typing import Any
 
-from unperturb.benchmarks.reporting.results import accuracy
+from unperturb.benchmarks.reporting.results import accuracy, gain
+from unperturb.benchmarks.robustness.attacks import (
+    ATTACKS,
+    GRADIENT,
+    QUERYING,
+    TRANSFER,
+    TWICE,
+)
 
-CLEAN, STATIC, TRANSFER, CONTROL = "clean", "autoattack", "transfer", "noise"
+CLEAN = "clean"
+Outcomes = dict[str, list[int | None]]  # 1: withstands, 0: broken, None: was broken already, and not attacked
+
+# How far a figure may be off before the report says so.
+NOT_CONVERGED, NOT_NEAR_ZERO, BEYOND_GRADIENT = 0.02, 0.05, 0.02
 
 
-def summarise(outcomes: dict[str, list[int]], resubmitted: list[list[int]] | None, *, purifies: bool) -> dict[str, Any]:
-    """Per attack the robust accuracy; the worst case counts an image as broken that any attack broke.
+def survivors(outcomes: Outcomes) -> list[bool]:
+    """Return per image whether it is classified right and no attack has broken it."""
+    return [0 not in row for row in zip(*outcomes.values(), strict=True)]
 
-    outcomes: attack -> 1 per image that is still classified right; AutoAttack's are the static classifier's, and
-    count towards the worst case only where there is no purifier.
+
+def summarise(
+    outcomes: Outcomes,
+    *,
+    bare: Outcomes | None,
+    resubmitted: list[list[int]] | None,
+    larger: dict[str, list[int | None]],
+    by_part: dict[str, list[int | None]],
+) -> dict[str, Any]:
+    """Return the figures of a row.
+
+    bare: the bare classifier's outcomes on the same images, where the row has a defense
     resubmitted: one row per fresh seed, of the hardest point of each image
+    larger: outcomes at larger epsilons, by their factor
+    by_part: outcomes of AutoAttack's parts on the defense
     """
-    counted = {name: values for name, values in outcomes.items() if name != STATIC or not purifies}
-    survivors = [all(row) for row in zip(*counted.values(), strict=True)]
+    left = survivors(outcomes)
     found: dict[str, Any] = {
-        "attacks": {name: accuracy([bool(value) for value in values]) for name, values in outcomes.items()},
-        "worst_case": accuracy(survivors),
-        "worst_case_over": sorted(counted),
-        "resubmitted": None,
+        "clean": _cell(outcomes[CLEAN]),
+        "worst_case": accuracy(left),
+        "worst_case_over": [name for name in outcomes if name != CLEAN],
+        "attacks": _attacks(outcomes),
+        "bare": None,
+        "gain": None,
+        "clean_gain": None,
+        "resubmitted": _resubmitted(resubmitted),
+        "signs": _signs(outcomes, left, larger, by_part),
     }
-    if resubmitted is not None:
-        flat = [bool(value) for row in resubmitted for value in row]
-        never = [all(column) for column in zip(*resubmitted, strict=True)]
-        found["resubmitted"] = {
-            "draws": len(resubmitted),
-            "mean": sum(flat) / len(flat),
-            "worst_of_draws": accuracy(never),
+    if bare is not None:
+        bare_left = survivors(bare)
+        found["bare"] = {
+            "clean": _cell(bare[CLEAN]),
+            "worst_case": accuracy(bare_left),
+            "over": [name for name in bare if name != CLEAN],
+        }
+        found["gain"] = gain(left, bare_left)
+        found["clean_gain"] = gain(*([bool(value) for value in row[CLEAN]] for row in (outcomes, bare)))
+    return found
+
+
+def _cell(values: list[int | None]) -> dict[str, Any]:
+    return accuracy([bool(value) for value in values])
+
+
+def _attacks(outcomes: Outcomes) -> dict[str, Any]:
+    """Return per attack how many images it was run on and broke, and what is left after it and all before it."""
+    found, so_far = {}, dict[str, list[int | None]]()
+    for name, values in outcomes.items():
+        so_far[name] = values
+        alone = name == CLEAN or ATTACKS[name].on == "right"
+        found[name] = {
+            "attacked": sum(value is not None for value in values),
+            "broken": values.count(0),
+            "left": accuracy(survivors(so_far)),
+            "alone": _cell(values) if alone else None,
         }
     return found
 
 
-def summarise_corruptions(outcomes: dict[str, list[int]]) -> dict[str, Any]:
-    """Return the accuracy on clean images and on each corruption and severity, and the mean over all of the latter."""
-    cells = {name: accuracy([bool(value) for value in values]) for name, values in outcomes.items()}
-    means = [cell["accuracy"] for name, cell in cells.items() if name != CLEAN]
-    return {"attacks": cells, "corruptions_mean": sum(means) / len(means)}
+def _resubmitted(draws: list[list[int]] | None) -> dict[str, Any] | None:
+    if draws is None:
+        return None
+    flat = [bool(value) for row in draws for value in row]
+    never = [all(column) for column in zip(*draws, strict=True)]
+    return {"draws": len(draws), "mean": sum(flat) / len(flat), "worst_of_draws": accuracy(never)}
 
 
-SAME = ("model", "purifier_spec", "purifier", "data", "threat", "budget", "purifies")
+def _signs(outcomes: Outcomes, left: list[bool], larger: Outcomes, by_part: Outcomes) -> dict[str, Any]:
+    """Return what would show that the gradients are masked (Athalye et al. 2018, section 3.1), and sentences on it."""
+    signs: dict[str, Any] = {
+        "twice_the_iterations": None,
+        "epsilon": [],
+        "transfer_beyond_gradient": None,
+        "queries_beyond_gradient": None,
+        "warnings": [],
+    }
+    warnings, n = signs["warnings"], len(left)
+    once = outcomes.get(GRADIENT)
+    if once is not None and TWICE in outcomes:
+        both = [bool(a) and b != 0 for a, b in zip(once, outcomes[TWICE], strict=True)]
+        signs["twice_the_iterations"] = {"once": _cell(once), "twice": accuracy(both)}
+        fall = (sum(map(bool, once)) - sum(both)) / n
+        if fall > NOT_CONVERGED:
+            warnings.append(f"twice the iterations lower {GRADIENT} by another {fall * 100:.1f} points")
+    for times, values in larger.items():
+        left = [was and value != 0 for was, value in zip(left, values, strict=True)]
+        signs["epsilon"].append({"times": int(times), "accuracy": accuracy(left)})
+    if signs["epsilon"] and (share := signs["epsilon"][-1]["accuracy"]["accuracy"]) > NOT_NEAR_ZERO:
+        times = signs["epsilon"][-1]["times"]
+        warnings.append(f"{share:.1%} withstand {times} times the epsilon: a figure that should be near 0")
+    if once is not None and TRANSFER in outcomes:
+        stronger = [bool(value) and outcomes.get(TWICE, once)[i] != 0 for i, value in enumerate(once)]
+        broken = sum(a and not b for a, b in zip(stronger, outcomes[TRANSFER], strict=True))
+        signs["transfer_beyond_gradient"] = {"broken": broken, "n": n}
+        if broken / n > BEYOND_GRADIENT:
+            warnings.append(f"transferred images break {broken} of {n} that the full gradient does not")
+    querying = [outcomes[name] for name in QUERYING if name in outcomes]
+    querying += [by_part[part] for part in QUERYING if part in by_part]
+    if querying and once is not None:
+        broken = sum(0 in row for row in zip(*querying, strict=True))
+        signs["queries_beyond_gradient"] = {"broken": broken, "n": n}
+        if broken / n > BEYOND_GRADIENT:
+            warnings.append(f"queries alone break {broken} of {n} that no gradient does")
+    return signs
+
+
+def summarise_corruptions(outcomes: Outcomes, *, bare: Outcomes | None) -> dict[str, Any]:
+    """Return the accuracy on clean images and on each kind and severity, the mean over all of the latter, and the gain.
+
+    The gain is paired by image, each with its mean over the kinds.
+    """
+    means = _means(outcomes)
+    found: dict[str, Any] = {
+        "clean": _cell(outcomes[CLEAN]),
+        "attacks": {name: {"alone": _cell(values)} for name, values in outcomes.items() if name != CLEAN},
+        "corruptions_mean": sum(means) / len(means),
+        "bare": None,
+        "gain": None,
+        "clean_gain": None,
+    }
+    if bare is not None:
+        bare_means = _means(bare)
+        found["bare"] = {"clean": _cell(bare[CLEAN]), "corruptions_mean": sum(bare_means) / len(bare_means)}
+        found["gain"] = gain(means, bare_means)
+        found["clean_gain"] = gain(*([bool(value) for value in row[CLEAN]] for row in (outcomes, bare)))
+    return found
+
+
+def _means(outcomes: Outcomes) -> list[float]:
+    """Return per image the share of corruptions under which it is classified right."""
+    kinds = [values for name, values in outcomes.items() if name != CLEAN]
+    return [sum(map(bool, row)) / len(row) for row in zip(*kinds, strict=True)]
+
+
+SAME = ("model", "purifier_spec", "purifier", "data", "threat", "budget", "purifies", "could_not_run")
+PER_IMAGE = ("outcomes", "bare_outcomes", "larger_epsilon", "autoattack_parts")
 
 
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -59,37 +176,54 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     indices = [index for index, *_ in order]
     if indices != list(range(len(indices))):
         raise ValueError("images are missing or twice there")
-    outcomes = {
-        name: [parts[part]["outcomes"][name][place] for _, part, place in order] for name in parts[0]["outcomes"]
-    }
+
+    def joined(key: str) -> Any:  # noqa: ANN401
+        if parts[0].get(key) is None:
+            return None
+        return {name: [parts[part][key][name][place] for _, part, place in order] for name in parts[0][key]}
+
     names = parts[0]["timings"]["seconds"]
     seconds = {name: sum(part["timings"]["seconds"][name] for part in parts) for name in names}
     whole = {
         **parts[0],
         "indices": indices,
-        "outcomes": outcomes,
+        **{key: joined(key) for key in PER_IMAGE if key in parts[0]},
         "timings": {**parts[0]["timings"], "seconds": seconds},
     }
     if "corruptions" in whole:
-        return {**whole, "figures": summarise_corruptions(outcomes)}
+        return {**whole, "figures": summarise_corruptions(whole["outcomes"], bare=whole["bare_outcomes"])}
     draws = None
     if whole["resubmitted"] is not None:
         count = len(whole["resubmitted"])
         draws = [[parts[part]["resubmitted"][draw][place] for _, part, place in order] for draw in range(count)]
-    weights = [len(part["indices"]) / len(indices) for part in parts]
-    passes = {
+    return {
+        **whole,
+        "resubmitted": draws,
+        "figures": figures_of({**whole, "resubmitted": draws}),
+        "passes_per_image": _passes(parts, len(indices)),
+        "notes": sorted({note for part in parts for note in part["notes"]}),
+    }
+
+
+def figures_of(results: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a record's per-image results."""
+    return summarise(
+        results["outcomes"],
+        bare=results["bare_outcomes"],
+        resubmitted=results["resubmitted"],
+        larger=results["larger_epsilon"],
+        by_part=results["autoattack_parts"],
+    )
+
+
+def _passes(parts: list[dict[str, Any]], n: int) -> dict[str, dict[str, float]]:
+    weights = [len(part["indices"]) / n for part in parts]
+    return {
         name: {
             kind: sum(
                 weight * part["passes_per_image"][name][kind] for weight, part in zip(weights, parts, strict=True)
             )
             for kind in ("forward", "backward")
         }
-        for name in whole["passes_per_image"]
-    }
-    return {
-        **whole,
-        "resubmitted": draws,
-        "figures": summarise(outcomes, draws, purifies=whole["purifies"]),
-        "passes_per_image": passes,
-        "notes": sorted({note for part in parts for note in part["notes"]}),
+        for name in parts[0]["passes_per_image"]
     }

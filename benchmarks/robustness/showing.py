@@ -59,7 +59,7 @@ def _panel(
         answers = {
             "clean": defended.classifier(clean).argmax(1),
             "attacked": defended.classifier(attacked).argmax(1),
-            "purified": defended.classifier(purified).argmax(1),
+            "purified": defended.scores(purified).argmax(1),
         }
     return [
         {

@@ -23,6 +23,7 @@ from unperturb.models import provenance
 from unperturb.models.checkpoints.card import Card, parse_card
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.files import write_whole
+from unperturb.models.networks.benchmark_classes import class_names
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.networks.readout import SoftNeighbours, attach, blank_readout
@@ -87,7 +88,7 @@ def write_card(folder: Path, card: Card) -> None:
 def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
     """Return the checkpoint of a folder or a shipped name, or RobustBench's classifier of a name `robustbench:…`.
 
-    It is float32, in eval mode, frozen, on `device`; RobustBench's has no head, and numbers for classes. Raises
+    It is float32, in eval mode, frozen, on `device`; RobustBench's has no head, and its data set's classes. Raises
     CheckpointError naming the file and the fault (missing, unknown keys, digest, shapes, non-finite weights), and for
     RobustBench's ConfigError or WeightsUnavailableError.
     """
@@ -121,7 +122,7 @@ def _load_foreign(name: str, device: str | torch.device) -> Checkpoint:
     card = Card(
         id=name.replace(":", "-"),
         architecture=architecture,
-        classes=tuple(str(number) for number in range(architecture.num_classes)),
+        classes=class_names(dataset),
         data={},
         training={"by": "RobustBench"},
     )

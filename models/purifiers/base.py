@@ -45,6 +45,16 @@ class Purifier(nn.Module):
         super().train(False)
         return self
 
+    @property
+    def has_steps(self) -> bool:
+        """Return whether it can be stopped between steps."""
+        return self.loop.steps > 0
+
+    @property
+    def has_objective(self) -> bool:
+        """Return whether it lowers or raises something that an attacker could meet for it."""
+        return self.loop.steps > 0
+
     def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
         """Return what the loop descends or ascends for the received images `x`; every subclass gives its own."""
         raise TypeError(f"{type(self).__name__} does not define objective()")

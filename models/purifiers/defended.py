@@ -10,6 +10,7 @@ from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.base import Purified, Purifier, Trace
 from unperturb.models.purifiers.reverse_attack import ReverseAttack, ReverseAttackConfig
+from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int
 
 Gradient = Literal["full", "bpda", "none"]
@@ -25,7 +26,7 @@ class Defended(NamedTuple):
 
 
 class DefendedClassifier(nn.Module):
-    """Images in [0, 1] -> purified -> class scores.
+    """Images in [0, 1] -> purified -> class scores, of the image alone or the mean over a vote's views.
 
     seed: of the random views and starts, where a call names none.
     gradient: what a backward pass sees of the purifier: "full" (through every step), "bpda" (the identity: Athalye et
@@ -39,11 +40,13 @@ class DefendedClassifier(nn.Module):
         *,
         seed: int = 0,
         gradient: Gradient = "bpda",
+        vote: Vote | None = None,
     ) -> None:
         super().__init__()
         if gradient not in get_args(Gradient):
             raise ConfigError(f"gradient={gradient!r} is not one of {', '.join(get_args(Gradient))}")
         self.classifier, self.purifier, self.seed, self.gradient = classifier, purifier, seed, gradient
+        self.vote = vote
         self.train(False)
 
     def train(self, mode: bool = True) -> "DefendedClassifier":
@@ -56,7 +59,16 @@ class DefendedClassifier(nn.Module):
 
         Differentiable with respect to `x` where gradients are on. Raises ConfigError for what are no images.
         """
-        return cast(Tensor, self.classifier(self.purified(x, seed=seed)))
+        return self.scores(self.purified(x, seed=seed))
+
+    def scores(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch classes"]:
+        """Return the class scores of images as they are."""
+        return cast(Tensor, self.classifier(x)) if self.vote is None else self.vote.scores(self.classifier, x)
+
+    def attacked_by(self, gradient: Gradient, *, steps: int | None = None) -> "DefendedClassifier":
+        """Return the same defense, sharing its weights, with another gradient, and at most `steps` purifier steps."""
+        purifier = self.purifier if steps is None else self.purifier.stopped_after(steps)
+        return DefendedClassifier(self.classifier, purifier, seed=self.seed, gradient=gradient, vote=self.vote)
 
     def purified(
         self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] | None = None
@@ -84,7 +96,7 @@ class DefendedClassifier(nn.Module):
         """Return everything that a caller may want to show, without gradients."""
         with torch.no_grad():
             purified = self.purify(x, seed=seed)
-            return Defended(self.classifier(purified.image), self.classifier(x), purified.image, purified.trace)
+            return Defended(self.scores(purified.image), self.classifier(x), purified.image, purified.trace)
 
 
 def defend(

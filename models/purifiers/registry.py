@@ -1,4 +1,4 @@
-"""The registry of purifiers: `name[:preset|key=value,…]` and a checkpoint -> a purifier."""
+"""The registry of defenses: `name[:preset|key=value,…][,vote=shifts]` and a checkpoint -> a defended classifier."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,9 +11,10 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers import reverse_attack
 from unperturb.models.purifiers.base import NoPurifier, Purifier
-from unperturb.models.purifiers.defended import reverse_attack_of
+from unperturb.models.purifiers.defended import DefendedClassifier, Gradient, reverse_attack_of
 from unperturb.models.purifiers.denoiser import denoiser_of
 from unperturb.models.purifiers.rivals import ANTI_ADVERSARY_LOOP, HEDGE_LOOP, AntiAdversary, Hedge
+from unperturb.models.purifiers.vote import Vote, parse_shifts
 
 LOOP_KEYS = {
     "steps": int,
@@ -27,6 +28,8 @@ LOOP_KEYS = {
 }
 REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction, "restored": Fraction}
 NEGATIVES_KEYS = {"negatives": str, "count": int, "fraction": Fraction}
+VOTE, VOTE_KEYS = "vote", ("shifts", "mirrored")
+MIRRORED = {"yes": True, "no": False}
 
 
 def _none(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
@@ -84,19 +87,47 @@ REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifie
 }
 
 
-def build_purifier(spec: str, checkpoint: Checkpoint) -> Purifier:
-    """Return the purifier that `spec` names, for the checkpoint's classifier.
+def build_defense(spec: str, checkpoint: Checkpoint, *, gradient: Gradient = "bpda") -> DefendedClassifier:
+    """Return the checkpoint's classifier behind the defense that `spec` names: a purifier, a vote, or both.
 
-    Raises ConfigError for an unknown name, preset or key or a value out of range, CheckpointError where the reverse
-    attack finds no head, or the denoiser no restorer.
+    `vote[:shifts=2,mirrored=no]` is a vote alone; `vote=2` (with `mirrored=no`) among a purifier's values puts one
+    behind it. Raises ConfigError for an unknown name, preset or key or a value out of range, CheckpointError where the
+    reverse attack finds no head, or the denoiser no restorer.
     """
-    name, _, rest = spec.partition(":")
+    name, words, changes = _parsed(spec)
+    vote = None
+    if name == VOTE:
+        _refuse(VOTE, words, changes, dict.fromkeys(VOTE_KEYS))
+        vote, spec = _vote(changes.get("shifts"), changes), "none"
+    elif VOTE in changes:
+        vote = _vote(changes.pop(VOTE), changes)
+        changes.pop("mirrored", None)
+        spec = f"{name}:" + ",".join([*words, *(f"{key}={value}" for key, value in changes.items())])
+    purifier = build_purifier(spec, checkpoint)
+    return DefendedClassifier(checkpoint.classifier, purifier, gradient=gradient, vote=vote)
+
+
+def build_purifier(spec: str, checkpoint: Checkpoint) -> Purifier:
+    """Return the purifier that `spec` names, of the checkpoint and without a vote; see `build_defense`."""
+    name, words, changes = _parsed(spec)
     if name not in REGISTRY:
-        raise ConfigError(f"purifier {name!r} is not one of {', '.join(REGISTRY)}")
+        raise ConfigError(f"purifier {name!r} is not one of {', '.join((*REGISTRY, VOTE))}")
+    return REGISTRY[name](checkpoint, words, changes)
+
+
+def _parsed(spec: str) -> tuple[str, list[str], dict[str, str]]:
+    """Return the name, the bare words and the values by key."""
+    name, _, rest = spec.partition(":")
     parts = [part.strip() for part in rest.split(",") if part.strip()]
     words = [part for part in parts if "=" not in part]
-    changes = dict(part.split("=", 1) for part in parts if "=" in part)
-    return REGISTRY[name](checkpoint, words, changes)
+    return name, words, dict(part.split("=", 1) for part in parts if "=" in part)
+
+
+def _vote(shifts: str | None, changes: Mapping[str, str]) -> Vote:
+    mirrored = changes.get("mirrored", "yes")
+    if mirrored not in MIRRORED:
+        raise ConfigError(f"mirrored={mirrored!r} is neither yes nor no")
+    return Vote(shifts=Vote().shifts if shifts is None else parse_shifts(shifts), mirrored=MIRRORED[mirrored])
 
 
 def _refuse(name: str, words: list[str], changes: Mapping[str, str], known: Mapping[str, object]) -> None:

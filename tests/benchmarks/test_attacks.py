@@ -1,3 +1,6 @@
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,22 +10,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tests.conftest import make_defended
+from tests.conftest import SMALL, make_checkpoint, make_defended
 from unperturb.benchmarks.robustness import attacks
 from unperturb.benchmarks.robustness.attacks import adaptive, black_box, controls, label_free
 from unperturb.benchmarks.robustness.attacks.apgd import apgd, checkpoints
-from unperturb.benchmarks.robustness.attacks.autoattack import autoattack
-from unperturb.benchmarks.robustness.attacks.scene import (
-    BUDGETS,
-    Budget,
-    Judged,
-    Scene,
-    Threat,
-    cross_entropy_loss,
-    dlr_loss,
-)
+from unperturb.benchmarks.robustness.attacks.autoattack import PARTS, run_part
+from unperturb.benchmarks.robustness.attacks.scene import Judged, Scene, cross_entropy_loss, dlr_loss
+from unperturb.benchmarks.robustness.budgets import BUDGETS, Budget
 from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
+from unperturb.benchmarks.robustness.subjects import defense_of, ready
+from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.models.attacks.instance import DISTANCES, Distance
 from unperturb.models.attacks.projected_gradient import Descent
 from unperturb.models.checkpoints.card import Card
@@ -39,6 +37,8 @@ TINY = Budget(
     restarts=2,
     eot=2,
     targets=2,
+    autoattack_steps=3,
+    autoattack_queries=20,
     lambdas=(0.1, 10.0),
     unrolled_steps=2,
     adaptive_steps=3,
@@ -115,15 +115,13 @@ def test_reported_accuracy_of_a_linear_classifier_is_the_exact_one(threat: Threa
     subject = Checkpoint(
         Card(id="linear", architecture=architecture, classes=("0", "1"), data={}, training={}), scene.classifier
     )
-    plan = Plan(dataset="cifar10", threat=threat, budget=BUDGETS["fast"], attacks=attacks.FAST, chunk=16)
+    plan = Plan(threat=threat, budget=BUDGETS["fast"], attacks=attacks.FAST, chunk=16)
     data = EvaluationSet(scene.x, scene.labels, "generated", str(threat))
-    found = Evaluation(
-        subject, lambda counted: NoPurifier(counted.classifier), data, plan, folder=tmp_path, device=torch.device("cpu")
-    ).run()
+    found = Evaluation(defense_of("none", ready(subject, torch.device("cpu"))), data, plan, folder=tmp_path).run()
     exact = exactly_robust(scene)
     assert 0 < exact.float().mean() < 1
     assert found["figures"]["worst_case"]["accuracy"] == exact.double().mean().item()
-    assert found["outcomes"]["bpda-apgd-ce"] == exact.int().tolist()
+    assert found["outcomes"]["apgd-ce"] == exact.int().tolist()
 
 
 @pytest.mark.parametrize("threat", [Threat(norm="linf", epsilon=1 / 255), Threat(norm="l2", epsilon=0.05)], ids=str)
@@ -225,32 +223,35 @@ def test_generator_is_scaled_to_the_ball_and_asked_for_where_it_is_missing(image
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 @pytest.mark.parametrize("name", [*attacks.ATTACKS])
 def test_every_attack_stays_in_the_ball_and_changes_no_weight(images: Tensor, name: str, threat: Threat) -> None:
-    scene = tiny_scene(images, threat)
+    scene = replace(tiny_scene(images, threat), known=images)
     before = {key: value.clone() for key, value in scene.defended.state_dict().items()}
-    found = attacks.ATTACKS[name].run(scene)
-    points = found[0] if isinstance(found, tuple) else found
-    delta = (points - images).flatten(1)
-    size = delta.abs().amax(1) if threat.norm == "linf" else delta.norm(dim=1)
-    assert (size <= threat.epsilon + 1e-6).all()
-    assert points.min() >= 0
-    assert points.max() <= 1
-    assert not points.requires_grad
+    for run in attacks.ATTACKS[name].runs.values():
+        found = run(scene)
+        points = found[0] if isinstance(found, tuple) else found
+        points = scene.project(points) if name == attacks.DEFENDED_AUTOATTACK else points  # FAB's is the nearest one
+        delta = (points - images).flatten(1)
+        size = delta.abs().amax(1) if threat.norm == "linf" else delta.norm(dim=1)
+        assert (size <= threat.epsilon + 1e-6).all()
+        assert points.min() >= 0
+        assert points.max() <= 1
+        assert not points.requires_grad
     assert all(torch.equal(value, before[key]) for key, value in scene.defended.state_dict().items())
 
 
-@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name != "noise"])
+@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name not in ("noise", "transfer")])
 def test_every_attack_does_the_same_twice(images: Tensor, name: str) -> None:
     scene = tiny_scene(images, THREATS[0])
-    one, other = (attacks.ATTACKS[name].run(scene) for _ in range(2))
-    for a, b in zip(*(found if isinstance(found, tuple) else (found,) for found in (one, other)), strict=True):
-        assert torch.equal(a, b)
+    for run in attacks.ATTACKS[name].runs.values():
+        one, other = (run(scene) for _ in range(2))
+        for a, b in zip(*(found if isinstance(found, tuple) else (found,) for found in (one, other)), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("purifier", [AntiAdversary, Hedge])
 def test_adaptive_attacks_run_on_the_rivals(images: Tensor, purifier: type[AntiAdversary] | type[Hedge]) -> None:
     classifier = make_defended().classifier
     scene = tiny_scene(images, THREATS[0], DefendedClassifier(classifier, purifier(classifier)))
-    for name in ("bpda-contrastive", "unrolled", "intermediate"):
+    for name in ("bpda-contrastive", "apgd-ce", "apgd-t", "intermediate"):
         assert scene.project(attacks.ATTACKS[name].run(scene)).isfinite().all()  # type: ignore[arg-type]
 
 
@@ -282,11 +283,48 @@ def test_batchmate_breaks_a_defense_that_mixes_images_and_no_other() -> None:
     assert not broken.any()
 
 
-def test_autoattack_runs_in_a_process_of_its_own_and_agrees_with_the_closed_form() -> None:
-    scene = linear_scene(Threat(norm="linf", epsilon=1 / 255), n=30)
-    points, warnings = autoattack(scene.classifier, scene.x, scene.labels, threat=scene.threat, seed=0)
-    assert torch.equal(scene.right(points), exactly_robust(scene))
-    assert not any("dynamic" in warning for warning in warnings)
+def test_autoattack_agrees_with_the_closed_form_of_a_linear_classifier() -> None:
+    scene = linear_scene(Threat(norm="linf", epsilon=1 / 255), classes=5, n=30)
+    right = torch.ones(30, dtype=torch.bool)
+    for run in attacks.ATTACKS[attacks.AUTOATTACK].runs.values():
+        part = scene.select(right)
+        points = run(part)
+        assert isinstance(points, Tensor)
+        right[right.clone()] = part.right(part.project(points))
+    assert torch.equal(right, exactly_robust(scene))
+
+
+def test_autoattacks_parts_are_the_reference_drivers_one_after_another(images: Tensor) -> None:
+    """The driver runs in a process of its own, since it never takes its tracing function back."""
+    classifier = make_checkpoint(architecture=replace(SMALL, num_classes=5)).classifier
+    with torch.no_grad():
+        labels = classifier(images).argmax(1)
+    threat = Threat(norm="linf", epsilon=6 / 255)
+    script = Path(__file__).parents[1] / "support" / "autoattack_driver.py"
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save((classifier, images, labels, threat.epsilon), Path(folder) / "in.pt")
+        subprocess.run([sys.executable, str(script), folder], check=True, capture_output=True)
+        expected = torch.load(Path(folder) / "out.pt")
+    right, points = torch.ones(8, dtype=torch.bool), images.clone()
+    for part in PARTS:
+        found = run_part(
+            part,
+            classifier,
+            images[right],
+            labels[right],
+            classes=5,
+            threat=threat,
+            steps=100,
+            queries=200,
+            seed=3,
+        )
+        with torch.no_grad():
+            withstands = classifier(found).argmax(1).eq(labels[right])
+        rows = right.nonzero()[:, 0]
+        points[rows[~withstands]] = found[~withstands]
+        right[rows] = withstands
+    assert 0 < right.sum() < 8
+    assert torch.equal(points, expected)
 
 
 def test_epsilon_of_8_is_refused_with_the_remedy() -> None:
@@ -300,6 +338,7 @@ def test_unknown_attack_is_refused_with_the_names(text: str) -> None:
         attacks.chosen(text)
 
 
-def test_transfer_brings_autoattack_with_it() -> None:
+def test_transfer_brings_autoattack_with_it_and_twice_the_attack_that_it_doubles() -> None:
     assert attacks.chosen("transfer") == ("autoattack", "transfer")
+    assert attacks.chosen("apgd-ce-twice") == ("apgd-ce", "apgd-ce-twice")
     assert cross_entropy_loss(torch.zeros(1, 2), torch.tensor([0])).item() == pytest.approx(0.6931, abs=1e-4)

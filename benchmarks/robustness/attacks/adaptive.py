@@ -16,11 +16,30 @@ from unperturb.benchmarks.robustness.attacks.scene import (
     cross_entropy_loss,
     dlr_loss,
 )
-from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
+from unperturb.models.purifiers.defended import seeds_of
 from unperturb.models.shapes import Float
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [batch, classes], labels [batch] -> [batch]
 FRESH = 1 << 40  # seeds from here up are drawn anew for every query; no request is served with one by default
+
+
+def apgd_ce(scene: Scene) -> Tensor:
+    """Cross-entropy of the defense, its full gradient, from random points alone: what else breaks an image is compared
+    with this.
+    """
+    return _restarted(scene, [_opened(scene, cross_entropy_loss)], steps=scene.budget.apgd_steps, warm=False)
+
+
+def apgd_ce_twice(scene: Scene) -> Tensor:
+    """The same with twice the iterations, from other points."""
+    steps = 2 * scene.budget.apgd_steps
+    return _restarted(scene, [_opened(scene, cross_entropy_loss)], steps=steps, warm=False, first=1)
+
+
+def apgd_t(scene: Scene) -> Tensor:
+    """The targeted DLR loss of the defense, its full gradient, towards each of the likeliest other classes in turn."""
+    opened = scene.opened()
+    return _restarted(scene, _targeted(opened, as_served=not scene.is_cut), steps=scene.budget.apgd_steps)
 
 
 def bpda_apgd_ce(scene: Scene) -> Tensor:
@@ -29,14 +48,8 @@ def bpda_apgd_ce(scene: Scene) -> Tensor:
 
 
 def bpda_apgd_dlr(scene: Scene) -> Tensor:
-    """The targeted DLR loss towards each of the likeliest other classes in turn; untargeted under 4 classes."""
-    classes = scene.classifier.num_classes
-    if classes < 4:
-        return _restarted(scene, [_through(scene, dlr_loss)], steps=scene.budget.apgd_steps)
-    with torch.no_grad():
-        ranked = scene.logits(scene.x).scatter(1, scene.labels[:, None], float("-inf")).argsort(1, descending=True)
-    targets = [ranked[:, place] for place in range(min(scene.budget.targets, classes - 1))]
-    return _restarted(scene, [_towards(scene, target) for target in targets], steps=scene.budget.apgd_steps)
+    """The targeted DLR loss by BPDA; untargeted under 4 classes."""
+    return _restarted(scene, _targeted(scene), steps=scene.budget.apgd_steps)
 
 
 def bpda_apgd_ce_fresh(scene: Scene) -> Tensor:
@@ -67,42 +80,34 @@ def bpda_contrastive(scene: Scene) -> Tensor:
     return _restarted(scene, objectives, steps=scene.budget.adaptive_steps)
 
 
-def unrolled(scene: Scene) -> Tensor:
-    """The full gradient through the purifier's first steps; through all of them where the budget allows that many."""
-    purifier = scene.defended.purifier
-    shorter = purifier.stopped_after(scene.budget.unrolled_steps)
-    open_to_gradients = DefendedClassifier(scene.classifier, shorter, gradient="full")
-    same = shorter.loop.steps == purifier.loop.steps
-    objective = _through(scene.against(open_to_gradients), cross_entropy_loss, as_served=same)
-    return _restarted(scene, [objective], steps=scene.budget.adaptive_steps)
-
-
 def intermediate(scene: Scene) -> Tensor:
     """The purifier's iterate after a quarter, half and all of its steps (at least one), attacked by BPDA."""
-    purifier = scene.defended.purifier
-    steps = purifier.loop.steps
+    steps = scene.defended.purifier.loop.steps
     objectives = []
     for stop in sorted({max(1, steps // 4), max(1, steps // 2), steps}):
-        shorter = DefendedClassifier(scene.classifier, purifier.stopped_after(stop))
+        shorter = scene.defended.attacked_by("bpda", steps=stop)
         objectives.append(_through(scene.against(shorter), cross_entropy_loss, as_served=stop == steps))
     return _restarted(scene, objectives, steps=scene.budget.adaptive_steps)
 
 
-def _restarted(scene: Scene, objectives: Iterable[AttackObjective], *, steps: int) -> Float[Tensor, "batch 3 h w"]:
+def _restarted(
+    scene: Scene, objectives: Iterable[AttackObjective], *, steps: int, warm: bool = True, first: int = 0
+) -> Float[Tensor, "batch 3 h w"]:
     """Every objective from every start, on the images that nothing before has broken; the last point where none has.
 
-    The first start is the static classifier's adversarial image where one is known, the others are random.
+    With `warm` the first start is the static classifier's adversarial image where one is known; the others are random,
+    numbered from `first`.
     """
     found = scene.x.clone()
     left = torch.arange(len(found), device=found.device)
-    for number, objective in enumerate(objectives):
+    for number, objective in enumerate(objectives, first):
         for restart in range(scene.budget.restarts):
             if not len(left):
                 return found
             part = scene.select(left)
             seeds = part.seeds * (1 << 12) + number * (1 << 6) + restart
             start = scene.threat.ball(start="uniform").begin(part.x, seeds)
-            if restart == 0 and part.known is not None:
+            if warm and restart == 0 and part.known is not None:
                 broken_statically = (part.known != part.x).flatten(1).any(1).view(-1, 1, 1, 1)
                 start = torch.where(broken_statically, part.known, start)
             points = apgd(part, _of_rows(objective, left), steps=steps, start=start)
@@ -133,6 +138,11 @@ def _expected(scene: Scene, loss: Loss) -> AttackObjective:
     return value
 
 
+def _opened(scene: Scene, loss: Loss) -> AttackObjective:
+    """`loss` of the scene's defense with its full gradient."""
+    return _through(scene.opened(), loss, as_served=not scene.is_cut)
+
+
 def _through(scene: Scene, loss: Loss, *, as_served: bool = True) -> AttackObjective:
     """`loss` of the scene's defense; `as_served` says whether its answers are those that count."""
 
@@ -143,11 +153,23 @@ def _through(scene: Scene, loss: Loss, *, as_served: bool = True) -> AttackObjec
     return value
 
 
-def _towards(scene: Scene, targets: Tensor) -> AttackObjective:
+def _targeted(scene: Scene, *, as_served: bool = True) -> list[AttackObjective]:
+    """The targeted DLR loss towards each of the likeliest other classes; untargeted under 4 classes."""
+    classes = scene.classifier.num_classes
+    if classes < 4:
+        return [_through(scene, dlr_loss, as_served=as_served)]
+    with torch.no_grad():
+        ranked = scene.logits(scene.x).scatter(1, scene.labels[:, None], float("-inf")).argsort(1, descending=True)
+    places = range(min(scene.budget.targets, classes - 1))
+    return [_towards(scene, ranked[:, place], as_served=as_served) for place in places]
+
+
+def _towards(scene: Scene, targets: Tensor, *, as_served: bool) -> AttackObjective:
     """The targeted DLR loss of the scene's defense."""
 
     def value(x: Tensor, rows: Tensor) -> Judged:
         logits, labels = scene.logits(x), scene.labels[rows]
-        return Judged(dlr_loss(logits, labels, targets[rows]), clearly_wrong(logits, labels))
+        losses = dlr_loss(logits, labels, targets[rows])
+        return Judged(losses, clearly_wrong(logits, labels) if as_served else None)
 
     return value

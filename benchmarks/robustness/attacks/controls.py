@@ -5,7 +5,6 @@ from torch import Tensor
 
 from unperturb.benchmarks.robustness.attacks.scene import Scene, cross_entropy_loss
 from unperturb.models import philox
-from unperturb.models.purifiers.defended import DefendedClassifier
 from unperturb.models.shapes import Float, Int
 
 NOISE_STREAM, MATE_STREAM = 0x4015E, 0x3A7E
@@ -35,9 +34,6 @@ def batchmate(scene: Scene) -> tuple[Tensor, Tensor]:
     The mates begin as random images and climb the victim's cross-entropy through the full gradient; a defense without
     a gradient towards them is left with the random ones. Returns the unchanged images, and the mask of broken ones.
     """
-    open_to_gradients = DefendedClassifier(
-        scene.classifier, scene.defended.purifier.stopped_after(scene.budget.unrolled_steps), gradient="full"
-    )
     mates, shape = scene.budget.mates, scene.x.shape[1:]
     broken = []
     for row in range(len(scene.x)):
@@ -49,7 +45,7 @@ def batchmate(scene: Scene) -> tuple[Tensor, Tensor]:
             if fallen:
                 break
             owned = owned.detach().requires_grad_()
-            logits = victim.against(open_to_gradients).logits(torch.cat((victim.x, owned)))
+            logits = victim.opened().logits(torch.cat((victim.x, owned)))
             loss = cross_entropy_loss(logits[:1], victim.labels)
             (gradient,) = torch.autograd.grad(loss.sum(), owned)
             if not gradient.any():

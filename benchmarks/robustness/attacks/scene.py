@@ -2,105 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unperturb.models.attacks.projected_gradient import ProjectedGradient
-from unperturb.models.errors import ConfigError
+from unperturb.benchmarks.robustness.budgets import Budget
+from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.generator import NoiseGenerator
-from unperturb.models.purifiers.base import NoPurifier
 from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
 from unperturb.models.shapes import Bool, Float, Int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Threat:
-    """The ball that an adversarial image stays in; epsilon in pixel units of [0, 1]."""
-
-    norm: Literal["linf", "l2"]
-    epsilon: float
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for 8 where 8/255 is meant."""
-        top = 1.0 if self.norm == "linf" else 8.0
-        if not 0 < self.epsilon < top:
-            raise ConfigError(
-                f"epsilon={self.epsilon:g} is not in (0, {top:g}): it is in pixel units of [0, 1], as in 8/255"
-            )
-
-    def ball(self, **loop: object) -> ProjectedGradient:
-        """The ball as the one loop knows it: `begin` draws a start in it, `project` returns to it."""
-        fields = {"step_size": 0.0, "steps": 0, **loop}
-        return ProjectedGradient(direction="ascend", epsilon=self.epsilon, norm=self.norm, **fields)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How much each attack may spend.
-
-    apgd_steps, restarts: of every APGD; eot: draws of fresh seeds per gradient; targets: classes of the targeted loss
-    lambdas: weights of the contrastive term; unrolled_steps: purifier steps that a full gradient goes through
-    mates: the images of the batch that the attacker owns, beside the victim's
-    """
-
-    apgd_steps: int
-    restarts: int
-    eot: int
-    targets: int
-    lambdas: tuple[float, ...]
-    unrolled_steps: int
-    adaptive_steps: int
-    square_queries: int
-    rays_queries: int
-    mates: int
-    mate_steps: int
-
-
-BUDGETS = {
-    "fast": Budget(
-        apgd_steps=10,
-        restarts=1,
-        eot=4,
-        targets=2,
-        lambdas=(0.1, 1.0, 10.0),
-        unrolled_steps=5,
-        adaptive_steps=6,
-        square_queries=40,
-        rays_queries=40,
-        mates=3,
-        mate_steps=2,
-    ),
-    "standard": Budget(
-        apgd_steps=50,
-        restarts=1,
-        eot=20,
-        targets=9,
-        lambdas=(0.1, 1.0, 10.0),
-        unrolled_steps=5,
-        adaptive_steps=30,
-        square_queries=1000,
-        rays_queries=1000,
-        mates=7,
-        mate_steps=10,
-    ),
-    "full": Budget(
-        apgd_steps=100,
-        restarts=5,
-        eot=20,
-        targets=9,
-        lambdas=(0.1, 0.3, 1.0, 3.0, 10.0),
-        unrolled_steps=5,
-        adaptive_steps=100,
-        square_queries=5000,
-        rays_queries=10000,
-        mates=15,
-        mate_steps=30,
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +22,7 @@ class Scene:
 
     seeds:       per image, of the attack's own draws; a function of the image's place in the data set
     served_seed: the seed that the service purifies with; the attacker knows it
+    attack_seed: of the attacks that draw for the whole batch
     known:       adversarial images of the static classifier (the clean image where there is none), to start from
     generator:   a trained generator of noise, where the run has one
     """
@@ -120,13 +34,9 @@ class Scene:
     threat: Threat
     budget: Budget
     served_seed: int = 0
+    attack_seed: int = 0
     known: Tensor | None = None
     generator: NoiseGenerator | None = None
-
-    @property
-    def purifies(self) -> bool:
-        """Return whether there is a purifier at all."""
-        return not isinstance(self.defended.purifier, NoPurifier)
 
     @property
     def classifier(self) -> ImageClassifier:
@@ -155,6 +65,17 @@ class Scene:
     def against(self, defended: DefendedClassifier) -> "Scene":
         """Return the same images before another classifier."""
         return replace(self, defended=defended)
+
+    def opened(self) -> "Scene":
+        """Return the same images before the same defense with its full gradient, through all the steps that the budget
+        allows.
+        """
+        return self.against(self.defended.attacked_by("full", steps=self.budget.unrolled_steps))
+
+    @property
+    def is_cut(self) -> bool:
+        """Return whether the budget allows fewer steps than the purifier takes."""
+        return self.defended.purifier.loop.steps > self.budget.unrolled_steps
 
 
 class Judged(NamedTuple):

@@ -1,0 +1,85 @@
+"""The digest of the code behind a thing: its module's file and those that it imports, but not the whole project."""
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+PROJECT = "unperturb"
+
+
+def code_digest(modules: Iterable[str], *, without: tuple[str, ...] = ()) -> str:
+    """Return the SHA-256 over the files of the named modules and of what they import, of this project or beside them.
+
+    `without`: packages whose modules are left out, since something else stands for them.
+    """
+    digest = hashlib.sha256()
+    names = set[str]()
+    for module in modules:
+        names |= _closure(module, without)
+    for name in sorted(names):
+        digest.update(name.encode())
+        digest.update(_file(name).read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _closure(module: str, without: tuple[str, ...]) -> frozenset[str]:
+    found, waiting = {module}, [module]
+    while waiting:
+        name = waiting.pop()
+        for imported in _imports(_file(name), package=name.rpartition(".")[0]):
+            left_out = any(f"{imported}.".startswith(f"{package}.") for package in without)
+            if imported not in found and not left_out and _belongs(imported, to=name):
+                found.add(imported)
+                waiting.append(imported)
+    return frozenset(found)
+
+
+def _belongs(imported: str, *, to: str) -> bool:
+    """Return whether a name is a module of this project, or for somebody's own module one in the same folder."""
+    if imported.partition(".")[0] == PROJECT:
+        return _origin(imported) is not None
+    beside = _file(to).parent / f"{imported}.py"
+    return to.partition(".")[0] != PROJECT and beside.exists() and _origin(imported) == beside
+
+
+def _imports(file: Path, *, package: str) -> Iterator[str]:
+    """Yield the names of modules that a file imports when it is run, and names that may be modules."""
+    for node in _run_when_imported(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join(filter(None, [*above, node.module]))
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _run_when_imported(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            continue
+        yield node
+        yield from _run_when_imported(node)
+
+
+@cache
+def _origin(name: str) -> Path | None:
+    """Return the Python file of a module; None where there is none of the name."""
+    try:
+        spec = find_spec(name)
+    except (ModuleNotFoundError, AttributeError, ValueError):
+        return None
+    return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
+
+
+def _file(name: str) -> Path:
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    file = Path(loaded) if loaded else _origin(name)
+    if file is None:
+        raise ValueError(f"the module {name} has no file")
+    return file

@@ -1,0 +1,146 @@
+"""Somebody else's classifier and purifier, taken into the harness: any module, and one small protocol.
+
+A purifier is any object with
+
+    purify(x, seeds) -> x'          images [n, 3, h, w] in [0, 1] and one int64 seed each; an image's result should not
+                                    depend on the others
+
+and, where it can, more, by which it is attacked harder:
+
+    unrolled(x, seeds) -> x'        the same with a gradient, where autograd through `purify` gives none
+    estimate_gradient(x, g) -> g'   or an estimate of its backward pass, in place of the identity of BPDA
+    steps: int                      how many steps it takes, and
+    stopped_after(steps)            -> the same purifier stopped after fewer of them: for the attack `intermediate`
+    objective(x, seeds)             -> (iterate, step) -> losses [n] that it lowers: for `bpda-contrastive`
+
+A `torch.nn.Module` that maps images to images is one too, and so are ART's preprocessors (called on NumPy arrays, with
+`estimate_gradient`).
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unperturb.models.attacks.projected_gradient import Descent, Objective, ProjectedGradient
+from unperturb.models.errors import ConfigError
+from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.purifiers.base import Purifier
+from unperturb.models.shapes import Float, Int
+
+
+class AnyClassifier(ImageClassifier):
+    """A module that maps images in [0, 1] to class scores; it has no features of its own but these."""
+
+    def __init__(self, model: nn.Module, *, num_classes: int, image_size: int) -> None:
+        super().__init__(feature_dim=num_classes, num_classes=num_classes, image_size=image_size)
+        self.model = model
+
+    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+        """Return the class scores."""
+        return cast(Tensor, self.model(x))
+
+    def logits(self, features: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
+        """Return the class scores as they are."""
+        return features
+
+
+class AnyPurifier(Purifier):
+    """An object of the protocol above, a module, or a preprocessor of ART's, as a purifier of this project."""
+
+    def __init__(self, classifier: ImageClassifier, purifier: Any) -> None:  # noqa: ANN401
+        steps = getattr(purifier, "steps", 0)
+        if not isinstance(steps, int):
+            raise ConfigError(f"{_name(purifier)}.steps is {steps!r}, not a whole number")
+        loop = ProjectedGradient(direction="descend", epsilon=1.0, step_size=0.0, steps=steps)
+        super().__init__(classifier, loop)
+        self.purifier = purifier
+        self.call = _call_of(purifier)
+        self.train(False)
+
+    @property
+    def has_steps(self) -> bool:
+        """Return whether it can be stopped in between."""
+        return self.loop.steps > 0 and hasattr(self.purifier, "stopped_after")
+
+    @property
+    def has_objective(self) -> bool:
+        """Return whether it says what it lowers."""
+        return hasattr(self.purifier, "objective")
+
+    def objective(self, x: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Objective:
+        """Return what it lowers; zero where it says nothing."""
+        if self.has_objective:
+            return cast(Objective, self.purifier.objective(x, seeds))
+        return lambda iterate, _: iterate.new_zeros(len(iterate))
+
+    def descend(
+        self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"], unrolled: bool = False
+    ) -> Descent:
+        """Purify; with `unrolled`, by whatever gives a gradient."""
+        if unrolled and hasattr(self.purifier, "unrolled"):
+            found = self.purifier.unrolled(x, seeds)
+        elif unrolled and hasattr(self.purifier, "estimate_gradient"):
+            found = _Estimated.apply(x, seeds, self.call, self.purifier.estimate_gradient)
+        else:
+            with torch.set_grad_enabled(unrolled and torch.is_grad_enabled()):
+                found = self.call(x if unrolled else x.detach(), seeds)
+        if found.shape != x.shape:
+            raise ConfigError(f"{_name(self.purifier)} makes {list(found.shape)} of images of {list(x.shape)}")
+        return Descent(found, x.new_zeros((0, len(x))))
+
+    def stopped_after(self, steps: int) -> "Purifier":
+        """Return it stopped after `steps` steps; as it is, where it can't be."""
+        if not self.has_steps or steps >= self.loop.steps:
+            return self
+        return AnyPurifier(self.classifier, self.purifier.stopped_after(steps))
+
+
+class _Estimated(torch.autograd.Function):
+    """A purifier whose backward pass is its own estimate, on NumPy arrays."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        seeds: Tensor,
+        call: Callable[[Tensor, Tensor], Tensor],
+        estimate: Callable[..., Any],
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.estimate = estimate
+        return call(x, seeds)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
+        (x,) = ctx.saved_tensors
+        return _as_tensor(ctx.estimate(_as_array(x), _as_array(gradient)), x), None, None, None
+
+
+def _call_of(purifier: Any) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: ANN401
+    """Return the purifier as a function of images and seeds; ConfigError for what is none."""
+    if callable(getattr(purifier, "purify", None)):
+        return cast(Callable[[Tensor, Tensor], Tensor], purifier.purify)
+    if callable(purifier) and callable(getattr(purifier, "estimate_gradient", None)):
+        return lambda x, _: _as_tensor(purifier(_as_array(x))[0], x)
+    if isinstance(purifier, nn.Module):
+        purifier.eval()
+        return lambda x, _: cast(Tensor, purifier(x))
+    raise ConfigError(
+        f"{_name(purifier)} is no purifier: it needs purify(x, seeds) -> x, or to be a torch.nn.Module from images to "
+        "images, or a preprocessor of ART's"
+    )
+
+
+def _as_array(x: Tensor) -> Any:  # noqa: ANN401
+    return x.detach().cpu().numpy().astype(np.float32)
+
+
+def _as_tensor(array: Any, like: Tensor) -> Tensor:  # noqa: ANN401
+    return torch.as_tensor(np.asarray(array), dtype=like.dtype, device=like.device)
+
+
+def _name(purifier: object) -> str:
+    return f"{type(purifier).__module__}.{type(purifier).__qualname__}"

@@ -1,0 +1,127 @@
+"""`unperturb.benchmarks.evaluate`: a model of one's own, alone and behind purifiers, as a report."""
+
+import dataclasses
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from unperturb.benchmarks.reporting import results
+from unperturb.benchmarks.reporting.report import Report
+from unperturb.benchmarks.robustness import attacks as registry
+from unperturb.benchmarks.robustness.budgets import BUDGETS
+from unperturb.benchmarks.robustness.data import EvaluationSet
+from unperturb.benchmarks.robustness.estimate import announce
+from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
+from unperturb.benchmarks.robustness.subjects import defense_of, described_model, ready, subject_of
+from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.errors import ConfigError, DataError
+from unperturb.models.shapes import Float, Int
+
+SCRIPT = "benchmarks/robustbench_eval.py"
+
+
+def evaluate(
+    model: nn.Module | Checkpoint,
+    images: Float[Tensor, "n 3 h w"],
+    labels: Int[Tensor, " n"],
+    *,
+    purifier: Any = None,  # noqa: ANN401
+    threat: Literal["Linf", "L2"] = "Linf",
+    epsilon: float | None = None,
+    attacks: str = "all",
+    budget: Literal["fast", "standard", "full"] = "standard",
+    seed: int = 0,
+    chunk: int = 128,
+    classes: tuple[str, ...] | None = None,
+    name: str = "model",
+    dataset: str = "own",
+    store: str | Path | None = None,
+    device: str = "cpu",
+) -> Report:
+    """Attack a classifier, alone and behind purifiers, on the same images under the same budget.
+
+    model:    maps images in [0, 1] to class scores; a module of yours, or a checkpoint of `unperturb.load`
+    purifier: None; a specification (`reverse-attack:fast`, `vote:shifts=2`, `package.module:Class:key=value`); an
+              object of the protocol in `unperturb.benchmarks.robustness.foreign`, a module from images to images, or a
+              preprocessor of ART's; or several of them by name
+    epsilon:  in pixel units of [0, 1]; by default 8/255 (Linf) or 0.5 (L2)
+    attacks:  all, fast, or names between commas
+    store:    folder for what has been computed, so that a stopped call goes on where it was; None: kept nowhere
+
+    The plan and its estimated time are printed first. Raises ConfigError or DataError naming what is wrong, before any
+    attack.
+    """
+    _check(images, labels)
+    where = torch.device(device)
+    subject = ready(subject_of(model, name=name, classes=classes, image_size=images.shape[-1]), where)
+    if int(labels.max()) >= subject.classifier.num_classes:
+        raise DataError(f"label {int(labels.max())} of a classifier with {subject.classifier.num_classes} classes")
+    plan = Plan(
+        threat=Threat(norm=NORMS[threat], epsilon=EPSILON[threat] if epsilon is None else epsilon),
+        budget=BUDGETS[budget],
+        attacks=registry.chosen(attacks),
+        seed=seed,
+        chunk=chunk,
+        panel=0,
+    )
+    digest = hashlib.sha256(images.contiguous().numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
+    data = EvaluationSet(images, labels, "given", digest)
+    described = {
+        "model": described_model(subject, name),
+        "classes": list(subject.card.classes),
+        "data": {"dataset": dataset, "source": "given", "sha256": digest, "own": True},
+        "threat": {"model": threat, "epsilon": plan.threat.epsilon},
+        "budget": {"name": budget, **dataclasses.asdict(plan.budget)},
+        "shard": "1/1",
+    }
+    config = {"n_examples": len(images), "seed": seed, "device": device, "budget": budget, "attacks": attacks}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(store or scratch)
+        runs = {
+            spec: Evaluation(defense_of(own, subject), data, plan, folder=folder, title=f"{name} + {spec}")
+            for spec, own in _named(purifier).items()
+        }
+        bare = runs["none"]
+        for run in runs.values():
+            run.bare = None if run is bare else bare
+        announce(list(runs.values()))
+        records = [
+            results.record(
+                script=SCRIPT,
+                config={**config, "model": name, "purifier": spec},
+                results={**described, "purifier_spec": spec, **run.run()},
+            )
+            for spec, run in runs.items()
+        ]
+    return Report(records)
+
+
+def _check(images: Tensor, labels: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not len(images):
+        raise DataError(f"images are {list(images.shape)} {images.dtype}; floats [n, 3, height, width] are needed")
+    if labels.shape != (len(images),) or labels.dtype != torch.int64:
+        raise DataError(f"labels are {list(labels.shape)} {labels.dtype}; int64 [{len(images)}] is needed")
+    if not (images.min() >= 0 and images.max() <= 1):
+        low, high = float(images.min()), float(images.max())
+        raise DataError(f"images from {low:g} to {high:g}: pixels are needed in [0, 1]; divide 8-bit ones by 255")
+    if int(labels.min()) < 0:
+        raise DataError(f"label {int(labels.min())} is below 0")
+
+
+def _named(purifier: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Return the purifiers by name, `none` first."""
+    if purifier is None:
+        return {"none": None}
+    if isinstance(purifier, Mapping):
+        if "none" in purifier:
+            raise ConfigError("the row `none` is always there: give the purifiers another name")
+        return {"none": None, **purifier}
+    if isinstance(purifier, str):
+        return {"none": None, purifier: purifier}
+    return {"none": None, type(purifier).__name__: purifier}

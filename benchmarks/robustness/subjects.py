@@ -1,0 +1,161 @@
+"""Make ready what is evaluated: a checkpoint, a factory's model or a module, and the defense in front of it."""
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from unperturb.benchmarks.robustness.counting import CountingClassifier
+from unperturb.benchmarks.robustness.foreign import AnyClassifier, AnyPurifier
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.errors import ConfigError
+from unperturb.models.inference.folding import folded, with_affine
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
+from unperturb.models.networks.robustbench import PREFIX
+from unperturb.models.provenance import digest_of
+from unperturb.models.purifiers.base import Purifier
+from unperturb.models.purifiers.defended import DefendedClassifier
+from unperturb.models.purifiers.registry import REGISTRY, VOTE, build_defense
+
+IMPORTED = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)(?::(?P<values>.*))?")
+
+
+def subject_of(
+    model: nn.Module | Checkpoint, *, name: str, classes: tuple[str, ...] | None, image_size: int
+) -> Checkpoint:
+    """Return a model as a checkpoint; a plain module is run once for its number of classes.
+
+    Raises ConfigError where it gives no scores [n, classes], or other than `classes` names.
+    """
+    if isinstance(model, Checkpoint):
+        return model
+    model = model.eval().requires_grad_(False)
+    probe = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    parameter = next(iter(model.parameters()), probe)
+    with torch.no_grad():
+        scores = model(probe.to(parameter.device))
+    if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or len(scores) != len(probe):
+        raise ConfigError(f"{name}: class scores [n, classes] are needed for images [n, 3, {image_size}, {image_size}]")
+    count = scores.shape[1]
+    classes = classes or getattr(model, "classes", None) or tuple(str(number) for number in range(count))
+    if len(classes) != count:
+        raise ConfigError(f"{name} gives {count} scores, for {len(classes)} classes")
+    classifier: ImageClassifier = (
+        model if isinstance(model, ImageClassifier) else AnyClassifier(model, num_classes=count, image_size=image_size)
+    )
+    architecture = Architecture(name=name, num_classes=count, image_size=image_size)
+    card = Card(id=name, architecture=architecture, classes=tuple(classes), data={}, training={})
+    return Checkpoint(card, classifier)
+
+
+def load_subject(spec: str, *, classes: tuple[str, ...] | None, image_size: int) -> Checkpoint:
+    """Return the checkpoint of a shipped name, a folder or `robustbench:<Name>`, or what `package.module:factory`
+    returns. Raises ConfigError or CheckpointError saying what is wrong with it.
+    """
+    match = IMPORTED.fullmatch(spec)
+    if spec.startswith(PREFIX) or match is None or Path(spec).is_dir():
+        return store.load(spec)
+    model = _imported(match, spec)()
+    if not isinstance(model, nn.Module | Checkpoint):
+        raise ConfigError(f"model {spec} returned a {type(model).__name__}, not a torch.nn.Module")
+    return subject_of(model, name=spec, classes=classes, image_size=image_size)
+
+
+def ready(subject: Checkpoint, device: torch.device) -> Checkpoint:
+    """Return the checkpoint with a classifier on the device that counts its passes, batch norm folded and channels last
+    (in float32: what is attacked is what is judged).
+    """
+    classifier = subject.classifier.eval().requires_grad_(False).to(device)
+    if not isinstance(classifier, AnyClassifier):
+        classifier = with_affine(folded(classifier))
+    parts = {
+        name: None if part is None else part.to(device)
+        for name, part in (("head", subject.head), ("bank", subject.bank), ("restorer", subject.restorer))
+    }
+    counting = CountingClassifier(classifier).eval().requires_grad_(False)
+    return replace(subject, classifier=counting, **parts)  # type: ignore[arg-type]
+
+
+def defense_of(purifier: Any, subject: Checkpoint) -> DefendedClassifier:  # noqa: ANN401
+    """Return the subject's classifier behind a specification, a purifier of one's own (see `foreign`), or none.
+
+    A specification is one of this project's, or `package.module:Class[:key=value,…]` on the Python path. Raises
+    ConfigError or CheckpointError saying what is wrong with it.
+    """
+    if purifier is None:
+        purifier = "none"
+    if isinstance(purifier, str):
+        name = purifier.partition(":")[0]
+        match = IMPORTED.fullmatch(purifier)
+        if name in (*REGISTRY, VOTE) or match is None:
+            return build_defense(purifier, subject)
+        kind = _imported(match, purifier)
+        purifier = _made(kind, _values(match["values"] or ""), subject, purifier)
+    if isinstance(purifier, DefendedClassifier):
+        return purifier
+    if not isinstance(purifier, Purifier):
+        purifier = AnyPurifier(subject.classifier, purifier)
+    return DefendedClassifier(subject.classifier, purifier.requires_grad_(False))
+
+
+def described_model(subject: Checkpoint, spec: str) -> dict[str, Any]:
+    """Return what a record says of the classifier."""
+    return {
+        "spec": spec,
+        "architecture": subject.card.architecture.name,
+        "weights_sha256": subject.card.weights_sha256 or digest_of(subject.classifier),
+    }
+
+
+def _imported(match: re.Match[str], spec: str) -> Callable[..., Any]:
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(match["module"]), match["name"])
+    except ImportError as error:
+        raise ConfigError(
+            f"{spec}: {error}; it is looked for from the current folder and on PYTHONPATH. Names that are known: "
+            f"{', '.join((*REGISTRY, VOTE))}"
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"{spec}: {error}") from error
+    if not callable(found):
+        raise ConfigError(f"{spec} is a {type(found).__name__}, which can't be called")
+    return found  # type: ignore[no-any-return]
+
+
+def _made(kind: Callable[..., Any], values: dict[str, Any], subject: Checkpoint, spec: str) -> Any:  # noqa: ANN401
+    """Return the purifier, given the classifier where it asks for one."""
+    try:
+        wants = inspect.signature(kind).parameters
+    except ValueError:  # written in C
+        wants = {}  # type: ignore[assignment]
+    own = {"classifier": subject.classifier} if "classifier" in wants else {}
+    try:
+        return kind(**own, **values)
+    except TypeError as error:
+        raise ConfigError(f"{spec}: {error}") from error
+
+
+def _values(text: str) -> dict[str, Any]:
+    """Return `key=value,…` with Python's numbers, tuples, True and None as such, and the rest as words."""
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigError(f"{part!r} is not key=value")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found

@@ -1,0 +1,80 @@
+"""The vote: the mean of the class scores over a few fixed views of an image (test-time ensembling).
+
+Views are shifts with zero padding, as in training, each beside its mirror image (Pérez et al., "Enhancing adversarial
+robustness via test-time transformation ensembling", ICCV workshops 2021). Nothing is drawn and nothing optimised: the
+voted classifier is one more differentiable classifier.
+"""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unperturb.models.errors import ConfigError
+from unperturb.models.shapes import Float
+
+MOST_PIXELS = 64  # of a shift
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """The views: each shift (down, right) in pixels, and where `mirrored` its mirror image."""
+
+    shifts: tuple[tuple[int, int], ...] = ((-2, -2), (2, 2))
+    mirrored: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError where there is no view, one twice, or a shift that leaves little of an image."""
+        if not self.shifts:
+            raise ConfigError("shifts: a vote needs at least one view")
+        if len(set(self.shifts)) < len(self.shifts):
+            raise ConfigError(f"shifts={self.spelled()}: a view stands there twice")
+        if any(abs(pixels) > MOST_PIXELS for shift in self.shifts for pixels in shift):
+            raise ConfigError(f"shifts={self.spelled()}: at most {MOST_PIXELS} pixels")
+
+    def __len__(self) -> int:
+        """Return the number of views."""
+        return len(self.shifts) * (2 if self.mirrored else 1)
+
+    def spelled(self) -> str:
+        """Return the shifts as a specification has them: `-2/-2+2/2`."""
+        return "+".join(f"{down}/{right}" for down, right in self.shifts)
+
+    def views(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch views 3 h w"]:
+        """Return every view of each image, the shifted ones first."""
+        shifted = [_shifted(x, down, right) for down, right in self.shifts]
+        return torch.stack(shifted + [view.flip(3) for view in shifted] * self.mirrored, dim=1)
+
+    def scores(self, classifier: nn.Module, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch classes"]:
+        """Return the mean of the classifier's scores over the views of each image."""
+        logits = classifier(self.views(x).flatten(0, 1))
+        return cast(Tensor, logits.view(len(x), len(self), -1).mean(1))
+
+
+def parse_shifts(text: str) -> tuple[tuple[int, int], ...]:
+    """Return the shifts of `-2/-2+2/2`; a number alone, as `2`, is that diagonal pair, and `0` the image as it is.
+
+    Raises ConfigError for another form.
+    """
+    if text.isdigit():
+        pixels = int(text)
+        return ((-pixels, -pixels), (pixels, pixels)) if pixels else ((0, 0),)
+    shifts = []
+    for part in text.split("+"):
+        down, _, right = part.partition("/")
+        try:
+            shifts.append((int(down), int(right)))
+        except ValueError:
+            raise ConfigError(
+                f"shifts={text!r} is neither pixels, as in 2, nor down/right+…, as in -2/-2+2/2"
+            ) from None
+    return tuple(shifts)
+
+
+def _shifted(x: Tensor, down: int, right: int) -> Tensor:
+    """Return the images moved by whole pixels, zeros where nothing was."""
+    height, width = x.shape[-2:]
+    padded = F.pad(x, (max(right, 0), max(-right, 0), max(down, 0), max(-down, 0)))
+    return padded[..., max(-down, 0) : max(-down, 0) + height, max(-right, 0) : max(-right, 0) + width]
