@@ -100,6 +100,12 @@ def test_main_table_has_the_presets_and_the_vote_alone() -> None:
     assert default[4:] == ["70.0 (-5.0)", "60.0", "14.00"]
 
 
+def test_main_table_shows_a_transfer_that_leaves_nothing_as_zero() -> None:
+    none_left = in_order({"clean": 300, "transfer": 900}, N)
+    (row,) = (line for line in main_table([record(none_left, BARE)]).splitlines() if "default" in line)
+    assert row.split(" | ")[5] == "0.0"
+
+
 def test_robustness_table_has_every_purifier_its_signs_and_what_was_not_run() -> None:
     signs = {**NO_SIGNS, "warnings": ["Twice the iterations break 9 images more."]}
     found = [record(BARE), record(KNOWN, BARE, signs=signs, could_not_run={"square": "too large"})]
