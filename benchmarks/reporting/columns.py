@@ -105,7 +105,7 @@ def with_minus(text: str, minus: str) -> str:
 
 def remarks(row: Row) -> list[str]:
     """Return what speaks against a row's figures: signs of masked gradients, and attacks that were not run."""
-    said = [f"Gradients may be masked: {sentence}" for sentence in row.warnings]
+    said = [f"gradients may be masked: {sentence}" for sentence in row.warnings]
     return said + [f"{attack} could not be run: {reason}" for attack, reason in row.could_not_run]
 
 
@@ -126,7 +126,7 @@ SOURCE = Column("source", _source, number=False)
 THREAT = Column("threat", _threat, number=False)
 BEHIND = Column("behind the purifier, % (95%)", WORST.cell)
 MEAN = Column("mean, %", WORST.cell)
-REMARKS = Column("remarks", lambda row: Cell(" ".join(remarks(row))), number=False)
+REMARKS = Column("remarks", lambda row: Cell("; ".join(remarks(row))), number=False)
 ACROSS = (THREAT, GAIN, COUNT, BEHIND, BARE)  # of a table across threats
 
 

@@ -83,7 +83,7 @@ def latex_table(section: Section, *, caption: str) -> str:
         cells = [latex_text(column.cell(row).whole) for column in columns]
         if spoken := c.remarks(row):
             mark, marked = rf"$^{{\mathrm{{{_letters(marked)}}}}}$", marked + 1
-            said.append(f"{mark} {latex_text(' '.join(spoken))}")
+            said.append(f"{mark} {latex_text('; '.join(spoken))}")
             cells[0] += mark
         lines.append(cells)
     near = [[latex_text(column.cell(row).whole) for column in columns] for row in section.near]
@@ -159,7 +159,7 @@ def _csv_line(row: Row) -> dict[str, str | float | int | None]:
         "attacks": row.attacks or None,
         "budget": row.budget,
         "ms_per_image": row.ms_per_image,
-        "warnings": " ".join(row.warnings),
+        "warnings": "; ".join(row.warnings),
         "could_not_run": "; ".join(f"{attack}: {reason}" for attack, reason in row.could_not_run),
         "remark": row.remark,
     }

@@ -162,6 +162,5 @@ def _signs(signs: dict[str, Any] | None) -> dict[str, str]:
         said["larger epsilon"] = ", ".join(left)
     for name, attack in (("transfer", "transferred images"), ("queries", "attacks without a gradient")):
         if beyond := signs[f"{name}_beyond_gradient"]:
-            told = f"{beyond['broken']} of {beyond['n']:,} images that withstood the gradient"
-            said[f"broken by {attack}"] = told
+            said[f"broken by {attack}"] = f"{beyond['broken']} of {beyond['n']:,} images, which no gradient breaks"
     return said

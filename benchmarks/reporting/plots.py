@@ -150,8 +150,8 @@ def _by_epsilon(runs: Runs, theme: Theme) -> bytes | None:
 
 
 def _survivors(run: dict[str, Any], names: set[str]) -> float:
-    """Return the percentage of images that no attack of these broke; null is an image that was broken already."""
-    images = list(zip(*(run["results"]["outcomes"][name] for name in sorted(names)), strict=True))
+    """Return the percentage of images that are right and no attack of these broke; null: it was broken already."""
+    images = list(zip(*(run["results"]["outcomes"][name] for name in sorted({"clean", *names})), strict=True))
     return 100 * sum(all(image) for image in images) / len(images)
 
 

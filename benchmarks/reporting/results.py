@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,15 @@ def accuracy(correct: list[bool]) -> dict[str, Any]:
     return {"accuracy": found.value, "n": found.n, "interval": [found.low, found.high]}
 
 
-def gain(after: list[bool], before: list[bool]) -> dict[str, Any]:
-    """Return the mean difference of paired outcomes, with its 95% normal interval, in shares of 1."""
+def gain(after: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
+    """Return the mean difference of paired outcomes, with its 95% normal interval, in shares of 1.
+
+    Of one pair the interval is all there is.
+    """
     difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
-    mean = float(difference.mean())
-    half = 1.959963984540054 * float(difference.std()) / len(difference) ** 0.5
-    return {"mean": mean, "n": len(difference), "interval": [mean - half, mean + half]}
+    mean, n = float(difference.mean()), len(difference)
+    half = 1.959963984540054 * float(difference.std()) / n**0.5 if n > 1 else 1.0
+    return {"mean": mean, "n": n, "interval": [mean - half, mean + half]}
 
 
 def where(machine: dict[str, Any]) -> str:

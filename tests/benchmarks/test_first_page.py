@@ -28,9 +28,9 @@ CONFIG = picture.PictureConfig(data="nowhere", n=6, batch=4, device="cpu")
 
 N = 1200
 BARE = in_order({"clean": 300, "apgd-ce": 250, "autoattack": 50}, N)  # 600 of 1,200 are left
-KNOWN = in_order({"clean": 360, "transfer": 120, "unrolled": 360}, N)  # 360 are left
-HELPED = in_order({"clean": 300, "transfer": 60, "unrolled": 120}, N)  # 720 are left
-EVEN = in_order({"clean": 300, "transfer": 0, "unrolled": 301}, N)  # 599 are left
+KNOWN = in_order({"clean": 360, "transfer": 120, "intermediate": 360}, N)  # 360 are left
+HELPED = in_order({"clean": 300, "transfer": 60, "intermediate": 120}, N)  # 720 are left
+EVEN = in_order({"clean": 300, "transfer": 0, "intermediate": 301}, N)  # 599 are left
 
 
 def lines_of(*runs: dict[str, Any]) -> list[str]:
@@ -107,12 +107,12 @@ def test_main_table_shows_a_transfer_that_leaves_nothing_as_zero() -> None:
 
 
 def test_robustness_table_has_every_purifier_its_signs_and_what_was_not_run() -> None:
-    signs = {**NO_SIGNS, "warnings": ["Twice the iterations break 9 images more."]}
+    signs = {**NO_SIGNS, "warnings": ["twice the iterations break 9 images more"]}
     found = [record(BARE), record(KNOWN, BARE, signs=signs, could_not_run={"square": "too large"})]
     text = robustness_table(found)
     assert "| `none` |  | 1,200 | 50.0 (" in text
     assert "| `reverse-attack` | -20.0 (" in text
-    assert "- `reverse-attack`, L∞ 8/255: Gradients may be masked: Twice the iterations break 9 images more." in text
+    assert "- `reverse-attack`, L∞ 8/255: gradients may be masked: twice the iterations break 9 images more" in text
     assert "- `reverse-attack`, L∞ 8/255: square could not be run: too large" in text
     assert len({line.count(" | ") for line in text.splitlines() if line.startswith("| ")}) == 1
     with pytest.raises(ValueError, match="2 threats"):

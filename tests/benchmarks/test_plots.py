@@ -14,7 +14,7 @@ from unperturb.benchmarks.reporting.plots import all_plots
 
 N = 20
 BARE = in_order({"clean": 4, "apgd-ce": 5, "autoattack": 1}, N)
-KNOWN = in_order({"clean": 4, "transfer": 2, "unrolled": 8, "square": 0}, N)
+KNOWN = in_order({"clean": 4, "transfer": 2, "intermediate": 8, "square": 0}, N)
 
 
 def titles(*runs: dict[str, Any]) -> list[str]:
@@ -30,7 +30,7 @@ def test_stair_goes_down_by_each_attack_in_its_order_to_the_worst_case() -> None
         (bare,) = axes.lines
         written = [text.get_text() for text in axes.texts]
         plt.close(figure)
-    assert names == ["clean", "transfer", "unrolled", "square", "worst case"]
+    assert names == ["clean", "transfer", "intermediate", "square", "worst case"]
     assert values[0] == values[1] == pytest.approx([80.0, 70.0, 30.0, 30.0, 30.0])
     assert list(bare.get_xdata()) == [50.0, 50.0]
     assert written == ["dashed: worst case of the bare classifier, 50.0", "80.0", "70.0", "30.0", "30.0"]
@@ -46,10 +46,10 @@ def test_stair_without_a_purifier_has_no_line_of_another_classifier() -> None:
 
 
 def test_image_that_was_broken_already_does_not_survive() -> None:
-    outcomes: Outcomes = {"clean": [1, 1, 1, 0], "unrolled": [0, 1, 1, None], "square": [None, 1, 0, None]}
+    outcomes: Outcomes = {"clean": [1, 1, 1, 0], "intermediate": [0, 1, 1, None], "square": [None, 1, 0, None]}
     run = record(outcomes, {name: values[:4] for name, values in BARE.items()})
     assert plots._survivors(run, {"clean"}) == 75.0
-    assert plots._survivors(run, {"clean", "unrolled"}) == 50.0
+    assert plots._survivors(run, {"clean", "intermediate"}) == 50.0
     assert plots._survivors(run, {"clean", "square"}) == 25.0
 
 

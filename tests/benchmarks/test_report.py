@@ -20,13 +20,13 @@ from unperturb.models.errors import DataError
 
 N = 20
 BARE = in_order({"clean": 4, "apgd-ce": 5, "autoattack": 1}, N)  # 10 of 20 are left
-WORSE = in_order({"clean": 4, "apgd-ce": 3, "transfer": 1, "unrolled": 8}, N)  # 4 are left
-BETTER = in_order({"clean": 4, "apgd-ce": 0, "transfer": 0, "unrolled": 0}, N)  # 16 are left
-SIGN = "Twice the iterations break 6 images more & 5% | of <b>all</b>."
+WORSE = in_order({"clean": 4, "apgd-ce": 3, "transfer": 1, "intermediate": 8}, N)  # 4 are left
+BETTER = in_order({"clean": 4, "apgd-ce": 0, "transfer": 0, "intermediate": 0}, N)  # 16 are left
+SIGN = "twice the iterations break 6 images more & 5% | of <b>all</b>"
 SIGNS = {
     "twice_the_iterations": {"once": accuracy([True] * 6 + [False] * 14), "twice": accuracy([False] * N)},
     "epsilon": [{"times": 2, "accuracy": accuracy([True] + [False] * 19)}],
-    "transfer_beyond_gradient": {"broken": 3, "n": 8},
+    "transfer_beyond_gradient": {"broken": 3, "n": 20},
     "queries_beyond_gradient": None,
     "warnings": [SIGN],
 }
@@ -158,7 +158,7 @@ def test_markdown_has_the_gain_first_and_marks_few_images(made: Report) -> None:
     assert {len(line) for line in lines_of(text.replace("\\|", ""), "| tiny |")} == {len(heads)}
     assert "reverse-attack before tiny makes things worse against an attacker who knows it: -30.0 points (-50" in text
     assert "hedge before tiny helps against an attacker who knows it: +30.0 points (+" in text
-    assert "Gradients may be masked: Twice the iterations break 6 images more & 5% \\| of &lt;b>all&lt;/b>." in text
+    assert "gradients may be masked: twice the iterations break 6 images more & 5% \\| of &lt;b>all&lt;/b>" in text
     assert "square could not be run: no 8_bit & no images" in text
 
 
@@ -251,11 +251,11 @@ def test_page_prints_gain_marks_and_remarks_in_the_row(page: str) -> None:
     row = next(cells for _, cells in parsed.rows("measured") if cells[0] == "reverse-attack")
     assert row[2] == "\N{MINUS SIGN}30.0"
     assert "20 †" in row
-    assert row[-1] == f"Gradients may be masked: {SIGN}square could not be run: no 8_bit & no images"
+    assert row[-1] == f"gradients may be masked: {SIGN}square could not be run: no 8_bit & no images"
     assert "<b>all" not in page
     assert LEGEND in parsed.text
     assert "makes things worse against an attacker who knows it" in parsed.text
-    for said in ("30.0% left after the steps", "5.0% at 2 times", "3 of 8 images that withstood the gradient"):
+    for said in ("30.0% left after the steps", "5.0% at 2 times", "3 of 20 images, which no gradient breaks"):
         assert said in parsed.text
 
 

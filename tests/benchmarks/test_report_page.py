@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-
 
 N = 20
 BARE = in_order({"clean": 4, "apgd-ce": 5, "autoattack": 1}, N)
-KNOWN = in_order({"clean": 4, "apgd-ce": 3, "transfer": 1, "unrolled": 8}, N)
+KNOWN = in_order({"clean": 4, "apgd-ce": 3, "transfer": 1, "intermediate": 8}, N)
 PUBLISHED = len(published_rows(("cifar10", "Linf", 8 / 255)))
 
 
@@ -25,7 +25,7 @@ PUBLISHED = len(published_rows(("cifar10", "Linf", 8 / 255)))
 def address(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of a report with everything that makes a row wide: long names, draws, signs, panels."""
     draws = [[1] * 4 + [0] * 16] * 3
-    signs = {**NO_SIGNS, "warnings": ["Twice the iterations break 6 images more, of 30 that withstood the budget's."]}
+    signs = {**NO_SIGNS, "warnings": ["twice the iterations break 6 images more, of 30 that withstood the budget's"]}
     purifier = "reverse-attack:steps=40,step_size=1/255,views=8,temperature=1/5"
     known = record(KNOWN, BARE, purifier=purifier, signs=signs, resubmitted=draws, panel=2, ms=1234.5)
     runs = [record(BARE, model="cifar10-wrn10-2-linf"), {**known}, record(KNOWN, BARE, purifier="hedge")]
@@ -94,7 +94,7 @@ def test_rows_are_sorted_by_the_head_that_is_pressed_with_their_remarks(page: Pa
     first = page.locator("table.figures tbody").locator("visible=true").first
     assert float(first.locator("td:nth-child(4)").first.get_attribute("data-key") or "") == 0.2
     body = page.locator("tbody", has_text="temperature")
-    expect(body.locator(".remarks")).to_contain_text("Gradients may be masked: Twice the iterations")
+    expect(body.locator(".remarks")).to_contain_text("gradients may be masked: twice the iterations")
 
 
 def test_colours_follow_the_system_and_can_be_read(page: Page, scheme: str) -> None:

@@ -15,7 +15,7 @@ from unperturb.benchmarks.reporting.rows import SCRIPT
 Outcomes = Mapping[str, Sequence[int | None]]
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-ALONE = ("clean", "noise", "apgd-ce", "transfer", "autoattack")  # run on every image
+ALONE = ("clean", "noise", "apgd-ce", "transfer", "autoattack")  # run on every image that is right
 NO_SIGNS: dict[str, Any] = {
     "twice_the_iterations": None,
     "epsilon": [],
@@ -31,11 +31,14 @@ def survivors(outcomes: Outcomes) -> list[bool]:
 
 
 def in_order(broken_by: Mapping[str, int], n: int) -> dict[str, list[int | None]]:
-    """Outcomes of `n` images, of which every attack in turn breaks so many of the first that are left."""
+    """Outcomes of `n` images, of which every attack in turn breaks so many of the first that are left.
+
+    Those that are run on every image that is right break again what is broken already.
+    """
     outcomes: dict[str, list[int | None]] = {}
-    start = 0
+    start, wrong = 0, broken_by["clean"]
     for name, count in broken_by.items():
-        before = [0 if name in ALONE else None] * start
+        before = [None if name not in ALONE or image < wrong else 0 for image in range(start)]
         outcomes[name] = [*before, *([0] * count), *([1] * (n - start - count))]
         start += count
     return outcomes
@@ -59,7 +62,11 @@ def _gains(outcomes: Outcomes, bare: Outcomes | None) -> dict[str, Any]:
         return {"bare": None, "gain": None, "clean_gain": None}
     clean = [[bool(value) for value in values["clean"]] for values in (outcomes, bare)]
     return {
-        "bare": {"clean": accuracy(clean[1]), "worst_case": accuracy(survivors(bare)), "over": sorted(bare)},
+        "bare": {
+            "clean": accuracy(clean[1]),
+            "worst_case": accuracy(survivors(bare)),
+            "over": [name for name in bare if name != "clean"],
+        },
         "gain": gain(survivors(outcomes), survivors(bare)),
         "clean_gain": gain(*clean),
     }
@@ -94,7 +101,7 @@ def record(
     figures = {
         "clean": accuracy([bool(value) for value in outcomes["clean"]]),
         "worst_case": accuracy(survivors(outcomes)),
-        "worst_case_over": sorted(names),
+        "worst_case_over": [name for name in names if name != "clean"],
         "attacks": _attacks(outcomes),
         **_gains(outcomes, bare),
         "resubmitted": again,
@@ -104,6 +111,8 @@ def record(
         "outcomes": outcomes,
         "bare_outcomes": bare,
         "resubmitted": resubmitted,
+        "larger_epsilon": {},
+        "autoattack_parts": {},
         "figures": figures,
         "could_not_run": dict(could_not_run or {}),
         "notes": [],
@@ -144,7 +153,7 @@ def averaged_record(
     if bare is not None:
         clean = accuracy([bool(value) for value in bare["clean"]])
         figures |= {**_gains(outcomes, bare), "bare": {"clean": clean, "corruptions_mean": sum(mean(bare)) / n}}
-        figures["gain"] = gain(mean(outcomes), mean(bare))  # type: ignore[arg-type]
+        figures["gain"] = gain(mean(outcomes), mean(bare))
     spec = "none" if bare is None else "reverse-attack"
     options = {"own": False, "model": "tiny", "dataset": "cifar10", "shard": "1/1", "purifier": spec, **described}
     spec = options.pop("purifier")
