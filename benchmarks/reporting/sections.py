@@ -91,5 +91,5 @@ def in_words(row: Row) -> str:
     name = "mean" if row.group.threat in AVERAGED else "worst case"
     return (
         f"{row.purifier} before {row.model} {verdict(row)}: {gain} points {interval}, n = {c.COUNT.cell(row).text}; "
-        f"{name} {c.percent(row.worst).text}%, of the bare classifier {c.percent(row.bare).text}%."
+        f"{name} {c.percent(row.worst).text}%, bare {c.percent(row.bare).text}%."
     )
