@@ -2,54 +2,91 @@
 
 from typing import Any
 
-from unperturb.benchmarks.reporting.purifier_tables import points, share
+from unperturb.benchmarks.reporting import columns as c
+from unperturb.benchmarks.reporting.purifier_tables import points, with_remarks
 from unperturb.benchmarks.reporting.results import gain
+from unperturb.benchmarks.reporting.rows import Row, measured_row
+from unperturb.benchmarks.reporting.sections import tone
+
+DEFAULT, VOTE = "reverse-attack", "vote"
+NAMES = {"none": "no purifier", DEFAULT: "preset `default`", f"{DEFAULT}:fast": "preset `fast`"}
+VERDICTS = {
+    "worse": "it **makes things worse** against an attacker who knows it",
+    "better": "it helps, also against an attacker who knows it",
+    "even": "no difference can be told",
+}
 
 
-def headline(classifier: dict[str, Any], measured: dict[str, Any], run: dict[str, Any]) -> str:
+def by_purifier(runs: list[dict[str, Any]]) -> dict[str, tuple[dict[str, Any], Row]]:
+    """Return runs and rows by purifier; ValueError for two of one purifier, and where the default one is missing."""
+    found: dict[str, tuple[dict[str, Any], Row]] = {}
+    for run in runs:
+        row = measured_row(run)
+        if row.purifier in found:
+            raise ValueError(f"there are two runs of {row.purifier!r}")
+        found[row.purifier] = (run, row)
+    if DEFAULT not in found:
+        raise ValueError(f"there is no run of {DEFAULT!r}")
+    return found
+
+
+def is_vote(purifier: str) -> bool:
+    """Return whether it is the vote alone, whatever its parameters."""
+    return purifier.partition(":")[0] == VOTE
+
+
+def headline(runs: list[dict[str, Any]]) -> str:
     """Return what the preset `default` gains and costs: the one thing to know before one uses it.
 
-    `run` has the full gradient through it; `classifier` is the run without a purifier, over the same images.
+    `runs` are of one classifier, data set and threat.
     """
-    cells = measured["results"]["accuracy"]
-    unknown, plain = cells["default"]["attacked"], cells["classifier"]["attacked"]
-    if classifier["results"]["indices"] != run["results"]["indices"]:
-        raise ValueError("the runs with and without a purifier are of other images")
-    worst = [min(values) for values in zip(*classifier["results"]["outcomes"].values(), strict=True)]
-    through = run["results"]["outcomes"]["unrolled"]
-    known = gain([bool(v) for v in through], [bool(v) for v in worst])
-    alone, behind = sum(worst) / len(worst), sum(through) / len(through)
-    return (
-        f"- The attacker **does not know** of the purifier (PGD-{measured['config']['steps']} on the classifier, "
-        f"n = {unknown['n']:,}): {plain['accuracy']:.1%} of the images withstand without it, {unknown['accuracy']:.1%} "
-        f"with it: **{points(unknown['gain'])} points**.\n"
-        f"- The attacker **knows** it and follows its gradient (n = {known['n']}): {alone:.1%} withstand every attack, "
-        f"AutoAttack among them, without it, {behind:.1%} the full gradient with it: **{points(known)} points**.\n"
-        f"- On **clean** images (n = {unknown['n']:,}): {points(cells['default']['clean']['gain'])} points.\n\n"
-        "In brackets: 95% intervals, paired by image."
-    )
-
-
-def main_table(measured: dict[str, Any], runs: list[dict[str, Any]], stronger: list[dict[str, Any]]) -> str:
-    """Return the first page's table: the bare classifier and two presets, from the mildest attack to the worst."""
-    accuracy = measured["results"]["accuracy"]
-    attacks = {run["config"]["purifier"]: run["results"]["figures"] for run in [*runs, *stronger]}
-    n, few = accuracy["classifier"]["clean"]["n"], attacks["none"]["worst_case"]["n"]
-    rows = [
-        f"| accuracy; L∞ {measured['config']['epsilon'] * 255:.0f}/255 | clean, n = {n:,} "
-        f"| PGD-{measured['config']['steps']}, purifier unknown, n = {n:,} "
-        f"| worst attack that we have, purifier known, n = {few} | ms per image |",
-        "| --- | --- | --- | --- | --- |",
+    found = by_purifier(runs)
+    run, row = found[DEFAULT]
+    known = c.points(row.gain, row.gain_interval).whole
+    lines = [
+        f"- The attacker **knows** the purifier (the worst of {row.attacks} attacks, budget `{row.budget}`): "
+        f"**{known} points**, n = {c.COUNT.cell(row).text}, and so {VERDICTS[tone(row)]}. "
+        f"{c.percent(row.bare).text}% of the images withstand without it, {c.percent(row.worst).text}% with it."
     ]
-    for name, key, purifier in (
-        ("no purifier", "classifier", "none"),
-        ("preset `default`", "default", "reverse-attack"),
-        ("preset `fast`", "fast", "reverse-attack:fast"),
-    ):
-        shown = [share(accuracy[key][points_of]) for points_of in ("clean", "attacked")]
-        spent = measured["results"]["time"]["ms_per_image"][key]
-        rows.append(f"| {name} | {' | '.join(shown)} | {share(attacks[purifier]['worst_case'])} | {spent:.1f} |")
-    return "\n".join(rows)
+    for _, vote in (pair for name, pair in found.items() if is_vote(name)):
+        gained = c.points(vote.gain, vote.gain_interval).whole
+        lines.append(
+            f"- The vote alone (`{vote.purifier}`), likewise: **{gained} points**, n = {c.COUNT.cell(vote).text}; "
+            f"{VERDICTS[tone(vote)]}."
+        )
+    if transferred := transfer_gain(run):
+        lines.append(
+            f"- The attacker **does not know** it (AutoAttack's images, made against the bare classifier): "
+            f"**{points(transferred)} points**, n = {c.COUNT.cell(row).text}."
+        )
+    clean = c.points(row.clean_gain, row.clean_gain_interval).whole
+    lines.append(f"- On **clean** images: {clean} points, n = {c.COUNT.cell(row).text}.")
+    few = f" {c.LEGEND}" if row.few else ""
+    below = f"Points are those over the bare classifier on the same images; in brackets: 95% intervals.{few}"
+    return "\n".join([*lines, "", below])
+
+
+def transfer_gain(run: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what the purifier gains on AutoAttack's images of the bare classifier, paired; None where not measured."""
+    found = run["results"]
+    purified, bare = found["outcomes"], found["bare_outcomes"]
+    if "transfer" not in purified or "autoattack" not in bare:
+        return None
+    after, before = ([bool(value) for value in values] for values in (purified["transfer"], bare["autoattack"]))
+    return gain(after, before)
+
+
+def _unknown(row: Row) -> c.Cell:
+    """Return what AutoAttack on the bare classifier leaves: through the purifier, or without one."""
+    return c.percent(row.static if row.transfer is None else row.transfer)
+
+
+def main_table(runs: list[dict[str, Any]]) -> str:
+    """Return the first page's table: the bare classifier, two presets and the vote, the hardest attack first."""
+    rows = [row for name, (_, row) in by_purifier(runs).items() if name in NAMES or is_vote(name)]
+    transfer = c.Column("AutoAttack, purifier unknown, %", _unknown)
+    name = c.Column("purifier", lambda row: c.Cell(NAMES.get(row.purifier, f"`{row.purifier}`")), number=False)
+    return with_remarks((name, c.GAIN, c.COUNT, c.WORST, c.CLEAN, transfer, c.TIME), rows)
 
 
 def picture_line(record: dict[str, Any]) -> str:

@@ -1,212 +1,205 @@
 """The report's plots, from result records alone; PNG bytes."""
 
-import io
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
-from unperturb.benchmarks.reporting.rows import Row, group_of, measured_row
+from unperturb.benchmarks.reporting.columns import threat_of
+from unperturb.benchmarks.reporting.drawing import LIGHT, Theme, drawn_in, open_figure, png
+from unperturb.benchmarks.reporting.results import where
+from unperturb.benchmarks.reporting.rows import AVERAGED, group_of, measured_row
 
-INK, FAINT = "#1b1f24", "#8b949e"
-COLOURS = ("#3b6fb6", "#d1762b", "#3a9461", "#a04a8c", "#7d6b3a", "#4aa3b8")
+Runs = list[dict[str, Any]]
+MARKERS = "osD^v"  # other in number than the colours: no pair comes twice soon
+LINE = 0.25  # inches of a line of a legend
 
 
-def all_plots(runs: list[dict[str, Any]]) -> dict[str, bytes]:
+def all_plots(runs: Runs, theme: Theme = LIGHT) -> dict[str, bytes]:
     """Return PNG files by title; a plot that the runs have too little for is left out."""
-    attacked = [run for run in runs if group_of(run)[1] != "corruptions"]
-    made = {
-        "Robust accuracy by attack": _headline(attacked),
-        "Every attack": _every_attack(attacked),
-        "Accuracy against perturbation size": _by_epsilon(attacked),
-        "Worst case against time per image": _by_time(attacked),
-        "The purifier's objective over its steps": _curves(attacked),
+    attacked = [run for run in runs if group_of(run).threat not in AVERAGED]
+    plots: dict[str, Callable[[Runs, Theme], bytes | None]] = {
+        "Robust accuracy by attack": _bars,
+        "Accuracy left after each attack": _stairs,
+        "Accuracy against perturbation size": _by_epsilon,
+        "Worst case against time per image": _by_time,
+        "The purifier's objective over its steps": _curves,
     }
-    return {title: png for title, png in made.items() if png is not None}
+    with drawn_in(theme):
+        made = {title: draw(attacked, theme) for title, draw in plots.items()} if attacked else {}
+    return {title: image for title, image in made.items() if image is not None}
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any, Any]:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-    return plt, figure, axes
-
-
-def _png(plt: Any, figure: Any) -> bytes:  # noqa: ANN401
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150)
-    plt.close(figure)
-    return buffer.getvalue()
+def label(run: dict[str, Any], runs: Runs) -> str:
+    """Return the purifier, with the model, the data and the threat where runs differ in them."""
+    found, group, groups = run["results"], group_of(run), {group_of(other) for other in runs}
+    several_models = len({other["results"]["model"]["spec"] for other in runs}) > 1
+    beside = [
+        found["model"]["spec"] if several_models else "",
+        group.dataset + " (own)" * group.own if len({(one.dataset, one.own) for one in groups}) > 1 else "",
+        threat_of(group) if len({(one.threat, one.epsilon) for one in groups}) > 1 else "",
+    ]
+    return ", ".join(filter(None, (found["purifier_spec"], *beside)))
 
 
-def label(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
-    """Return the purifier, with the model and epsilon where runs differ in them."""
-    found = run["results"]
-    parts = [found["purifier_spec"]]
-    if len({other["results"]["model"]["spec"] for other in runs}) > 1:
-        parts.insert(0, found["model"]["spec"])
-    if len({group_of(other) for other in runs}) > 1:
-        dataset, threat, epsilon = group_of(run)
-        parts.append(
-            f"{dataset} {threat} {epsilon * 255:.3g}/255" if threat == "Linf" else f"{dataset} {threat} {epsilon:g}"
-        )
-    return ", ".join(parts)
+def _colour(theme: Theme, number: int) -> str:
+    return theme.colours[number % len(theme.colours)]
 
 
-def _headline(runs: list[dict[str, Any]]) -> bytes | None:
-    """Draw bars: static AutoAttack, its points replayed, the worst case with its interval."""
-    if not runs:
-        return None
-    plt, figure, axes = _figure(8, 0.9 + 0.75 * len(runs))
-    for place, run in enumerate(reversed(runs)):
-        row: Row = measured_row(run)
-        bars = (
-            ("clean", row.clean, FAINT),
-            ("static AutoAttack", row.static, COLOURS[0]),
-            ("transfer", row.transfer, COLOURS[2]),
-            ("worst case", row.worst, COLOURS[1]),
-        )
-        for offset, (name, value, colour) in enumerate(bars):
-            y = place + 0.3 - 0.2 * offset
-            if value is None:
-                continue
-            axes.barh(y, value * 100, height=0.18, color=colour, label=name if place == len(runs) - 1 else None)
-            if name == "worst case" and row.interval:
+def _bars(runs: Runs, theme: Theme) -> bytes:
+    """Draw clean accuracy, the bare classifier's worst case, transfer, and the worst case with its interval."""
+    colours = {
+        "clean": theme.soft,
+        "worst case of the bare classifier": theme.colours[0],
+        "transfer": theme.colours[2],
+        "worst case": theme.colours[1],
+    }
+    plt, figure, axes = open_figure(9, 1.2 + 0.85 * len(runs))
+    for place, run in enumerate(runs):
+        row = measured_row(run)
+        values = dict(zip(colours, (row.clean, row.bare, row.transfer, row.worst), strict=True))
+        shown = [(name, value) for name, value in values.items() if value is not None]
+        for number, (name, value) in enumerate(shown):
+            y = place + 0.19 * (number - (len(shown) - 1) / 2)
+            axes.barh(y, 100 * value, height=0.17, color=colours[name])
+            end = 100 * value
+            if name == "worst case" and row.interval is not None:
                 low, high = (100 * bound for bound in row.interval)
-                axes.plot([low, high], [y, y], color=INK, linewidth=1)
-            axes.text(
-                max(value, (row.interval or (0, 0))[1] if name == "worst case" else 0) * 100 + 0.7,
-                y,
-                f"{value * 100:.1f}",
-                va="center",
-                fontsize=8,
-                color=INK,
-            )
-    handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    order = [name for name in ("clean", "static AutoAttack", "transfer", "worst case")]
-    for name, colour in zip(order, (FAINT, COLOURS[0], COLOURS[2], COLOURS[1]), strict=True):
-        handles.setdefault(name, plt.Rectangle((0, 0), 1, 1, color=colour))
-    axes.legend(
-        [handles[name] for name in order], order, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False
-    )
-    axes.set_yticks(range(len(runs)), [label(run, runs) for run in reversed(runs)])
+                axes.plot([low, high], [y, y], color=theme.ink, linewidth=1.5)
+                end = high
+            axes.text(end + 0.8, y, f"{100 * value:.1f}", va="center", fontsize=9)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    figure.legend(handles, colours, ncols=len(colours), loc="outside upper left", fontsize=10)
+    axes.set_yticks(range(len(runs)), [label(run, runs).replace(", ", "\n") for run in runs])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
     axes.set_xlabel("accuracy, % (line: 95% interval)")
     axes.set_xlim(0, 100)
-    return _png(plt, figure)
+    axes.grid(axis="x")
+    return png(plt, figure)
 
 
-def _every_attack(runs: list[dict[str, Any]]) -> bytes | None:
-    """Draw a dot per attack and run."""
-    names = list(dict.fromkeys(name for run in runs for name in run["results"]["figures"]["attacks"]))
-    if not names:
-        return None
-    plt, figure, axes = _figure(8, 1.6 + 0.34 * len(names))
-    for number, run in enumerate(runs):
-        cells = run["results"]["figures"]["attacks"]
-        shown = [(place, cells[name]["accuracy"] * 100) for place, name in enumerate(names) if name in cells]
-        shift = (number - (len(runs) - 1) / 2) * 0.14
-        axes.plot(
-            [value for _, value in shown],
-            [place + shift for place, _ in shown],
-            "o",
-            markersize=5,
-            color=COLOURS[number % len(COLOURS)],
-            label=label(run, runs),
-        )
-    shown_names = ["autoattack (no purifier)" if name == "autoattack" else name for name in names]
-    axes.set_yticks(range(len(names)), shown_names)
-    axes.invert_yaxis()
-    axes.grid(axis="y", color="#eaeef2")
-    axes.set_axisbelow(True)
-    axes.set_xlabel("accuracy that is left, %")
-    axes.set_xlim(left=0)
-    longest = max(len(label(run, runs)) for run in runs)
-    columns = max(1, min(len(runs), 70 // longest))
-    axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=9)
-    return _png(plt, figure)
+def _stairs(runs: Runs, theme: Theme) -> bytes:
+    """Draw a stair for each run: what every attack leaves of it, in the order of running, down to the worst case."""
+    longest = max(len(run["results"]["figures"]["attacks"]) for run in runs)
+    columns = 1 if len(runs) == 1 else 2
+    lines = -(-len(runs) // columns)
+    plt, figure, grid = open_figure(6.2 * columns, lines * (1.3 + 0.27 * longest), rows=lines, columns=columns)
+    places = [grid] if len(runs) == 1 else list(grid.flat)
+    for axes, run in zip(places, runs, strict=False):
+        _stair(axes, run, theme)
+        axes.set_title(label(run, runs), loc="left", pad=22 if run["results"]["figures"]["bare"] else 6)
+    for axes in places[len(runs) :]:
+        axes.set_visible(False)
+    for axes in places[max(0, len(runs) - columns) : len(runs)]:
+        axes.set_xlabel("accuracy that is left, %")
+    return png(plt, figure)
 
 
-def _by_epsilon(runs: list[dict[str, Any]]) -> bytes | None:
+def _stair(axes: Any, run: dict[str, Any], theme: Theme) -> None:  # noqa: ANN401
+    figures = run["results"]["figures"]
+    left = {name: cell["left"] for name, cell in figures["attacks"].items()}
+    stages = {"clean": figures["clean"], **left, "worst case": figures["worst_case"]}
+    values = [100 * cell["accuracy"] for cell in stages.values()]
+    edges = [place - 0.5 for place in range(len(values) + 1)]
+    axes.stairs(values, edges, orientation="horizontal", fill=True, color=theme.colours[0], alpha=0.25)
+    axes.stairs(values, edges, orientation="horizontal", baseline=None, color=theme.colours[0], linewidth=2)
+    if figures["bare"]:
+        bare = 100 * figures["bare"]["worst_case"]["accuracy"]
+        axes.axvline(bare, color=theme.colours[1], linestyle="--", linewidth=1.5)
+        text = f"dashed: worst case of the bare classifier, {bare:.1f}"
+        axes.annotate(text, (0, 1), (0, 6), xycoords="axes fraction", textcoords="offset points", fontsize=9)
+    behind = {"facecolor": theme.ground, "edgecolor": "none", "pad": 1}
+    for place, (value, before) in enumerate(zip(values, [101.0, *values], strict=False)):
+        ends = place in (0, len(values) - 1)
+        if ends or value < before:
+            weight = "bold" if ends else "normal"
+            axes.text(value + 1.5, place, f"{value:.1f}", va="center", fontsize=9, fontweight=weight, bbox=behind)
+    axes.set_yticks(range(len(values)), stages)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(values) - 0.4, -0.6)
+    axes.set_xlim(0, 100)
+    axes.grid(axis="x")
+
+
+def _by_epsilon(runs: Runs, theme: Theme) -> bytes | None:
     """Draw lines of runs that differ in epsilon alone, over the attacks that all of them have."""
-    lines: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    lines: dict[tuple[Any, ...], Runs] = defaultdict(list)
     for run in runs:
-        dataset, threat, _ = group_of(run)
-        found, config = run["results"], run["config"]
-        same = (found["model"]["spec"], found["purifier_spec"], dataset, threat)
+        found, config, group = run["results"], run["config"], group_of(run)
+        same = (found["model"]["spec"], found["purifier_spec"], group.dataset, group.threat, group.own)
         lines[(*same, config["n_examples"], config["budget"], config["seed"])].append(run)
-    lines = {key: sorted(line, key=group_of) for key, line in lines.items() if len(line) > 1}
+    lines = {key: sorted(line, key=group_of) for key, line in lines.items() if len({*map(group_of, line)}) > 1}
     if not lines:
         return None
-    plt, figure, axes = _figure(8, 4)
+    plt, figure, axes = open_figure(9, 4.2 + LINE * len(lines))
     for number, (key, line) in enumerate(lines.items()):
         common = set.intersection(*(set(run["results"]["figures"]["worst_case_over"]) for run in line))
-        points = [(0.0, _survivors(line[0], {"clean"}))]
-        points += [(group_of(run)[2] * 255, _survivors(run, common)) for run in line]
-        name = f"{', '.join(key[:2])}: worst case over {len(common) - 1} attacks"
-        axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[number % len(COLOURS)], label=name)
-    axes.set_xlabel("epsilon, 255ths")
+        unit = 255 if key[3] == "Linf" else 1
+        points = [(0.0, 100 * line[0]["results"]["figures"]["clean"]["accuracy"])]
+        points += [(group_of(run).epsilon * unit, _survivors(run, common)) for run in line]
+        name = f"{', '.join(key[:2])}: worst case over {len(common - {'clean'})} attacks"
+        axes.plot(*zip(*points, strict=True), "o-", color=_colour(theme, number), label=name)
+    units = {"255ths" if key[3] == "Linf" else key[3] for key in lines}
+    axes.set_xlabel(f"epsilon, {' or '.join(sorted(units))}")
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return _png(plt, figure)
+    axes.set_xlim(left=0)
+    axes.grid()
+    figure.legend(loc="outside lower left", fontsize=10)
+    return png(plt, figure)
 
 
 def _survivors(run: dict[str, Any], names: set[str]) -> float:
-    outcomes = run["results"]["outcomes"]
-    rows = list(zip(*(outcomes[name] for name in names), strict=True))
-    return 100 * sum(all(row) for row in rows) / len(rows)
+    """Return the percentage of images that are right and no attack of these broke; null: it was broken already."""
+    images = list(zip(*(run["results"]["outcomes"][name] for name in sorted({"clean", *names})), strict=True))
+    return 100 * sum(all(image) for image in images) / len(images)
 
 
-def _by_time(runs: list[dict[str, Any]]) -> bytes | None:
-    if not runs:
+def _by_time(runs: Runs, theme: Theme) -> bytes | None:
+    rows = [(label(run, runs), measured_row(run)) for run in runs]
+    shown = [(name, row) for name, row in rows if row.ms_per_image and row.worst is not None and row.interval]
+    if not shown:
         return None
-    plt, figure, axes = _figure(8, 3.6)
-    for number, run in enumerate(runs):
-        row = measured_row(run)
-        if row.ms_per_image is None or row.worst is None or row.interval is None:
-            continue
-        low, high = (100 * (row.worst - row.interval[0]), 100 * (row.interval[1] - row.worst))
-        axes.errorbar(
-            row.ms_per_image,
-            row.worst * 100,
-            yerr=[[low], [high]],
-            fmt="o",
-            capsize=3,
-            color=COLOURS[number % len(COLOURS)],
-            label=label(run, runs),
-        )
+    plt, figure, axes = open_figure(9, 4.2 + LINE * -(-len(shown) // 2))
+    for number, (name, row) in enumerate(shown):
+        assert row.ms_per_image is not None
+        assert row.worst is not None
+        assert row.interval is not None
+        ends = [[100 * (row.worst - row.interval[0])], [100 * (row.interval[1] - row.worst)]]
+        look: dict[str, Any] = {
+            "fmt": MARKERS[number % len(MARKERS)],
+            "markersize": 7,
+            "capsize": 4,
+            "color": _colour(theme, number),
+        }
+        axes.errorbar(row.ms_per_image, 100 * row.worst, yerr=ends, label=name, **look)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(f"ms per image, purified and classified ({runs[0]['machine']['device']}; logarithmic)")
-    axes.set_ylabel("worst case, %")
+    axes.set_xlabel(f"ms per image, purified and classified ({where(runs[0]['machine'])}; logarithmic)")
+    axes.set_ylabel("worst case, % (95% interval)")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return _png(plt, figure)
+    axes.grid()
+    figure.legend(loc="outside lower left", ncols=2, fontsize=10)
+    return png(plt, figure)
 
 
-def _curves(runs: list[dict[str, Any]]) -> bytes | None:
+def _curves(runs: Runs, theme: Theme) -> bytes | None:
     """Draw each objective as a share of its value before the first step on clean images, since their scales differ."""
     shown = [run for run in runs if len(run["results"]["curves"]["clean"]) > 1]
     if not shown:
         return None
-    plt, figure, axes = _figure(8, 3.6)
+    plt, figure, axes = open_figure(9, 4.2 + LINE * len(shown))
     for number, run in enumerate(shown):
         curves = run["results"]["curves"]
         scale = curves["clean"][0] or 1.0
         for name, style in (("clean", "-"), ("attacked", "--")):
-            axes.plot(
-                range(len(curves[name])),
-                [value / scale for value in curves[name]],
-                style,
-                color=COLOURS[number % len(COLOURS)],
-                label=f"{label(run, shown)}, {name}",
-            )
+            values = [value / scale for value in curves[name]]
+            text = f"{label(run, shown)}, {name}"
+            axes.plot(range(len(values)), values, style, color=_colour(theme, number), label=text)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("step")
     axes.set_ylabel("mean objective, first on clean = 1")
-    axes.legend(frameon=False, fontsize=8)
-    return _png(plt, figure)
+    axes.grid()
+    figure.legend(loc="outside lower left", ncols=2, fontsize=10)
+    return png(plt, figure)

@@ -1,11 +1,15 @@
 """The tables of what the purifier is worth and costs, from the result files and the shipped card."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from unperturb.benchmarks.reporting.report import cells as texts_of
+from unperturb.benchmarks.reporting import columns as c
+from unperturb.benchmarks.reporting.formats import markdown_table, markdown_text
 from unperturb.benchmarks.reporting.results import where
-from unperturb.benchmarks.reporting.rows import measured_row
+from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.models.checkpoints import store
+
+PURIFIER = c.Column("purifier", lambda row: c.Cell(f"`{row.purifier}`"), number=False)
 
 
 def share(cell: dict[str, Any]) -> str:
@@ -92,27 +96,33 @@ def time_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def robustness_table(runs: list[dict[str, Any]], stronger: list[dict[str, Any]]) -> str:
-    """Every purifier before the shipped classifier, under every attack, and under a stronger full gradient alone;
+def robustness_table(runs: list[dict[str, Any]]) -> str:
+    """Return the table of every purifier under every attack of one data set and threat, and what speaks against rows;
     RobustBench's figures stand in the report.
     """
-    first = runs[0]["results"]
-    n, budget = first["figures"]["attacks"]["clean"]["n"], first["budget"]["name"]
-    epsilon = first["threat"]["epsilon"]
-    rows = [
-        f"| in %; n = {n}, L∞ {epsilon * 255:.0f}/255, budget `{budget}` | clean "
-        "| AutoAttack on the bare classifier | transfer | worst case (95% interval) "
-        "| **full gradient, budget `standard`** | mean / worst of 10 fresh seeds | ms per image |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    unrolled = {run["config"]["purifier"]: run["results"]["figures"]["attacks"]["unrolled"] for run in stronger}
-    for run in runs:
-        _, purifier, _, _, clean, static, transfer, worst, again, ms, _ = texts_of(measured_row(run))
-        through = f"**{share(unrolled[purifier])}**" if purifier in unrolled else ""
-        rows.append(
-            f"| `{purifier}` | {clean} | {static} | {transfer} | {worst} | {through} | {again or 'not random'} | {ms} |"
-        )
-    return "\n".join(rows)
+    rows = [measured_row(run) for run in runs]
+    groups = {(row.group, row.model) for row in rows}
+    if len(groups) != 1:
+        raise ValueError(f"a table of {len(groups)} threats, data sets or models: {sorted(groups)}")
+    columns = (column for column in c.columns_of(rows[0].group) if column != c.SOURCE)
+    return with_remarks((PURIFIER, *columns), rows)
+
+
+def threats_table(runs: list[dict[str, Any]]) -> str:
+    """Return a table of every purified run under every threat: bare, behind the purifier, and the paired gain."""
+    rows = [measured_row(run) for run in runs if run["results"]["purifies"]]
+    names = list(dict.fromkeys((row.model, row.purifier) for row in rows))
+    models = [c.MODEL] if len({row.model for row in rows}) > 1 else []
+    rows.sort(key=lambda row: names.index((row.model, row.purifier)))
+    return with_remarks((*models, PURIFIER, *c.ACROSS), rows)
+
+
+def with_remarks(columns: Sequence[c.Column], rows: list[Row]) -> str:
+    """Return the table, and below it the legend of its marks and what is said of its rows."""
+    said = [f"- `{row.purifier}`, {c.threat_of(row.group)}: {text}" for row in rows for text in c.remarks(row)]
+    few = [c.LEGEND] if any(row.few for row in rows) else []
+    below = [*few, *(["\n".join(map(markdown_text, said))] if said else [])]
+    return "\n\n".join([markdown_table(columns, rows), *below])
 
 
 def sweep_table(record: dict[str, Any]) -> str:

@@ -1,150 +1,101 @@
-"""`python benchmarks/reporting/report.py results/ --out report/`: a table, an HTML page and plots.
+"""`python benchmarks/reporting/report.py results/ --out report/`: tables as Markdown, LaTeX and CSV, a page, and plots.
 
 Made from the result files alone, beside RobustBench's published figures for the same data set and threat, which are
 marked as published: no row claims a place on its leaderboard.
 """
 
 import argparse
-import base64
 import sys
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from unperturb.benchmarks.reporting import formats
+from unperturb.benchmarks.reporting.drawing import DARK
+from unperturb.benchmarks.reporting.page import page
 from unperturb.benchmarks.reporting.plots import all_plots
-from unperturb.benchmarks.reporting.rows import (
-    LEADERBOARD_SOURCE,
-    Row,
-    group_of,
-    load_runs,
-    measured_row,
-    published_rows,
-)
-from unperturb.models.errors import UnperturbError
+from unperturb.benchmarks.reporting.rows import Row, check_schema, load_runs, measured_row, ordered
+from unperturb.benchmarks.reporting.sections import Section, sections
+from unperturb.models.errors import DataError, UnperturbError
 from unperturb.models.files import write_whole
 
 SCRIPT = "benchmarks/reporting/report.py"
-ASSETS = Path(__file__).resolve().parent / "assets"
-HEADS = (
-    "model",
-    "purifier",
-    "n",
-    "budget",
-    "clean",
-    "static AA",
-    "transfer",
-    "worst case",
-    "mean / worst of 10",
-    "ms / image",
-    "source",
-)
-NOTES = (
-    "static AA: standard AutoAttack on the classifier without its purifier. transfer: those points through the "
-    "purifier. worst case: an image counts as broken when any attack that was run broke it (95% Wilson interval); for "
-    "published rows AutoAttack, or a lower published adaptive figure; for corruptions the mean over all of them. "
-    "Without a purifier the worst case includes standard AutoAttack, whose steps and queries are many times those of "
-    "the adaptive attacks at a small budget: a purifier's lead of a few points at `fast` may be that alone. mean / "
-    "worst of 10: the hardest points of each image, sent again under ten fresh seeds. RobustBench takes no defense "
-    "with an optimisation loop: no row claims a place there."
-)
+TITLE = "Measured robustness"
 
 
-def percent(share: float | None, interval: tuple[float, float] | None = None) -> str:
-    """Return a share in percent, with its interval."""
-    if share is None:
-        return ""
-    return f"{share * 100:.1f}" + (f" ({interval[0] * 100:.1f} to {interval[1] * 100:.1f})" if interval else "")
+@dataclass(frozen=True)
+class Report:
+    """What can be made of the result records of whole runs; raises DataError for no record or one of another schema."""
 
+    records: list[dict[str, Any]]
 
-def cells(row: Row) -> list[str]:
-    """Return a row as text, in the order of HEADS."""
-    worst = percent(row.worst, row.interval)
-    if row.measured and row.attacks:
-        worst += f", {row.attacks} attacks"
-    source = ("measured" if row.measured else "published") + (f", {row.remark}" if row.remark else "")
-    ms = "" if row.ms_per_image is None else f"{row.ms_per_image:.2f}"
-    again = "" if row.worst_of_draws is None else f"{percent(row.mean_of_draws)} / {percent(row.worst_of_draws)}"
-    return [
-        row.model,
-        row.purifier,
-        f"{row.n:,}",
-        row.budget,
-        percent(row.clean),
-        percent(row.static),
-        percent(row.transfer),
-        worst,
-        again,
-        ms,
-        source,
-    ]
+    def __post_init__(self) -> None:
+        """Check the records."""
+        if not self.records:
+            raise DataError("a report is made of at least one result record")
+        for number, record in enumerate(self.records, 1):
+            check_schema(record, f"record {number}")
 
+    @cached_property
+    def runs(self) -> list[dict[str, Any]]:
+        """Return the records in the order of the tables."""
+        return ordered(self.records)
 
-def sort_keys(row: Row) -> list[float | str]:
-    """Return the key that each cell of the page sorts by."""
-    numbers = (row.clean, row.static, row.transfer, row.worst, row.worst_of_draws, row.ms_per_image)
-    return [
-        row.model,
-        row.purifier,
-        row.n,
-        row.budget,
-        *(-1.0 if value is None else value for value in numbers),
-        "measured" if row.measured else "published",
-    ]
+    @cached_property
+    def sections(self) -> list[Section]:
+        """Return the tables: one for each data set and threat, and one across threats where there are several."""
+        return sections([measured_row(run) for run in self.runs])
 
+    @cached_property
+    def plots(self) -> dict[str, bytes]:
+        """Return the plots as PNG files, by title."""
+        return all_plots(self.runs)
 
-def title_of(group: tuple[str, str, float]) -> str:
-    """`cifar10, Linf, epsilon 8/255`."""
-    dataset, threat, epsilon = group
-    if threat == "corruptions":
-        return f"{dataset}, common corruptions (worst case: the mean over corruptions)"
-    return f"{dataset}, {threat}, epsilon " + (f"{epsilon * 255:.4g}/255" if threat == "Linf" else f"{epsilon:g}")
+    def rows(self) -> list[Row]:
+        """Return every row once: for each data set and threat the measured ones, then the published ones."""
+        groups = [section for section in self.sections if not section.across]
+        return [row for section in groups for row in (*section.ours, *section.published)]
 
+    def to_markdown(self) -> str:
+        """Return the tables in Markdown, with their gains in words; plots are files, and not in it."""
+        return formats.markdown(TITLE, self.sections)
 
-def tables(runs: list[dict[str, Any]]) -> dict[str, list[Row]]:
-    """Return by title our rows, then the published ones."""
-    found: dict[str, list[Row]] = {}
-    for group in dict.fromkeys(group_of(run) for run in runs):
-        ours = [measured_row(run) for run in runs if group_of(run) == group]
-        found[title_of(group)] = ours + published_rows(group)
-    return found
+    def to_latex(self) -> str:
+        """Return the tables with booktabs' rules; of the published rows the nearest."""
+        return formats.latex(TITLE, self.sections)
 
+    def to_csv(self) -> str:
+        """Return a line a row; numbers as numbers, shares of 1."""
+        return formats.csv_text(self.rows())
 
-def markdown_table(rows: list[Row]) -> str:
-    """Return a Markdown table of the rows."""
-    lines = [HEADS, ["---"] * len(HEADS), *(cells(row) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    def to_html(self) -> str:
+        """Return one page of everything, plots and images within it."""
+        dark = all_plots(self.runs, DARK)
+        plots = {title: (light, dark[title]) for title, light in self.plots.items()}
+        return page(TITLE, self.sections, plots=plots, runs=self.runs)
+
+    def save(self, folder: Path | str) -> list[Path]:
+        """Write report.md, report.tex, report.csv, report.html and the plots into a folder; return the files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {f"{title.lower().replace(' ', '-').replace(chr(39), '')}.png": title for title in self.plots}
+        plots = "".join(f"\n## {title}\n\n![{title}]({file})\n" for file, title in files.items())
+        written = {
+            **{file: self.plots[title] for file, title in files.items()},
+            "report.md": (self.to_markdown() + plots).encode(),
+            "report.tex": self.to_latex().encode(),
+            "report.csv": self.to_csv().encode(),
+            "report.html": self.to_html().encode(),
+        }
+        for name, payload in written.items():
+            write_whole(folder / name, payload)
+        return [folder / name for name in written]
 
 
 def write_report(folder: Path, out: Path) -> list[Path]:
-    """Write all files of the report, and return them."""
-    runs = load_runs(folder)
-    plots = all_plots(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    text = ["# Measured robustness", "", NOTES, f"Published rows: {LEADERBOARD_SOURCE}."]
-    for title, rows in tables(runs).items():
-        text += ["", f"## {title}", "", markdown_table(rows)]
-    written = []
-    for title, png in plots.items():
-        file = out / f"{title.lower().replace(' ', '-').replace(chr(39), '')}.png"
-        write_whole(file, png)
-        text += ["", f"## {title}", "", f"![{title}]({file.name})"]
-        written.append(file)
-    write_whole(out / "report.md", ("\n".join(text) + "\n").encode())
-    environment = Environment(loader=FileSystemLoader(ASSETS), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("report.html").render(
-        heads=HEADS,
-        notes=NOTES,
-        source=LEADERBOARD_SOURCE,
-        tables={
-            title: [(cells(row), sort_keys(row), row.measured) for row in rows] for title, rows in tables(runs).items()
-        },
-        plots={title: base64.b64encode(png).decode() for title, png in plots.items()},
-        panels=[run for run in runs if run["results"].get("panel")],
-        runs=runs,
-    )
-    write_whole(out / "report.html", page.encode())
-    return [*written, out / "report.md", out / "report.html"]
+    """Write the report of a folder's result files; return its files."""
+    return Report(load_runs(folder)).save(out)
 
 
 def main(arguments: list[str]) -> int:

@@ -13,7 +13,7 @@ from unperturb.models import provenance
 from unperturb.models.accuracy import wilson
 from unperturb.models.files import write_whole
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PLACES = ("out", "cache")  # where files lie on one machine: no part of a result
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unperturb.benchmarks.reporting.results import SCHEMA_VERSION
 from unperturb.benchmarks.robustness.figures import merge
@@ -17,32 +17,70 @@ SCRIPT = "benchmarks/robustbench_eval.py"
 # in percent; `external`: a lower figure by an adaptive attack that others published.
 LEADERBOARD = Path(__file__).resolve().parent / "leaderboard.csv"
 LEADERBOARD_SOURCE = "RobustBench model_info cards, table of 2026-11-21"
+THREATS, FIRST = ("Linf", "L2", "corruptions", "noise"), ("none", "reverse-attack", "vote")  # in the order of tables
+AVERAGED = ("corruptions", "noise")  # no worst case: the mean over kinds and sizes
+FEW = 1000  # images; a row of fewer is marked
+
+Interval = tuple[float, float]
+
+
+class Group(NamedTuple):
+    """What makes runs comparable: data set, threat, epsilon, and whether the data are somebody's own."""
+
+    dataset: str
+    threat: str
+    epsilon: float
+    own: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line; accuracies are shares of 1, None where there is none. `interval` is that of the worst case."""
+    """One line; accuracies and gains are shares of 1, None where there is none.
 
+    worst:     accuracy in the worst case; for corruptions and noise the mean over them; `interval` is its own
+    bare:      the same of the classifier without its purifier, on the same images
+    gain:      worst less bare, paired by image; `clean_gain` that of clean images
+    static:    AutoAttack on the classifier alone; a published row's `worst` may be a lower figure of others
+    attacks:   how many the worst case is over
+    """
+
+    group: Group
     model: str
     purifier: str
     measured: bool
     n: int
     clean: float
-    static: float | None = None
-    transfer: float | None = None
     worst: float | None = None
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
+    bare: float | None = None
+    gain: float | None = None
+    gain_interval: Interval | None = None
+    clean_gain: float | None = None
+    clean_gain_interval: Interval | None = None
+    transfer: float | None = None
+    static: float | None = None
     mean_of_draws: float | None = None
     worst_of_draws: float | None = None
+    attacks: int = 0
     budget: str = ""
     ms_per_image: float | None = None
-    attacks: int = 0
+    warnings: tuple[str, ...] = ()
+    could_not_run: tuple[tuple[str, str], ...] = ()
     remark: str = ""
+
+    @property
+    def source(self) -> str:
+        """Return where the figures are from."""
+        return "measured" if self.measured else "published"
+
+    @property
+    def few(self) -> bool:
+        """Return whether the row is marked for its few images."""
+        return self.n < FEW
 
 
 def load_runs(folder: Path) -> list[dict[str, Any]]:
-    """Every run in the folder, its shards merged, by data, threat, epsilon, model and purifier (none and the reverse
-    attack first).
+    """Return every run in the folder, its shards merged, in the order of `ordered`.
 
     Raises DataError naming a file that is no result, of another schema, or one of shards that do not make a whole.
     """
@@ -54,102 +92,123 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
             raise DataError(f"{file} is not a result file ({error})") from error
         if not isinstance(record, dict) or record.get("script") != SCRIPT:
             continue
-        if record["schema_version"] != SCHEMA_VERSION:
-            raise DataError(f"{file} has schema {record['schema_version']}, not {SCHEMA_VERSION}; run it again")
+        check_schema(record, str(file))
         name, _, shard = file.name.removesuffix(".json").partition(".shard-")
         parts[str(file.parent), name, shard.rpartition("-")[2]].append((file, record))
     if not parts:
         raise DataError(f"{folder} holds no result of {SCRIPT}")
-    runs = []
-    for shards in parts.values():
-        file, first = shards[0]
-        if len(shards) > 1 or first["results"]["shard"] != "1/1":
-            try:
-                whole = merge([record["results"] for _, record in shards])
-            except ValueError as error:
-                raise DataError(
-                    f"{file} and its {len(shards) - 1} other shard(s) do not make a whole: {error}"
-                ) from None
-            if len(whole["indices"]) != first["config"]["n_examples"]:
-                raise DataError(
-                    f"{file}: shards of {first['config']['n_examples']} images hold {len(whole['indices'])}"
-                )
-            first = {**first, "results": whole}
-        runs.append(first)
-    return sorted(runs, key=_place)
+    return ordered([_whole(shards) for shards in parts.values()])
 
 
-def _place(run: dict[str, Any]) -> tuple[Any, ...]:
-    purifier = run["results"]["purifier_spec"]
-    own = {"none": 0, "reverse-attack": 1}.get(purifier.partition(":")[0], 2)
-    return group_of(run), run["results"]["model"]["spec"], own, purifier
+def check_schema(record: dict[str, Any], name: str) -> None:
+    """Raise DataError for a record of another schema."""
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(f"{name} has schema {record.get('schema_version')}, not {SCHEMA_VERSION}; run it again")
 
 
-def group_of(run: dict[str, Any]) -> tuple[str, str, float]:
-    """Return data set, threat and epsilon: what makes runs comparable."""
+def _whole(shards: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    file, first = shards[0]
+    if len(shards) == 1 and first["results"]["shard"] == "1/1":
+        return first
+    try:
+        whole = merge([record["results"] for _, record in shards])
+    except ValueError as error:
+        raise DataError(f"{file} and its {len(shards) - 1} other shard(s) do not make a whole: {error}") from None
+    wanted = first["config"]["n_examples"]
+    if len(whole["indices"]) != wanted:
+        raise DataError(f"{file}: shards of {wanted} images hold {len(whole['indices'])}")
+    return {**first, "results": whole}
+
+
+def ordered(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs by data set, threat, epsilon, model and purifier."""
+
+    def place(run: dict[str, Any]) -> tuple[Any, ...]:
+        group, purifier = group_of(run), run["results"]["purifier_spec"]
+        threat = THREATS.index(group.threat) if group.threat in THREATS else len(THREATS)
+        first = FIRST.index(name) if (name := purifier.partition(":")[0]) in FIRST else len(FIRST)
+        return group.own, group.dataset, threat, group.epsilon, run["results"]["model"]["spec"], first, purifier
+
+    return sorted(runs, key=place)
+
+
+def group_of(run: dict[str, Any]) -> Group:
+    """Return the run's data set, threat, epsilon (0 for corruptions and noise), and whether its data are own."""
     found = run["results"]
-    epsilon = 0.0 if found["threat"]["model"] == "corruptions" else found["threat"]["epsilon"]
-    return found["data"]["dataset"], found["threat"]["model"], epsilon
+    threat = found["threat"]["model"]
+    epsilon = 0.0 if threat in AVERAGED else found["threat"]["epsilon"]
+    return Group(found["data"]["dataset"], threat, epsilon, found["data"]["own"])
 
 
 def measured_row(run: dict[str, Any]) -> Row:
     """Return a run as a row."""
-    found = run["results"]
-    figures = found["figures"]
-    accuracy = {name: cell["accuracy"] for name, cell in figures["attacks"].items()}
-    common = {
-        "model": found["model"]["spec"],
-        "purifier": found["purifier_spec"],
-        "measured": True,
-        "n": figures["attacks"]["clean"]["n"],
-        "clean": accuracy["clean"],
-    }
-    if "corruptions_mean" in figures:
-        remark = "generated corruptions" if found["corruptions"] == "generated" else ""
-        return Row(**common, worst=figures["corruptions_mean"], remark=remark)
-    again = figures["resubmitted"]
+    found, group = run["results"], group_of(run)
+    figures, averaged = found["figures"], group.threat in AVERAGED
+    measure, over = ("corruptions_mean", ()) if averaged else ("worst_case", figures["worst_case_over"])
+    bare, again = figures["bare"], figures.get("resubmitted")
+    static, transfer = (figures["attacks"].get(name, {}).get("alone") for name in ("autoattack", "transfer"))
+    gain, clean_gain = (figures[name] or {} for name in ("gain", "clean_gain"))
     return Row(
-        **common,
-        static=accuracy.get("autoattack"),
-        transfer=accuracy.get("transfer"),
-        worst=figures["worst_case"]["accuracy"],
-        interval=tuple(figures["worst_case"]["interval"]),
-        budget=found["budget"]["name"],
+        group=group,
+        model=found["model"]["spec"],
+        purifier=found["purifier_spec"],
+        measured=True,
+        n=figures["clean"]["n"],
+        clean=figures["clean"]["accuracy"],
+        worst=_accuracy(figures[measure]),
+        interval=_interval(None if averaged else figures[measure]),
+        bare=_accuracy(bare[measure]) if bare else None,
+        gain=gain.get("mean"),
+        gain_interval=_interval(gain),
+        clean_gain=clean_gain.get("mean"),
+        clean_gain_interval=_interval(clean_gain),
+        transfer=_accuracy(transfer) if transfer else None,
+        static=_accuracy(static) if static else None,
         mean_of_draws=again["mean"] if again else None,
         worst_of_draws=again["worst_of_draws"]["accuracy"] if again else None,
-        ms_per_image=found["timings"]["ms_per_image"]["defended"],
-        attacks=len(figures["worst_case_over"]) - 1,
+        attacks=len([name for name in over if name != "clean"]),
+        budget="" if averaged else found["budget"]["name"],
+        ms_per_image=found["timings"].get("ms_per_image", {}).get("defended"),
+        warnings=tuple(figures.get("signs", {}).get("warnings", ())),
+        could_not_run=tuple(found.get("could_not_run", {}).items()),
+        remark="generated corruptions" if group.threat == "corruptions" and found["corruptions"] == "generated" else "",
     )
 
 
-def published_rows(group: tuple[str, str, float]) -> list[Row]:
-    """Return RobustBench's figures for the same data set, threat and epsilon, best first."""
-    dataset, threat, epsilon = group
+def _accuracy(cell: dict[str, Any] | float) -> float:
+    return float(cell["accuracy"] if isinstance(cell, dict) else cell)
+
+
+def _interval(cell: dict[str, Any] | None) -> Interval | None:
+    return (cell["interval"][0], cell["interval"][1]) if cell else None
+
+
+def published_rows(group: tuple[str, str, float] | Group) -> list[Row]:
+    """Return RobustBench's figures for the same data set, threat and epsilon, best first; none for own data."""
+    group = Group(*group)
     rows = []
     with LEADERBOARD.open(newline="") as opened:
         for card in csv.DictReader(opened):
-            same = card["dataset"] == dataset and card["threat_model"] == threat
-            if same and threat != "corruptions":
-                same = abs(float(Fraction(card["epsilon"])) - epsilon) < 5e-4
+            same = card["dataset"] == group.dataset and card["threat_model"] == group.threat and not group.own
+            if same and group.threat != "corruptions":
+                same = abs(float(Fraction(card["epsilon"])) - group.epsilon) < 5e-4
             if not same:
                 continue
-            published = _share(card["autoattack_accuracy"])
-            external = _share(card["external_accuracy"])
-            worst = _share(card["corruptions_accuracy"]) if threat == "corruptions" else external or published
+            attacked, external, corrupted = (
+                float(card[f"{name}_accuracy"]) / 100 if card[f"{name}_accuracy"] else None
+                for name in ("autoattack", "external", "corruptions")
+            )
             rows.append(
                 Row(
+                    group=group,
                     model=card["model"],
                     purifier="none",
                     measured=False,
-                    n=10000 if dataset != "imagenet" else 5000,
+                    n=10000 if group.dataset != "imagenet" else 5000,
                     clean=float(card["clean_accuracy"]) / 100,
-                    static=published,
-                    worst=worst,
+                    worst=corrupted if group.threat == "corruptions" else attacked if external is None else external,
+                    static=attacked,
                     remark="unreliable" if card["unreliable"] == "True" else "",
                 )
             )
     return sorted(rows, key=lambda row: -(row.worst or 0))
-
-
-def _share(percent: str) -> float | None:
-    return float(percent) / 100 if percent else None

@@ -15,13 +15,15 @@ from unperturb.benchmarks.reporting.purifier_tables import (
     purification_table,
     robustness_table,
     sweep_table,
+    threats_table,
     time_table,
 )
 from unperturb.benchmarks.reporting.results import FOLDER
-from unperturb.benchmarks.reporting.rows import load_runs
+from unperturb.benchmarks.reporting.rows import group_of, load_runs
 from unperturb.benchmarks.reporting.service_tables import bulk_line, faults_table, load_table, side_by_side_table
 from unperturb.benchmarks.reporting.settings_table import settings_table
 from unperturb.benchmarks.reporting.speed_tables import http_table, speed_plot, speed_table
+from unperturb.models.checkpoints import store
 
 SERVICE = {
     "load": load_table,
@@ -31,8 +33,8 @@ SERVICE = {
     "bulk_memory": bulk_line,
 }
 ROBUSTNESS = FOLDER / "robustness"
-UNROLLED = FOLDER / "robustness_unrolled"
-PLOTS = {"Every attack": "every-attack.png"}
+EPSILON = 8 / 255  # of the page's main table
+PLOTS = {"Accuracy left after each attack": "every-attack.png"}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,17 +48,27 @@ def records_in(folder: str) -> dict[Path, dict[str, Any]]:
     return {file: json.loads(file.read_text()) for file in sorted((FOLDER / folder).glob("*.json"))}
 
 
+def robustness_runs() -> list[dict[str, Any]]:
+    """Return the harness's runs of the shipped checkpoint, under every threat."""
+    shipped = store.read_card(store.resolve("default")).id
+    return [run for run in load_runs(ROBUSTNESS) if run["results"]["model"]["spec"] == shipped]
+
+
+def in_main_ball(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs in the L∞ ball that the classifier was trained for."""
+    return [run for run in runs if group_of(run).threat == "Linf" and abs(group_of(run).epsilon - EPSILON) < 1e-9]
+
+
 def all_tables() -> dict[str, str]:
     """Return every table by name, made from the result files, the shipped card and the service's settings."""
     measured = json.loads((FOLDER / "purification.json").read_text())
     swept = json.loads((FOLDER / "preset_sweep.json").read_text())
-    runs, stronger = load_runs(ROBUSTNESS), load_runs(UNROLLED)
-    (bare,) = (run for run in runs if run["config"]["purifier"] == "none")
-    (attacked,) = (run for run in stronger if run["config"]["purifier"] == "reverse-attack")
+    runs = robustness_runs()
+    main_runs = in_main_ball(runs)
     tables = {
         "settings": settings_table(),
-        "headline": headline(bare, measured, attacked),
-        "main": main_table(measured, runs, stronger),
+        "headline": headline(main_runs),
+        "main": main_table(main_runs),
         "picture": picture_line(json.loads((FOLDER / "brought_back.json").read_text())),
         "classifier": classifier_table(),
         "gates": gates_table(),
@@ -64,7 +76,8 @@ def all_tables() -> dict[str, str]:
         "time": time_table(measured),
         "sweep": sweep_table(swept),
         "sweep_restored": sweep_table(json.loads((FOLDER / "preset_sweep_restored.json").read_text())),
-        "robustness": robustness_table(runs, stronger),
+        "robustness": robustness_table(main_runs),
+        "threats": threats_table(runs),
         "systems": systems_table(FOLDER / "systems" / "small"),
     }
     for name, make in SERVICE.items():
@@ -103,7 +116,7 @@ def main() -> None:
         raise SystemExit(f"no page has a place for {', '.join(sorted(homeless))}")
     for page, text in texts.items():
         page.write_text(render(text, tables))
-    for title, png in all_plots(load_runs(ROBUSTNESS)).items():
+    for title, png in all_plots(in_main_ball(robustness_runs())).items():
         if title in PLOTS:
             (FOLDER / PLOTS[title]).write_bytes(png)
     for file, record in records_in("purify_speed").items():

@@ -110,11 +110,11 @@ def calibrate(
 
 def plot(found: dict[str, Any]) -> bytes:
     """Latency, and the share that is refused, against offered load."""
-    from unperturb.benchmarks.reporting.plots import COLOURS, _figure, _png
+    from unperturb.benchmarks.reporting.drawing import LIGHT, open_figure, png
 
-    plt, figure, axes = _figure(8, 4.2)
+    plt, figure, axes = open_figure(8, 4.2)
     shares = [row["share"] * 100 for row in found["loads"]]
-    for colour, name in zip(COLOURS, ("p50", "p95", "p99"), strict=False):
+    for colour, name in zip(LIGHT.colours, ("p50", "p95", "p99"), strict=False):
         axes.plot(shares, [row[f"{name}_ms"] for row in found["loads"]], marker="o", color=colour, label=name)
     axes.axhline(found["solo_ms"], color="#8b949e", linestyle=":", label="a lone request")
     axes.set_xlabel("offered load, % of capacity")
@@ -126,7 +126,7 @@ def plot(found: dict[str, Any]) -> bytes:
     other.set_ylim(0, 100)
     other.spines[["top"]].set_visible(False)
     axes.legend(frameon=False, loc="lower right")
-    return _png(plt, figure)
+    return png(plt, figure)
 
 
 def offer_loads(config: LoadConfig) -> int:

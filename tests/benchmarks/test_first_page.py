@@ -9,8 +9,13 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
+from tests.support.records import NO_SIGNS, Outcomes, averaged_record, in_order, record, write
 from unperturb.benchmarks.purifier import picture
-from unperturb.benchmarks.reporting.first_page import headline
+from unperturb.benchmarks.reporting import tables
+from unperturb.benchmarks.reporting.columns import LEGEND
+from unperturb.benchmarks.reporting.first_page import headline, main_table
+from unperturb.benchmarks.reporting.purifier_tables import robustness_table, threats_table
+from unperturb.benchmarks.reporting.results import gain
 from unperturb.models.attacks.pgd import pgd
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
@@ -21,32 +26,143 @@ from unperturb.service.demo import EPSILON
 CONFIG = picture.PictureConfig(data="nowhere", n=6, batch=4, device="cpu")
 
 
-def measured() -> dict[str, Any]:
-    def cell(accuracy: float, gain: float) -> dict[str, Any]:
-        return {"accuracy": accuracy, "n": 1000, "gain": {"mean": gain, "interval": [gain - 0.01, gain + 0.01]}}
-
-    cells = {
-        name: {"attacked": cell(a, 0.1), "clean": cell(0.7, -0.02)}
-        for name, a in (("classifier", 0.4), ("default", 0.5))
-    }
-    return {"config": {"steps": 20}, "results": {"accuracy": cells}}
+N = 1200
+BARE = in_order({"clean": 300, "apgd-ce": 250, "autoattack": 50}, N)  # 600 of 1,200 are left
+KNOWN = in_order({"clean": 360, "transfer": 120, "intermediate": 360}, N)  # 360 are left
+HELPED = in_order({"clean": 300, "transfer": 60, "intermediate": 120}, N)  # 720 are left
+EVEN = in_order({"clean": 300, "transfer": 0, "intermediate": 301}, N)  # 599 are left
 
 
-def test_headline_pairs_the_worst_attack_without_with_the_full_gradient_through_the_purifier() -> None:
-    bare = {"results": {"indices": [0, 1, 2, 3], "outcomes": {"clean": [1, 1, 1, 1], "autoattack": [1, 1, 0, 1]}}}
-    behind = {"results": {"indices": [0, 1, 2, 3], "outcomes": {"clean": [1, 1, 1, 1], "unrolled": [0, 1, 0, 0]}}}
-    text = headline(bare, measured(), behind)
-    assert "40.0% of the images withstand without it, 50.0% with it: **+10.0 (+9.0 to +11.0) points**" in text
-    assert "75.0% withstand every attack" in text
-    assert "25.0% the full gradient with it: **-50.0" in text
-    assert "On **clean** images (n = 1,000): -2.0" in text
+def lines_of(*runs: dict[str, Any]) -> list[str]:
+    return headline([record(BARE), *runs]).splitlines()
 
 
-def test_headline_refuses_runs_of_other_images() -> None:
-    run = {"results": {"indices": [0], "outcomes": {"clean": [1], "unrolled": [1]}}}
-    other = {"results": {"indices": [1], "outcomes": {"clean": [1], "unrolled": [1]}}}
-    with pytest.raises(ValueError, match="other images"):
-        headline(run, measured(), other)
+def test_headline_is_the_paired_gain_of_the_default_and_says_that_it_makes_things_worse() -> None:
+    known, unknown, clean, *_ = lines_of(record(KNOWN, BARE))
+    paired = gain([False] * 840 + [True] * 360, [False] * 600 + [True] * 600)
+    low, high = (100 * end for end in paired["interval"])
+    assert f"**-20.0 ({low:+.1f} to {high:+.1f}) points**, n = 1,200" in known
+    assert "makes things worse" in known
+    assert "the worst of 2 attacks, budget `fast`" in known
+    assert "50.0% of the images withstand without it, 30.0% with it" in known
+    assert "**+10.0 (+8.3 to +11.7) points**" in unknown  # 720 withstand AutoAttack's images, 600 do without it
+    assert clean.startswith("- On **clean** images: -5.0 (-")
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "says"),
+    [(HELPED, "it helps, also against an attacker who knows it"), (EVEN, "no difference can be told")],
+    ids=["above 0", "around 0"],
+)
+def test_headline_says_no_worse_where_the_interval_is_not_below_0(outcomes: Outcomes, says: str) -> None:
+    known = lines_of(record(outcomes, BARE))[0]
+    assert says in known
+    assert "worse" not in known
+
+
+def test_headline_has_the_vote_where_it_was_run() -> None:
+    vote = lines_of(record(KNOWN, BARE), record(HELPED, BARE, purifier="vote:views=8"))[1]
+    assert vote.startswith("- The vote alone (`vote:views=8`), likewise: **+10.0 (+")
+    assert "n = 1,200; it helps" in vote
+    assert not any("vote" in line for line in lines_of(record(KNOWN, BARE)))
+
+
+def test_headline_marks_few_images() -> None:
+    few, bare = ({name: values[::2] for name, values in of.items()} for of in (KNOWN, BARE))
+    text = "\n".join(headline([record(bare), record(few, bare)]).splitlines())
+    assert "n = 600 †" in text
+    assert LEGEND in text
+    assert "†" not in "\n".join(lines_of(record(KNOWN, BARE)))
+
+
+def test_headline_without_transfer_says_nothing_of_it() -> None:
+    without = {name: values for name, values in KNOWN.items() if name != "transfer"}
+    assert not any("does not know" in line for line in lines_of(record(without, BARE)))
+
+
+def test_headline_refuses_two_runs_of_one_purifier_and_none_of_the_default() -> None:
+    with pytest.raises(ValueError, match="two runs of 'none'"):
+        headline([record(BARE), record(BARE), record(KNOWN, BARE)])
+    with pytest.raises(ValueError, match="no run of 'reverse-attack'"):
+        headline([record(BARE)])
+
+
+def test_main_table_has_the_presets_and_the_vote_alone() -> None:
+    runs = [record(BARE, ms=0.5), record(KNOWN, BARE, ms=14)]
+    runs += [record(HELPED, BARE, purifier=name) for name in ("reverse-attack:fast", "vote:views=8", "hedge")]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in main_table(runs).splitlines()]
+    assert [row[0] for row in rows[2:]] == ["no purifier", "preset `default`", "preset `fast`", "`vote:views=8`"]
+    none, default = rows[2:4]
+    assert none[1] == ""
+    assert none[2:] == ["1,200", "50.0 (47.2 to 52.8)", "75.0", "50.0", "0.50"]
+    assert default[1].startswith("-20.0 (")
+    assert default[3].startswith("30.0 (")
+    assert default[4:] == ["70.0 (-5.0)", "60.0", "14.00"]
+
+
+def test_main_table_shows_a_transfer_that_leaves_nothing_as_zero() -> None:
+    none_left = in_order({"clean": 300, "transfer": 900}, N)
+    (row,) = (line for line in main_table([record(none_left, BARE)]).splitlines() if "default" in line)
+    assert row.split(" | ")[5] == "0.0"
+
+
+def test_robustness_table_has_every_purifier_its_signs_and_what_was_not_run() -> None:
+    signs = {**NO_SIGNS, "warnings": ["twice the iterations break 9 images more"]}
+    found = [record(BARE), record(KNOWN, BARE, signs=signs, could_not_run={"square": "too large"})]
+    text = robustness_table(found)
+    assert "| `none` |  | 1,200 | 50.0 (" in text
+    assert "| `reverse-attack` | -20.0 (" in text
+    assert "- `reverse-attack`, L∞ 8/255: gradients may be masked: twice the iterations break 9 images more" in text
+    assert "- `reverse-attack`, L∞ 8/255: square could not be run: too large" in text
+    assert len({line.count(" | ") for line in text.splitlines() if line.startswith("| ")}) == 1
+    with pytest.raises(ValueError, match="2 threats"):
+        robustness_table([*found, record(KNOWN, BARE, threat="L2", epsilon=0.5)])
+
+
+def test_threats_table_has_a_row_for_each_purifier_and_threat() -> None:
+    corrupted = {"clean": [1, 1, 1, 0], "fog-1": [1, 0, 0, 0]}
+    whole = {"clean": [1, 1, 1, 1], "fog-1": [1, 1, 1, 0]}
+    runs = [
+        record(BARE),
+        record(KNOWN, BARE),
+        record(HELPED, BARE, purifier="hedge"),
+        record(HELPED, BARE, threat="L2", epsilon=0.5),
+        averaged_record(corrupted, whole),
+        averaged_record(corrupted, whole, threat="noise"),
+    ]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in threats_table(runs).splitlines()[2:8]]
+    assert [(row[0], row[1]) for row in rows[:5]] == [
+        ("`reverse-attack`", "L∞ 8/255"),
+        ("`reverse-attack`", "L2 0.5"),
+        ("`reverse-attack`", "generated corruptions"),
+        ("`reverse-attack`", "Gaussian noise"),
+        ("`hedge`", "L∞ 8/255"),
+    ]
+    assert rows[1][2].startswith("+10.0 (")
+    assert rows[1][3] == "1,200"
+    assert rows[1][4].startswith("60.0 (")
+    assert rows[1][5] == "50.0"
+    assert rows[2][2].startswith("-50.0 (")
+    assert rows[2][3:] == ["4 †", "25.0", "75.0"]
+
+
+def test_every_place_of_the_pages_is_filled_from_the_shipped_checkpoints_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = store.read_card(store.resolve("default")).id
+    runs = {"none": record(BARE, model=shipped), "default": record(KNOWN, BARE, model=shipped)}
+    runs |= {"l2": record(HELPED, BARE, threat="L2", epsilon=0.5, model=shipped), "another": record(BARE)}
+    for name, run in runs.items():
+        write(tmp_path, name, run)
+    monkeypatch.setattr(tables, "ROBUSTNESS", tmp_path)
+    made = tables.all_tables()
+    assert made["headline"] == headline([runs["none"], runs["default"]])
+    assert made["robustness"] == robustness_table([runs["none"], runs["default"]])
+    assert made["threats"].count("`reverse-attack` |") == 2
+    texts = [page.read_text() for page in tables.pages()]
+    assert {name for text in texts for name in tables.places(text)} == set(made)
+    for text in texts:
+        tables.render(text, made)
 
 
 def test_counts_are_those_of_the_attacks_own_points() -> None:

@@ -1,0 +1,86 @@
+"""The report's plots: what is drawn of which run."""
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.records import Outcomes, averaged_record, in_order, record
+from unperturb.benchmarks.reporting import plots
+from unperturb.benchmarks.reporting.drawing import DARK, LIGHT, drawn_in, open_figure
+from unperturb.benchmarks.reporting.plots import all_plots
+
+N = 20
+BARE = in_order({"clean": 4, "apgd-ce": 5, "autoattack": 1}, N)
+KNOWN = in_order({"clean": 4, "transfer": 2, "intermediate": 8, "square": 0}, N)
+
+
+def titles(*runs: dict[str, Any]) -> list[str]:
+    return list(all_plots(list(runs)))
+
+
+def test_stair_goes_down_by_each_attack_in_its_order_to_the_worst_case() -> None:
+    with drawn_in(LIGHT):
+        plt, figure, axes = open_figure(6, 4)
+        plots._stair(axes, record(KNOWN, BARE), LIGHT)
+        names = [text.get_text() for text in axes.get_yticklabels()]
+        values = [list(patch.get_data().values) for patch in axes.patches]
+        (bare,) = axes.lines
+        written = [text.get_text() for text in axes.texts]
+        plt.close(figure)
+    assert names == ["clean", "transfer", "intermediate", "square", "worst case"]
+    assert values[0] == values[1] == pytest.approx([80.0, 70.0, 30.0, 30.0, 30.0])
+    assert list(bare.get_xdata()) == [50.0, 50.0]
+    assert written == ["dashed: worst case of the bare classifier, 50.0", "80.0", "70.0", "30.0", "30.0"]
+
+
+def test_stair_without_a_purifier_has_no_line_of_another_classifier() -> None:
+    with drawn_in(LIGHT):
+        plt, figure, axes = open_figure(6, 4)
+        plots._stair(axes, record(BARE), LIGHT)
+        lines = list(axes.lines)
+        plt.close(figure)
+    assert lines == []
+
+
+def test_image_that_was_broken_already_does_not_survive() -> None:
+    outcomes: Outcomes = {"clean": [1, 1, 1, 0], "intermediate": [0, 1, 1, None], "square": [None, 1, 0, None]}
+    run = record(outcomes, {name: values[:4] for name, values in BARE.items()})
+    assert plots._survivors(run, {"clean"}) == 75.0
+    assert plots._survivors(run, {"clean", "intermediate"}) == 50.0
+    assert plots._survivors(run, {"clean", "square"}) == 25.0
+
+
+def test_plots_are_those_that_the_runs_have_enough_for() -> None:
+    always = ["Robust accuracy by attack", "Accuracy left after each attack", "Worst case against time per image"]
+    assert titles(record(BARE)) == always
+    curves = "The purifier's objective over its steps"
+    assert titles(record(BARE), record(KNOWN, BARE)) == [*always, curves]
+    smaller = record(KNOWN, BARE, epsilon=4 / 255)
+    assert titles(record(KNOWN, BARE), smaller) == [
+        *always[:2],
+        "Accuracy against perturbation size",
+        always[2],
+        curves,
+    ]
+    corrupted = {"clean": [1, 1], "fog-1": [1, 0]}
+    assert titles(averaged_record(corrupted), averaged_record(corrupted, corrupted, threat="noise")) == []
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_plot_lies_on_the_ground_of_its_theme(theme: Any) -> None:
+    for png in all_plots([record(BARE), record(KNOWN, BARE)], theme).values():
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        assert "#{:02x}{:02x}{:02x}".format(*pixels[0, 0]) == theme.ground
+        ink = np.array([int(theme.ink[i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(pixels.astype(int) - ink).max(-1) < 8).any()
+
+
+def test_label_names_what_runs_differ_in() -> None:
+    one, other = record(KNOWN, BARE), record(KNOWN, BARE, threat="L2", epsilon=0.5, model="large")
+    assert plots.label(one, [one]) == "reverse-attack"
+    assert plots.label(other, [one, other]) == "reverse-attack, large, L2 0.5"
+    own = record(KNOWN, BARE, own=True)
+    assert plots.label(own, [one, own]) == "reverse-attack, cifar10 (own)"
