@@ -165,7 +165,8 @@ def run_all(config: EvaluationConfig) -> list[Path]:
     if not plan.chunks(config.n_examples):
         print(f"shard {plan.shard[0] + 1}/{plan.shard[1]} of {config.n_examples} images is empty: nothing to do")
         return []
-    runs = [run for model in config.model for run in _runs_of(model, config, plan, device)]
+    subjects = {model: load_model(model, config) for model in config.model}
+    runs = [run for model, subject in subjects.items() for run in _runs_of(model, subject, config, plan, device)]
     if config.threat_model not in RUNS:
         announce([run for *_, run in runs])
     files = []
@@ -182,13 +183,13 @@ def run_all(config: EvaluationConfig) -> list[Path]:
 
 
 def _runs_of(
-    model: str, config: EvaluationConfig, plan: Plan, device: torch.device
+    model: str, subject: Checkpoint, config: EvaluationConfig, plan: Plan, device: torch.device
 ) -> list[tuple[dict[str, Any], str, Evaluation]]:
     """Return what the record says of model and data, the purifier, and the run, of every purifier of a model.
 
     The bare classifier is evaluated in any case: every other row is paired with it.
     """
-    subject = ready(load_model(model, config), device)
+    subject = ready(subject, device)
     data = load_images(
         config.dataset,
         config.data,

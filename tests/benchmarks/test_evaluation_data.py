@@ -4,11 +4,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import CLASSES
 from unperturb.benchmarks.robustness.data import load_images
 from unperturb.models.errors import DataError
 from unperturb.models.networks import robustbench as robustbench_adapter
+from unperturb.models.networks.benchmark_classes import class_names
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,37 @@ def test_npz_is_read_in_its_order(tmp_path: Path) -> None:
 
 def test_folder_with_a_class_that_the_classifier_lacks_is_refused(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="red"):
-        load_images("cifar10", image_folder, n=2, image_size=32, classes=("blue", "green"), cache=tmp_path)
+        load_images("colours", image_folder, n=2, image_size=32, classes=("blue", "green"), cache=tmp_path)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_images_of_other_classes_are_not_taken_for_a_published_data_set(
+    dataset: str, image_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=f"no class of {dataset}; --dataset NAME"):
+        load_images(dataset, image_folder, n=2, image_size=32, classes=CLASSES, cache=tmp_path)
+
+
+def test_classes_whose_names_are_numbers_are_matched_by_name_and_refused_where_they_differ(tmp_path: Path) -> None:
+    for name, grey in (("10", 10), ("2", 2)):  # "10" sorts first, and is the last of the classifier's
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.fromarray(np.full((32, 32, 3), grey, np.uint8)).save(tmp_path / "data" / name / "a.png")
+    numbers = tuple(str(number) for number in range(11))
+    found = load_images("own", tmp_path / "data", n=2, image_size=32, classes=numbers, cache=tmp_path)
+    assert [round(float(image.mean()) * 255) for image in found.images] == found.labels.tolist()
+    with pytest.raises(DataError, match="'10', which is no class of the classifier"):
+        load_images("own", tmp_path / "data", n=2, image_size=32, classes=("cat", "2"), cache=tmp_path)
+
+
+def test_images_of_ones_own_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="--data"):
+        load_images("own", None, n=2, image_size=32, classes=CLASSES, cache=tmp_path)
+
+
+def test_published_classifiers_have_their_data_sets_class_names() -> None:
+    assert class_names("cifar10")[3] == "cat"
+    assert (len(class_names("cifar100")), class_names("cifar100")[0]) == (100, "apple")
+    assert list(class_names("cifar100")) == sorted(class_names("cifar100"))
 
 
 def offline(*_: object) -> None:

@@ -12,17 +12,22 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import CLASSES
+from tests.conftest import CLASSES, make_checkpoint
 from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.reporting import report
 from unperturb.benchmarks.reporting.rows import load_runs, published_rows
 from unperturb.benchmarks.robustness import corruptions
-from unperturb.benchmarks.robustness.data import load_images, wordnet_ids
+from unperturb.benchmarks.robustness.budgets import BUDGETS
+from unperturb.benchmarks.robustness.data import EvaluationSet, load_images
+from unperturb.benchmarks.robustness.evaluation import Plan
+from unperturb.benchmarks.robustness.subjects import defense_of, ready
+from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import DataError
 from unperturb.models.networks import generator
+from unperturb.models.networks.benchmark_classes import wordnet_ids
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.generator import GeneratorCard, NoiseGenerator
 from unperturb.models.networks.registry import build
@@ -34,6 +39,8 @@ def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     return [
         "--model",
         str(model),
+        "--dataset",
+        "colours",
         "--data",
         str(data),
         "--n-examples",
@@ -52,7 +59,7 @@ def arguments(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-QUICK = ("--attacks", "noise,bpda-apgd-ce,unrolled", "--purifier", "none", "--purifier", "reverse-attack:steps=2")
+QUICK = ("--attacks", "noise,apgd-ce,bpda-apgd-ce", "--purifier", "none", "--purifier", "reverse-attack:steps=2")
 
 
 def without_times(record: dict[str, Any]) -> dict[str, Any]:
@@ -76,16 +83,23 @@ def test_each_model_and_purifier_is_one_result_file_with_what_made_it(
     for record in found.values():
         results = record["results"]
         assert record["config"]["seed"] == 0
-        assert results["data"] == {"dataset": "cifar10", "source": "folder", "sha256": results["data"]["sha256"]}
+        data = {"dataset": "colours", "source": "folder", "sha256": results["data"]["sha256"], "own": True}
+        assert results["data"] == data
         assert results["classes"] == list(CLASSES)
-        for name, cell in results["figures"]["attacks"].items():
+        for name, attack in results["figures"]["attacks"].items():
+            outcomes = results["outcomes"][name]
+            assert (attack["attacked"], attack["broken"]) == (8 - outcomes.count(None), outcomes.count(0))
+            cell = attack["left"]
             assert cell["n"] == 8
-            assert cell["accuracy"] == sum(results["outcomes"][name]) / 8
             assert cell["interval"][0] <= cell["accuracy"] <= cell["interval"][1]
         assert results["indices"] == list(range(8))
         assert len(results["panel"]) == 4
-    none = next(record for name, record in found.items() if "_none_" in name)["results"]
-    assert none["not_applicable"] == ["unrolled"]
+    none, purified = (
+        next(record for name, record in found.items() if kind in name)["results"] for kind in ("_none_", "_reverse")
+    )
+    assert none["figures"]["gain"] is None
+    assert purified["bare_outcomes"] == none["outcomes"]
+    assert purified["figures"]["gain"]["n"] == 8
     assert str(tmp_path) not in json.dumps(found)
     assert str(tiny_folder) not in json.dumps(found)
 
@@ -108,9 +122,9 @@ def test_label_free_attacks_and_a_generator_are_run_by_name(
 @pytest.mark.parametrize(
     ("times", "attacks"),
     [
-        (1, "noise,bpda-apgd-ce,intermediate"),
+        (1, "noise,apgd-ce,bpda-apgd-ce,intermediate"),
         pytest.param(
-            10, "noise,bpda-apgd-ce,bpda-apgd-dlr,intermediate,unrolled,rays", marks=pytest.mark.slow, id="often"
+            10, "noise,apgd-ce,bpda-apgd-ce,bpda-apgd-dlr,intermediate,apgd-t,rays", marks=pytest.mark.slow, id="often"
         ),
     ],
 )
@@ -156,6 +170,15 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(
         (["--device", "abacus"], "abacus"),
         (["--epsilon", "1"], "8/255"),
         (["--dataset", "cifar100", "--model", "robustbench:Wong2020Fast:cifar10:Linf"], "another data set"),
+        (["--dataset", "cifar10"], "which is no class of cifar10"),
+        (["--dataset", "cifar100"], "which is no class of cifar100"),
+        (["--model", "no_such_module:factory"], "no_such_module"),
+        (["--model", "collections:OrderedDict"], "not a torch.nn.Module"),
+        (["--purifier", "no_such_module:Class"], "no_such_module"),
+        (["--purifier", "collections:NoSuchClass"], "NoSuchClass"),
+        (["--purifier", "collections:OrderedDict"], "is no purifier"),
+        (["--purifier", "fractions:Fraction:bad=1"], "bad"),
+        (["--purifier", "vote:shifts=far"], "far"),
         (["--device", "cuda:99"], "cuda:99"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -203,8 +226,8 @@ def test_report_is_whole_and_marks_published_rows(
         assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
     assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
-    assert text.count("| measured |") == 4
-    assert "| Bartoldson2024Adversarial_WRN-94-16 | none | 10,000 |  | 93.7 | 73.7" in text
+    assert text.count("| measured") == 4
+    assert "Bartoldson2024" not in text  # images of one's own stand beside no published figure
     page = (tmp_path / "report" / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
@@ -242,8 +265,9 @@ def test_corruptions_are_generated_from_local_images_and_say_so(
         found = record["results"]
         assert found["corruptions"] == "generated"
         assert len(found["outcomes"]) == 1 + 15 * 5
-        cells = [cell["accuracy"] for name, cell in found["figures"]["attacks"].items() if name != "clean"]
+        cells = [cell["alone"]["accuracy"] for cell in found["figures"]["attacks"].values()]
         assert found["figures"]["corruptions_mean"] == pytest.approx(sum(cells) / 75)
+        assert (found["figures"]["gain"] is None) == (found["purifier_spec"] == "none")
     assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
     assert "generated corruptions" in (tmp_path / "report" / "report.md").read_text()
     for shard in ("1/2", "2/2"):
@@ -253,6 +277,27 @@ def test_corruptions_are_generated_from_local_images_and_say_so(
         )
     whole, parts = load_runs(tmp_path / "out"), load_runs(tmp_path / "parts")
     assert [run["results"]["figures"] for run in whole] == [run["results"]["figures"] for run in parts]
+
+
+def test_unbounded_noise_is_measured_at_each_size_and_paired(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    more = ("--threat-model", "noise", "--purifier", "vote:shifts=1")
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
+    ((_, record),) = records(tmp_path / "out").items()
+    found = record["results"]
+    assert list(found["outcomes"]) == ["clean", *(f"gaussian-{sigma}" for sigma in corruptions.SIGMAS)]
+    means = [sum(row[1:]) / 5 for row in zip(*found["outcomes"].values(), strict=True)]
+    bare = [sum(row[1:]) / 5 for row in zip(*found["bare_outcomes"].values(), strict=True)]
+    assert found["figures"]["gain"]["mean"] == pytest.approx(sum(means) / 8 - sum(bare) / 8)
+
+
+def test_noise_has_the_size_that_its_name_says(images: torch.Tensor) -> None:
+    data = EvaluationSet(torch.full((4, 3, 32, 32), 0.5), torch.zeros(4, dtype=torch.long), "given", "grey")
+    plan = Plan(threat=Threat(norm="linf", epsilon=8 / 255), budget=BUDGETS["fast"], attacks=())
+    defended = defense_of("none", ready(make_checkpoint(), torch.device("cpu")))
+    run = corruptions.NoiseRun(defended, data, plan, folder=Path())
+    assert (run.corrupted("gaussian-16") - 0.5).std().item() == pytest.approx(16 / 255, rel=0.03)
 
 
 @pytest.mark.parametrize("kind", corruptions.KINDS)

@@ -1,0 +1,188 @@
+"""The harness as a library: any module, any purifier, from a folder of somebody's own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import unperturb.benchmarks as benchmarks
+from tests.support import broken_defenses
+from unperturb.benchmarks.robustness.foreign import AnyPurifier
+from unperturb.models.errors import ConfigError, DataError
+from unperturb.models.networks.classifier import ImageClassifier
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "robustbench_eval.py"
+EVERYTHING = "all"
+
+
+class Blur(nn.Module):
+    """A module from images to images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(x, 3, 1, 1)
+
+
+class Levels:
+    """As ART's preprocessors are: called on arrays, with an estimate of the gradient."""
+
+    def __init__(self, levels: int = 16) -> None:
+        self.levels = levels
+
+    def __call__(self, x: Any, y: Any = None) -> tuple[Any, Any]:
+        assert isinstance(x, np.ndarray)
+        return np.round(x * self.levels) / self.levels, y
+
+    def estimate_gradient(self, x: Any, grad: Any) -> Any:
+        assert isinstance(grad, np.ndarray)
+        return grad
+
+
+class Steps:
+    """The protocol in full: steps, an objective, and being stopped."""
+
+    def __init__(self, steps: int = 2) -> None:
+        self.steps = steps
+
+    def objective(self, x: Tensor, seeds: Tensor) -> Any:
+        return lambda iterate, step: iterate.square().mean((1, 2, 3))
+
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        for _ in range(self.steps):
+            x = x * 0.995
+        return x
+
+    def stopped_after(self, steps: int) -> "Steps":
+        return Steps(steps)
+
+
+@pytest.fixture(scope="module")
+def net() -> ImageClassifier:
+    return broken_defenses.natural_classifier(steps=60)
+
+
+def plain(net: ImageClassifier) -> nn.Module:
+    """The same network as nobody's module: images to scores."""
+    return nn.Sequential(_Scores(net))
+
+
+class _Scores(nn.Module):
+    def __init__(self, net: ImageClassifier) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.net(x)
+        return scores
+
+
+def quick(net: nn.Module, purifier: Any, *, n: int = 12, **more: Any) -> Any:
+    images, labels, *_ = broken_defenses.evaluation_set(n)
+    arguments: dict[str, Any] = {"attacks": "apgd-ce,transfer,bpda-apgd-ce,intermediate,bpda-contrastive", **more}
+    return benchmarks.evaluate(net, images, labels, purifier=purifier, budget="fast", chunk=n, **arguments)
+
+
+def test_module_of_ones_own_is_evaluated_alone_and_behind_each_kind_of_purifier(net: ImageClassifier) -> None:
+    report = quick(plain(net), {"blur": Blur(), "levels": Levels(), "steps": Steps()})
+    rows = {record["results"]["purifier_spec"]: record["results"] for record in report.records}
+    assert list(rows) == ["none", "blur", "levels", "steps"]
+    assert all(set(rows[name]["could_not_run"]) == {"intermediate", "bpda-contrastive"} for name in ("blur", "levels"))
+    assert rows["steps"]["could_not_run"] == {}
+    assert {"intermediate", "bpda-contrastive"} <= rows["steps"]["outcomes"].keys()
+    for name in ("blur", "levels", "steps"):
+        assert rows[name]["figures"]["gain"]["n"] == 12
+        assert rows[name]["bare_outcomes"] == rows["none"]["outcomes"]
+    assert "blur" in report.to_markdown()
+    json.dumps(report.records)
+
+
+def test_estimated_gradient_takes_the_place_of_none(net: ImageClassifier) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    purifier = AnyPurifier(net, Levels())
+    x = images.clone().requires_grad_()
+    found = purifier.descend(x, seeds=torch.arange(2), unrolled=True).image
+    assert torch.allclose(found, (images * 16).round() / 16)
+    (gradient,) = torch.autograd.grad((found * images).sum(), x)
+    assert torch.equal(gradient, images)
+
+
+def test_stored_units_are_used_again_and_another_purifier_leaves_those_of_the_bare_row(
+    net: ImageClassifier, tmp_path: Path
+) -> None:
+    quick(net, Levels(16), store=tmp_path)
+    before = set(tmp_path.rglob("*.npz"))
+    quick(net, Levels(16), store=tmp_path)
+    assert set(tmp_path.rglob("*.npz")) == before
+    quick(net, Levels(8), store=tmp_path)
+    names = {file.name.split("-0000")[0] for file in set(tmp_path.rglob("*.npz")) - before}
+    assert names == {"clean", "apgd-ce", "transfer", "bpda-apgd-ce", "apgd-ce-x2", "apgd-ce-x4"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"images": torch.full((2, 3, 32, 32), 255.0)}, "divide 8-bit"),
+        ({"images": torch.zeros(2, 32, 32, 3)}, "floats"),
+        ({"labels": torch.zeros(3, dtype=torch.int64)}, r"int64 \[2\]"),
+        ({"labels": torch.tensor([0, 9])}, "4 classes"),
+        ({"epsilon": 8}, "8/255"),
+        ({"attacks": "magic"}, "magic"),
+        ({"purifier": object()}, "is no purifier"),
+        ({"purifier": {"none": Blur()}}, "another name"),
+        ({"classes": ("a", "b")}, "4 scores, for 2 classes"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_is_wrong_is_named_before_any_attack(net: ImageClassifier, change: dict[str, Any], says: str) -> None:
+    given: dict[str, Any] = {"images": torch.zeros(2, 3, 32, 32), "labels": torch.zeros(2, dtype=torch.int64)}
+    images, labels = (change.get(name, value) for name, value in given.items())
+    more = {name: value for name, value in change.items() if name not in given}
+    with pytest.raises((ConfigError, DataError), match=says):
+        benchmarks.evaluate(net, images, labels, budget="fast", **more)
+
+
+PURIFIER = """
+import torch
+
+
+class Smooth:
+    def __init__(self, strength=0.5):
+        self.strength = strength
+
+    def purify(self, x, seeds):
+        blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return x + self.strength * (blurred - x)
+"""
+MODEL = """
+import torch
+
+
+def make():
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 4, 5, 4), torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.Linear(196, 3)]
+    return torch.nn.Sequential(*layers)
+"""
+
+
+def test_purifier_and_model_in_a_folder_of_ones_own_run_through_every_attack_that_applies(
+    image_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "my_defense.py").write_text(PURIFIER)
+    (tmp_path / "my_model.py").write_text(MODEL)
+    command = [sys.executable, str(SCRIPT), "--model", "my_model:make", "--purifier", "my_defense:Smooth:strength=0.3"]
+    command += ["--dataset", "colours", "--data", str(image_folder), "--n-examples", "6", "--budget", "fast"]
+    command += ["--device", "cpu", "--out", "out", "--cache", "cache", "--chunk", "6"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "out").glob("*.json")
+    found = json.loads(file.read_text())["results"]
+    applies = ["noise", "apgd-ce", "apgd-ce-twice", "transfer", "bpda-apgd-ce", "bpda-apgd-dlr", "batchmate"]
+    assert list(found["outcomes"]) == ["clean", *applies, "defended-autoattack", "rays"]
+    assert set(found["could_not_run"]) == {"intermediate", "bpda-contrastive"}
+    assert found["purifier"]["strength"] == 0.3
+    assert str(tmp_path) not in file.read_text()
