@@ -20,7 +20,7 @@ from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.robustness import attacks
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.corruptions import CorruptionRun, NoiseRun
-from unperturb.benchmarks.robustness.data import PUBLISHED, EvaluationSet, load_images
+from unperturb.benchmarks.robustness.data import PUBLISHED, EvaluationSet, folder_classes, load_images
 from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, described_model, load_subject, ready
@@ -121,7 +121,8 @@ def load_model(spec: str, config: EvaluationConfig) -> Checkpoint:
         if published and dataset != config.dataset:
             raise ConfigError(f"model {spec} is for another data set than --dataset {config.dataset}")
     size = config.image_size or (224 if config.dataset == "imagenet" else 32)
-    return load_subject(spec, classes=class_names(config.dataset) if published else None, image_size=size)
+    classes = class_names(config.dataset) if published else folder_classes(config.data)
+    return load_subject(spec, classes=classes, image_size=size)
 
 
 def result_name(config: EvaluationConfig, plan: Plan, model: str, purifier: str) -> str:

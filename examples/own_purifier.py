@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import unperturb
-from unperturb.benchmarks.robustness.attacks.scene import BUDGETS, Threat
+from unperturb.benchmarks.robustness.budgets import BUDGETS
+from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
 from unperturb.models.attacks.projected_gradient import Objective, ProjectedGradient

@@ -61,6 +61,20 @@ def load_images(
     return EvaluationSet(images, labels, source, digest.hexdigest())
 
 
+def folder_classes(folder: Path | None) -> tuple[str, ...] | None:
+    """Return the names of a folder's class folders, sorted; None for what is no folder."""
+    if folder is None or folder.suffix == ".npz":
+        return None
+    return tuple(sorted(entry.name for entry in _root(folder).iterdir() if entry.is_dir()))
+
+
+def _root(folder: Path) -> Path:
+    root = folder / "test" if (folder / "test").is_dir() else folder
+    if not root.is_dir():
+        raise DataError(f"{folder} is neither a folder of class folders nor an .npz file")
+    return root
+
+
 def _from_npz(file: Path, image_size: int) -> tuple[Tensor, Tensor]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -83,10 +97,7 @@ def _from_npz(file: Path, image_size: int) -> tuple[Tensor, Tensor]:
 def _from_folder(
     dataset: str, folder: Path, image_size: int, classes: tuple[str, ...], cache: Path
 ) -> tuple[Tensor, Tensor]:
-    root = folder / "test" if (folder / "test").is_dir() else folder
-    if not root.is_dir():
-        raise DataError(f"{folder} is neither a folder of class folders nor an .npz file")
-    found = tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir()))
+    root, found = _root(folder), folder_classes(folder)
     if not found:
         raise DataError(f"{root} has no class folder")
     order = classes

@@ -21,6 +21,7 @@ from unperturb.benchmarks.robustness.subjects import defense_of, described_model
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError, DataError
+from unperturb.models.memory import keep_freed_memory
 from unperturb.models.shapes import Float, Int
 
 SCRIPT = "benchmarks/robustbench_eval.py"
@@ -59,6 +60,8 @@ def evaluate(
     """
     _check(images, labels)
     where = torch.device(device)
+    if where.type == "cpu":
+        keep_freed_memory()
     subject = ready(subject_of(model, name=name, classes=classes, image_size=images.shape[-1]), where)
     if int(labels.max()) >= subject.classifier.num_classes:
         raise DataError(f"label {int(labels.max())} of a classifier with {subject.classifier.num_classes} classes")

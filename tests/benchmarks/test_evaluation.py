@@ -229,7 +229,7 @@ def test_worst_case_is_paired_with_the_bare_classifiers_on_the_same_images() -> 
 
 
 def of(right: int, n: int = 100) -> list[int | None]:
-    return [1] * right + [0] * (n - right)
+    return [int(image < right) for image in range(n)]
 
 
 @pytest.mark.parametrize(
