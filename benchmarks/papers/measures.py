@@ -210,13 +210,12 @@ def harness(subject: Subject) -> dict[str, Any]:
         arguments += [f"--{key}", value]
     (file,) = run_all(parse(EvaluationConfig, arguments, program="benchmarks/robustbench_eval.py"))
     found = json.loads(file.read_text())["results"]
-    shown = {
-        name: found["figures"]["attacks"][name] for name in found["outcomes"] if name in found["figures"]["attacks"]
-    }
-    return {**shown, "worst_case": found["figures"]["worst_case"], "outcomes": found["outcomes"]}
+    figures = found["figures"]
+    shown = {name: cells["alone"] or cells["left"] for name, cells in figures["attacks"].items()}
+    return {**shown, "worst_case": figures["worst_case"], "gain": figures["gain"], "outcomes": found["outcomes"]}
 
 
-HARNESS_ATTACKS = "autoattack,transfer,noise,bpda-apgd-ce,bpda-apgd-dlr,bpda-contrastive,unrolled"
+HARNESS_ATTACKS = "autoattack,noise,apgd-ce,transfer,bpda-apgd-ce,bpda-apgd-dlr,bpda-contrastive"
 MEASURES: dict[str, Callable[[Subject], dict[str, Any]]] = {
     "test": test,
     "radii": radii,

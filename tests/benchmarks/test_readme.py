@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from tests.support.serving import wait_until_ready
 from unperturb.benchmarks.reporting import tables
-from unperturb.benchmarks.robustness.attacks.scene import BUDGETS, Scene, Threat
+from unperturb.benchmarks.robustness.attacks.scene import Scene
+from unperturb.benchmarks.robustness.budgets import BUDGETS
+from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store
 from unperturb.models.purifiers import registry
