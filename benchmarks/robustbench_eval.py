@@ -22,7 +22,8 @@ from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.corruptions import CorruptionRun, NoiseRun
 from unperturb.benchmarks.robustness.data import PUBLISHED, EvaluationSet, folder_classes, load_images
 from unperturb.benchmarks.robustness.estimate import announce
-from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
+from unperturb.benchmarks.robustness.evaluation import Evaluation
+from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, described_model, load_subject, ready
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.models.checkpoints.store import Checkpoint

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unperturb.benchmarks.robustness.code import code_digest
+from unperturb.benchmarks.robustness.code import PROJECT, code_digest
 from unperturb.benchmarks.robustness.evaluation import SERVED_SEED, Evaluation
 from unperturb.benchmarks.robustness.figures import CLEAN, Outcomes, summarise_corruptions
 from unperturb.benchmarks.robustness.identity import describe
@@ -91,7 +91,7 @@ class CorruptionRun(Evaluation):
                     int(indices[0]) // self.plan.chunk,
                     self.scene(indices),
                     partial(self._right, kind, images, indices),
-                    {"corruption": kind, "code": code_digest([type(self).__module__], without=("unperturb",))},
+                    {"corruption": kind, "code": code_digest([type(self).__module__], without=(PROJECT,))},
                 )
                 outcomes[kind] += unit.right.int().tolist()
         return outcomes

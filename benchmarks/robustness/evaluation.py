@@ -7,7 +7,7 @@ it. An image that an attack has broken leaves, but where a figure of one attack 
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,45 +28,22 @@ from unperturb.benchmarks.robustness.attacks import (
 from unperturb.benchmarks.robustness.attacks.adaptive import FRESH
 from unperturb.benchmarks.robustness.attacks.autoattack import LEAST_CLASSES
 from unperturb.benchmarks.robustness.attacks.scene import Scene
-from unperturb.benchmarks.robustness.budgets import Budget
+from unperturb.benchmarks.robustness.collecting import LARGER_PREFIX, PARTS_PREFIX, RESUBMITTED, results_of
 from unperturb.benchmarks.robustness.counting import CountingClassifier
 from unperturb.benchmarks.robustness.data import EvaluationSet
-from unperturb.benchmarks.robustness.figures import CLEAN, figures_of
+from unperturb.benchmarks.robustness.figures import CLEAN
 from unperturb.benchmarks.robustness.identity import REASONS, Identity, describe, missing
+from unperturb.benchmarks.robustness.judging import hardest, joined, judged, nothing, spread
+from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.showing import show
-from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.benchmarks.robustness.units import Unit, Units, digest_of_tensors
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.generator import NoiseGenerator
 from unperturb.models.purifiers.base import NoPurifier
 from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
 
-RESUBMITTED, RESUBMISSIONS = "resubmitted", 10
+RESUBMISSIONS = 10
 LARGER = (2, 4)  # times epsilon: a defense that withstands these hides its gradient
 SERVED_SEED = 0  # the service's default
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Say what is done to every model and purifier.
-
-    shard: (number from 0, count): every count-th chunk of `chunk` images, from the number on
-    panel: images that the record shows
-    generator: the noise generator for the attack of that name
-    """
-
-    threat: Threat
-    budget: Budget
-    attacks: tuple[str, ...]
-    seed: int = 0
-    chunk: int = 128
-    shard: tuple[int, int] = (0, 1)
-    panel: int = 6
-    generator: NoiseGenerator | None = None
-
-    def chunks(self, n: int) -> list[Tensor]:
-        """Return the image numbers of every chunk of this shard."""
-        return list(torch.arange(n).split(self.chunk))[self.shard[0] :: self.shard[1]]
 
 
 class Evaluation:
@@ -137,7 +114,26 @@ class Evaluation:
                             unit = unit._replace(points=unit.points[:0])
                         into.setdefault(name, []).append(unit)
                 bar.update()
-        return self._record(chunks, collected, bare if self.bare else None)
+        found = results_of(collected, bare if self.bare else None, chunks)
+        counted = {name: units[0] for name, units in collected.items() if name in found["outcomes"]}
+        first = chunks[0]
+        shown = show(
+            self.defended,
+            self.data.images[first].to(self.device),
+            hardest(counted).to(self.device),
+            self.data.labels[first].to(self.device),
+            seed=SERVED_SEED,
+            panel=self.plan.panel,
+        )
+        return {
+            "purifies": self.purifies,
+            "purifier": describe(self.defended),
+            "could_not_run": self.could_not_run,
+            "notes": self.notes,
+            **found,
+            "timings": {**found["timings"], "ms_per_image": shown.pop("ms_per_image")},
+            **shown,
+        }
 
     def headline(self, found: dict[str, Any]) -> str:
         """Return one line of the result."""
@@ -147,55 +143,6 @@ class Evaluation:
             return worst
         mean, (low, high) = figures["gain"]["mean"] * 100, figures["gain"]["interval"]
         return f"gain {mean:+.1f} points ({low * 100:+.1f} to {high * 100:+.1f}), {worst}"
-
-    def _record(
-        self, chunks: list[Tensor], collected: dict[str, list[Unit]], bare: dict[str, list[Unit]] | None
-    ) -> dict[str, Any]:
-        again = collected.pop(RESUBMITTED, [])
-        kinds = dict[str, dict[str, list[Unit]]](larger={}, parts={})
-        for name in [name for name in collected if name not in ATTACKS and name != CLEAN]:
-            kind, _, rest = name.partition(":")
-            kinds[kind][rest] = collected.pop(name)
-        first = chunks[0]
-        labels = self.data.labels[first].to(self.device)
-        shown = show(
-            self.defended,
-            self.data.images[first].to(self.device),
-            hardest({name: units[0] for name, units in collected.items()}).to(self.device),
-            labels,
-            seed=SERVED_SEED,
-            panel=self.plan.panel,
-        )
-        n = sum(map(len, chunks))
-        everything = {**collected, **({RESUBMITTED: again} if again else {})}
-        results: dict[str, Any] = {
-            "purifies": self.purifies,
-            "purifier": describe(self.defended),
-            "indices": torch.cat(chunks).tolist(),
-            "outcomes": _outcomes(collected),
-            "bare_outcomes": None if bare is None else _outcomes(_attacks_of(bare)),
-            "larger_epsilon": _outcomes(kinds["larger"]),
-            "autoattack_parts": _outcomes(kinds["parts"]),
-            "resubmitted": torch.cat([unit.right for unit in again], dim=1).int().tolist() if again else None,
-        }
-        return {
-            **results,
-            "figures": figures_of(results),
-            "could_not_run": self.could_not_run,
-            "notes": self.notes,
-            "passes_per_image": {
-                name: {
-                    "forward": sum(unit.forward_passes for unit in units) / n,
-                    "backward": sum(unit.backward_passes for unit in units) / n,
-                }
-                for name, units in everything.items()
-            },
-            "timings": {
-                "seconds": {name: sum(unit.seconds for unit in units) for name, units in everything.items()},
-                "ms_per_image": shown.pop("ms_per_image"),
-            },
-            **shown,
-        }
 
     def scene(self, indices: Tensor) -> Scene:
         """Return the images of a chunk before the defense."""
@@ -223,7 +170,7 @@ class Evaluation:
         number = int(indices[0]) // self.plan.chunk
         if TRANSFER in self.names and self.bare is not None:
             scene = replace(scene, known=self.bare.chunk(indices, say)[AUTOATTACK].points.to(self.device))
-        clean = self._get(CLEAN, number, scene, partial(self._judged, scene, scene.x))
+        clean = self._get(CLEAN, number, scene, partial(judged, scene, scene.x, title=self.title))
         yield CLEAN, clean
         right = clean.right.to(self.device)
         seen, left = {CLEAN: clean}, right
@@ -236,8 +183,8 @@ class Evaluation:
                 say(f"{self.title}: {name} {part}".strip())
                 found = self._attacked(name, part, attack, run, number, scene, rows)
                 if part and name == DEFENDED_AUTOATTACK:
-                    yield f"parts:{part}", found
-                unit = found if unit is None else _joined(unit, found)
+                    yield PARTS_PREFIX + part, found
+                unit = found if unit is None else joined(unit, found)
                 rows = found.right.to(self.device)
             assert unit is not None
             yield name, unit
@@ -259,12 +206,12 @@ class Evaluation:
 
     def _run(self, run: Callable[..., Any], scene: Scene, rows: Tensor) -> Unit:
         if not rows.any():
-            return _nothing(scene)
+            return nothing(scene)
         chosen = scene.select(rows)
         found = run(chosen)
         images, fallen = found if isinstance(found, tuple) else (found, torch.zeros_like(chosen.labels) != 0)
-        judged = self._judged(chosen, images)
-        return _spread(judged._replace(right=judged.right & ~fallen), scene, rows)
+        unit = judged(chosen, images, title=self.title)
+        return spread(unit._replace(right=unit.right & ~fallen), scene, rows)
 
     def _larger(
         self, number: int, scene: Scene, left: Tensor, say: Callable[[str], None]
@@ -278,20 +225,8 @@ class Evaluation:
             say(f"epsilon x {times}")
             attack, wider = ATTACKS[GRADIENT], replace(scene, threat=threat)
             unit = self._attacked(GRADIENT, f"x{times}", attack, attack.run, number, wider, left)
-            yield f"larger:{times}", unit
+            yield f"{LARGER_PREFIX}{times}", unit
             left = unit.right.to(self.device)
-
-    def _judged(self, scene: Scene, points: Tensor) -> Unit:
-        """Return the points back in the ball and [0, 1], and the served answer to them."""
-        points = scene.project(points)
-        with torch.no_grad():
-            logits = scene.logits(points).float()
-        if not logits.isfinite().all():
-            raise ConfigError(f"{self.title}: the defended classifier returns NaN or infinite scores")
-        own = logits.gather(1, scene.labels[:, None])
-        others = logits.scatter(1, scene.labels[:, None], float("-inf")).amax(1)
-        right = logits.argmax(1).eq(scene.labels)
-        return Unit(points, torch.ones_like(right), right, own[:, 0] - others, 0, 0, 0.0)
 
     def _resubmitted(self, scene: Scene, seen: dict[str, Unit]) -> Unit:
         """Two points of each image under fresh seeds, right where both are: the one of the smallest margin as served,
@@ -303,7 +238,7 @@ class Evaluation:
             torch.stack([scene.right(x, seed=FRESH // 2 + draw) for x in points]).all(0)
             for draw in range(RESUBMISSIONS)
         ]
-        unit = _nothing(scene)
+        unit = nothing(scene)
         return unit._replace(points=points[0], right=torch.stack(draws))
 
     def _get(
@@ -333,54 +268,3 @@ class Evaluation:
             "images": digest_of_tensors(scene.x, scene.labels, scene.seeds, scene.known, rows),
         }
         return self.units.get(name, number, whole, timed)
-
-
-def _nothing(scene: Scene) -> Unit:
-    """Return a unit of no attacked image."""
-    none = torch.zeros(len(scene.x), dtype=torch.bool)
-    return Unit(scene.x, none, none, torch.full((len(none),), float("inf")), 0, 0, 0.0)
-
-
-def _spread(unit: Unit, scene: Scene, rows: Tensor) -> Unit:
-    """Return the unit of some images as one of all."""
-    whole = _nothing(scene)
-    points, attacked, right, margins = (value.clone().to(scene.x.device) for value in whole[:4])
-    points[rows], attacked[rows], right[rows], margins[rows] = unit.points, unit.attacked, unit.right, unit.margins
-    return unit._replace(points=points, attacked=attacked, right=right, margins=margins)
-
-
-def _joined(before: Unit, after: Unit) -> Unit:
-    """Return two parts of an attack as one: what the second was run on is the second's."""
-    on = after.attacked
-    return Unit(
-        torch.where(on.view(-1, 1, 1, 1), after.points, before.points),
-        before.attacked | on,
-        torch.where(on, after.right, before.right),
-        torch.where(on, after.margins, before.margins),
-        before.forward_passes + after.forward_passes,
-        before.backward_passes + after.backward_passes,
-        before.seconds + after.seconds,
-    )
-
-
-def _outcomes(collected: dict[str, list[Unit]]) -> dict[str, list[int | None]]:
-    """Return 1, 0 or None per image."""
-    return {
-        name: [
-            int(right) if attacked else None
-            for unit in units
-            for right, attacked in zip(unit.right.tolist(), unit.attacked.tolist(), strict=True)
-        ]
-        for name, units in collected.items()
-    }
-
-
-def _attacks_of(collected: dict[str, list[Unit]]) -> dict[str, list[Unit]]:
-    return {name: units for name, units in collected.items() if name in ATTACKS or name == CLEAN}
-
-
-def hardest(seen: dict[str, Unit]) -> Tensor:
-    """Return of every image the point of the smallest margin: nearest to being broken, or broken by most."""
-    margins = torch.stack([unit.margins for unit in seen.values()])
-    points = torch.stack([unit.points for unit in seen.values()])
-    return points[margins.argmin(0), torch.arange(margins.shape[1])]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from unperturb.benchmarks.robustness.attacks import ATTACKS, AUTOATTACK, Attack, Need
 from unperturb.benchmarks.robustness.budgets import Budget
-from unperturb.benchmarks.robustness.code import code_digest
+from unperturb.benchmarks.robustness.code import PROJECT, code_digest
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
 from unperturb.benchmarks.robustness.units import digest_of_tensors
 from unperturb.models import provenance
@@ -25,6 +25,7 @@ from unperturb.models.purifiers.defended import DefendedClassifier
 # What attacks import of these is the defense, which has a digest of its own.
 OTHERS = ("unperturb.models.purifiers", "unperturb.models.checkpoints")
 DEFENSE_PACKAGES = (*OTHERS, "unperturb.models.networks")
+JUDGE = "unperturb.benchmarks.robustness.judging"
 LIBRARIES = ("torch", "torchvision", "timm")
 # What a purifier could offer and does not; the other needs are those of another kind of defense.
 REASONS: dict[Need | None, str] = {
@@ -45,7 +46,7 @@ class Identity:
             "defense": describe(defended),
             "defense_weights": digest_of(defended.purifier),
             "defense_code": code_digest(_code_of_defense(defended)),
-            "defended_code": code_digest([type(defended).__module__], without=("unperturb",)),
+            "defended_code": code_digest([type(defended).__module__, JUDGE], without=(PROJECT,)),
         }
         self._generator = None if generator is None else digest_of(generator)
 

@@ -16,7 +16,8 @@ from unperturb.benchmarks.robustness import attacks as registry
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.estimate import announce
-from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
+from unperturb.benchmarks.robustness.evaluation import Evaluation
+from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, described_model, ready, subject_of
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.models.checkpoints.store import Checkpoint

@@ -18,7 +18,8 @@ from unperturb.benchmarks.robustness.attacks.autoattack import PARTS, run_part
 from unperturb.benchmarks.robustness.attacks.scene import Judged, Scene, cross_entropy_loss, dlr_loss
 from unperturb.benchmarks.robustness.budgets import BUDGETS, Budget
 from unperturb.benchmarks.robustness.data import EvaluationSet
-from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
+from unperturb.benchmarks.robustness.evaluation import Evaluation
+from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, ready
 from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.models.attacks.instance import DISTANCES, Distance

@@ -15,8 +15,9 @@ from tests.support.broken_defenses import FineAndCoarse, RandomResizing, Replay,
 from unperturb.benchmarks.robustness.attacks import NAMES
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.data import EvaluationSet
-from unperturb.benchmarks.robustness.evaluation import Evaluation, Plan
+from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.figures import Outcomes, merge, summarise
+from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, ready
 from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.benchmarks.robustness.units import Unit, Units

@@ -105,8 +105,9 @@ def test_training_examples_have_options_that_exist(arguments: list[str]) -> None
 @pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if blocks("python", text)])
 def test_python_examples_run(page: str) -> None:
     torch.manual_seed(0)
+    names = {"__name__": page}  # a block goes on from those before it
     for block in blocks("python", TEXTS[page]):
-        exec(compile(block, page, "exec"), {"__name__": page})
+        exec(compile(block, page, "exec"), names)
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -19,7 +19,7 @@ from unperturb.benchmarks.reporting.rows import load_runs, published_rows
 from unperturb.benchmarks.robustness import corruptions
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.data import EvaluationSet, load_images
-from unperturb.benchmarks.robustness.evaluation import Plan
+from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, ready
 from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.models.checkpoints import store
