@@ -116,7 +116,9 @@ class _Estimated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401
         (x,) = ctx.saved_tensors
-        return _as_tensor(ctx.estimate(_as_array(x), _as_array(gradient)), x), None, None, None
+        with torch.enable_grad():  # ART's own PyTorch preprocessors differentiate inside
+            estimated = ctx.estimate(_as_array(x), _as_array(gradient))
+        return _as_tensor(estimated, x), None, None, None
 
 
 def _call_of(purifier: Any) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: ANN401

@@ -149,13 +149,21 @@ def _made(kind: Callable[..., Any], values: dict[str, Any], subject: Checkpoint,
 
 def _values(text: str) -> dict[str, Any]:
     """Return `key=value,…` with Python's numbers, tuples, True and None as such, and the rest as words."""
+    try:
+        call = ast.parse(f"_({text})", mode="eval").body
+    except SyntaxError as error:
+        raise ConfigError(f"{text!r} is not key=value,… ({error.msg})") from None
+    if (
+        not isinstance(call, ast.Call)
+        or not isinstance(call.func, ast.Name)
+        or call.args
+        or any(keyword.arg is None for keyword in call.keywords)
+    ):
+        raise ConfigError(f"{text!r} is not key=value,…")
     found: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ConfigError(f"{part!r} is not key=value")
+    for keyword in call.keywords:
         try:
-            found[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[key] = value
+            found[str(keyword.arg)] = ast.literal_eval(keyword.value)
+        except ValueError:
+            found[str(keyword.arg)] = ast.unparse(keyword.value)
     return found

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import unperturb.benchmarks as benchmarks
 from tests.support import broken_defenses
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
+from unperturb.benchmarks.robustness.subjects import _values
 from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.networks.classifier import ImageClassifier
 
@@ -41,6 +42,16 @@ class Levels:
     def estimate_gradient(self, x: Any, grad: Any) -> Any:
         assert isinstance(grad, np.ndarray)
         return grad
+
+
+class Differentiating(Levels):
+    """As ART's PyTorch preprocessors are: the estimate is autograd's, taken inside."""
+
+    def estimate_gradient(self, x: Any, grad: Any) -> Any:
+        inside = torch.tensor(x, requires_grad=True)
+        (inside * 2).backward(torch.tensor(grad))
+        assert inside.grad is not None
+        return inside.grad.numpy()
 
 
 class Steps:
@@ -109,6 +120,9 @@ def test_estimated_gradient_takes_the_place_of_none(net: ImageClassifier) -> Non
     assert torch.allclose(found, (images * 16).round() / 16)
     (gradient,) = torch.autograd.grad((found * images).sum(), x)
     assert torch.equal(gradient, images)
+    found = AnyPurifier(net, Differentiating()).descend(x, seeds=torch.arange(2), unrolled=True).image
+    (gradient,) = torch.autograd.grad((found * images).sum(), x)
+    assert torch.equal(gradient, 2 * images)
 
 
 def test_stored_units_are_used_again_and_another_purifier_leaves_those_of_the_bare_row(
@@ -186,3 +200,22 @@ def test_purifier_and_model_in_a_folder_of_ones_own_run_through_every_attack_tha
     assert set(found["could_not_run"]) == {"intermediate", "bpda-contrastive"}
     assert found["purifier"]["strength"] == 0.3
     assert str(tmp_path) not in file.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("", {}),
+        ("strength=0.3,times=2", {"strength": 0.3, "times": 2}),
+        ("clip_values=(0,1),mode=reflect,on=True", {"clip_values": (0, 1), "mode": "reflect", "on": True}),
+        ("epsilon=8/255", {"epsilon": "8 / 255"}),
+    ],
+)
+def test_values_of_a_purifier_are_pythons_own(text: str, values: dict[str, Any]) -> None:
+    assert _values(text) == values
+
+
+@pytest.mark.parametrize("text", ["strength", "=3", "a=1,b", "a=(1", "a=1)(b=2"])
+def test_what_is_not_key_and_value_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="key=value"):
+        _values(text)
