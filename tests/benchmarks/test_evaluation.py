@@ -333,7 +333,7 @@ def test_apgd_is_as_strong_as_the_reference_implementation(
 
 
 def test_preset_default_of_the_small_checkpoint_is_shown_to_lose() -> None:
-    """The fourth broken defense: this project's own, which read +3 points while it was attacked with less than `none`."""
+    """The fourth broken defense, this project's own: it read +3 points while it was attacked with less than `none`."""
     (run,) = (run for run in in_main_ball(robustness_runs()) if run["results"]["purifier_spec"] == "reverse-attack")
     figures = run["results"]["figures"]
     assert run["results"]["budget"]["name"] == "standard"
