@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -14,15 +15,19 @@ PROJECT = "unperturb"
 def code_digest(modules: Iterable[str], *, without: tuple[str, ...] = ()) -> str:
     """Return the SHA-256 over the files of the named modules and of what they import, of this project or beside them.
 
-    `without`: packages whose modules are left out, since something else stands for them.
+    `without`: packages whose modules are left out, since something else stands for them. Code without a file, as
+    in a notebook, has another digest every time: what it computed is not found again.
     """
     digest = hashlib.sha256()
     names = set[str]()
     for module in modules:
-        names |= _closure(module, without)
+        if _file(module) is None:
+            digest.update(uuid.uuid4().bytes)
+        else:
+            names |= _closure(module, without)
     for name in sorted(names):
         digest.update(name.encode())
-        digest.update(_file(name).read_bytes())
+        digest.update(_known_file(name).read_bytes())
     return digest.hexdigest()
 
 
@@ -31,7 +36,7 @@ def _closure(module: str, without: tuple[str, ...]) -> frozenset[str]:
     found, waiting = {module}, [module]
     while waiting:
         name = waiting.pop()
-        for imported in _imports(_file(name), package=name.rpartition(".")[0]):
+        for imported in _imports(_known_file(name), package=name.rpartition(".")[0]):
             left_out = any(f"{imported}.".startswith(f"{package}.") for package in without)
             if imported not in found and not left_out and _belongs(imported, to=name):
                 found.add(imported)
@@ -43,7 +48,7 @@ def _belongs(imported: str, *, to: str) -> bool:
     """Return whether a name is a module of this project, or for somebody's own module one in the same folder."""
     if imported.partition(".")[0] == PROJECT:
         return _origin(imported) is not None
-    beside = _file(to).parent / f"{imported}.py"
+    beside = _known_file(to).parent / f"{imported}.py"
     return to.partition(".")[0] != PROJECT and beside.exists() and _origin(imported) == beside
 
 
@@ -77,9 +82,12 @@ def _origin(name: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
-def _file(name: str) -> Path:
+def _file(name: str) -> Path | None:
     loaded = getattr(sys.modules.get(name), "__file__", None)
-    file = Path(loaded) if loaded else _origin(name)
-    if file is None:
-        raise ValueError(f"the module {name} has no file")
+    return Path(loaded) if loaded else _origin(name)
+
+
+def _known_file(name: str) -> Path:
+    file = _file(name)
+    assert file is not None
     return file

@@ -3,6 +3,7 @@ elsewhere throws nothing away.
 """
 
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def test_package_that_something_else_stands_for_is_left_out(folder: Path) -> Non
     (folder / "two.py").write_text("")
     forget()
     assert code_digest(["one"], without=("two",)) == before
+
+
+def test_code_without_a_file_is_never_taken_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "notebook_cell", types.ModuleType("notebook_cell"))
+    assert code_digest(["notebook_cell"]) != code_digest(["notebook_cell"])
 
 
 def files(modules: list[str], without: tuple[str, ...] = ()) -> set[str]:
