@@ -21,6 +21,7 @@ from unperturb.benchmarks.robustness import attacks
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.corruptions import CorruptionRun, NoiseRun
 from unperturb.benchmarks.robustness.data import PUBLISHED, EvaluationSet, folder_classes, load_images
+from unperturb.benchmarks.robustness.device import open_device
 from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.plan import Plan
@@ -28,7 +29,6 @@ from unperturb.benchmarks.robustness.subjects import defense_of, described_model
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
-from unperturb.models.memory import keep_freed_memory
 from unperturb.models.networks.benchmark_classes import class_names
 from unperturb.models.networks.generator import load as load_generator
 from unperturb.models.networks.robustbench import PREFIX, parse_name
@@ -139,25 +139,6 @@ def result_name(config: EvaluationConfig, plan: Plan, model: str, purifier: str)
     if len(name) > 160:  # a file name has 255 bytes at most
         name = f"{name[:140]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return name + (f".shard-{number + 1}-of-{count}" if count > 1 else "") + ".json"
-
-
-def open_device(name: str) -> torch.device:
-    """Return the device, ready and set to give the same answer twice; under torchrun each process has its own GPU."""
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device={name!r} is not on this machine ({reason}); --device cpu always is") from error
-    if device.type == "cpu":
-        keep_freed_memory()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    return device
 
 
 def run_all(config: EvaluationConfig) -> list[Path]:

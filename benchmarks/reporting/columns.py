@@ -66,6 +66,12 @@ def _ends(interval: Interval, sign: str = "") -> str:
     return " to ".join(f"{100 * end:{sign}.1f}" for end in interval)
 
 
+def _gain(row: Row) -> Cell:
+    """Return the gain; marked where it could only be lower."""
+    cell = points(row.gain, row.gain_interval)
+    return cell._replace(text=f"≤ {cell.text}") if row.gain_at_most else cell
+
+
 def _count(row: Row) -> Cell:
     return Cell(f"{row.n:,}{f' {DAGGER}' * row.few}", key=row.n)
 
@@ -106,12 +112,15 @@ def with_minus(text: str, minus: str) -> str:
 def remarks(row: Row) -> list[str]:
     """Return what speaks against a row's figures: signs of masked gradients, and attacks that were not run."""
     said = [f"gradients may be masked: {sentence}" for sentence in row.warnings]
+    said += row.notes
+    if row.gain_at_most:
+        said.append("AutoAttack was not run through the defense, only on the bare classifier: the gain is at most this")
     return said + [f"{attack} could not be run: {reason}" for attack, reason in row.could_not_run]
 
 
 MODEL = Column("model", lambda row: Cell(row.model, key=row.model), number=False)
 PURIFIER = Column("purifier", lambda row: Cell(row.purifier, key=row.purifier), number=False)
-GAIN = Column("gain over bare, points (95%)", lambda row: points(row.gain, row.gain_interval))
+GAIN = Column("gain over bare, points (95%)", _gain)
 COUNT = Column("n", _count)
 WORST = Column("worst case, % (95%)", lambda row: percent(row.worst, row.interval))
 CLEAN = Column("clean, %", _clean)

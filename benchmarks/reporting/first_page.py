@@ -14,6 +14,7 @@ VERDICTS = {
     "worse": "it **makes things worse** against an attacker who knows it",
     "better": "it helps, also against an attacker who knows it",
     "even": "no difference can be told",
+    "unjudged": "it was attacked with less than the bare classifier, and is not judged",
 }
 
 
@@ -42,14 +43,14 @@ def headline(runs: list[dict[str, Any]]) -> str:
     """
     found = by_purifier(runs)
     run, row = found[DEFAULT]
-    known = c.points(row.gain, row.gain_interval).whole
+    known = c.GAIN.cell(row).whole
     lines = [
         f"- The attacker **knows** the purifier (the worst of {row.attacks} attacks, budget `{row.budget}`): "
         f"**{known} points**, n = {c.COUNT.cell(row).text}, and so {VERDICTS[tone(row)]}. "
         f"{c.percent(row.bare).text}% of the images withstand without it, {c.percent(row.worst).text}% with it."
     ]
     for _, vote in (pair for name, pair in found.items() if is_vote(name)):
-        gained = c.points(vote.gain, vote.gain_interval).whole
+        gained = c.GAIN.cell(vote).whole
         lines.append(
             f"- The vote alone (`{vote.purifier}`), likewise: **{gained} points**, n = {c.COUNT.cell(vote).text}; "
             f"{VERDICTS[tone(vote)]}."

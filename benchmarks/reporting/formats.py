@@ -26,6 +26,7 @@ LATEX = {
     c.DAGGER: r"$^\dagger$",
     "ε": r"$\varepsilon$",
     "λ": r"$\lambda$",
+    "≤": r"$\le$",
     "\N{MULTIPLICATION SIGN}": r"$\times$",
 }
 

@@ -50,15 +50,23 @@ def accuracy(correct: list[bool]) -> dict[str, Any]:
     return {"accuracy": found.value, "n": found.n, "interval": [found.low, found.high]}
 
 
-def gain(after: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
-    """Return the mean difference of paired outcomes, with its 95% normal interval, in shares of 1.
+Z = 1.959963984540054  # of the normal distribution, 95%
 
-    Of one pair the interval is all there is.
+
+def gain(after: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
+    """Return the mean difference of paired outcomes, with its 95% interval, in shares of 1.
+
+    Of outcomes that are right or wrong the interval is Agresti and Min's (2005: half a pair is added to each of the
+    four cells), which does not take a handful of pairs that all differ one way for certain; of others the normal one.
     """
     difference = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
     mean, n = float(difference.mean()), len(difference)
-    half = 1.959963984540054 * float(difference.std()) / n**0.5 if n > 1 else 1.0
-    return {"mean": mean, "n": n, "interval": [mean - half, mean + half]}
+    if all(value in (0, 1) for value in (*after, *before)):
+        gained, lost = ((int((difference == sign).sum()) + 0.5) / (n + 2) for sign in (1, -1))
+        middle, half = gained - lost, Z * ((gained + lost - (gained - lost) ** 2) / (n + 2)) ** 0.5
+    else:
+        middle, half = mean, Z * float(difference.std()) / n**0.5 if n > 1 else 1.0
+    return {"mean": mean, "n": n, "interval": [middle - half, middle + half]}
 
 
 def where(machine: dict[str, Any]) -> str:

@@ -55,6 +55,8 @@ class Row:
     bare: float | None = None
     gain: float | None = None
     gain_interval: Interval | None = None
+    gain_at_most: bool = False
+    notes: tuple[str, ...] = ()
     clean_gain: float | None = None
     clean_gain_interval: Interval | None = None
     transfer: float | None = None
@@ -160,6 +162,8 @@ def measured_row(run: dict[str, Any]) -> Row:
         bare=_accuracy(bare[measure]) if bare else None,
         gain=gain.get("mean"),
         gain_interval=_interval(gain),
+        gain_at_most=figures.get("gain_at_most", False),
+        notes=tuple(found.get("notes", ())),
         clean_gain=clean_gain.get("mean"),
         clean_gain_interval=_interval(clean_gain),
         transfer=_accuracy(transfer) if transfer else None,

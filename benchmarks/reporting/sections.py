@@ -71,10 +71,14 @@ def of_every_threat(rows: Sequence[Row]) -> list[Row]:
     return [row for same in purified.values() if len({row.group for row in same}) > 1 for row in same]
 
 
-def tone(row: Row) -> Literal["worse", "better", "even"]:
-    """Return on which side of 0 the interval of a purified row's gain lies."""
+def tone(row: Row) -> Literal["worse", "better", "even", "unjudged"]:
+    """Return on which side of 0 the interval of a purified row's gain lies; of a gain that is only known to be at most
+    so much, whether that is a loss.
+    """
     assert row.gain_interval is not None
     low, high = row.gain_interval
+    if row.gain_at_most and high >= 0:
+        return "unjudged"
     return "worse" if high < 0 else "better" if low > 0 else "even"
 
 
@@ -82,12 +86,13 @@ def verdict(row: Row) -> str:
     """Return what the interval of a purified row's gain allows to say."""
     where = "on such images" if row.group.threat in AVERAGED else "against an attacker who knows it"
     said = {"worse": "makes things worse", "better": "helps", "even": "makes no difference that can be told"}
+    said["unjudged"] = "was attacked with less than the bare classifier, and is not judged"
     return f"{said[tone(row)]} {where}"
 
 
 def in_words(row: Row) -> str:
     """Return a purified row's gain, and what it is made of, as a sentence."""
-    gain, interval, _ = c.points(row.gain, row.gain_interval)
+    gain, interval, _ = c.GAIN.cell(row)
     name = "mean" if row.group.threat in AVERAGED else "worst case"
     return (
         f"{row.purifier} before {row.model} {verdict(row)}: {gain} points {interval}, n = {c.COUNT.cell(row).text}; "

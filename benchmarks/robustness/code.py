@@ -27,7 +27,7 @@ def code_digest(modules: Iterable[str], *, without: tuple[str, ...] = ()) -> str
             names |= _closure(module, without)
     for name in sorted(names):
         digest.update(name.encode())
-        digest.update(_known_file(name).read_bytes())
+        digest.update(_source(name))
     return digest.hexdigest()
 
 
@@ -36,7 +36,7 @@ def _closure(module: str, without: tuple[str, ...]) -> frozenset[str]:
     found, waiting = {module}, [module]
     while waiting:
         name = waiting.pop()
-        for imported in _imports(_known_file(name), package=name.rpartition(".")[0]):
+        for imported in _imports(_source(name), package=_package_of(name)):
             left_out = any(f"{imported}.".startswith(f"{package}.") for package in without)
             if imported not in found and not left_out and _belongs(imported, to=name):
                 found.add(imported)
@@ -44,17 +44,25 @@ def _closure(module: str, without: tuple[str, ...]) -> frozenset[str]:
     return frozenset(found)
 
 
+def _package_of(name: str) -> str:
+    return name if _known_file(name).name == "__init__.py" else name.rpartition(".")[0]
+
+
 def _belongs(imported: str, *, to: str) -> bool:
-    """Return whether a name is a module of this project, or for somebody's own module one in the same folder."""
-    if imported.partition(".")[0] == PROJECT:
+    """Return whether a name is a module of the same project: this one, or somebody's own package, or file beside it.
+
+    Of installed packages (their versions are recorded) nothing more is followed.
+    """
+    top = to.partition(".")[0]
+    if imported.partition(".")[0] in (PROJECT, top) and "site-packages" not in _known_file(to).parts:
         return _origin(imported) is not None
     beside = _known_file(to).parent / f"{imported}.py"
-    return to.partition(".")[0] != PROJECT and beside.exists() and _origin(imported) == beside
+    return top != PROJECT and beside.exists() and _origin(imported) == beside
 
 
-def _imports(file: Path, *, package: str) -> Iterator[str]:
-    """Yield the names of modules that a file imports when it is run, and names that may be modules."""
-    for node in _run_when_imported(ast.parse(file.read_bytes())):
+def _imports(source: bytes, *, package: str) -> Iterator[str]:
+    """Yield the names of modules that a source imports when it is run, and names that may be modules."""
+    for node in _run_when_imported(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -82,9 +90,16 @@ def _origin(name: str) -> Path | None:
     return Path(spec.origin) if spec is not None and spec.origin and spec.origin.endswith(".py") else None
 
 
+@cache
+def _source(name: str) -> bytes:
+    """Return what a module's file held when it was first asked for: a file that is edited later is not what runs."""
+    return _known_file(name).read_bytes()
+
+
 def _file(name: str) -> Path | None:
     loaded = getattr(sys.modules.get(name), "__file__", None)
-    return Path(loaded) if loaded else _origin(name)
+    file = Path(loaded) if loaded else _origin(name)
+    return file if file is not None and file.suffix == ".py" and file.is_file() else None
 
 
 def _known_file(name: str) -> Path:

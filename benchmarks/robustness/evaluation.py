@@ -32,6 +32,7 @@ from unperturb.benchmarks.robustness.collecting import LARGER_PREFIX, PARTS_PREF
 from unperturb.benchmarks.robustness.counting import CountingClassifier
 from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.figures import CLEAN
+from unperturb.benchmarks.robustness.foreign import AnyPurifier
 from unperturb.benchmarks.robustness.identity import REASONS, Identity, describe, missing
 from unperturb.benchmarks.robustness.judging import hardest, joined, judged, nothing, spread
 from unperturb.benchmarks.robustness.plan import Plan
@@ -77,6 +78,7 @@ class Evaluation:
         self.could_not_run = {name: REASONS[need] for name, need in lacks.items() if need in REASONS}
         few = self.counting.num_classes < LEAST_CLASSES and {AUTOATTACK, DEFENDED_AUTOATTACK}.intersection(self.names)
         self.notes = [f"with {self.counting.num_classes} classes AutoAttack's apgd-t was left out"] if few else []
+        self.notes += self._limits()
         self._last: dict[int, dict[str, Unit]] = {}
         self.units, self.identity = Units(folder), Identity(defended, plan.generator, seed=plan.seed)
 
@@ -94,6 +96,19 @@ class Evaluation:
             raise ConfigError(f"{self.title}: scores of shape {tuple(logits.shape)}, not [batch, {classes}]")
         if not logits.isfinite().all():
             raise ConfigError(f"{self.title}: the classifier returns NaN or infinite scores on the first images")
+        if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(len(x), device=x.device), atol=1e-4):
+            raise ConfigError(
+                f"{self.title}: the classifier returns probabilities; scores before the softmax are needed"
+            )
+
+    def _limits(self) -> list[str]:
+        """Return what keeps the full gradient from being that of the whole defense."""
+        purifier, allowed = self.defended.purifier, self.plan.budget.unrolled_steps
+        if purifier.stopped_after(allowed).loop.steps < purifier.loop.steps:
+            return [f"the full gradient goes through the first {allowed} of {purifier.loop.steps} steps"]
+        if isinstance(purifier, AnyPurifier) and not purifier.has_gradient:
+            return ["no gradient comes through the purifier: apgd-ce and AutoAttack's gradient attacks say nothing"]
+        return []
 
     def _is_randomised(self) -> bool:
         x = self.data.images[: self.plan.chunk][:16].to(self.device)
@@ -193,8 +208,10 @@ class Evaluation:
         if GRADIENT in self.names:
             yield from self._larger(number, scene, left, say)
         if self.randomised:
-            compute = partial(self._resubmitted, scene, seen)
-            yield RESUBMITTED, self._get(RESUBMITTED, number, scene, compute, {"over": self.names})
+            points = [hardest(seen), *(seen[fresh].points for fresh in FRESH_ATTACKS if fresh in seen)]
+            compute = partial(self._resubmitted, scene, [x.to(self.device) for x in points])
+            over = {"over": digest_of_tensors(*points)}
+            yield RESUBMITTED, self._get(RESUBMITTED, number, scene, compute, over)
 
     def _attacked(
         self, name: str, part: str, attack: Attack, run: Callable[..., Any], number: int, scene: Scene, rows: Tensor
@@ -228,18 +245,15 @@ class Evaluation:
             yield f"{LARGER_PREFIX}{times}", unit
             left = unit.right.to(self.device)
 
-    def _resubmitted(self, scene: Scene, seen: dict[str, Unit]) -> Unit:
-        """Two points of each image under fresh seeds, right where both are: the one of the smallest margin as served,
-        and the one that was made against fresh seeds, where that attack was run.
+    def _resubmitted(self, scene: Scene, points: list[Tensor]) -> Unit:
+        """Return two points of each image under fresh seeds, right where both are: the one of the smallest margin as
+        served, and the one that was made against fresh seeds, where that attack was run.
         """
-        points = [hardest(seen).to(self.device)]
-        points += [seen[name].points.to(self.device) for name in FRESH_ATTACKS if name in seen]
         draws = [
             torch.stack([scene.right(x, seed=FRESH // 2 + draw) for x in points]).all(0)
             for draw in range(RESUBMISSIONS)
         ]
-        unit = nothing(scene)
-        return unit._replace(points=points[0], right=torch.stack(draws))
+        return nothing(scene)._replace(points=points[0], right=torch.stack(draws))
 
     def _get(
         self,

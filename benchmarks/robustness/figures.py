@@ -5,6 +5,8 @@ from typing import Any
 from unperturb.benchmarks.reporting.results import accuracy, gain
 from unperturb.benchmarks.robustness.attacks import (
     ATTACKS,
+    AUTOATTACK,
+    DEFENDED_AUTOATTACK,
     GRADIENT,
     QUERYING,
     TRANSFER,
@@ -46,6 +48,7 @@ def summarise(
         "attacks": _attacks(outcomes),
         "bare": None,
         "gain": None,
+        "gain_at_most": False,
         "clean_gain": None,
         "resubmitted": _resubmitted(resubmitted),
         "signs": _signs(outcomes, left, larger, by_part),
@@ -58,6 +61,7 @@ def summarise(
             "over": [name for name in bare if name != CLEAN],
         }
         found["gain"] = gain(left, bare_left)
+        found["gain_at_most"] = AUTOATTACK in bare and DEFENDED_AUTOATTACK not in outcomes  # it was attacked with less
         found["clean_gain"] = gain(*([bool(value) for value in row[CLEAN]] for row in (outcomes, bare)))
     return found
 

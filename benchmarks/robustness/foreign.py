@@ -48,17 +48,46 @@ class AnyClassifier(ImageClassifier):
 
 
 class AnyPurifier(Purifier):
-    """An object of the protocol above, a module, or a preprocessor of ART's, as a purifier of this project."""
+    """An object of the protocol above, a module, or a preprocessor of ART's, as a purifier of this project.
 
-    def __init__(self, classifier: ImageClassifier, purifier: Any) -> None:  # noqa: ANN401
+    It is tried once on two random images: ConfigError says what is wrong with what it returns. `has_gradient` says
+    whether a gradient comes through it, by itself or by its own estimate.
+    """
+
+    def __init__(self, classifier: ImageClassifier, purifier: Any, *, device: torch.device | str = "cpu") -> None:  # noqa: ANN401
         steps = getattr(purifier, "steps", 0)
         if not isinstance(steps, int):
             raise ConfigError(f"{_name(purifier)}.steps is {steps!r}, not a whole number")
         loop = ProjectedGradient(direction="descend", epsilon=1.0, step_size=0.0, steps=steps)
         super().__init__(classifier, loop)
+        for network in [purifier, *vars(purifier).values()] if hasattr(purifier, "__dict__") else []:
+            if isinstance(network, nn.Module):
+                network.eval().requires_grad_(False).to(device)
         self.purifier = purifier
         self.call = _call_of(purifier)
         self.train(False)
+        size = classifier.image_size
+        probe = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+        seeds = torch.zeros(2, dtype=torch.int64, device=probe.device)
+        self._check(self.descend(probe, seeds=seeds).image, probe)
+        self.has_gradient = self._gives_a_gradient(probe, seeds)
+
+    def _check(self, found: object, x: Tensor) -> None:
+        if not isinstance(found, Tensor) or found.shape != x.shape or found.dtype != x.dtype:
+            what = f"{list(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+            raise ConfigError(f"{_name(self.purifier)} makes {what} of images of {list(x.shape)} {x.dtype}")
+        if not found.isfinite().all():
+            raise ConfigError(f"{_name(self.purifier)} makes NaN or infinite pixels")
+
+    def _gives_a_gradient(self, probe: Tensor, seeds: Tensor) -> bool:
+        """Return whether a gradient comes through it; what raises where one is asked for, as NumPy does, has none."""
+        inside = probe.clone().requires_grad_()
+        try:
+            with torch.enable_grad():
+                found = self._opened(inside, seeds)
+        except (RuntimeError, TypeError):
+            return False
+        return bool(found.requires_grad)
 
     @property
     def has_steps(self) -> bool:
@@ -79,23 +108,30 @@ class AnyPurifier(Purifier):
     def descend(
         self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"], unrolled: bool = False
     ) -> Descent:
-        """Purify; with `unrolled`, by whatever gives a gradient."""
-        if unrolled and hasattr(self.purifier, "unrolled"):
-            found = self.purifier.unrolled(x, seeds)
-        elif unrolled and hasattr(self.purifier, "estimate_gradient"):
-            found = _Estimated.apply(x, seeds, self.call, self.purifier.estimate_gradient)
+        """Purify a copy of the images; with `unrolled`, by whatever gives a gradient."""
+        if unrolled and self.has_gradient:
+            found = self._opened(x.clone(), seeds)
         else:
-            with torch.set_grad_enabled(unrolled and torch.is_grad_enabled()):
-                found = self.call(x if unrolled else x.detach(), seeds)
-        if found.shape != x.shape:
-            raise ConfigError(f"{_name(self.purifier)} makes {list(found.shape)} of images of {list(x.shape)}")
+            with torch.inference_mode(False), torch.enable_grad():  # it may take gradients of its own
+                found = self.call(x.detach().clone(), seeds.clone())
+            found = found.detach() if isinstance(found, Tensor) else found
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            self._check(found, x)
         return Descent(found, x.new_zeros((0, len(x))))
+
+    def _opened(self, x: Tensor, seeds: Tensor) -> Tensor:
+        if hasattr(self.purifier, "unrolled"):
+            return cast(Tensor, self.purifier.unrolled(x, seeds))
+        if hasattr(self.purifier, "estimate_gradient"):
+            return cast(Tensor, _Estimated.apply(x, seeds, self.call, self.purifier.estimate_gradient))
+        return self.call(x, seeds)
 
     def stopped_after(self, steps: int) -> "Purifier":
         """Return it stopped after `steps` steps; as it is, where it can't be."""
         if not self.has_steps or steps >= self.loop.steps:
             return self
-        return AnyPurifier(self.classifier, self.purifier.stopped_after(steps))
+        device = next((parameter.device for parameter in self.classifier.parameters()), torch.device("cpu"))
+        return AnyPurifier(self.classifier, self.purifier.stopped_after(steps), device=device)
 
 
 class _Estimated(torch.autograd.Function):
@@ -126,14 +162,20 @@ def _call_of(purifier: Any) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: ANN4
     if callable(getattr(purifier, "purify", None)):
         return cast(Callable[[Tensor, Tensor], Tensor], purifier.purify)
     if callable(purifier) and callable(getattr(purifier, "estimate_gradient", None)):
-        return lambda x, _: _as_tensor(purifier(_as_array(x))[0], x)
+        return lambda x, seeds: _seeded(lambda images: _as_tensor(purifier(_as_array(images))[0], images), x, seeds)
     if isinstance(purifier, nn.Module):
-        purifier.eval()
-        return lambda x, _: cast(Tensor, purifier(x))
+        return lambda x, seeds: _seeded(purifier, x, seeds)
     raise ConfigError(
         f"{_name(purifier)} is no purifier: it needs purify(x, seeds) -> x, or to be a torch.nn.Module from images to "
         "images, or a preprocessor of ART's"
     )
+
+
+def _seeded(call: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> Tensor:
+    """Call what takes no seeds under torch's own generator, seeded: what it draws is the same for the same batch."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(int(seeds[0]) if len(seeds) else 0)
+        return call(x)
 
 
 def _as_array(x: Tensor) -> Any:  # noqa: ANN401

@@ -5,6 +5,7 @@ So an edited purifier does not make AutoAttack run again on the unchanged classi
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,17 +15,18 @@ from torch import Tensor, nn
 from unperturb.benchmarks.robustness.attacks import ATTACKS, AUTOATTACK, Attack, Need
 from unperturb.benchmarks.robustness.budgets import Budget
 from unperturb.benchmarks.robustness.code import PROJECT, code_digest
+from unperturb.benchmarks.robustness.fingerprint import fingerprint
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
 from unperturb.benchmarks.robustness.units import digest_of_tensors
 from unperturb.models import provenance
 from unperturb.models.networks.generator import NoiseGenerator
-from unperturb.models.provenance import digest_of
 from unperturb.models.purifiers.base import NoPurifier
 from unperturb.models.purifiers.defended import DefendedClassifier
 
 # What attacks import of these is the defense, which has a digest of its own.
 OTHERS = ("unperturb.models.purifiers", "unperturb.models.checkpoints")
 DEFENSE_PACKAGES = (*OTHERS, "unperturb.models.networks")
+NOT_OF_DEFENSE = ("classifier", "call")  # it is in the key by itself; what is called is the purifier
 JUDGE = "unperturb.benchmarks.robustness.judging"
 LIBRARIES = ("torch", "torchvision", "timm")
 # What a purifier could offer and does not; the other needs are those of another kind of defense.
@@ -38,17 +40,21 @@ class Identity:
     """The digests of one evaluation, computed once."""
 
     def __init__(self, defended: DefendedClassifier, generator: NoiseGenerator | None, *, seed: int) -> None:
+        classifier = getattr(defended.classifier, "counted", defended.classifier)  # the counts are no part of it
         self._common: dict[str, Any] = {
             "seed": seed,
             "versions": provenance.versions(),
-            "classifier": digest_of(defended.classifier),
+            "device": next((parameter.device.type for parameter in classifier.parameters()), "cpu"),
+            "classifier": fingerprint(classifier),
             "classifier_code": code_digest(_modules_of([defended.classifier]), without=OTHERS),
-            "defense": describe(defended),
-            "defense_weights": digest_of(defended.purifier),
+            "defense": fingerprint((defended.purifier, defended.vote), skip=NOT_OF_DEFENSE),
             "defense_code": code_digest(_code_of_defense(defended)),
             "defended_code": code_digest([type(defended).__module__, JUDGE], without=(PROJECT,)),
         }
-        self._generator = None if generator is None else digest_of(generator)
+        self._generator = None if generator is None else fingerprint(generator)
+        self._attacks = {  # now: a file that is edited during the run is not what runs
+            name: code_digest([attack.code.__name__], without=DEFENSE_PACKAGES) for name, attack in ATTACKS.items()
+        }
 
     def of_judge(self) -> dict[str, Any]:
         """Return what the answer to an image depends on."""
@@ -58,7 +64,7 @@ class Identity:
         """Return what an attack's points depend on besides."""
         return {
             "attack": name,
-            "attack_code": code_digest([attack.code.__name__], without=DEFENSE_PACKAGES),
+            "attack_code": self._attacks[name],
             "budget": {field: getattr(budget, field) for field in attack.budget},
             "generator": self._generator,
         }
@@ -87,6 +93,8 @@ def _public(own: object) -> Iterable[tuple[str, Any]]:
 
 def _plain(value: object) -> object:
     """Return a value as JSON has it; a digest of an array; None for what is neither."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):

@@ -15,6 +15,7 @@ from unperturb.benchmarks.reporting.report import Report
 from unperturb.benchmarks.robustness import attacks as registry
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.data import EvaluationSet
+from unperturb.benchmarks.robustness.device import open_device
 from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.plan import Plan
@@ -22,7 +23,6 @@ from unperturb.benchmarks.robustness.subjects import defense_of, described_model
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError, DataError
-from unperturb.models.memory import keep_freed_memory
 from unperturb.models.shapes import Float, Int
 
 SCRIPT = "benchmarks/robustbench_eval.py"
@@ -59,10 +59,9 @@ def evaluate(
     The plan and its estimated time are printed first. Raises ConfigError or DataError naming what is wrong, before any
     attack.
     """
-    _check(images, labels)
-    where = torch.device(device)
-    if where.type == "cpu":
-        keep_freed_memory()
+    images, labels = _checked(images, labels)
+    _refuse_unknown(threat, budget, attacks, chunk)
+    where, threads = open_device(device), torch.get_num_threads()
     subject = ready(subject_of(model, name=name, classes=classes, image_size=images.shape[-1]), where)
     if int(labels.max()) >= subject.classifier.num_classes:
         raise DataError(f"label {int(labels.max())} of a classifier with {subject.classifier.num_classes} classes")
@@ -85,28 +84,33 @@ def evaluate(
         "shard": "1/1",
     }
     config = {"n_examples": len(images), "seed": seed, "device": device, "budget": budget, "attacks": attacks}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(store or scratch)
-        runs = {
-            spec: Evaluation(defense_of(own, subject), data, plan, folder=folder, title=f"{name} + {spec}")
-            for spec, own in _named(purifier).items()
-        }
-        bare = runs["none"]
-        for run in runs.values():
-            run.bare = None if run is bare else bare
-        announce(list(runs.values()))
-        records = [
-            results.record(
-                script=SCRIPT,
-                config={**config, "model": name, "purifier": spec},
-                results={**described, "purifier_spec": spec, **run.run()},
-            )
-            for spec, run in runs.items()
-        ]
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(store or scratch)
+            runs = {
+                spec: Evaluation(defense_of(own, subject), data, plan, folder=folder, title=f"{name} + {spec}")
+                for spec, own in _named(purifier).items()
+            }
+            bare = runs["none"]
+            for run in runs.values():
+                run.bare = None if run is bare else bare
+            announce(list(runs.values()))
+            records = [
+                results.record(
+                    script=SCRIPT,
+                    config={**config, "model": name, "purifier": spec},
+                    results={**described, "purifier_spec": spec, **run.run()},
+                )
+                for spec, run in runs.items()
+            ]
+    finally:
+        torch.set_num_threads(threads)
     return Report(records)
 
 
-def _check(images: Tensor, labels: Tensor) -> None:
+def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both as float32 and int64 on the CPU; raise DataError for what they can't be."""
+    images, labels = images.detach().cpu(), labels.detach().cpu()
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not len(images):
         raise DataError(f"images are {list(images.shape)} {images.dtype}; floats [n, 3, height, width] are needed")
     if labels.shape != (len(images),) or labels.dtype != torch.int64:
@@ -116,6 +120,20 @@ def _check(images: Tensor, labels: Tensor) -> None:
         raise DataError(f"images from {low:g} to {high:g}: pixels are needed in [0, 1]; divide 8-bit ones by 255")
     if int(labels.min()) < 0:
         raise DataError(f"label {int(labels.min())} is below 0")
+    return images.float(), labels
+
+
+def _refuse_unknown(threat: str, budget: str, attacks: str, chunk: int) -> None:
+    """Raise ConfigError with the known names."""
+    for name, value, known in (("threat", threat, NORMS), ("budget", budget, BUDGETS)):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r} is not one of {', '.join(known)}")
+    if not isinstance(attacks, str):
+        raise ConfigError(f"attacks={attacks!r}: names between commas, in one string")
+    if registry.GENERATOR in registry.chosen(attacks):
+        raise ConfigError(f"attacks={attacks!r}: the attack `generator` is for the command line")
+    if chunk < 1:
+        raise ConfigError(f"chunk={chunk} must be at least 1")
 
 
 def _named(purifier: Any) -> dict[str, Any]:  # noqa: ANN401

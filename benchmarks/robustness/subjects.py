@@ -1,6 +1,7 @@
 """Make ready what is evaluated: a checkpoint, a factory's model or a module, and the defense in front of it."""
 
 import ast
+import copy
 import importlib
 import inspect
 import re
@@ -39,7 +40,7 @@ def subject_of(
     """
     if isinstance(model, Checkpoint):
         return model
-    model = model.eval().requires_grad_(False)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
     probe = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     parameter = next(iter(model.parameters()), probe)
     with torch.no_grad():
@@ -72,18 +73,30 @@ def load_subject(spec: str, *, classes: tuple[str, ...] | None, image_size: int)
 
 
 def ready(subject: Checkpoint, device: torch.device) -> Checkpoint:
-    """Return the checkpoint with a classifier on the device that counts its passes, batch norm folded and channels last
-    (in float32: what is attacked is what is judged).
+    """Return a copy of the checkpoint on the device, whose classifier counts its passes; batch norm folded and channels
+    last, in float32: what is attacked is what is judged.
     """
+    subject = copy.deepcopy(subject)
     classifier = subject.classifier.eval().requires_grad_(False).to(device)
     if not isinstance(classifier, AnyClassifier):
-        classifier = with_affine(folded(classifier))
+        classifier = _faster(classifier)
     parts = {
         name: None if part is None else part.to(device)
         for name, part in (("head", subject.head), ("bank", subject.bank), ("restorer", subject.restorer))
     }
     counting = CountingClassifier(classifier).eval().requires_grad_(False)
     return replace(subject, classifier=counting, **parts)  # type: ignore[arg-type]
+
+
+def _faster(classifier: ImageClassifier) -> ImageClassifier:
+    """Return the classifier with its batch norms folded or made affine; as it is where that is not the same."""
+    faster = with_affine(folded(classifier))
+    device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
+    size = classifier.image_size
+    probe = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        same = torch.allclose(faster(probe), classifier(probe), rtol=1e-3, atol=1e-4)
+    return faster if same else classifier
 
 
 def defense_of(purifier: Any, subject: Checkpoint) -> DefendedClassifier:  # noqa: ANN401
@@ -101,11 +114,10 @@ def defense_of(purifier: Any, subject: Checkpoint) -> DefendedClassifier:  # noq
             return build_defense(purifier, subject)
         kind = _imported(match, purifier)
         purifier = _made(kind, _values(match["values"] or ""), subject, purifier)
-    if isinstance(purifier, DefendedClassifier):
-        return purifier
+    device = next((parameter.device for parameter in subject.classifier.parameters()), torch.device("cpu"))
     if not isinstance(purifier, Purifier):
-        purifier = AnyPurifier(subject.classifier, purifier)
-    return DefendedClassifier(subject.classifier, purifier.requires_grad_(False))
+        purifier = AnyPurifier(subject.classifier, purifier, device=device)
+    return DefendedClassifier(subject.classifier, purifier.requires_grad_(False).to(device))
 
 
 def described_model(subject: Checkpoint, spec: str) -> dict[str, Any]:

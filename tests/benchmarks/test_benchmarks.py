@@ -22,8 +22,21 @@ def test_gain_is_the_paired_difference_with_its_interval() -> None:
     after, before = [True, True, False, True], [True, False, False, False]
     found = results.gain(after, before)
     assert found["mean"] == 0.5
-    half = 1.959963984540054 * torch.tensor([0.0, 1, 0, 1]).std().item() / 2
-    assert found["interval"] == pytest.approx([0.5 - half, 0.5 + half])
+    gained, lost = 2.5 / 6, 0.5 / 6  # Agresti and Min 2005
+    half = 1.959963984540054 * ((gained + lost - (gained - lost) ** 2) / 6) ** 0.5
+    assert found["interval"] == pytest.approx([gained - lost - half, gained - lost + half])
+
+
+def test_four_pairs_that_all_differ_one_way_are_no_proof() -> None:
+    assert results.gain([True] * 1000, [False] * 4 + [True] * 996)["interval"][0] < 0
+    assert results.gain([True] * 1000, [False] * 8 + [True] * 992)["interval"][0] > 0
+
+
+def test_gain_of_means_is_the_normal_interval() -> None:
+    difference = torch.tensor([0.5, 0.0, -0.25])
+    found = results.gain([0.5, 0.0, 0.25], [0.0, 0.0, 0.5])
+    half = 1.959963984540054 * difference.std().item() / 3**0.5
+    assert found["interval"] == pytest.approx([difference.mean().item() - half, difference.mean().item() + half])
 
 
 def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(

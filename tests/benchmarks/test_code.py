@@ -42,6 +42,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def forget() -> None:
     code._closure.cache_clear()
     code._origin.cache_clear()
+    code._source.cache_clear()
 
 
 @pytest.mark.parametrize(

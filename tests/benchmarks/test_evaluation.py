@@ -220,14 +220,22 @@ def test_worst_case_is_paired_with_the_bare_classifiers_on_the_same_images() -> 
     assert found["worst_case"]["accuracy"] == 0.25
     assert found["bare"]["worst_case"]["accuracy"] == 0.5
     assert found["gain"]["mean"] == -0.25
-    difference = np.array([1, 0, 0, 0]) - np.array([0, 0, 1, 1])
-    half = 1.959963984540054 * difference.std(ddof=1) / 2
-    assert found["gain"]["interval"] == pytest.approx([-0.25 - half, -0.25 + half])
+    gained, lost = (1 + 0.5) / 6, (2 + 0.5) / 6  # Agresti and Min 2005: half a pair more in each of four cells
+    half = 1.959963984540054 * np.sqrt((gained + lost - (gained - lost) ** 2) / 6)
+    assert found["gain"]["interval"] == pytest.approx([gained - lost - half, gained - lost + half])
+    assert found["gain_at_most"]  # AutoAttack met the bare classifier alone
     assert found["clean_gain"]["mean"] == -0.25
     assert [found["attacks"][name]["left"]["accuracy"] for name in outcomes] == [0.75, 0.5, 0.25]
     assert found["attacks"]["rays"] == {"attacked": 2, "broken": 1, "left": found["worst_case"], "alone": None}
     assert found["resubmitted"]["mean"] == 3 / 8
     assert found["resubmitted"]["worst_of_draws"]["accuracy"] == 0.25
+
+
+def test_gain_is_known_to_be_whole_where_autoattack_met_both_or_neither() -> None:
+    clean: list[int | None] = [1, 1]
+    assert not figures({"clean": clean, "apgd-ce": [1, 0]}, bare={"clean": clean, "apgd-ce": [0, 0]})["gain_at_most"]
+    both: Outcomes = {"clean": clean, "defended-autoattack": [1, 0]}
+    assert not figures(both, bare={"clean": clean, "autoattack": [0, 0]})["gain_at_most"]
 
 
 def of(right: int, n: int = 100) -> list[int | None]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import unperturb.benchmarks as benchmarks
 from tests.support import broken_defenses
+from unperturb.benchmarks.robustness.fingerprint import fingerprint
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
-from unperturb.benchmarks.robustness.subjects import _values
+from unperturb.benchmarks.robustness.subjects import _values, ready, subject_of
 from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.networks.classifier import ImageClassifier
 
@@ -219,3 +220,143 @@ def test_values_of_a_purifier_are_pythons_own(text: str, values: dict[str, Any])
 def test_what_is_not_key_and_value_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="key=value"):
         _values(text)
+
+
+class InPlace:
+    """Writes into what it is given."""
+
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x.mul_(0.5).add_(0.25)
+
+
+class OutOfPlace:
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        return x * 0.5 + 0.25
+
+
+def test_purifier_that_writes_in_place_changes_nobody_elses_images(net: ImageClassifier) -> None:
+    images, labels, *_ = broken_defenses.evaluation_set(12)
+    before = images.clone()
+    report = benchmarks.evaluate(
+        net, images, labels, purifier={"in": InPlace(), "out": OutOfPlace()}, attacks="bpda-apgd-ce", budget="fast"
+    )
+    assert torch.equal(images, before)
+    rows = {record["results"]["purifier_spec"]: record["results"] for record in report.records}
+    assert rows["in"]["outcomes"] == rows["out"]["outcomes"]
+    assert rows["in"]["bare_outcomes"] == rows["none"]["outcomes"]
+
+
+class Private:
+    """Keeps what it does where only it looks."""
+
+    def __init__(self, scale: float, shift: float = 0.0) -> None:
+        self._scales, self._layer = {"scale": [scale]}, nn.Linear(1, 1)
+        self._layer.bias.data.fill_(shift)
+
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        return (x * self._scales["scale"][0] + self._layer.bias.detach()).clamp(0, 1)
+
+
+@pytest.mark.parametrize("other", [Private(-3.0), Private(1.0, shift=0.8)], ids=["a private dict", "a net in it"])
+def test_two_purifiers_that_differ_in_something_private_are_not_taken_for_each_other(
+    net: ImageClassifier, other: Private
+) -> None:
+    report = quick(net, {"one": Private(1.0), "other": other}, attacks="noise")
+    _, one, two = (record["results"]["figures"]["clean"]["accuracy"] for record in report.records)
+    assert one > 0.5 > two
+
+
+def test_buffer_that_is_not_saved_is_part_of_a_fingerprint() -> None:
+    class Shifted(nn.Module):
+        def __init__(self, mean: float) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.full((1,), mean), persistent=False)
+
+    assert fingerprint(Shifted(0.0)) == fingerprint(Shifted(0.0))
+    assert fingerprint(Shifted(0.0)) != fingerprint(Shifted(5.0))
+
+
+class Detached:
+    """No gradient comes through it; it takes one of its own."""
+
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        inside = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad((inside - 0.5).square().sum(), inside)
+        return (x - 0.01 * slope).detach()
+
+
+class OnArrays:
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        return torch.from_numpy(np.round(x.numpy() * 32) / 32)
+
+
+@pytest.mark.parametrize("purifier", [Detached(), OnArrays()], ids=["detached", "NumPy"])
+def test_purifier_without_a_gradient_is_attacked_by_all_and_its_row_says_so(
+    net: ImageClassifier, purifier: Detached | OnArrays
+) -> None:
+    report = quick(net, purifier, n=4, attacks="autoattack,batchmate,defended-autoattack")
+    found = report.records[1]["results"]
+    assert "no gradient comes through" in found["notes"][0]
+    assert "no gradient comes through" in report.to_markdown()
+    assert {"batchmate", "defended-autoattack"} <= found["outcomes"].keys()
+
+
+def test_gain_over_a_classifier_that_was_attacked_with_more_is_not_called_help(net: ImageClassifier) -> None:
+    text = quick(net, OutOfPlace(), attacks="autoattack,noise").to_markdown()
+    assert "not judged" in text
+    assert "≤" in text
+    assert "helps" not in text
+
+
+def test_callers_model_and_threads_are_left_as_they_were(net: ImageClassifier) -> None:
+    model, threads = nn.Sequential(_Scores(net)).train(), torch.get_num_threads()
+    for parameter in model.parameters():
+        parameter.requires_grad_()
+    quick(model, Blur(), attacks="noise")
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.get_num_threads() == threads
+    net.requires_grad_(False)
+
+
+class Dropping(nn.Module):
+    """Draws from torch's own generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (torch.rand_like(x) > 0.2)
+
+
+def test_module_that_draws_from_torchs_generator_is_judged_the_same_twice(net: ImageClassifier) -> None:
+    torch.manual_seed(1)
+    first = quick(net, Dropping(), attacks="noise").records[1]["results"]["outcomes"]
+    torch.manual_seed(2)
+    assert quick(net, Dropping(), attacks="noise").records[1]["results"]["outcomes"] == first
+
+
+def test_probabilities_are_refused(net: ImageClassifier) -> None:
+    with pytest.raises(ConfigError, match="before the softmax"):
+        quick(nn.Sequential(_Scores(net), nn.Softmax(1)), None)
+
+
+def test_batch_norm_of_another_kind_keeps_what_it_does() -> None:
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    class Net(ImageClassifier):
+        def __init__(self) -> None:
+            super().__init__(feature_dim=4, num_classes=3, image_size=8)
+            self.conv, self.norm, self.last = nn.Conv2d(3, 4, 3), Activated(4), nn.Linear(4, 3)
+
+        def features(self, x: Tensor) -> Tensor:
+            features: Tensor = self.norm(self.conv(x)).mean((2, 3))
+            return features
+
+        def logits(self, features: Tensor) -> Tensor:
+            scores: Tensor = self.last(features)
+            return scores
+
+    model, x = Net().eval(), torch.rand(4, 3, 8, 8)
+    subject = subject_of(model, name="net", classes=None, image_size=8)
+    assert torch.allclose(ready(subject, torch.device("cpu")).classifier(x), model(x), atol=1e-4)

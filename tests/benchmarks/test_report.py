@@ -150,13 +150,13 @@ def test_markdown_has_the_gain_first_and_marks_few_images(made: Report) -> None:
     heads = lines_of(text, "| model |")[0]
     assert heads[:6] == ["model", "purifier", "gain over bare, points (95%)", "n", "worst case, % (95%)", "clean, %"]
     (row,) = lines_of(text, "| tiny | reverse-attack |")
-    assert row[2].startswith("-30.0 (-50.")
+    assert row[2].startswith("-30.0 (-47.")
     assert row[3] == "20 †"
     assert row[4].startswith("20.0 (")
     assert row[5] == "80.0 (+0.0)"
     assert LEGEND in text
     assert {len(line) for line in lines_of(text.replace("\\|", ""), "| tiny |")} == {len(heads)}
-    assert "reverse-attack before tiny makes things worse against an attacker who knows it: -30.0 points (-50" in text
+    assert "reverse-attack before tiny makes things worse against an attacker who knows it: -30.0 points (-47" in text
     assert "hedge before tiny helps against an attacker who knows it: +30.0 points (+" in text
     assert "gradients may be masked: twice the iterations break 6 images more & 5% \\| of &lt;b>all&lt;/b>" in text
     assert "square could not be run: no 8_bit & no images" in text
@@ -195,7 +195,7 @@ def test_latex_is_balanced_escaped_and_of_one_number_of_cells_a_table(made: Repo
         assert {len(re.findall(r"(?<!\\)&", line)) for line in lines} == {len(shape) - 1}
         assert [body.count(rule) for rule in (r"\toprule", r"\bottomrule")] == [1, 1]
     assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 3
-    assert "$-$30.0 ($-$50." in text
+    assert "$-$30.0 ($-$47." in text
     assert r"20 $^\dagger$" in text
     assert r"$^\dagger$ fewer than 1,000 images" in text
     assert r"6 images more \& 5\% \textbar{} of \textless{}b\textgreater{}all" in text

@@ -46,7 +46,7 @@ def test_specification_names_a_vote_alone_or_behind_a_purifier() -> None:
     alone = build_defense("vote", checkpoint)
     assert isinstance(alone.purifier, NoPurifier)
     assert alone.vote == Vote()
-    both = build_defense("reverse-attack:steps=2,vote=0+1/1,mirrored=no".replace("0+", "0/0+"), checkpoint)
+    both = build_defense("reverse-attack:steps=2,vote=0/0+1/1,mirrored=no", checkpoint)
     assert isinstance(both.purifier, ReverseAttack)
     assert both.purifier.loop.steps == 2
     assert both.vote == Vote(shifts=((0, 0), (1, 1)), mirrored=False)

@@ -74,30 +74,15 @@ def transferred(scene: Scene) -> Tensor:
     return scene.known
 
 
-def _autoattack(part: str, scene: Scene) -> Tensor:
-    opened = scene.opened()
-    return aa.run_part(
-        part,
-        opened.logits,
-        scene.x,
-        scene.labels,
-        classes=scene.classifier.num_classes,
-        threat=scene.threat,
-        steps=scene.budget.autoattack_steps,
-        queries=scene.budget.autoattack_queries,
-        seed=scene.attack_seed,
-    )
-
-
 def _autoattack_queries(budget: Budget) -> Queries:
     gradients = (1 + 2 * aa.MOST_TARGETS) * budget.autoattack_steps
     return Queries(full=gradients, none=budget.autoattack_queries + gradients // 2)
 
 
 def _standard(needs: tuple[Need, ...], on: str) -> Attack:
-    parts: dict[str, Run] = {part: partial(_autoattack, part) for part in aa.PARTS}
+    parts: dict[str, Run] = {part: partial(aa.on_scene, part) for part in aa.PARTS}
     fields = ("autoattack_steps", "autoattack_queries", "unrolled_steps")
-    return Attack(aa.run_part, _autoattack_queries, fields, on, needs, parts)  # type: ignore[arg-type]
+    return Attack(aa.on_scene, _autoattack_queries, fields, on, needs, parts)  # type: ignore[arg-type]
 
 
 def _of_purifier(run: Run, queries: Callable[[Budget], Queries], budget: tuple[str, ...], *needs: Need) -> Attack:
@@ -179,7 +164,7 @@ ATTACKS |= {
     GENERATOR: Attack(label_free.generated, lambda b: Queries(), on="right"),
 }
 KNOWN = tuple(ATTACKS)
-FAST = (AUTOATTACK, "noise", GRADIENT, TRANSFER, "bpda-apgd-ce", "bpda-apgd-dlr")
+FAST = (AUTOATTACK, "noise", GRADIENT, TRANSFER, "bpda-apgd-ce", "bpda-apgd-dlr", DEFENDED_AUTOATTACK)
 
 
 def chosen(text: str) -> tuple[str, ...]:
@@ -189,6 +174,6 @@ def chosen(text: str) -> tuple[str, ...]:
     if unknown or not wanted:
         raise ConfigError(f"attacks={text!r}: choose all, fast, or names of {', '.join(KNOWN)}")
     needed = set(wanted)
-    needed |= {AUTOATTACK} if TRANSFER in wanted else set()
+    needed |= {AUTOATTACK} if {TRANSFER, DEFENDED_AUTOATTACK} & needed else set()
     needed |= {GRADIENT} if TWICE in wanted else set()
     return tuple(name for name in KNOWN if name in needed)

@@ -4,8 +4,9 @@ pyautoattack's attacks are called one by one, in this process: its own driver co
 it never resets, so that it flags every later model.
 """
 
+import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +14,36 @@ from torch import Tensor
 from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.models.shapes import Float, Int
 
+if TYPE_CHECKING:
+    from unperturb.benchmarks.robustness.attacks.scene import Scene
+
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")
 TARGETED, LEAST_CLASSES = ("apgd-t",), 4  # its targeted DLR loss takes the fourth largest logit
+QUERIES = ("square",)
 MOST_TARGETS = 9
+
+
+def on_scene(part: str, scene: "Scene") -> Float[Tensor, "n 3 h w"]:
+    """Return what the attack `part` makes of a scene's images: by the full gradient, and Square by what is served."""
+    opened = scene if part in QUERIES else scene.opened()
+
+    def predict(x: Tensor) -> Tensor:
+        scores = opened.logits(x)
+        if x.requires_grad and torch.is_grad_enabled() and not scores.requires_grad:  # a defense without a gradient
+            scores = scores + 0 * x.flatten(1).sum(1, keepdim=True)
+        return scores
+
+    return run_part(
+        part,
+        predict,
+        scene.x,
+        scene.labels,
+        classes=scene.classifier.num_classes,
+        threat=scene.threat,
+        steps=scene.budget.autoattack_steps,
+        queries=scene.budget.autoattack_queries,
+        seed=scene.attack_seed,
+    )
 
 
 def run_part(
@@ -57,11 +85,13 @@ def _attack(
     from pyautoattack.square import SquareAttack
 
     norm: Literal["Linf", "L2"] = "Linf" if threat.norm == "linf" else "L2"
+    quiet = logging.Logger("autoattack")  # of zero gradients the record's flags and notes tell
+    quiet.addHandler(logging.NullHandler())
     common: dict[str, Any] = {"eps": threat.epsilon, "norm": norm, "seed": seed, "device": x.device}
     if part == "apgd-ce":
-        return APGDAttack(predict, n_restarts=1, n_iter=steps, eot_iter=1, rho=0.75, loss="ce", **common)
+        return APGDAttack(predict, n_restarts=1, n_iter=steps, eot_iter=1, rho=0.75, loss="ce", logger=quiet, **common)
     if part == "apgd-t":
-        attack = APGDAttack_targeted(predict, n_restarts=1, n_iter=steps, eot_iter=1, rho=0.75, **common)
+        attack = APGDAttack_targeted(predict, n_restarts=1, n_iter=steps, eot_iter=1, rho=0.75, logger=quiet, **common)
         attack.n_target_classes = min(MOST_TARGETS, classes - 1)
         return attack
     if part == "fab-t":

@@ -46,6 +46,8 @@ def batchmate(scene: Scene) -> tuple[Tensor, Tensor]:
                 break
             owned = owned.detach().requires_grad_()
             logits = victim.opened().logits(torch.cat((victim.x, owned)))
+            if not logits.requires_grad:
+                break  # there is no gradient to follow
             loss = cross_entropy_loss(logits[:1], victim.labels)
             (gradient,) = torch.autograd.grad(loss.sum(), owned)
             if not gradient.any():

@@ -75,7 +75,8 @@ class Scene:
     @property
     def is_cut(self) -> bool:
         """Return whether the budget allows fewer steps than the purifier takes."""
-        return self.defended.purifier.loop.steps > self.budget.unrolled_steps
+        purifier = self.defended.purifier
+        return purifier.stopped_after(self.budget.unrolled_steps).loop.steps < purifier.loop.steps
 
 
 class Judged(NamedTuple):

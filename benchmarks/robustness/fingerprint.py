@@ -1,0 +1,86 @@
+"""A digest of all that an object's behaviour depends on: weights, buffers, and plain values, private ones too."""
+
+import dataclasses
+import hashlib
+import types
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+TORCH_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, hooks …: walked by name, or none of the behaviour
+PLAIN = (bool, int, float, complex, str, bytes, type(None), Path, torch.dtype, torch.device, torch.Size)
+
+
+def fingerprint(thing: object, *, skip: Iterable[str] = ()) -> str:
+    """Return the SHA-256 over a thing and all that it holds, but for attributes of the names in `skip`.
+
+    What can't be described, such as an open file, makes it another one every time.
+    """
+    digest = hashlib.sha256()
+    for piece in _pieces(thing, frozenset(skip), {}):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _pieces(thing: Any, skip: frozenset[str], seen: dict[int, object]) -> Iterator[bytes]:  # noqa: ANN401
+    if isinstance(thing, PLAIN):
+        yield repr(thing).encode()
+        return
+    if id(thing) in seen:
+        yield b"again"
+        return
+    seen[id(thing)] = thing  # held, so that no id comes again
+    yield f"{type(thing).__module__}.{type(thing).__qualname__}".encode()
+    if isinstance(thing, Tensor):
+        values = thing.detach().cpu().contiguous()
+        yield repr((tuple(values.shape), values.dtype)).encode()
+        yield values.flatten().view(torch.uint8).numpy().tobytes() if values.numel() else b""
+    elif isinstance(thing, np.ndarray):
+        yield repr((thing.shape, thing.dtype)).encode() + thing.tobytes()
+    elif isinstance(thing, type | types.ModuleType | types.BuiltinFunctionType):
+        yield repr(thing).encode()
+    elif isinstance(thing, types.FunctionType | types.MethodType):
+        yield from _of_function(thing, skip, seen)
+    else:
+        for name, value in _held(thing):
+            if name not in skip:
+                yield name.encode()
+                yield from _pieces(value, skip, seen)
+
+
+def _of_function(thing: Any, skip: frozenset[str], seen: dict[int, object]) -> Iterator[bytes]:  # noqa: ANN401
+    yield thing.__code__.co_code + repr(thing.__code__.co_consts).encode()
+    yield from _pieces(getattr(thing, "__self__", None), skip, seen)
+    for cell in getattr(thing, "__closure__", None) or ():
+        yield from _pieces(cell.cell_contents, skip, seen)
+
+
+def _held(thing: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
+    """Yield what a thing holds, by name."""
+    if isinstance(thing, Mapping):
+        yield from ((repr(key), value) for key, value in thing.items())
+    elif isinstance(thing, list | tuple):
+        yield from ((str(place), value) for place, value in enumerate(thing))
+    elif isinstance(thing, set | frozenset):
+        yield from ((str(place), value) for place, value in enumerate(sorted(thing, key=repr)))
+    elif isinstance(thing, nn.Module):
+        yield from thing.named_parameters(recurse=False)
+        yield from thing.named_buffers(recurse=False)
+        yield from thing.named_children()
+        yield from ((name, value) for name, value in vars(thing).items() if name not in TORCH_OWN)
+    elif isinstance(thing, partial):
+        yield from (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))
+    elif dataclasses.is_dataclass(thing):
+        yield from ((field.name, getattr(thing, field.name)) for field in dataclasses.fields(thing))
+    elif hasattr(thing, "__dict__"):
+        yield from vars(thing).items()
+    elif slots := [name for kind in type(thing).__mro__ for name in getattr(kind, "__slots__", ())]:
+        yield from ((name, getattr(thing, name, None)) for name in slots)
+    else:
+        yield "unknown", uuid.uuid4().hex
