@@ -7,6 +7,7 @@ from torch import nn
 
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError, WeightsUnavailableError
+from unperturb.models.networks.benchmark_classes import CIFAR10
 from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Architecture
 from unperturb.models.networks.registry import ACTIVATIONS, build
 from unperturb.models.networks.robustbench import ForeignClassifier, parse_name
@@ -121,7 +122,7 @@ def test_robustbench_classifier_loads_as_a_frozen_checkpoint_without_a_head(weig
 
     torch.save(Wong2020FastNet().state_dict(), weights / "Wong2020Fast.pt")
     loaded = store.load("robustbench:Wong2020Fast")
-    assert loaded.card.classes == tuple("0123456789")
+    assert loaded.card.classes == CIFAR10
     assert (loaded.head, loaded.bank, loaded.card.weights_sha256) == (None, None, "")
     assert not any(parameter.requires_grad for parameter in loaded.classifier.parameters())
 
