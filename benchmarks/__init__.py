@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unperturb.benchmarks.reporting.report import Report
-    from unperturb.benchmarks.robustness.library import evaluate
+    from unperturb.benchmarks.robustness.evaluate import evaluate
 
 __all__ = ["Report", "evaluate"]
 
@@ -12,7 +12,7 @@ __all__ = ["Report", "evaluate"]
 def __getattr__(name: str) -> Any:  # noqa: ANN401
     """Import the harness when it is asked for."""
     if name == "evaluate":
-        from unperturb.benchmarks.robustness.library import evaluate
+        from unperturb.benchmarks.robustness.evaluate import evaluate
 
         return evaluate
     if name == "Report":
