@@ -27,6 +27,7 @@ from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, described_model, load_subject, ready
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
+from unperturb.benchmarks.robustness.workers import share
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.benchmark_classes import class_names
@@ -67,6 +68,7 @@ class EvaluationConfig:
     seed: int = option("of the attacks' own draws", 0)
     chunk: int = option("images attacked together: the batch, and what is lost at most when a run is killed", 128)
     shard: str = option("1/1, or as in 3/16: every 16th chunk from the third; torchrun's ranks are shards", "1/1")
+    workers: int = option("processes that share the cores of a CPU; for a small network as many as cores are faster", 1)
     panel: int = option("images to store in the record: clean, attacked, purified; 0 for none", 6)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("folder for the result files", Path("results"))
@@ -74,11 +76,13 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
-        for name in ("n_examples", "chunk"):
+        for name in ("n_examples", "chunk", "workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.panel < 0:
             raise ConfigError(f"panel={self.panel} is below 0")
+        if self.workers > 1 and not self.device.startswith("cpu"):
+            raise ConfigError(f"workers={self.workers} share a CPU's cores, not {self.device}; there --shard helps")
         if self.dataset not in PUBLISHED and self.data is None:
             raise ConfigError(f"dataset={self.dataset!r}: your own images need --data; known: {', '.join(PUBLISHED)}")
         self._plan(None)
@@ -148,10 +152,11 @@ def run_all(config: EvaluationConfig) -> list[Path]:
     if not plan.chunks(config.n_examples):
         print(f"shard {plan.shard[0] + 1}/{plan.shard[1]} of {config.n_examples} images is empty: nothing to do")
         return []
-    subjects = {model: load_model(model, config) for model in config.model}
-    runs = [run for model, subject in subjects.items() for run in _runs_of(model, subject, config, plan, device)]
+    runs = _runs(config, plan, device)
     if config.threat_model not in RUNS:
         announce([run for *_, run in runs])
+    if config.workers > 1:
+        share(_work, config, config.workers)  # what follows finds all of it stored
     files = []
     for described, purifier, run in runs:
         found = run.run()
@@ -163,6 +168,22 @@ def run_all(config: EvaluationConfig) -> list[Path]:
         files.append(file)
         print(f"{file}: {run.headline(found)}", flush=True)
     return files
+
+
+def _work(config: EvaluationConfig, number: int) -> None:
+    """Do a worker's part of every run."""
+    device = open_device(config.device)
+    plan = config.plan(device)
+    shard, count = plan.shard
+    plan = dataclasses.replace(plan, shard=(shard + number * count, count * config.workers), panel=0)
+    if plan.chunks(config.n_examples):
+        for *_, run in _runs(config, plan, device):
+            run.run()
+
+
+def _runs(config: EvaluationConfig, plan: Plan, device: torch.device) -> list[tuple[dict[str, Any], str, Evaluation]]:
+    subjects = {model: load_model(model, config) for model in config.model}
+    return [run for model, subject in subjects.items() for run in _runs_of(model, subject, config, plan, device)]
 
 
 def _runs_of(

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -19,13 +20,15 @@ from unperturb.benchmarks.reporting.rows import load_runs, published_rows
 from unperturb.benchmarks.robustness import corruptions
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.data import EvaluationSet, load_images
+from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, ready
 from unperturb.benchmarks.robustness.threat import Threat
+from unperturb.benchmarks.robustness.workers import share
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.checkpoints.store import Checkpoint
-from unperturb.models.errors import DataError
+from unperturb.models.errors import DataError, UnperturbError
 from unperturb.models.networks import generator
 from unperturb.models.networks.benchmark_classes import wordnet_ids
 from unperturb.models.networks.classifier import Architecture
@@ -180,6 +183,8 @@ def test_killed_at_random_moments_it_ends_with_the_same_files(
         (["--purifier", "fractions:Fraction:bad=1"], "bad"),
         (["--purifier", "vote:shifts=far"], "far"),
         (["--device", "cuda:99"], "cuda:99"),
+        (["--device", "cuda:0", "--workers", "2"], "workers=2"),
+        (["--workers", "0"], "workers"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -201,6 +206,32 @@ def test_shards_are_merged_by_the_report(tiny_folder: Path, image_folder: Path, 
     next((tmp_path / "parts").glob("*.shard-2-of-2.json")).unlink()
     with pytest.raises(DataError, match="shard"):
         load_runs(tmp_path / "parts")
+
+
+def test_workers_share_a_run(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "one", *QUICK)) == 0
+    computed: list[str] = []
+    monkeypatch.setattr(Evaluation, "_run", lambda *_: computed.append("by the parent"))
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "two", *QUICK, "--workers", "2")) == 0
+    assert not computed
+    one, two = load_runs(tmp_path / "one"), load_runs(tmp_path / "two")
+    assert [run["results"]["figures"] for run in one] == [run["results"]["figures"] for run in two]
+    assert len(list((tmp_path / "two").glob("*.json"))) == len(two)
+
+
+def _failing(settings: str, number: int) -> None:
+    if number:
+        raise OSError(settings)
+    time.sleep(600)
+
+
+def test_failed_worker_ends_the_others_and_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnperturbError, match="a worker ended with status 1"):
+        share(_failing, "no space left", 2)
+    assert "no space left" in capfd.readouterr().err
+    assert not multiprocessing.active_children()
 
 
 def test_processes_of_torchrun_are_shards(
