@@ -22,6 +22,7 @@ from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, ready
 from unperturb.benchmarks.robustness.threat import Threat
+from unperturb.models import philox
 from unperturb.models.attacks.instance import DISTANCES, Distance
 from unperturb.models.attacks.projected_gradient import Descent
 from unperturb.models.checkpoints.card import Card
@@ -282,6 +283,27 @@ def test_batchmate_breaks_a_defense_that_mixes_images_and_no_other() -> None:
     assert broken.float().mean() > 0.8
     _, broken = controls.batchmate(scene)
     assert not broken.any()
+
+
+class NoisyNegative(Purifier):
+    """The image's negative under strong noise: the identity as its backward points the wrong way."""
+
+    def descend(self, x: Tensor, *, seeds: Tensor, unrolled: bool = False) -> Descent:
+        noise = 0.2 * (philox.uniform(seeds, 0, 7, x[0].numel()).view_as(x) - 0.5)
+        return Descent(1 - x + noise, x.new_zeros((0, len(x))))
+
+
+def test_expected_full_gradient_breaks_a_random_defense_that_bpda_does_not() -> None:
+    scene = linear_scene(Threat(norm="linf", epsilon=8 / 255), n=40)
+    noisy = NoisyNegative(scene.classifier, NoPurifier(scene.classifier).loop)
+    scene = scene.against(DefendedClassifier(scene.classifier, noisy))
+    scene = replace(scene, labels=scene.defended(scene.x, seed=0).argmax(1), budget=replace(TINY, eot=4))
+    by_bpda, in_full = (
+        scene.right(scene.project(attacks.ATTACKS[name].run(scene))).float().mean()  # type: ignore[arg-type]
+        for name in ("bpda-apgd-ce-fresh", "apgd-ce-fresh")
+    )
+    assert by_bpda > 0.8
+    assert in_full < 0.1
 
 
 def test_autoattack_agrees_with_the_closed_form_of_a_linear_classifier() -> None:

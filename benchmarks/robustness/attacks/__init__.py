@@ -63,7 +63,7 @@ class Attack:
 AUTOATTACK, TRANSFER, DEFENDED_AUTOATTACK = "autoattack", "transfer", "defended-autoattack"
 GRADIENT, TWICE, GENERATOR = "apgd-ce", "apgd-ce-twice", "generator"
 QUERYING = ("square", "rays")  # attacks without a gradient; so is AutoAttack's part of the first name
-FRESH_ATTACKS = ("bpda-apgd-ce-fresh", "bpda-apgd-dlr-fresh")
+FRESH_ATTACKS = ("bpda-apgd-ce-fresh", "bpda-apgd-dlr-fresh", "apgd-ce-fresh")
 APGD = ("apgd_steps", "restarts")
 ADAPTIVE = ("adaptive_steps", "restarts")
 
@@ -133,8 +133,16 @@ ATTACKS: dict[str, Attack] = {
             (*ADAPTIVE, "eot"),
             "randomness",
         )
-        for name, run in zip(FRESH_ATTACKS, (adaptive.bpda_apgd_ce_fresh, adaptive.bpda_apgd_dlr_fresh), strict=True)
+        for name, run in zip(
+            FRESH_ATTACKS[:2], (adaptive.bpda_apgd_ce_fresh, adaptive.bpda_apgd_dlr_fresh), strict=True
+        )
     },
+    FRESH_ATTACKS[2]: _of_purifier(
+        adaptive.apgd_ce_fresh,
+        lambda b: Queries(full=b.restarts * b.eot * (b.adaptive_steps + 1), none=b.restarts),
+        (*ADAPTIVE, "eot", "unrolled_steps"),
+        "randomness",
+    ),
     "batchmate": _of_purifier(
         controls.batchmate,
         lambda b: Queries(full=(b.mates + 1) * b.mate_steps, none=(b.mates + 1) * (b.mate_steps + 1)),

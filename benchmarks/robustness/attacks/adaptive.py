@@ -62,6 +62,11 @@ def bpda_apgd_dlr_fresh(scene: Scene) -> Tensor:
     return _restarted(scene, [_expected(scene, dlr_loss)], steps=scene.budget.adaptive_steps)
 
 
+def apgd_ce_fresh(scene: Scene) -> Tensor:
+    """Cross-entropy, every gradient the mean of the full ones over seeds that no query had before."""
+    return _restarted(scene, [_expected(scene.opened(), cross_entropy_loss)], steps=scene.budget.adaptive_steps)
+
+
 def bpda_contrastive(scene: Scene) -> Tensor:
     """Cross-entropy plus λ times what leaves the purifier nothing to do: its own objective, already met."""
     purifier = scene.defended.purifier
