@@ -154,6 +154,8 @@ def measure(config: SpeedConfig, ways: Ways, size: int) -> dict[str, Any]:
     spent: dict[str, list[float]] = {name: [_seconds(device, one.run, x, seeds)] for name, one in every.items()}
     fastest = min(ways.ways, key=lambda name: spent[name][0])
     for name, preset in PRESETS.items():
+        if not preset.loop.steps:
+            continue
         way, label = ways.ways[fastest], f"preset {name}"
         every[label] = Timed(way.precision, preset.loop.steps, preset.views, way.run(preset))
         memory[label] = _peak(device, every[label].run, x, seeds)

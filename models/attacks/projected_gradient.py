@@ -55,7 +55,8 @@ class ProjectedGradient:
     momentum:  0 for plain steps; otherwise velocity = momentum * velocity + gradient / |gradient|_1
                (Dong et al. 2018, eq. 6)
     start:     "zero" (the image itself) or "uniform" (seeded, in the ball)
-    ramp:      a linf step is the gradient's sign where its size is above `ramp` times the image's mean size, and
+    step:      a linf step is the gradient's "sign", or "soft": gradient / (|gradient| + the image's mean of that)
+    ramp:      a sign step is the gradient's sign where its size is above `ramp` times the image's mean size, and
                linear below: with ramp > 0 the step is a continuous function of the gradient
     gate:      descending, an image whose first loss is at most this stays as it was received (None: no image does)
     settle:    an image stops when the mean of its last `settle` losses is no better than that of the `settle` before
@@ -69,6 +70,7 @@ class ProjectedGradient:
     norm: Literal["linf", "l2"] = "linf"
     start: Literal["zero", "uniform"] = "zero"
     momentum: float = 0.0
+    step: Literal["sign", "soft"] = "sign"
     ramp: float = 0.0
     gate: float | None = None
     settle: int = 0
@@ -81,9 +83,12 @@ class ProjectedGradient:
             ("direction", ("ascend", "descend")),
             ("norm", ("linf", "l2")),
             ("start", ("zero", "uniform")),
+            ("step", ("sign", "soft")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+        if self.step == "soft" and self.norm == "l2":
+            raise ConfigError("step='soft' is of norm='linf'; an l2 step has the gradient's own direction")
         for name in ("epsilon", "step_size", "momentum", "ramp"):
             value = getattr(self, name)
             if not (0 <= value < float("inf")):
@@ -142,6 +147,8 @@ class ProjectedGradient:
             gradient = velocity
         if self.norm == "l2":
             move = gradient / _l2(gradient)
+        elif self.step == "soft":
+            move = _soft(gradient, gradient)
         else:
             move = _sign(gradient, self.ramp)
             move = _with_slope(move, gradient) if smooth_backward else move
@@ -286,6 +293,10 @@ def _sign(gradient: Tensor, ramp: float) -> Tensor:
 
 def _with_slope(move: Tensor, gradient: Tensor) -> Tensor:
     """Return `move`, with the derivative of gradient / (|gradient| + its mean), which has a slope everywhere."""
-    mean = gradient.detach().abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30)
-    soft = gradient / (gradient.abs() + mean)
+    soft = _soft(gradient, gradient.detach())
     return soft + (move - soft).detach()
+
+
+def _soft(gradient: Tensor, scale: Tensor) -> Tensor:
+    """Return gradient / (|gradient| + the image's mean of |scale|)."""
+    return gradient / (gradient.abs() + scale.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-30))

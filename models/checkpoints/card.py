@@ -13,6 +13,7 @@ from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.readout import ReadoutCard
 from unperturb.models.networks.restorer import RestorerCard
+from unperturb.models.purifiers.vote import Vote
 
 SCHEMA_VERSION = 1
 GATE_SEED = 0  # of the views that a gate is measured on: the service's own seed
@@ -33,8 +34,8 @@ class Card:
     """The content of `card.json`; an unknown key is refused.
 
     `training`, `head_training`, `restorer_training` and `figures` are the resolved configurations and measurements, as
-    JSON; `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were
-    found.
+    JSON; `vote`, the views that were chosen for these weights, in their images' pixels (None: the presets' own);
+    `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were found.
     """
 
     id: str
@@ -46,6 +47,7 @@ class Card:
     restorer: RestorerCard | None = None
     bank_size: int = 0
     readout: ReadoutCard = field(default_factory=ReadoutCard)
+    vote: Vote | None = None
     head_training: dict[str, Any] = field(default_factory=dict)
     restorer_training: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +67,8 @@ def parse_card(raw: dict[str, Any], file: Path) -> Card:
         values["head"] = HeadCard(**known_fields(HeadCard, raw["head"], file))
     if raw.get("restorer") is not None:
         values["restorer"] = RestorerCard(**known_fields(RestorerCard, raw["restorer"], file))
+    if raw.get("vote") is not None:
+        values["vote"] = _vote(raw["vote"], file)
     if "readout" in raw:
         try:
             values["readout"] = ReadoutCard(**known_fields(ReadoutCard, raw["readout"], file))
@@ -97,6 +101,15 @@ def check_gates(gates: Any, file: Path) -> None:  # noqa: ANN401
         loss = gate.get("loss") if isinstance(gate, dict) else None
         if not isinstance(loss, int | float) or not math.isfinite(loss):
             raise CheckpointError(f"{file}: the gate of {preset!r} has no finite loss")
+
+
+def _vote(raw: Any, file: Path) -> Vote:  # noqa: ANN401
+    """Return the vote that a card describes."""
+    try:
+        shifts = tuple((int(down), int(right)) for down, right in known_fields(Vote, raw, file)["shifts"])
+        return Vote(shifts=shifts, mirrored=bool(raw.get("mirrored", True)))
+    except (ConfigError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{file}: vote: {error}") from error
 
 
 def known_fields(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401

@@ -15,6 +15,7 @@ from torch import Tensor
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.reverse_attack import ReverseAttack
+from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int
 
 
@@ -33,10 +34,14 @@ class Slots(NamedTuple):
 
 
 class Stage:
-    """A loop and its objective; `rows` images pass through the classifier for one image and step."""
+    """A loop and its objective; `rows` images pass through the classifier for one image and step.
+
+    vote: of the classifier on what comes out; None: it sees the image alone
+    """
 
     loop: ProjectedGradient
     rows: int
+    vote: Vote | None = None
 
     def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
         """Return what the loss needs of the received images at every step, computed once; most need nothing."""
@@ -49,6 +54,24 @@ class Stage:
     def loss_of(self, slots: Slots, features: Float[Tensor, "rows features"]) -> Float[Tensor, " batch"]:
         """Return each image's loss, from the features of its `inputs`; every subclass gives its own."""
         raise TypeError(f"{type(self).__name__} does not define loss_of()")
+
+    def seen(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "rows 3 h w"]:
+        """Return what the classifier sees of the results: themselves, or every view of the vote."""
+        return x if self.vote is None else self.vote.views(x).flatten(0, 1)
+
+    def scores(self, logits: Float[Tensor, "rows classes"]) -> Float[Tensor, "batch classes"]:
+        """Return the scores of the results, from those of what the classifier has seen of them."""
+        return logits if self.vote is None else self.vote.mean(logits)
+
+
+class VoteStage(Stage):
+    """No step at all, and a vote."""
+
+    loop = ProjectedGradient(direction="descend", epsilon=0.0, step_size=0.0, steps=0)
+    rows = 0
+
+    def __init__(self, vote: Vote | None) -> None:
+        self.vote = vote
 
 
 class StepResult(NamedTuple):
@@ -84,8 +107,8 @@ def features_of(classifier: ImageClassifier, parts: Sequence[Float[Tensor, "_ 3 
 class ReverseAttackStage(Stage):
     """A reverse attack as a stage."""
 
-    def __init__(self, purifier: ReverseAttack) -> None:
-        self.purifier, self.loop, self.rows = purifier, purifier.loop, purifier.config.views
+    def __init__(self, purifier: ReverseAttack, vote: Vote | None = None) -> None:
+        self.purifier, self.loop, self.rows, self.vote = purifier, purifier.loop, purifier.config.views, vote
 
     def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
         """Return the embedding of the restored view."""

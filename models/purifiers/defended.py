@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.purifiers.base import Purified, Purifier, Trace
+from unperturb.models.purifiers.base import NoPurifier, Purified, Purifier, Trace
 from unperturb.models.purifiers.reverse_attack import ReverseAttack, ReverseAttackConfig
 from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int
@@ -102,10 +102,18 @@ class DefendedClassifier(nn.Module):
 def defend(
     checkpoint: Checkpoint, config: ReverseAttackConfig, *, seed: int = 0, gradient: Gradient = "bpda"
 ) -> DefendedClassifier:
-    """Return a checkpoint's classifier behind its reverse attack; CheckpointError where it has no head."""
-    return DefendedClassifier(
-        checkpoint.classifier, reverse_attack_of(checkpoint, config), seed=seed, gradient=gradient
-    )
+    """Return a checkpoint's classifier behind its reverse attack and the vote; CheckpointError where it has no head."""
+    steps = config.loop.steps
+    purifier = reverse_attack_of(checkpoint, config) if steps else NoPurifier(checkpoint.classifier)
+    vote = vote_of(checkpoint, config)
+    return DefendedClassifier(checkpoint.classifier, purifier, seed=seed, gradient=gradient, vote=vote)
+
+
+def vote_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Vote | None:
+    """Return the vote of a preset: of the checkpoint's own views, where its card names some."""
+    if config.vote is None:
+        return None
+    return checkpoint.card.vote or config.vote.scaled(checkpoint.classifier.image_size)
 
 
 def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> ReverseAttack:

@@ -11,7 +11,7 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers import reverse_attack
 from unperturb.models.purifiers.base import NoPurifier, Purifier
-from unperturb.models.purifiers.defended import DefendedClassifier, Gradient, reverse_attack_of
+from unperturb.models.purifiers.defended import DefendedClassifier, Gradient, reverse_attack_of, vote_of
 from unperturb.models.purifiers.denoiser import denoiser_of
 from unperturb.models.purifiers.rivals import ANTI_ADVERSARY_LOOP, HEDGE_LOOP, AntiAdversary, Hedge
 from unperturb.models.purifiers.vote import Vote, parse_shifts
@@ -23,11 +23,13 @@ LOOP_KEYS = {
     "momentum": Fraction,
     "start": str,
     "norm": str,
+    "step": str,
     "settle": int,
     "gate": Fraction,
 }
 REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction, "restored": Fraction}
 NEGATIVES_KEYS = {"negatives": str, "count": int, "fraction": Fraction}
+REVERSE_ATTACK = "reverse-attack"
 VOTE, VOTE_KEYS = "vote", ("shifts", "mirrored")
 MIRRORED = {"yes": True, "no": False}
 
@@ -59,7 +61,7 @@ def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[s
         loop=_changed(config.loop, among(LOOP_KEYS), LOOP_KEYS),
         negatives=_changed(config.negatives, policy, {**NEGATIVES_KEYS, "kind": str}),
     )
-    return reverse_attack_of(checkpoint, changed)
+    return reverse_attack_of(checkpoint, changed) if changed.loop.steps else NoPurifier(checkpoint.classifier)
 
 
 def _rival(
@@ -80,7 +82,7 @@ def _denoiser(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, st
 
 REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifier]] = {
     "none": _none,
-    "reverse-attack": _reverse_attack,
+    REVERSE_ATTACK: _reverse_attack,
     "anti-adversary": _rival(AntiAdversary, "anti-adversary", ANTI_ADVERSARY_LOOP),
     "hedge": _rival(Hedge, "hedge", HEDGE_LOOP),
     "denoiser": _denoiser,
@@ -91,16 +93,19 @@ def build_defense(spec: str, checkpoint: Checkpoint, *, gradient: Gradient = "bp
     """Return the checkpoint's classifier behind the defense that `spec` names: a purifier, a vote, or both.
 
     `vote[:shifts=2,mirrored=no]` is a vote alone; `vote=2` (with `mirrored=no`) among a purifier's values puts one
-    behind it. Raises ConfigError for an unknown name, preset or key or a value out of range, CheckpointError where the
-    reverse attack finds no head, or the denoiser no restorer.
+    behind it, and `vote=none` leaves out the preset's own. Raises ConfigError for an unknown name, preset or key or a
+    value out of range, CheckpointError where the reverse attack finds no head, or the denoiser no restorer.
     """
     name, words, changes = _parsed(spec)
     vote = None
     if name == VOTE:
         _refuse(VOTE, words, changes, dict.fromkeys(VOTE_KEYS))
         vote, spec = _vote(changes.get("shifts"), changes), "none"
+    elif name == REVERSE_ATTACK and VOTE not in changes:
+        vote = vote_of(checkpoint, reverse_attack.preset(words[0] if words else "default"))
     elif VOTE in changes:
-        vote = _vote(changes.pop(VOTE), changes)
+        shifts = changes.pop(VOTE)
+        vote = None if shifts == "none" else _vote(shifts, changes)
         changes.pop("mirrored", None)
         spec = f"{name}:" + ",".join([*words, *(f"{key}={value}" for key, value in changes.items())])
     purifier = build_purifier(spec, checkpoint)

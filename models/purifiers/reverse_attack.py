@@ -20,6 +20,7 @@ from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.networks.restorer import TIMES, Restorer
 from unperturb.models.purifiers.base import Purifier
+from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int, UInt8
 
 
@@ -28,6 +29,8 @@ class ReverseAttackConfig:
     """The purifier's parameters; epsilon and step_size are in `loop`, in pixel units of [0, 1].
 
     policy: of the views; None: SimCLR's, or beside a restored view, mirrored alone
+    vote: of the classifier on the purified image, its shifts for images of 32 pixels; None: it sees the image alone.
+        With a loop of no steps there is the vote alone, and no head is needed
     restored: how many times over the restorer's estimate is taken off for the restored view; 0, or a checkpoint without
         a restorer: there is no such view
     """
@@ -38,6 +41,7 @@ class ReverseAttackConfig:
     negatives: NegativePolicy = field(default_factory=NegativePolicy)
     policy: ViewPolicy | None = None
     restored: float = 0.0
+    vote: Vote | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
@@ -65,6 +69,9 @@ PRESETS: dict[str, ReverseAttackConfig] = {
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=6 / 255, steps=1, ramp=RAMP),
         views=2,
         restored=TIMES,
+    ),
+    "vote": ReverseAttackConfig(
+        loop=ProjectedGradient(direction="descend", epsilon=0.0, step_size=0.0, steps=0), views=2, vote=Vote()
     ),
     "published": ReverseAttackConfig(
         loop=ProjectedGradient(

@@ -6,7 +6,6 @@ voted classifier is one more differentiable classifier.
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.shapes import Float
 
 MOST_PIXELS = 64  # of a shift
+SIDE = 32  # of the images that the presets' shifts are for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,16 @@ class Vote:
         if any(abs(pixels) > MOST_PIXELS for shift in self.shifts for pixels in shift):
             raise ConfigError(f"shifts={self.spelled()}: at most {MOST_PIXELS} pixels")
 
+    def scaled(self, side: int) -> "Vote":
+        """Return the views for images of that side in place of SIDE: shifts in proportion, of at least one pixel."""
+
+        def pixels(at_side: int) -> int:
+            size = max(1, round(abs(at_side) * side / SIDE))
+            return size if at_side > 0 else -size if at_side < 0 else 0
+
+        shifts = dict.fromkeys((pixels(down), pixels(right)) for down, right in self.shifts)
+        return Vote(shifts=tuple(shifts), mirrored=self.mirrored)
+
     def __len__(self) -> int:
         """Return the number of views."""
         return len(self.shifts) * (2 if self.mirrored else 1)
@@ -47,10 +57,13 @@ class Vote:
         shifted = [_shifted(x, down, right) for down, right in self.shifts]
         return torch.stack(shifted + [view.flip(3) for view in shifted] * self.mirrored, dim=1)
 
+    def mean(self, logits: Float[Tensor, "rows classes"]) -> Float[Tensor, "batch classes"]:
+        """Return the mean over the views of each image, whose rows follow one another."""
+        return logits.view(-1, len(self), logits.shape[1]).mean(1)
+
     def scores(self, classifier: nn.Module, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch classes"]:
         """Return the mean of the classifier's scores over the views of each image."""
-        logits = classifier(self.views(x).flatten(0, 1))
-        return cast(Tensor, logits.view(len(x), len(self), -1).mean(1))
+        return self.mean(classifier(self.views(x).flatten(0, 1)))
 
 
 def parse_shifts(text: str) -> tuple[tuple[int, int], ...]:

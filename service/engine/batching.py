@@ -106,7 +106,7 @@ class ContinuousBatch:
         black = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
         seconds, batches, passes = 0.0, self.batch_count, self.pass_count
         for stage in (None, *self.stages):
-            if stage is not None:
+            if stage is not None and self.stages[stage].loop.steps:
                 self.stepper.prepare(self.stages[stage], size)
             started = time.monotonic()
             ended = self.admit(Work(-i, 0, black, stage, 0, False, started) for i in range(size))
@@ -186,30 +186,25 @@ class ContinuousBatch:
         parts = _by_stage(slots)
         staged = [slot for _, part in parts for slot in part]
         ordered = staged + [slot for slot in slots if slot.stage is None]
-        images: list[Tensor] = []
-        states: list[Slots] = []
         with torch.no_grad():
-            for stage, part in parts:
-                state = self._state(part)
-                state = state._replace(steps=torch.full_like(state.steps, stage.loop.steps))  # no step used those views
-                states.append(state)
-                twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
-                images += stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
-            images += [_stack(ordered, "x0"), *([_stack(staged, "x")] if staged else [])]
-            features = features_of(self.classifier, images)
+            measured = [(stage, self._at_end(stage, part)) for stage, part in parts if stage.rows]
+            twice = [row for stage, state in measured for row in _before_and_after(stage, state)]
+            seen = [stage.seen(_stack(part, "x")) for stage, part in parts]
+            features = features_of(self.classifier, [*twice, _stack(ordered, "x0"), *seen])
             self.batch_count += 1
-            self.pass_count += sum(finish_passes(slot.stage.rows) if slot.stage else 1 for slot in slots)
-            scores = self.classifier.logits(torch.cat(features[2 * len(parts) :])).float().softmax(1).cpu().numpy()
+            self.pass_count += sum(finish_passes(slot.work.stage) for slot in slots)
+            received, *logits = (self.classifier.logits(part).float() for part in features[len(twice) :])
+            unpurified = received.softmax(1).cpu().numpy()
+            scored = [stage.scores(one).softmax(1).cpu().numpy() for (stage, _), one in zip(parts, logits, strict=True)]
+            pairs = zip(features[: len(twice) : 2], features[1 : len(twice) : 2], strict=True)
             losses = [
-                stage.loss_of(state, part).cpu()
-                for (stage, _), state, *pair in zip(parts, states, features[::2], features[1::2], strict=False)
-                for part in pair
+                both
+                for (stage, state), pair in zip(measured, pairs, strict=True)
+                for both in zip(*(stage.loss_of(state, part).tolist() for part in pair), strict=True)
             ]
             linf = (_stack(staged, "x") - _stack(staged, "x0")).abs().amax((1, 2, 3)).tolist() if staged else []
-        unpurified = scores[: len(ordered)]
-        purified = np.concatenate((scores[len(ordered) :], unpurified[len(staged) :]))
-        loss_before = torch.cat(losses[::2]).tolist() if losses else []
-        loss_after = torch.cat(losses[1::2]).tolist() if losses else []
+        purified = np.concatenate([*scored, unpurified[len(staged) :]])
+        of_slot = iter(losses)
         now = time.monotonic()
         done = []
         for i, slot in enumerate(ordered):
@@ -221,16 +216,22 @@ class ContinuousBatch:
                 classify_ms=(now - started) * 1000,
             )
             if slot.stage is not None:
+                before, after = next(of_slot) if slot.stage.rows else (None, None)
                 outcome = outcome._replace(
                     image=slot.x.cpu().numpy().copy() if slot.work.wants_image else None,
                     steps=slot.step,
                     losses=tuple(torch.stack(slot.losses).tolist()) if slot.losses else (),
-                    loss_before=loss_before[i],
-                    loss_after=loss_after[i],
+                    loss_before=before,
+                    loss_after=after,
                     linf=linf[i],
                 )
             done.append(SlotResult(slot.work.id, _if_finite(outcome)))
         return done
+
+    def _at_end(self, stage: Stage, slots: list[Slot]) -> Slots:
+        """Return the state of slots of a stage at the step after its last, whose views no step has used."""
+        state = self._state(slots)
+        return state._replace(steps=torch.full_like(state.steps, stage.loop.steps))
 
     def _state(self, slots: list[Slot]) -> Slots:
         return Slots(
@@ -255,6 +256,13 @@ def _by_stage(slots: list[Slot]) -> list[tuple[Stage, list[Slot]]]:
             key = id(slot.stage), slot.velocity is None
             parts.setdefault(key, (slot.stage, []))[1].append(slot)
     return list(parts.values())
+
+
+def _before_and_after(stage: Stage, state: Slots) -> tuple[Tensor, Tensor]:
+    """Return what the classifier sees of the images as received and as they are, on the same views."""
+    twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
+    before, after = stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
+    return before, after
 
 
 def _stack(slots: list[Slot], name: str) -> Tensor:

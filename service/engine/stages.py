@@ -3,10 +3,10 @@
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError
-from unperturb.models.inference.continuous import CrossEntropyAttack, ReverseAttackStage, Stage
+from unperturb.models.inference.continuous import CrossEntropyAttack, ReverseAttackStage, Stage, VoteStage
 from unperturb.models.networks.readout import MAKE_ONE
-from unperturb.models.purifiers.defended import reverse_attack_of
-from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.models.purifiers.defended import reverse_attack_of, vote_of
+from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttackConfig
 
 ATTACK = "attack"
 ATTACK_LOOP = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=10, start="uniform")
@@ -17,21 +17,28 @@ def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
     """Return every stage of a checkpoint; raise CheckpointError where it has no head, or no readout."""
     if loaded.card.readout.kind == "none":
         raise CheckpointError(f"checkpoint {loaded.card.id!r} {MAKE_ONE}")
-    purifiers = {name: ReverseAttackStage(reverse_attack_of(loaded, config)) for name, config in PRESETS.items()}
-    return {**purifiers, ATTACK: CrossEntropyAttack(loaded.classifier, ATTACK_LOOP)}
+    presets = {name: _stage(loaded, config) for name, config in PRESETS.items()}
+    return {**presets, ATTACK: CrossEntropyAttack(loaded.classifier, ATTACK_LOOP)}
+
+
+def _stage(loaded: Checkpoint, config: ReverseAttackConfig) -> Stage:
+    vote = vote_of(loaded, config)
+    return ReverseAttackStage(reverse_attack_of(loaded, config), vote) if config.loop.steps else VoteStage(vote)
 
 
 def passes(stage: str | None) -> int:
     """Return the work of one image, in images forward through the classifier."""
     steps, rows = shape(stage)
-    return begin_passes(stage) + steps * step_passes(rows) + finish_passes(rows) if steps else 1
+    return begin_passes(stage) + steps * step_passes(rows) + finish_passes(stage)
 
 
 def shape(stage: str | None) -> tuple[int, int]:
     """Return a stage's steps, and the images of one step of one image."""
     if stage is None:
         return 0, 0
-    return (ATTACK_LOOP.steps, 1) if stage == ATTACK else (PRESETS[stage].loop.steps, PRESETS[stage].views)
+    if stage == ATTACK:
+        return ATTACK_LOOP.steps, 1
+    return PRESETS[stage].loop.steps, PRESETS[stage].views if PRESETS[stage].loop.steps else 0
 
 
 def begin_passes(stage: str | None) -> int:
@@ -44,6 +51,9 @@ def step_passes(rows: int) -> int:
     return rows * (1 + BACKWARD)
 
 
-def finish_passes(rows: int) -> int:
+def finish_passes(stage: str | None) -> int:
     """Return the work after the last step: the losses before and after, and both classifications."""
-    return 2 * rows + 2
+    if stage is None:
+        return 1
+    vote = None if stage == ATTACK else PRESETS[stage].vote
+    return 2 * shape(stage)[1] + 1 + (1 if vote is None else len(vote))

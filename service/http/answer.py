@@ -43,13 +43,14 @@ class Unpurified(BaseModel):
 class Purification(BaseModel):
     """The purifier's work; all null but `applied` where it was not asked to. Distances in units of [0, 1].
 
-    `applied` is false, too, where `purify=auto` left the image as it is.
+    `applied` is false, too, where `purify=auto` left the image as it is. Losses are null for a preset without steps.
     """
 
     applied: bool
     preset: str | None = None
     steps: int | None = None
-    views: int | None = None
+    views: int | None = Field(None, description="of each step")
+    vote: int | None = Field(None, description="views whose scores are averaged; null: the image alone is classified")
     epsilon: float | None = None
     loss_before: float | None = Field(None, description="InfoNCE of the received image")
     loss_after: float | None = Field(None, description="InfoNCE of the purified image, on the same views")
@@ -192,10 +193,11 @@ def _purification(outcome: Outcome, preset: str | None, *, changed: bool, image:
         return Purification(applied=False)
     config = PRESETS[preset]
     return Purification(
-        applied=outcome.steps > 0,
+        applied=outcome.steps > 0 or not config.loop.steps,
         preset=preset,
         steps=outcome.steps,
-        views=config.views,
+        views=config.views if config.loop.steps else None,
+        vote=None if config.vote is None else len(config.vote),
         epsilon=config.loop.epsilon,
         loss_before=outcome.loss_before,
         loss_after=outcome.loss_after,

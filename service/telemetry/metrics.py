@@ -85,10 +85,11 @@ class Metrics:
         """Count one answered image."""
         self.images.labels(preset or "none").inc()
         self.wait.observe(outcome.queue_ms / 1000)
-        if preset is None or outcome.linf is None or outcome.loss_before is None or outcome.loss_after is None:
+        if preset is None or outcome.linf is None:
             return
         self.linf.labels(preset).observe(outcome.linf)
-        self.loss_drop.labels(preset).observe(outcome.loss_before - outcome.loss_after)
+        if outcome.loss_before is not None and outcome.loss_after is not None:
+            self.loss_drop.labels(preset).observe(outcome.loss_before - outcome.loss_after)
         if int(outcome.scores.argmax()) != int(outcome.unpurified_scores.argmax()):
             self.changed.labels(preset).inc()
 

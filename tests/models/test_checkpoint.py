@@ -13,6 +13,7 @@ from unperturb.models.checkpoints.store import CARD, WEIGHTS, Checkpoint, load, 
 from unperturb.models.errors import CheckpointError
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.models.purifiers.vote import Vote
 
 
 @pytest.fixture
@@ -138,13 +139,22 @@ def test_weights_that_are_not_finite_are_refused_on_load_and_on_save(folder: Pat
         ({"classes": ["one"]}, "1 classes for 3"),
         ({"head": {"hidden": 8, "embedding_dim": 4, "temperature": -1.0}}, "temperature"),
         ({"head": {"hidden": -8, "embedding_dim": 4, "temperature": 0.2}}, "cannot be built"),
+        ({"vote": {"shifts": []}}, "at least one view"),
+        ({"vote": {"shifts": [[1, 1, 1]]}}, "vote: too many values"),
+        ({"vote": {"turns": [1]}}, r"unknown keys \['turns'\]"),
     ],
-    ids=["unknown", "schema", "missing", "architecture", "type", "classes", "temperature", "negative"],
+    ids=str,
 )
 def test_card_that_it_does_not_know_is_refused(folder: Path, change: dict[str, object], message: str) -> None:
     rewrite_card(folder, **change)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
+
+
+def test_cards_vote_is_kept(tmp_path: Path) -> None:
+    made, vote = make_checkpoint(), Vote(shifts=((0, 0), (1, -2)), mirrored=False)
+    store.save(tmp_path / "voted", dataclasses.replace(made, card=dataclasses.replace(made.card, vote=vote)))
+    assert load(tmp_path / "voted").card.vote == vote
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe"])

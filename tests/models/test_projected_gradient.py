@@ -28,15 +28,18 @@ def numpy_linf(x0: np.ndarray, p: ProjectedGradient) -> np.ndarray:
         if p.momentum:
             velocity = p.momentum * velocity + gradient / np.abs(gradient).mean(axis=(1, 2, 3), keepdims=True)
             gradient = velocity
-        x = x + sign * p.step_size * np.sign(gradient)
+        size = np.abs(gradient)
+        move = np.sign(gradient) if p.step == "sign" else gradient / (size + size.mean((1, 2, 3), keepdims=True))
+        x = x + sign * p.step_size * move
         x = np.clip(np.clip(x, x0 - p.epsilon, x0 + p.epsilon), 0, 1)
     return x
 
 
 @pytest.mark.parametrize("direction", ["ascend", "descend"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_linf_steps_match_numpy(images: torch.Tensor, direction: str, momentum: float) -> None:
-    p = loop(direction=direction, momentum=momentum)
+@pytest.mark.parametrize("step", ["sign", "soft"])
+def test_linf_steps_match_numpy(images: torch.Tensor, direction: str, momentum: float, step: str) -> None:
+    p = loop(direction=direction, momentum=momentum, step=step)
     x0 = images[:2].double() * 0.98 + 0.003  # off the objective's turning point
     found = p.run(x0, lambda x, step: quadratic(x, step), seeds=torch.arange(2)).image
     assert np.allclose(found.numpy(), numpy_linf(x0.numpy(), p), atol=1e-12)
@@ -96,6 +99,14 @@ def test_unrolled_gradient_flows_through_every_step_and_matches_finite_differenc
     )
 
 
+def test_soft_steps_own_gradient_matches_finite_differences() -> None:
+    x0 = (0.3 + 0.4 * torch.rand(2, 3, 3, 3, dtype=torch.float64)).requires_grad_()
+    p = loop(epsilon=0.25, step_size=0.02, steps=3, step="soft")  # no active bound
+    assert torch.autograd.gradcheck(
+        lambda x: p.run(x, lambda z, s: (z**3).sum((1, 2, 3)), seeds=torch.arange(2), unrolled=True).image, (x0,)
+    )
+
+
 def test_unrolled_sign_steps_have_a_gradient_that_the_identity_has_not() -> None:
     x0 = (0.3 + 0.4 * torch.rand(2, 3, 4, 4)).requires_grad_()
     objective = lambda z, _: (z**3).sum((1, 2, 3))  # noqa: E731
@@ -117,6 +128,8 @@ def test_unrolled_without_gradients_is_refused(images: torch.Tensor) -> None:
         {"steps": -1},
         {"norm": "l1"},
         {"start": "ones"},
+        {"step": "long"},
+        {"step": "soft", "norm": "l2"},
         {"direction": "down"},
         {"step_size": float("inf")},
     ],

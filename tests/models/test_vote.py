@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,9 @@ from torch import Tensor
 from tests.conftest import make_checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers.base import NoPurifier
-from unperturb.models.purifiers.defended import DefendedClassifier
+from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.registry import build_defense
-from unperturb.models.purifiers.reverse_attack import ReverseAttack
+from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack
 from unperturb.models.purifiers.vote import Vote, parse_shifts
 
 
@@ -51,6 +53,31 @@ def test_specification_names_a_vote_alone_or_behind_a_purifier() -> None:
     assert both.purifier.loop.steps == 2
     assert both.vote == Vote(shifts=((0, 0), (1, 1)), mirrored=False)
     assert build_defense("reverse-attack", checkpoint).vote is None
+
+
+def test_presets_own_vote_is_left_out_by_name_and_scaled_to_the_images(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint()
+    monkeypatch.setitem(PRESETS, "voted", replace(PRESETS["default"], vote=Vote()))
+    assert build_defense("reverse-attack:voted", checkpoint).vote == Vote()
+    assert build_defense("reverse-attack:voted,vote=none", checkpoint).vote is None
+    assert build_defense("reverse-attack:voted,vote=1", checkpoint).vote == Vote(shifts=((-1, -1), (1, 1)))
+    own = Vote(shifts=((0, 1),), mirrored=False)
+    carded = replace(checkpoint, card=replace(checkpoint.card, vote=own))
+    assert defend(carded, PRESETS["voted"]).vote == own
+    assert defend(carded, PRESETS["default"]).vote is None
+    assert Vote(shifts=((0, 0), (-2, 1))).scaled(224).shifts == ((0, 0), (-14, 7))
+    assert Vote(shifts=((-2, -2), (1, 1))).scaled(8).shifts == ((-1, -1), (1, 1))
+
+
+def test_preset_without_steps_needs_no_head_and_changes_no_image(images: Tensor) -> None:
+    bare = make_checkpoint(head=False)
+    defended = defend(bare, PRESETS["vote"])
+    found = defended.classify(images)
+    assert torch.equal(found.image, images)
+    assert torch.equal(found.logits, Vote().scores(bare.classifier, images))
+    assert isinstance(build_defense("reverse-attack:vote", bare).purifier, NoPurifier)
 
 
 def test_vote_is_kept_with_another_gradient_and_fewer_steps(images: Tensor) -> None:

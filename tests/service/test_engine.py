@@ -42,6 +42,20 @@ def test_outcome_is_that_of_the_defended_classifier(
     assert close(np.array(outcome.losses), expected.trace.losses[:, 0], 1e-2)
 
 
+def test_preset_without_steps_gives_the_vote_and_no_losses(
+    engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor
+) -> None:
+    engine = engines(execution="captured", slots=2)
+    expected = defend(prepared(store.load(tiny_folder)), PRESETS["vote"]).classify(images[:1])
+    outcome = one(engine, uint8(images)[0], "vote", seed=7, wants_image=True)
+    assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)
+    assert close(outcome.unpurified_scores, expected.unpurified_logits[0].softmax(0), 1e-5)
+    assert not close(outcome.scores, outcome.unpurified_scores, 1e-4)
+    assert close(outcome.image, images[0], 1e-6)
+    assert (outcome.steps, outcome.losses, outcome.linf) == (0, (), 0.0)
+    assert outcome.loss_before is outcome.loss_after is None
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch's compiler needs g++")
 def test_compiled_steps_give_the_same_outcome(
     engines: Callable[..., Engine], tiny_folder: Path, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
@@ -68,7 +82,7 @@ def test_presets_attacks_and_plain_images_share_batches_and_keep_their_own_answe
     engines: Callable[..., Engine], images: torch.Tensor
 ) -> None:
     engine, pixels = engines(slots=16), uint8(images)
-    kinds = ["default", "published", None, ATTACK]
+    kinds = ["default", "published", None, ATTACK, "vote"]
     alone = [one(engine, pixels[i], kind, seed=i) for i, kind in enumerate(kinds)]
     mixed: set[frozenset[str | None]] = set()
     advance = ContinuousBatch.advance

@@ -69,7 +69,7 @@ def test_demo_prints_three_predictions_and_writes_a_picture(
     ("arguments", "message"),
     [
         (["--checkpoint", "no/such"], "no/such"),
-        (["--preset", "best"], "'best' is not one of default, fast, published"),
+        (["--preset", "best"], "'best' is not one of default, fast, vote, published"),
         (["--device", "tpu"], "tpu"),
     ],
 )

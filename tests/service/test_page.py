@@ -17,6 +17,7 @@ from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect, sync_playwright
 
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.models.purifiers.vote import Vote
 from unperturb.service.engine.stages import ATTACK_LOOP
 from unperturb.service.http.app import create_app
 from unperturb.service.keys import digest
@@ -317,6 +318,8 @@ def test_colours_follow_the_system_and_can_be_read(page: Page, dark: bool) -> No
 
 def test_page_tells_what_the_service_does(page: Page) -> None:
     def described(steps: int, epsilon: float) -> str:
+        if not steps:
+            return f"no step, {len(Vote())} views"
         return f"{steps} step{'s' * (steps > 1)}, at most {round(epsilon * 255)}/255"
 
     options = page.get_by_label("Purifier").locator("option")

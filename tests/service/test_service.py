@@ -71,6 +71,20 @@ def test_answer_is_the_models_own(client: TestClient, tiny_folder: Path) -> None
     assert abs(body["purification"]["loss_after"] - expected.trace.loss_after.item()) < 1e-2
 
 
+def test_vote_answers_with_its_views_and_without_losses(client: TestClient) -> None:
+    body = client.post("/classify?preset=vote&return_image=true", files={"image": photo()}).json()
+    purification = body["purification"]
+    assert (purification["applied"], purification["preset"], purification["vote"]) == (True, "vote", 4)
+    assert (purification["steps"], purification["views"], purification["linf"]) == (0, None, 0.0)
+    assert purification["loss_before"] is purification["loss_after"] is None
+    assert body["predictions"] != body["unpurified"]["predictions"]
+    seen = client.post("/inspect?preset=vote", files={"image": photo()}).json()
+    assert (seen["vote"], seen["losses"], seen["loss_before"], seen["loss_after"]) == (4, [], None, None)
+    assert seen["purified"]["predictions"] == body["predictions"]
+    unchanged = client.post("/purify?preset=vote", files={"image": photo()})
+    assert (unchanged.status_code, "changes no image" in unchanged.json()["detail"]) == (422, True)
+
+
 def test_purify_never_returns_the_plain_classification(client: TestClient) -> None:
     body = client.post("/classify?purify=never", files={"image": photo()}).json()
     assert body["purification"]["applied"] is False

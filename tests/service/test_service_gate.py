@@ -66,6 +66,12 @@ def test_image_within_the_gate_is_left_as_it_is(gated: TestClient) -> None:
     assert classify(gated, "purify=always")["purification"]["applied"] is True
 
 
+def test_preset_without_steps_has_no_gate(gated: TestClient) -> None:
+    answer = gated.post("/classify?purify=auto&preset=vote", files={"image": photo()})
+    assert answer.status_code == 422
+    assert "auto is for presets with steps" in answer.json()["detail"]
+
+
 def test_image_beyond_the_gate_is_purified_as_ever(engines: Callable[..., Engine], images: torch.Tensor) -> None:
     engine, pixels = engines(slots=4), uint8(images)[:2]
     ever = asyncio.run(submit(engine, pixels, "default", seed=3))

@@ -55,6 +55,8 @@ def set_gates(config: GateConfig) -> None:
     held = data.first(data.kept_back(dataset, loaded.card), config.images, torch.device(config.device))
     gates: dict[str, Any] = {}
     for name, preset in PRESETS.items():
+        if not preset.loop.steps:  # no loss is measured, and nothing saved
+            continue
         purifier = reverse_attack_of(prepared(loaded), preset)
         clean, attacked = first_losses(purifier, held, epsilon=config.epsilon)
         gate = float(clean.quantile(config.quantile))

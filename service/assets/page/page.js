@@ -155,7 +155,7 @@ async function draw(answer) {
   return [
     ...names.map((one, i) => card(capital(one), "seen", images[i], bars(answer[one].predictions, same))),
     ...names.slice(1).map((one, i) => difference(one, names[i], pixels(images[i + 1]), pixels(images[i]))),
-    losses(answer),
+    ...(answer.losses.length ? [losses(answer)] : []),
     card("Time", "time", table(Object.entries(answer.timings_ms).map(([part, ms]) => [part, `${ms.toFixed(1)} ms`]))),
     card("Details", "last", table(details(answer, images[0]))),
   ];
@@ -242,6 +242,7 @@ function details(answer, image) {
     ["model", answer.model.id],
     ["its SHA-256", digest],
     ["purifier", answer.preset],
+    ...(answer.vote ? [["vote", `the mean over ${answer.vote} views`]] : []),
     ["its largest change", `${levels(answer.linf)}, limit ${levels(answer.epsilon)}`],
     ...(answer.attacked ? [["attack", `limit ${levels(answer.epsilon_attack)}`]] : []),
     ["image seen at", `${image.naturalWidth} × ${image.naturalHeight}`],

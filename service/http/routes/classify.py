@@ -9,6 +9,7 @@ import torch
 from fastapi import APIRouter, Query, Request, Response
 
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.errors import UnprocessableError
 from unperturb.service.http import problem
 from unperturb.service.http.answer import Answer, Answers, answer, pixels, png16, to_png
 from unperturb.service.http.context import RequestContext
@@ -93,6 +94,8 @@ async def purify(
 ) -> Response:
     """Return the purified image itself, at the model's size, for a classifier of your own."""
     preset = RequestContext.of(request.scope).preset = query.preset or gateway.settings.preset
+    if not PRESETS[preset].loop.steps:
+        raise UnprocessableError(f"preset: {preset!r} has no steps: it changes no image")
     with gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket:
         upload = await gateway.read_one(ticket)
         with gateway.engine.models.use(query.model) as model:

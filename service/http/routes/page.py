@@ -60,8 +60,11 @@ class Inspection(BaseModel):
     epsilon: float
     linf: float
     losses: list[float] = Field(description="InfoNCE before each step, each on views of its own")
-    loss_before: float = Field(description="InfoNCE of the image before purification, on views that no step used")
-    loss_after: float = Field(description="and after it, on the same views")
+    loss_before: float | None = Field(
+        description="InfoNCE of the image before purification, on views that no step used; null where there is no step"
+    )
+    loss_after: float | None = Field(description="and after it, on the same views")
+    vote: int | None = Field(description="views whose scores are averaged; null: the image alone is classified")
     timings_ms: dict[str, float]
 
 
@@ -155,10 +158,8 @@ def _inspection(
     """Return every image, score and loss; `image` is the one that was purified."""
     assert outcome.image is not None
     assert outcome.linf is not None
-    assert outcome.loss_before is not None
-    assert outcome.loss_after is not None
     classes, count = model.card.classes, min(5, len(model.card.classes))
-    epsilon = PRESETS[preset].loop.epsilon
+    epsilon, vote = PRESETS[preset].loop.epsilon, PRESETS[preset].vote
     purified = to_png(torch.from_numpy(outcome.image), image.float() / 255, epsilon=epsilon)
     received = (outcome if attack is None else attack).unpurified_scores
     return Inspection(
@@ -174,6 +175,7 @@ def _inspection(
         losses=list(outcome.losses),
         loss_before=outcome.loss_before,
         loss_after=outcome.loss_after,
+        vote=None if vote is None else len(vote),
         timings_ms=timings_ms,
     )
 

@@ -52,6 +52,10 @@ class PurifyOrNot(Purify):
         """Return the first loss up to which an image is left as it is; raise UnprocessableError without one."""
         if self.purify != "auto":
             return None
+        if not PRESETS[self.preset or default].loop.steps:
+            raise UnprocessableError(
+                f"purify: auto is for presets with steps, which {self.preset or default!r} has not"
+            )
         if self.seed != GATE_SEED:
             raise UnprocessableError(f"seed: purify=auto was measured with the seed {GATE_SEED}, not {self.seed}")
         try:
