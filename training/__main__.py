@@ -9,6 +9,7 @@ from unperturb.training.contrastive.pretrain import PretrainConfig, pretrain
 from unperturb.training.purifier.gate import GateConfig, set_gates
 from unperturb.training.purifier.generator import GeneratorConfig, train_generator
 from unperturb.training.purifier.head import HeadConfig, train_head
+from unperturb.training.purifier.purifier import PurifierConfig, train_purifier
 from unperturb.training.purifier.restorer import RestorerConfig, train_restorer
 from unperturb.training.supervised.classifier import ClassifierConfig, train_classifier
 from unperturb.training.supervised.knn import KnnConfig, make_knn
@@ -19,6 +20,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "classifier": (ClassifierConfig, train_classifier),
     "head": (HeadConfig, train_head),
     "restorer": (RestorerConfig, train_restorer),
+    "purifier": (PurifierConfig, train_purifier),
     "gate": (GateConfig, set_gates),
     "pretrain": (PretrainConfig, pretrain),
     "linear": (LinearConfig, train_linear),

@@ -24,7 +24,6 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.contrastive.loss import NegativePolicy
 from unperturb.models.contrastive.views import ViewPolicy
 from unperturb.models.errors import ConfigError
-from unperturb.models.networks.restorer import TIMES
 from unperturb.models.options import as_json, option
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.denoiser import denoiser_of
@@ -56,15 +55,15 @@ class SweepConfig(BenchmarkConfig):
 
 def restored_candidates() -> dict[str, ReverseAttackConfig]:
     """5 steps of 2/255 with 2 mirrored views and a restored one in a ball of 8/255, and one change at a time."""
-    base = ReverseAttackConfig(loop=BASE, views=2, restored=TIMES)
+    base = ReverseAttackConfig(loop=BASE, views=2, restored=1.0)
 
     def loop(**changed: Any) -> ReverseAttackConfig:  # noqa: ANN401
         return dataclasses.replace(base, loop=dataclasses.replace(BASE, **changed))
 
     return {
         "taken off 8 times": base,
-        "taken off 4 times": dataclasses.replace(base, restored=4.0),
-        "taken off 16 times": dataclasses.replace(base, restored=16.0),
+        "taken off 4 times": dataclasses.replace(base, restored=0.5),
+        "taken off 16 times": dataclasses.replace(base, restored=2.0),
         "crops and colours": dataclasses.replace(base, policy=ViewPolicy()),
         "1 step of 8/255": loop(steps=1, step_size=8 / 255),
         "1 step of 6/255": loop(steps=1, step_size=6 / 255),
@@ -112,7 +111,7 @@ def denoised(
     loaded: Checkpoint, sets: dict[str, Tensor], labels: Tensor, static: dict[str, list[bool]]
 ) -> dict[str, Any]:
     """No reverse attack: the restored view is what is classified."""
-    defended = DefendedClassifier(loaded.classifier, denoiser_of(loaded, times=TIMES))
+    defended = DefendedClassifier(loaded.classifier, denoiser_of(loaded))
     found = {}
     for name, before in static.items():
         right = correct(defended, sets[name], labels)

@@ -1,51 +1,60 @@
-"""A view with an attack's perturbation taken off: what the reverse attack draws an image towards.
+"""A view with an attack's perturbation taken off: what the reverse attack draws an image towards, or what is seen.
 
-A small network is shown images with and without an attack and estimates the perturbation (the denoiser of Liao et al.,
-CVPR 2018, section 3.3, "pixel guided"). Its estimate is cautious: it is taken off several times over, within a ball.
+A small network estimates what is to be taken off. Fitted to perturbations (the denoiser of Liao et al., CVPR 2018,
+section 3.3, "pixel guided") its estimate is cautious, and taken off several times over, within a ball; trained through
+the classifier that it stands before, it is taken off as it is.
 """
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.models.errors import ConfigError
 from unperturb.models.shapes import Float
 
-TIMES = 8.0  # that an estimate is taken off, by the presets
 REACH = 2.0  # a restored view lies within so many epsilon of the image
 
 
 @dataclass(frozen=True, kw_only=True)
 class RestorerCard:
-    """A restorer's shape, and the radius of the attacks that it was trained on, in pixel units of [0, 1]."""
+    """A restorer's shape, and its unit.
+
+    epsilon: what an estimate of 1 stands for, in pixel units of [0, 1]; scale: its layers work on images of a side
+    1/scale; times: how many times over an estimate is taken off
+    """
 
     width: int
     depth: int
     epsilon: float
+    scale: int = 1
+    times: float = 8.0
 
 
 class Restorer(nn.Module):
-    """Convolutions at the image's size: `depth` of `width` channels with BatchNorm and SiLU, and one to the image's."""
+    """Convolutions: `depth` of `width` channels with BatchNorm and SiLU, and one to the image's."""
 
     def __init__(self, card: RestorerCard) -> None:
         super().__init__()
-        if min(card.width, card.depth) < 1 or not 0 < card.epsilon <= 1:
-            raise ConfigError(
-                f"restorer of width={card.width}, depth={card.depth}, epsilon={card.epsilon}: out of range"
-            )
-        self.epsilon = card.epsilon
+        if min(card.width, card.depth, card.scale) < 1 or not (0 < card.epsilon <= 1 and 0 < card.times < 1000):
+            raise ConfigError(f"{card}: out of range")
+        self.epsilon, self.scale, self.times = card.epsilon, card.scale, card.times
         layers: list[nn.Module] = []
-        for channels in (3, *[card.width] * (card.depth - 1)):
+        pixels = 3 * card.scale**2
+        for channels in (pixels, *[card.width] * (card.depth - 1)):
             layers += [nn.Conv2d(channels, card.width, 3, 1, 1, bias=False), nn.BatchNorm2d(card.width), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(card.width, 3, 3, 1, 1))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(card.width, pixels, 3, 1, 1))
 
     def forward(self, x: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch 3 h w"]:
         """Return the perturbation of images in [0, 1], as a share of epsilon, in (-1, 1)."""
-        estimate: Tensor = self.layers(x.contiguous(memory_format=torch.channels_last))
+        height, width = x.shape[-2:]
+        padded = F.pad(x, (0, -width % self.scale, 0, -height % self.scale), mode="replicate")
+        small = F.pixel_unshuffle(padded, self.scale).contiguous(memory_format=torch.channels_last)
+        estimate: Tensor = F.pixel_shuffle(self.layers(small), self.scale)[..., :height, :width]
         return estimate.tanh()
 
-    def restored(self, x: Float[Tensor, "batch 3 h w"], *, factor: float) -> Float[Tensor, "batch 3 h w"]:
-        """Return the images less `factor` times their estimated perturbation, within 2 epsilon and in [0, 1]."""
-        moved, reach = x - factor * self.epsilon * self(x), REACH * self.epsilon
+    def restored(self, x: Float[Tensor, "batch 3 h w"], *, factor: float = 1.0) -> Float[Tensor, "batch 3 h w"]:
+        """Return the images less `factor` times what is taken off, within 2 epsilon of them and in [0, 1]."""
+        moved, reach = x - factor * self.times * self.epsilon * self(x), REACH * self.epsilon
         return torch.minimum(torch.maximum(moved, x - reach), x + reach).clamp(0, 1)

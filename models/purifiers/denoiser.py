@@ -9,15 +9,15 @@ from unperturb.models.attacks.projected_gradient import Descent, Objective, Proj
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.networks.restorer import REACH, TIMES, Restorer
+from unperturb.models.networks.restorer import REACH, Restorer
 from unperturb.models.purifiers.base import Purifier
 from unperturb.models.shapes import Float, Int
 
 
 class Denoiser(Purifier):
-    """Takes the restorer's estimate off `times` times over, within 2 epsilon."""
+    """Takes off what the restorer does, `times` times over, within 2 epsilon."""
 
-    def __init__(self, classifier: ImageClassifier, restorer: Restorer, *, times: float = TIMES) -> None:
+    def __init__(self, classifier: ImageClassifier, restorer: Restorer, *, times: float = 1.0) -> None:
         if not 0 <= times < float("inf"):
             raise ConfigError(f"times={times} must be a number of at least 0")
         loop = ProjectedGradient(direction="descend", epsilon=REACH * restorer.epsilon, step_size=0.0, steps=0)
@@ -36,7 +36,7 @@ class Denoiser(Purifier):
             return Descent(self.restorer.restored(x, factor=self.times), x.new_zeros((0, len(x))))
 
 
-def denoiser_of(checkpoint: Checkpoint, *, times: float = TIMES) -> Denoiser:
+def denoiser_of(checkpoint: Checkpoint, *, times: float = 1.0) -> Denoiser:
     """Return the denoiser of a checkpoint; raise CheckpointError where it has no restorer."""
     if checkpoint.restorer is None:
         raise CheckpointError(

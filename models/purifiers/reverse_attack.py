@@ -18,7 +18,7 @@ from unperturb.models.contrastive.views import ViewPolicy, make_views
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
-from unperturb.models.networks.restorer import TIMES, Restorer
+from unperturb.models.networks.restorer import Restorer
 from unperturb.models.purifiers.base import Purifier
 from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int, UInt8
@@ -31,8 +31,8 @@ class ReverseAttackConfig:
     policy: of the views; None: SimCLR's, or beside a restored view, mirrored alone
     vote: of the classifier on the purified image, its shifts for images of 32 pixels; None: it sees the image alone.
         With a loop of no steps there is the vote alone, and no head is needed
-    restored: how many times over the restorer's estimate is taken off for the restored view; 0, or a checkpoint without
-        a restorer: there is no such view
+    restored: how far the restorer goes for the restored view, as a multiple of what it takes off by itself; 0, or a
+        checkpoint without a restorer: there is no such view
     """
 
     loop: ProjectedGradient
@@ -63,12 +63,12 @@ PRESETS: dict[str, ReverseAttackConfig] = {
     "default": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP),
         views=2,
-        restored=TIMES,
+        restored=1.0,
     ),
     "fast": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=6 / 255, steps=1, ramp=RAMP),
         views=2,
-        restored=TIMES,
+        restored=1.0,
     ),
     "vote": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=0.0, step_size=0.0, steps=0), views=2, vote=Vote()

@@ -1,0 +1,146 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.conftest import make_checkpoint
+from tests.training.test_training import read_log
+from unperturb.models.checkpoints import store
+from unperturb.models.networks.restorer import Restorer, RestorerCard
+from unperturb.models.purifiers.registry import build_defense
+from unperturb.models.purifiers.vote import Vote
+from unperturb.training.__main__ import main
+from unperturb.training.data import Split
+from unperturb.training.purifier.purifier import PurifierConfig, PurifierTask, Whole, identity
+
+CARD = RestorerCard(width=8, depth=2, epsilon=8 / 255, scale=2, times=1.0)
+
+
+def task(tmp_path: Path, vote: Vote | None = None, **settings: object) -> PurifierTask:
+    config = PurifierConfig(checkpoint="tiny", data="none", out=tmp_path, device="cpu", **settings)  # type: ignore[arg-type]
+    none = Split(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+    return PurifierTask(config, make_checkpoint().classifier, vote, identity(CARD), none)
+
+
+@pytest.mark.parametrize("side", [32, 33])
+def test_restorer_at_half_size_moves_every_pixel_by_the_unshuffled_estimate(side: int) -> None:
+    torch.manual_seed(3)
+    restorer, x = Restorer(CARD).eval(), torch.rand(2, 3, side, side)
+    restored = restorer.restored(x)
+    assert restored.shape == x.shape
+    assert 0 < (restored - x).abs().max() <= CARD.epsilon + 1e-6
+    if side == 32:
+        small = x.numpy().reshape(2, 3, 16, 2, 16, 2).transpose(0, 1, 3, 5, 2, 4).reshape(2, 12, 16, 16)
+        estimate = restorer.layers(torch.from_numpy(small.copy())).tanh().detach().numpy()
+        full = estimate.reshape(2, 3, 2, 2, 16, 16).transpose(0, 1, 4, 2, 5, 3).reshape(2, 3, 32, 32)
+        assert np.allclose(restored.detach(), np.clip(x.numpy() - CARD.epsilon * full, 0, 1), atol=1e-5)
+
+
+def test_it_begins_as_the_identity(images: Tensor) -> None:
+    assert torch.equal(identity(CARD).eval().restored(images), images)
+
+
+@pytest.mark.parametrize("vote", [None, Vote()], ids=["image", "vote"])
+def test_loss_is_the_formula(
+    images: Tensor, tmp_path: Path, vote: Vote | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = task(tmp_path, vote, beta=2.0, gamma=3.0)
+    torch.nn.init.normal_(made.model.layers[-1].weight, std=0.5)  # type: ignore[arg-type]
+    made.model.eval()
+    attacked, labels = (images + 0.03 * torch.randn_like(images)).clamp(0, 1), torch.arange(len(images)) % 3
+    monkeypatch.setattr(made, "crafted", lambda *_: attacked)
+    loss, _ = made.of_batch(Whole(made.model, made.classifier, vote), images, labels, labels)
+
+    def probabilities(x: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+        views = [x] if vote is None else list(vote.views(x).unbind(1))
+        logits = np.mean([made.classifier(view).detach().double().numpy() for view in views], axis=0)
+        powers = np.exp(logits - logits.max(1, keepdims=True))
+        return np.asarray(powers / powers.sum(1, keepdims=True))
+
+    clean, moved, bare = (
+        probabilities(x) for x in (made.model.restored(images), made.model.restored(attacked), images)
+    )
+    expected = -np.log(moved[np.arange(len(labels)), labels]).mean()
+    expected += 2 * (clean * np.log(clean / moved)).sum(1).mean() + 3 * (bare * np.log(bare / clean)).sum(1).mean()
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("attack", ["n-fgsm", "pgd"])
+def test_training_attack_goes_through_the_restorer(images: Tensor, tmp_path: Path, attack: str) -> None:
+    made = task(tmp_path, attack=attack)
+    labels = made.classifier(images).argmax(1)
+    before = made.crafted(Whole(made.model, made.classifier), images, labels, torch.arange(8))
+    torch.nn.init.normal_(made.model.layers[-1].weight, std=2.0)  # type: ignore[arg-type]
+    after = made.crafted(Whole(made.model, made.classifier), images, labels, torch.arange(8))
+    assert (before - after).abs().max() > 1 / 255
+    assert (after - images).abs().max() <= 3 * 8 / 255 + 1e-6
+    assert made.model.training
+
+
+def test_purifier_is_trained_and_the_classifier_is_not(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.save(tmp_path / "base", make_checkpoint(head=False))
+    arguments = [
+        "purifier",
+        "--checkpoint",
+        str(tmp_path / "base"),
+        "--data",
+        str(image_folder),
+        "--out",
+        str(tmp_path / "run"),
+        "--cache",
+        str(tmp_path),
+        "--epochs",
+        "10",
+        "--batch-size",
+        "21",
+        "--held-out",
+        "9",
+        "--width",
+        "16",
+        "--depth",
+        "2",
+        "--reach",
+        "60/255",
+        "--gamma",
+        "0",
+        "--lr",
+        "0.02",
+        "--ema",
+        "0.8",
+        "--vote",
+        "--device",
+        "cpu",
+    ]
+    assert main(arguments) == 0
+    said, log = capsys.readouterr().out, read_log(tmp_path / "run")
+    assert "on 9 held-out images, with the restorer (without)" in said
+    made, before = store.load(tmp_path / "run" / "checkpoint"), store.load(tmp_path / "base")
+    assert made.card.restorer == RestorerCard(width=16, depth=2, epsilon=60 / 255, scale=2, times=1.0)
+    assert made.card.restorer_training["held_out"]["bare"]["n"] == 9
+    for name, value in before.classifier.state_dict().items():
+        assert torch.equal(value, made.classifier.state_dict()[name])
+    assert log[-1]["loss"] < log[0]["loss"]
+    defended = build_defense("denoiser:vote=2", made, gradient="full")
+    assert defended.vote == Vote()
+    assert (
+        made.card.restorer_training["held_out"]["at_chosen_epoch"]["held_out_pgd_accuracy"]
+        >= (made.card.restorer_training["held_out"]["bare"]["pgd_accuracy"])
+    )
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [["--attack-steps", "0"], ["--held-out", "0"], ["--width", "0"], ["--beta", "-1"], ["--reach", "8"]],
+    ids=lambda bad: bad[0],
+)
+def test_bad_argument_is_refused(
+    bad: list[str], image_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = ["--checkpoint", str(tiny_folder), "--data", str(image_folder), "--out", str(tmp_path / "run")]
+    assert main(["purifier", *folders, "--cache", str(tmp_path), "--device", "cpu", *bad]) == 2
+    name = {"reach": "epsilon"}.get(bad[0].strip("-"), bad[0].strip("-").replace("-", "_"))
+    assert name in capsys.readouterr().err

@@ -1,0 +1,199 @@
+"""`unperturb train purifier`: a checkpoint -> the same with a restorer trained through the classifier behind it.
+
+The images that it is trained on are attacked through everything, the restorer and the frozen classifier. What it is to
+do is not to find a perturbation but to leave the classifier with the right class:
+
+    CE(attacked, label)  +  β KL(clean || attacked)  +  γ KL(bare classifier on clean || clean)
+
+(the first two are TRADES's terms on attacked images; JATP, arXiv 2106.05453, and AToP, ICLR 2024, train a purifier
+likewise). It begins as the identity: the last layer is zero. The classifier's weights are not touched.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unperturb.models.attacks.pgd import cross_entropy, evaluating
+from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.checkpoints import store
+from unperturb.models.errors import ConfigError
+from unperturb.models.inference.folding import prepared
+from unperturb.models.networks.restorer import Restorer, RestorerCard
+from unperturb.models.options import option
+from unperturb.models.purifiers.vote import Vote
+from unperturb.training import data, loop, options, seeds, world
+from unperturb.training.augment import pad_crop_flip
+from unperturb.training.options import RunConfig
+from unperturb.training.supervised.base import measure
+from unperturb.training.supervised.n_fgsm import noisy_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class PurifierConfig(RunConfig):
+    """Train a restorer through the frozen classifier behind it, on attacks that go through both."""
+
+    checkpoint: str = option("checkpoint folder or shipped name; its classifier stays as it is")
+    width: int = option("channels of the restorer's layers", 64)
+    depth: int = option("its layers, beside the last", 5)
+    scale: int = option("its layers work on images of a side 1/scale", 2)
+    reach: float = option("how far it may move a channel of a pixel", 8 / 255)
+    epsilon: float = option("radius of the attack, L-infinity", 8 / 255)
+    attack: Literal["n-fgsm", "pgd"] = option("training attack", "n-fgsm")
+    attack_steps: int = option("steps of pgd", 3)
+    attack_step_size: float = option("step size of pgd", 4 / 255)
+    vote: bool = option("train for the vote: each batch goes through one of its shifts, drawn for it", False)
+    beta: float = option("weight of KL between the clean and the attacked prediction", 1.0)
+    gamma: float = option("weight of KL from the bare classifier's prediction on clean images", 1.0)
+    label_smoothing: float = option("label smoothing", 0.0)
+    pad: int = option("pixels of padding before the random crop", 4)
+    epochs: int = option("passes over the training images", 10)
+    batch_size: int = option("images a step", 128)
+    lr: float = option("peak learning rate", 2e-3)
+    weight_decay: float = option("weight decay", 1e-5)
+    optimizer: Literal["sgd", "adam"] = option("optimizer", "adam")
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values out of range."""
+        super().__post_init__()
+        if min(self.beta, self.gamma) < 0 or not 0 <= self.label_smoothing < 1:
+            raise ConfigError(
+                f"beta={self.beta}, gamma={self.gamma}, label_smoothing={self.label_smoothing}: out of range"
+            )
+        if self.attack_steps < 1:
+            raise ConfigError(f"attack_steps={self.attack_steps} must be at least 1")
+        if self.held_out < 1:
+            raise ConfigError(f"held_out={self.held_out} must be at least 1: the epoch is chosen on them")
+
+
+class Whole(nn.Module):
+    """A restorer in front of a classifier that is no part of it, and of a vote or one of its views."""
+
+    def __init__(self, restorer: Restorer, classifier: nn.Module, vote: Vote | None = None) -> None:
+        super().__init__()
+        self.restorer, self.vote = restorer, vote
+        self._frozen = (classifier,)  # hidden from `parameters` and `train`
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the class scores of images in [0, 1]."""
+        (classifier,), restored = self._frozen, self.restorer.restored(x)
+        scores: Tensor = classifier(restored) if self.vote is None else self.vote.scores(classifier, restored)
+        return scores
+
+
+class PurifierTask:
+    """The loop's task: the loss above, of a restorer in front of a frozen classifier."""
+
+    def __init__(
+        self, config: PurifierConfig, classifier: nn.Module, vote: Vote | None, model: Restorer, train: data.Split
+    ) -> None:
+        self.config, self.classifier, self.model, self.train = config, classifier, model, train
+        self.vote, self.views = vote, [Vote(shifts=(one,), mirrored=False) for one in vote.shifts] if vote else []
+        self.images, self.memory = len(train.labels), nn.Module()
+        self.held: data.Split | None = None
+        self.attack = ProjectedGradient(
+            direction="ascend",
+            epsilon=config.epsilon,
+            step_size=config.attack_step_size,
+            steps=config.attack_steps,
+            start="uniform",
+        )
+
+    def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss on a batch of augmented images, and the share of attacked ones that are right."""
+        self.model.train()
+        draw = seeds.of_step(seed=self.config.seed, epoch=epoch, step=step)
+        x, labels = pad_crop_flip(self.train.images[indices], pad=self.config.pad, generator=draw), self.train.labels
+        view = self.views[int(torch.randint(len(self.views), (), generator=draw))] if self.views else None
+        own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
+        return self.of_batch(Whole(self.model, self.classifier, view), x, labels[indices], own)
+
+    def of_batch(self, whole: Whole, x: Tensor, labels: Tensor, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of images in [0, 1] with a seed each, and the share of attacked ones that are right."""
+        config = self.config
+        crafted = self.crafted(whole, x, labels, own)
+        clean, attacked = (part.float() for part in whole(torch.cat((x, crafted))).chunk(2))
+        loss = F.cross_entropy(attacked, labels, label_smoothing=config.label_smoothing)
+        if config.beta:
+            loss = loss + config.beta * _kl(clean, attacked)
+        if config.gamma:
+            with torch.no_grad():
+                bare = self.classifier(x) if whole.vote is None else whole.vote.scores(self.classifier, x)
+            loss = loss + config.gamma * _kl(bare.float(), clean)
+        return loss, {"accuracy": attacked.detach().argmax(1).eq(labels).float().mean()}
+
+    def crafted(self, whole: Whole, x: Tensor, labels: Tensor, own: Tensor) -> Tensor:
+        """Return the images attacked through the whole, BatchNorm in eval mode meanwhile."""
+        if self.config.attack == "n-fgsm":
+            return noisy_step(whole, x, labels, own, epsilon=self.config.epsilon)
+        with evaluating(whole):
+            return self.attack.run(x, cross_entropy(whole, labels), seeds=own).image
+
+    def validate(self, averaged: nn.Module) -> dict[str, int | float]:
+        """Return clean and PGD-10 accuracy of the whole on held-out training images; the second is the score."""
+        assert isinstance(averaged, Restorer)
+        assert self.held is not None
+        with options.autocast(self.config, self.held.images.device):
+            figures = measure(
+                Whole(averaged, self.classifier, self.vote), self.held, epsilon=self.config.epsilon, steps=10
+            )
+        shown = {name: figures[name] for name in ("clean_accuracy", "pgd_accuracy")}
+        return {**shown, "score": shown["pgd_accuracy"]}
+
+
+def _kl(target: Tensor, of: Tensor) -> Tensor:
+    """Return the mean of KL(target || of) over images, from class scores."""
+    return F.kl_div(of.log_softmax(1), target.softmax(1), reduction="batchmean")
+
+
+def identity(card: RestorerCard) -> Restorer:
+    """Return a restorer that takes nothing off: its last layer is zero."""
+    restorer = Restorer(card)
+    last = restorer.layers[-1]
+    assert isinstance(last, nn.Conv2d)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+    return restorer
+
+
+def train_purifier(config: PurifierConfig) -> None:
+    """Train, choose the epoch on held-out training images, and write OUT/checkpoint."""
+    here = world.join(config.device)
+    base = store.load(config.checkpoint, device=here.device)
+    dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    data.require_classes(dataset, base.card.classes, of=config.checkpoint)
+    torch.manual_seed(config.seed)
+    card = RestorerCard(width=config.width, depth=config.depth, epsilon=config.reach, scale=config.scale, times=1.0)
+    model = identity(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kept, held = data.training_images(dataset.train, config)
+    vote = (base.card.vote or Vote().scaled(base.classifier.image_size)) if config.vote else None
+    task = PurifierTask(config, prepared(base).classifier, vote, model, data.resident(kept, here.device))
+    task.held = data.resident(held, here.device)
+    with options.autocast(config, here.device):
+        bare = measure(task.classifier, task.held, epsilon=config.epsilon, steps=10)
+    fitted = loop.fit(task, config, here)
+    if here.rank == 0:
+        assert isinstance(fitted.model, Restorer)
+        held_out: dict[str, Any] = {"bare": bare, "at_chosen_epoch": fitted.figures}
+        made = dataclasses.replace(
+            base.card,
+            restorer=card,
+            gates={},
+            restorer_training={
+                **options.comparable(config),
+                "data_sha256": dataset.digest,
+                "chosen_epoch": fitted.epoch,
+                "held_out": held_out,
+            },
+        )
+        out = config.out / "checkpoint"
+        store.save(out, dataclasses.replace(base, card=made, restorer=fitted.model))
+        print(
+            f"{out}: on {bare['n']} held-out images, with the restorer (without): "
+            f"clean {fitted.figures['held_out_clean_accuracy']:.1%} ({bare['clean_accuracy']:.1%}), "
+            f"PGD-10 {fitted.figures['held_out_pgd_accuracy']:.1%} ({bare['pgd_accuracy']:.1%})"
+        )
+    world.leave(here)
