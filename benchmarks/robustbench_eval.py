@@ -51,7 +51,7 @@ class EvaluationConfig:
     )
     purifier: tuple[str, ...] = option(
         "none, vote[:shifts=2], reverse-attack[:preset|key=value,…[,vote=2]], anti-adversary, hedge, "
-        "denoiser[:times=N], or package.module:Class[:key=value,…] on the Python path; may be repeated",
+        "restorer[:times=N], or package.module:Class[:key=value,…] on the Python path; may be repeated",
         ("none", "reverse-attack"),
     )
     dataset: str = option("what the images are: cifar10, cifar100, imagenet, or a name for your own", "cifar10")

@@ -26,7 +26,7 @@ from unperturb.models.contrastive.views import ViewPolicy
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
-from unperturb.models.purifiers.denoiser import denoiser_of
+from unperturb.models.purifiers.restored import restored_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttackConfig
 from unperturb.training import data
 
@@ -111,7 +111,7 @@ def denoised(
     loaded: Checkpoint, sets: dict[str, Tensor], labels: Tensor, static: dict[str, list[bool]]
 ) -> dict[str, Any]:
     """No reverse attack: the restored view is what is classified."""
-    defended = DefendedClassifier(loaded.classifier, denoiser_of(loaded))
+    defended = DefendedClassifier(loaded.classifier, restored_of(loaded))
     found = {}
     for name, before in static.items():
         right = correct(defended, sets[name], labels)
@@ -124,7 +124,7 @@ def sweep(config: SweepConfig) -> int:
     """Sweep, write the result file, and say the figures."""
     loaded = store.load(config.checkpoint, device=config.device)
     if config.restored:
-        denoiser_of(loaded)
+        restored_of(loaded)
     dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
     images, labels = data.first(data.kept_back(dataset, loaded.card), config.n, torch.device(config.device))
     made = points.make_points(

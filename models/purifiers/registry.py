@@ -12,7 +12,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers import reverse_attack
 from unperturb.models.purifiers.base import NoPurifier, Purifier
 from unperturb.models.purifiers.defended import DefendedClassifier, Gradient, reverse_attack_of, vote_of
-from unperturb.models.purifiers.denoiser import denoiser_of
+from unperturb.models.purifiers.restored import restored_of
 from unperturb.models.purifiers.rivals import ANTI_ADVERSARY_LOOP, HEDGE_LOOP, AntiAdversary, Hedge
 from unperturb.models.purifiers.vote import Vote, parse_shifts
 
@@ -74,10 +74,10 @@ def _rival(
     return build
 
 
-def _denoiser(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
+def _restorer(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
     known = {"times": Fraction}
-    _refuse("denoiser", words, changes, known)
-    return denoiser_of(checkpoint, **_values(changes, known))
+    _refuse("restorer", words, changes, known)
+    return restored_of(checkpoint, **_values(changes, known))
 
 
 REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifier]] = {
@@ -85,7 +85,7 @@ REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifie
     REVERSE_ATTACK: _reverse_attack,
     "anti-adversary": _rival(AntiAdversary, "anti-adversary", ANTI_ADVERSARY_LOOP),
     "hedge": _rival(Hedge, "hedge", HEDGE_LOOP),
-    "denoiser": _denoiser,
+    "restorer": _restorer,
 }
 
 
@@ -94,7 +94,7 @@ def build_defense(spec: str, checkpoint: Checkpoint, *, gradient: Gradient = "bp
 
     `vote[:shifts=2,mirrored=no]` is a vote alone; `vote=2` (with `mirrored=no`) among a purifier's values puts one
     behind it, and `vote=none` leaves out the preset's own. Raises ConfigError for an unknown name, preset or key or a
-    value out of range, CheckpointError where the reverse attack finds no head, or the denoiser no restorer.
+    value out of range, CheckpointError where the reverse attack finds no head, or `restorer` no restorer.
     """
     name, words, changes = _parsed(spec)
     vote = None

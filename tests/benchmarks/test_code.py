@@ -89,7 +89,7 @@ def test_another_purifier_of_the_same_classifier_leaves_the_bare_row_and_not_its
     subject = ready(make_checkpoint(), torch.device("cpu"))
     bare = [unit_identity(defense_of("none", subject), "autoattack") for _ in range(2)]
     assert bare[0] == bare[1]
-    specs = ("reverse-attack:steps=1", "reverse-attack:steps=2", "vote:shifts=1", "vote:shifts=2", "denoiser")
+    specs = ("reverse-attack:steps=1", "reverse-attack:steps=2", "vote:shifts=1", "vote:shifts=2", "restorer")
     own = [unit_identity(defense_of(spec, subject), "apgd-ce") for spec in specs]
     assert all(one != other for place, one in enumerate(own) for other in own[:place])
 

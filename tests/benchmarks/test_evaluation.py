@@ -165,7 +165,7 @@ def test_shards_merge_to_the_whole(images: Tensor, tmp_path: Path) -> None:
 def test_only_attacks_that_do_not_apply_leave_the_clean_accuracy(images: Tensor, tmp_path: Path) -> None:
     found = tiny_evaluation(tmp_path, images, replace(QUICK, attacks=("intermediate",)), "none").run()
     assert list(found["outcomes"]) == ["clean"]
-    found = tiny_evaluation(tmp_path, images, replace(QUICK, attacks=("intermediate",)), "denoiser").run()
+    found = tiny_evaluation(tmp_path, images, replace(QUICK, attacks=("intermediate",)), "restorer").run()
     assert list(found["outcomes"]) == ["clean"]
     assert "no steps" in found["could_not_run"]["intermediate"]
 

@@ -45,16 +45,16 @@ def test_hedge_raises_the_sum_of_all_classes_cross_entropies_in_its_ball(images:
     assert (purified.trace.loss_after > purified.trace.loss_before).all()
 
 
-def test_denoiser_gives_the_restored_view(images: Tensor) -> None:
+def test_restorer_gives_the_restored_view(images: Tensor) -> None:
     subject = make_checkpoint()
     assert subject.restorer is not None
-    purified = build_purifier("denoiser:times=3", subject)(images, seeds=SEEDS)
+    purified = build_purifier("restorer:times=3", subject)(images, seeds=SEEDS)
     assert torch.equal(purified.image, subject.restorer.restored(images, factor=3.0))
     assert (purified.trace.linf <= 16 / 255 + 1e-6).all()
     with pytest.raises(CheckpointError, match="has no restorer; train one"):
-        build_purifier("denoiser", dataclasses.replace(subject, restorer=None))
+        build_purifier("restorer", dataclasses.replace(subject, restorer=None))
     with pytest.raises(ConfigError, match="times=-1"):
-        build_purifier("denoiser:times=-1", subject)
+        build_purifier("restorer:times=-1", subject)
 
 
 @pytest.mark.parametrize("name", list(REGISTRY))
@@ -72,7 +72,7 @@ def test_every_purifier_answers_alike_alone_and_in_a_batch_and_leaves_nothing_be
     assert all(parameter.grad is None for parameter in purifier.parameters())
 
 
-@pytest.mark.parametrize("name", ["reverse-attack:steps=2", "anti-adversary", "hedge:steps=2", "denoiser"])
+@pytest.mark.parametrize("name", ["reverse-attack:steps=2", "anti-adversary", "hedge:steps=2", "restorer"])
 def test_every_purifier_can_be_differentiated_from_outside(images: Tensor, name: str) -> None:
     subject = make_checkpoint()
     defended = DefendedClassifier(subject.classifier, build_purifier(name, subject), gradient="full")

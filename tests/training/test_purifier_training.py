@@ -124,7 +124,7 @@ def test_purifier_is_trained_and_the_classifier_is_not(
     for name, value in before.classifier.state_dict().items():
         assert torch.equal(value, made.classifier.state_dict()[name])
     assert log[-1]["loss"] < log[0]["loss"]
-    defended = build_defense("denoiser:vote=2", made, gradient="full")
+    defended = build_defense("restorer:vote=2", made, gradient="full")
     assert defended.vote == Vote()
     assert (
         made.card.restorer_training["held_out"]["at_chosen_epoch"]["held_out_pgd_accuracy"]

@@ -1,6 +1,6 @@
-"""The restored view alone, for comparison: what a checkpoint's restorer makes of an image is what is classified.
+"""The restored view alone: what a checkpoint's restorer makes of an image is what is classified.
 
-The denoiser of Liao et al. (CVPR 2018) in front of the classifier: no steps, no loss, nothing random.
+No steps, no loss, nothing random: one more network in front of the classifier.
 """
 
 import torch
@@ -14,7 +14,7 @@ from unperturb.models.purifiers.base import Purifier
 from unperturb.models.shapes import Float, Int
 
 
-class Denoiser(Purifier):
+class Restored(Purifier):
     """Takes off what the restorer does, `times` times over, within 2 epsilon."""
 
     def __init__(self, classifier: ImageClassifier, restorer: Restorer, *, times: float = 1.0) -> None:
@@ -36,11 +36,11 @@ class Denoiser(Purifier):
             return Descent(self.restorer.restored(x, factor=self.times), x.new_zeros((0, len(x))))
 
 
-def denoiser_of(checkpoint: Checkpoint, *, times: float = 1.0) -> Denoiser:
-    """Return the denoiser of a checkpoint; raise CheckpointError where it has no restorer."""
+def restored_of(checkpoint: Checkpoint, *, times: float = 1.0) -> Restored:
+    """Return the purifier of a checkpoint; raise CheckpointError where it has no restorer."""
     if checkpoint.restorer is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.card.id!r} has no restorer; train one: "
             "unperturb train restorer --checkpoint FOLDER --data … --out …"
         )
-    return Denoiser(checkpoint.classifier, checkpoint.restorer, times=times)
+    return Restored(checkpoint.classifier, checkpoint.restorer, times=times)
