@@ -7,7 +7,6 @@ identity as the rounding's gradient (BPDA). `pip install kornia` brings what the
 """
 
 from io import BytesIO
-from typing import cast
 
 import kornia
 import numpy as np
@@ -60,4 +59,5 @@ class FewerBits:
 
 
 def _median(x: Tensor) -> Tensor:
-    return cast(Tensor, kornia.filters.median_blur(x, (3, 3)))
+    smoothed: Tensor = kornia.filters.median_blur(x, (3, 3))
+    return smoothed
