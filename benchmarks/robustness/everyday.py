@@ -51,7 +51,7 @@ class FewerBits:
     """Feature squeezing (Xu et al. 2018): channels of a few bits."""
 
     def __init__(self, bits: int = 4) -> None:
-        self.levels = 2**bits - 1
+        self.levels: int = 2**bits - 1
 
     def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
         """Return the images [n, 3, h, w] with fewer levels; the backward is the identity."""
@@ -59,5 +59,4 @@ class FewerBits:
 
 
 def _median(x: Tensor) -> Tensor:
-    smoothed: Tensor = kornia.filters.median_blur(x, (3, 3))
-    return smoothed
+    return kornia.filters.median_blur(x, (3, 3))
