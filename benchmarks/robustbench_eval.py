@@ -198,7 +198,7 @@ def _runs_of(
         config.dataset,
         config.data,
         n=config.n_examples,
-        image_size=subject.classifier.image_size,
+        how=subject.card.pictures,
         classes=subject.card.classes,
         cache=config.cache,
     )

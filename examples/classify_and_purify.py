@@ -19,9 +19,8 @@ SAMPLE = Path(__file__).parents[1] / "service" / "assets" / "sample.png"
 def main(image: Path = SAMPLE, out: Path = Path("purified.png")) -> None:
     """Print the three likeliest classes, before and after, and write the purified image."""
     checkpoint = unperturb.load("default")
-    size = checkpoint.card.architecture.image_size
     with Image.open(image) as opened:
-        received = to_image(to_size(to_rgb(opened), size))[None].float() / 255
+        received = to_image(to_size(to_rgb(opened), checkpoint.card.pictures))[None].float() / 255
 
     purified, trace = unperturb.purify(checkpoint, received)
     for name, pixels in (("as it came", received), ("purified", purified)):

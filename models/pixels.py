@@ -1,8 +1,13 @@
 """From an opened image file to the pixels that a model sees; the same for training data and for uploads."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from PIL import Image, ImageOps
 
+from unperturb.models.errors import ConfigError
+
+FITS = ("square", "crop", "stretch")
 WHITE = (255, 255, 255, 255)
 
 
@@ -25,8 +30,67 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_size(image: Image.Image, size: int) -> Image.Image:
-    """Return a square of `size` pixels a side: the largest centred square, resized bicubic with antialiasing."""
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a picture becomes the square that a network takes; it stands on the checkpoint's card.
+
+    size: the square's side in pixels
+    fit: "square": the picture's largest centred square, at that size; "crop": the shorter side becomes `resize` pixels
+        and the centred square of `size` is cut out (torchvision's Resize and CenterCrop); "stretch": both sides do
+    resize: pixels, at least `size`; 0: `size`
+    interpolation: a name of Pillow's Resampling, in small letters
+    antialias: whether pixels that a smaller picture leaves out count (Pillow's own way)
+    """
+
+    size: int
+    fit: str = "square"
+    resize: int = 0
+    interpolation: str = "bicubic"
+    antialias: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values out of range."""
+        if self.size < 1 or self.fit not in FITS:
+            raise ConfigError(f"size={self.size}, fit={self.fit!r}: at least 1, and one of {', '.join(FITS)}")
+        if self.resize and (self.resize < self.size or self.fit == "square"):
+            raise ConfigError(
+                f"resize={self.resize}, size={self.size}, fit={self.fit!r}: at least the size, of crop or stretch"
+            )
+        known = [kind.name.lower() for kind in Image.Resampling]
+        if self.interpolation not in known:
+            raise ConfigError(f"interpolation={self.interpolation!r} is not one of {', '.join(known)}")
+
+    @property
+    def resampling(self) -> Image.Resampling:
+        """Return Pillow's own name."""
+        return Image.Resampling[self.interpolation.upper()]
+
+
+def to_size(image: Image.Image, how: Preprocessing) -> Image.Image:
+    """Return the square of `how.size` pixels a side; a picture of that size already is left as it is."""
+    size = how.size
     if image.size == (size, size):
         return image
-    return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    if how.fit == "square":
+        if how.antialias:
+            return ImageOps.fit(image, (size, size), how.resampling)
+        side = min(image.size)
+        return _resized(_centre(image, side), (size, size), how)
+    resize = how.resize or size
+    if how.fit == "stretch":
+        return _centre(_resized(image, (resize, resize), how), size)
+    width, height = image.size
+    short = min(width, height)
+    return _centre(_resized(image, (int(resize * width / short), int(resize * height / short)), how), size)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], how: Preprocessing) -> Image.Image:
+    if how.antialias:
+        return image.resize(size, how.resampling)
+    return image.transform(size, Image.Transform.EXTENT, (0, 0, *image.size), Image.Resampling(how.resampling))
+
+
+def _centre(image: Image.Image, side: int) -> Image.Image:
+    """Return the centred square, cut where torchvision's CenterCrop does."""
+    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))

@@ -119,7 +119,7 @@ def classify(
     failed = 0
     for file in files:
         try:
-            decoded = _read(file, card.architecture.image_size)
+            decoded = _read(file, card)
         except RequestError as error:
             typer.echo(f"{file}: {error}", err=True)
             failed += 1
@@ -177,7 +177,7 @@ def purify(
     from unperturb.service.http.answer import png
 
     defended, card, place = _load(checkpoint, preset, device)
-    x = _batch(_read(file, card.architecture.image_size), place)
+    x = _batch(_read(file, card), place)
     started = time.perf_counter()
     purified = defended.purify(x, seed=seed)
     pixels = to_uint8(purified.image, x, epsilon=defended.purifier.loop.epsilon)[0].cpu()
@@ -205,7 +205,7 @@ def demo(
     from unperturb.service.demo import SAMPLE, run_demo
 
     defended, card, place = _load(checkpoint, preset, device)
-    x = _batch(_read(file or SAMPLE, card.architecture.image_size), place)
+    x = _batch(_read(file or SAMPLE, card), place)
     for line in run_demo(defended, card, x, seed=seed, out=out):
         print(line)
 
@@ -231,11 +231,11 @@ def _load(name: str, preset: str, device: str) -> "tuple[DefendedClassifier, Car
     return defend(loaded, config), loaded.card, place
 
 
-def _read(file: Path, size: int) -> "Decoded":
+def _read(file: Path, card: "Card") -> "Decoded":
     from unperturb.service.decoding.decode import decode
     from unperturb.service.settings import Settings
 
-    return decode(file.read_bytes(), size=size, max_pixels=Settings().max_pixels)
+    return decode(file.read_bytes(), card.pictures, max_pixels=Settings().max_pixels)
 
 
 def _batch(decoded: "Decoded", device: "torch.device") -> "torch.Tensor":

@@ -30,10 +30,10 @@ def test_import_is_light_and_every_public_name_is_there() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_defended_module_gives_what_the_service_answers(preset: str, tiny_folder: Path) -> None:
-    size = unperturb.load(tiny_folder).card.architecture.image_size
+    how = unperturb.load(tiny_folder).card.pictures
     sent = photo(3)
     model = unperturb.defend(unperturb.load(tiny_folder), preset=preset, seed=5)
-    images = torch.from_numpy(decode(sent, size=size, max_pixels=10**6).pixels)[None].float() / 255
+    images = torch.from_numpy(decode(sent, how, max_pixels=10**6).pixels)[None].float() / 255
     with torch.no_grad():
         expected = model(images)[0].softmax(0).numpy()
     with serving(tiny_folder) as client:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from unperturb.models.cache import cache_folder
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError, DataError
-from unperturb.models.pixels import to_rgb, to_size
+from unperturb.models.pixels import Preprocessing, to_rgb, to_size
 from unperturb.models.shapes import Int, UInt8
 from unperturb.training.options import RunConfig
 
@@ -45,22 +45,22 @@ class DataSet(NamedTuple):
     digest: str
 
 
-def load(source: str, *, image_size: int, cache: Path | None = None) -> DataSet:
-    """Load a named data set or a folder, at `image_size` pixels a side.
+def load(source: str, how: Preprocessing, *, cache: Path | None = None) -> DataSet:
+    """Load a named data set or a folder, each picture as `how` says.
 
     Raises DataError naming the file or folder: missing, without classes, a class without images, a file that cannot
     be decoded, classes that differ between the splits.
     """
     if source in ("cifar10", "cifar100"):
-        train, test, classes = _torchvision(source, image_size)
+        train, test, classes = _torchvision(source, how.size)
     else:
         root = Path(source)
         classes = _class_names(root / "train")
         if _class_names(root / "test") != classes:
             raise DataError(f"{root}/train and {root}/test do not have the same class folders")
         cache = cache or cache_folder("images")
-        train = read_folder(root / "train", classes, image_size=image_size, cache=cache)
-        test = read_folder(root / "test", classes, image_size=image_size, cache=cache)
+        train = read_folder(root / "train", classes, how, cache=cache)
+        test = read_folder(root / "test", classes, how, cache=cache)
     digest = hashlib.sha256()
     for split in (train, test):
         digest.update(np.ascontiguousarray(split.images.numpy()).data)
@@ -95,7 +95,7 @@ def training_images(train: Split, config: RunConfig) -> tuple[Split, Split]:
     return Split(kept.images[order], kept.labels[order]), held
 
 
-def read_folder(folder: Path, classes: tuple[str, ...], *, image_size: int, cache: Path) -> Split:
+def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, cache: Path) -> Split:
     """Read one split from `folder/<class>/*`, sorted by file name within and across classes."""
     files: list[tuple[str, int, Path]] = []
     for label, name in enumerate(classes):
@@ -105,13 +105,13 @@ def read_folder(folder: Path, classes: tuple[str, ...], *, image_size: int, cach
         files += [(path.name, label, path) for path in found]
     files.sort(key=lambda entry: (entry[0], entry[1]))
     labels = torch.tensor([label for _, label, _ in files])
-    key = hashlib.sha256(f"{folder.resolve()} {image_size}".encode())
+    key = hashlib.sha256(f"{folder.resolve()} {how}".encode())
     for _, _, path in files:
         stat = path.stat()
         key.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
     array_file = cache / f"{folder.name}-{key.hexdigest()[:32]}.npy"
     if not array_file.exists():
-        _decode_all([path for *_, path in files], array_file, image_size)
+        _decode_all([path for *_, path in files], array_file, how)
     # Copy-on-write: torch wants a writable buffer, and the file stays as it is.
     return Split(torch.from_numpy(np.load(array_file, mmap_mode="c")), labels)
 
@@ -125,14 +125,14 @@ def _class_names(folder: Path) -> tuple[str, ...]:
     return names
 
 
-def _decode_all(paths: list[Path], array_file: Path, image_size: int) -> None:
+def _decode_all(paths: list[Path], array_file: Path, how: Preprocessing) -> None:
     """Decode every file into a new .npy, or raise DataError naming the first that cannot be."""
     array_file.parent.mkdir(parents=True, exist_ok=True)
     temporary = array_file.with_suffix(f".{os.getpid()}.tmp")
-    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(paths), 3, image_size, image_size))
+    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(paths), 3, how.size, how.size))
     try:
         with ThreadPoolExecutor() as pool:
-            decoded = pool.map(lambda path: _decode(path, image_size), paths)
+            decoded = pool.map(lambda path: _decode(path, how), paths)
             for index, pixels in enumerate(tqdm(decoded, total=len(paths), desc="decoding", unit="img", leave=False)):
                 out[index] = pixels
         out.flush()
@@ -141,10 +141,10 @@ def _decode_all(paths: list[Path], array_file: Path, image_size: int) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _decode(path: Path, image_size: int) -> NDArray[np.uint8]:
+def _decode(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as opened:
-            image = to_size(to_rgb(opened), image_size)
+            image = to_size(to_rgb(opened), how)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be decoded as an image ({error}); repair or remove it") from error
     return np.asarray(image).transpose(2, 0, 1)

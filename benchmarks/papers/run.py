@@ -26,6 +26,7 @@ from unperturb.models import provenance
 from unperturb.models.checkpoints.store import CARD
 from unperturb.models.errors import ConfigError, UnperturbError
 from unperturb.models.options import as_json, option
+from unperturb.models.pixels import Preprocessing
 from unperturb.training import data
 
 NAMES_IT = {"head": "classifier", "generator": "classifier"}  # how a command calls the checkpoint that it needs
@@ -69,7 +70,7 @@ class Campaign:
         sources = [config.data]
         if any("data" in options for name in self.wanted for options in self.chain(name).values()):
             sources.append(config.transfer_data)
-        self.datasets = {source: data.load(source, image_size=IMAGE_SIZE) for source in sources}
+        self.datasets = {source: data.load(source, Preprocessing(size=IMAGE_SIZE)) for source in sources}
         self.lock = threading.Lock()
 
     def run(self) -> list[str]:

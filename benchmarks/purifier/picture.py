@@ -24,7 +24,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
-from unperturb.models.pixels import to_rgb, to_size
+from unperturb.models.pixels import Preprocessing, to_rgb, to_size
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.reverse_attack import preset
 from unperturb.models.shapes import UInt8
@@ -93,8 +93,8 @@ def count(
     return counts, sure.argsort(descending=True)[: counts["brought_back"]].tolist()
 
 
-def squares(drawing: Image.Image, size: int) -> tuple[list[Square], UInt8[Tensor, "n 3 h w"]]:
-    """Return squares cut from a drawing, whole to half, at `size` pixels a side, and where they lie."""
+def squares(drawing: Image.Image, how: Preprocessing) -> tuple[list[Square], UInt8[Tensor, "n 3 h w"]]:
+    """Return squares cut from a drawing, whole to half, at the model's size, and where they lie."""
     whole = min(drawing.size)
     places = [
         Square(side, left, top)
@@ -103,7 +103,7 @@ def squares(drawing: Image.Image, size: int) -> tuple[list[Square], UInt8[Tensor
         for top in range(0, drawing.height - side + 1, STRIDE)
     ]
     cut = (drawing.crop((at.left, at.top, at.left + at.side, at.top + at.side)) for at in places)
-    return places, torch.stack([pil_to_tensor(to_size(piece, size)) for piece in cut])
+    return places, torch.stack([pil_to_tensor(to_size(piece, how)) for piece in cut])
 
 
 def draw(
@@ -127,12 +127,12 @@ def draw(
 def draw_picture(config: PictureConfig) -> int:
     """Count, draw, and write the result file."""
     loaded = store.load(config.checkpoint, device=config.device)
-    dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
+    dataset = data.load(config.data, loaded.card.pictures, cache=config.cache)
     images, labels = (t[: config.n].to(config.device) for t in dataset.test)
     defended = defend(loaded, preset("default"))
     counts, _ = count(config, defended, images, labels)
     with Image.open(SAMPLE) as opened:
-        places, cut = squares(to_rgb(opened), loaded.classifier.image_size)
+        places, cut = squares(to_rgb(opened), loaded.card.pictures)
     ship = torch.full((len(cut),), loaded.card.classes.index("ship"), device=config.device)
     of_drawing, chosen = count(config, defended, cut.to(config.device), ship)
     drawn = places[draw(config, defended, loaded, cut.to(config.device), chosen)]

@@ -125,7 +125,7 @@ def sweep(config: SweepConfig) -> int:
     loaded = store.load(config.checkpoint, device=config.device)
     if config.restored:
         restored_of(loaded)
-    dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
+    dataset = data.load(config.data, loaded.card.pictures, cache=config.cache)
     images, labels = data.first(data.kept_back(dataset, loaded.card), config.n, torch.device(config.device))
     made = points.make_points(
         loaded.classifier, images, labels, epsilon=config.epsilon, steps=20, seed=config.seed, batch=config.batch

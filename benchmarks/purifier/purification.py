@@ -140,7 +140,7 @@ def _clock(device: str) -> float:
 def measure_purifier(config: PurificationConfig) -> int:
     """Measure, write the result file, and say the figures."""
     loaded = store.load(config.checkpoint, device=config.device)
-    dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
+    dataset = data.load(config.data, loaded.card.pictures, cache=config.cache)
     images, labels = (t[: config.n].to(config.device) for t in dataset.test)
     found = {
         "checkpoint": {"id": loaded.card.id, "weights_sha256": loaded.card.weights_sha256},

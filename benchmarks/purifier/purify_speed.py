@@ -273,9 +273,8 @@ def time_purifier(config: SpeedConfig) -> int:
     ways = Ways(config, subject(config))
     if config.data and len(ways.ways) == 1:
         raise ConfigError("data: there is one way alone here, and nothing to compare it with")
-    classifier = ways.ways["eager"].ready.classifier
-    dataset = data.load(config.data, image_size=classifier.image_size, cache=config.cache) if config.data else None
     card = ways.ways["eager"].ready.card
+    dataset = data.load(config.data, card.pictures, cache=config.cache) if config.data else None
     where = torch.cuda.get_device_name(ways.device) if ways.device.type == "cuda" else "cpu"
     out = config.out or results.FOLDER / "purify_speed" / f"{card.architecture.name}_{where.replace(' ', '-')}.json"
     found: dict[str, Any] = {

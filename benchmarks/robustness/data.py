@@ -13,6 +13,7 @@ from unperturb.models.cache import cache_folder
 from unperturb.models.errors import DataError
 from unperturb.models.networks.benchmark_classes import IMAGENET_CLASSES, class_names, wordnet_ids
 from unperturb.models.networks.robustbench import robustbench_data
+from unperturb.models.pixels import Preprocessing
 from unperturb.models.shapes import Float, Int
 from unperturb.training.data import read_folder
 
@@ -29,14 +30,20 @@ class EvaluationSet(NamedTuple):
 
 
 def load_images(
-    dataset: str, folder: Path | None, *, n: int, image_size: int, classes: tuple[str, ...], cache: Path | None = None
+    dataset: str,
+    folder: Path | None,
+    *,
+    n: int,
+    how: Preprocessing,
+    classes: tuple[str, ...],
+    cache: Path | None = None,
 ) -> EvaluationSet:
     """Return the first `n` test images, in RobustBench's order, or in sorted file order from `folder`.
 
     `folder` holds <class>/*, or test/<class>/*, or is an .npz file with `images` (uint8 [n, h, w, 3]) and `labels`.
-    `classes` are the classifier's, in its order: class folders are matched by name, and refused where it, or a
-    published `dataset`, has none of the name; for ImageNet the folders are WordNet ids. Raises DataError naming what is
-    missing, wrong or too little.
+    Pictures become pixels as `how` says. `classes` are the classifier's, in its order: class folders are matched by
+    name, and refused where it, or a published `dataset`, has none of the name; for ImageNet the folders are WordNet
+    ids. Raises DataError naming what is missing, wrong or too little.
     """
     if folder is None and dataset not in PUBLISHED:
         raise DataError(f"--dataset {dataset}: images of your own need --data; known: {', '.join(PUBLISHED)}")
@@ -44,10 +51,10 @@ def load_images(
         images, labels = robustbench_data(dataset, n=n, folder=cache_folder("robustbench-data"))
         source = "robustbench"
     elif folder.suffix == ".npz":
-        images, labels = _from_npz(folder, image_size)
+        images, labels = _from_npz(folder, how.size)
         source = "npz"
     else:
-        images, labels = _from_folder(dataset, folder, image_size, classes, cache or cache_folder("images"))
+        images, labels = _from_folder(dataset, folder, how, classes, cache or cache_folder("images"))
         source = "folder"
     if len(labels) < n:
         raise DataError(f"n_examples={n}, but {folder or dataset} holds {len(labels)} images")
@@ -95,7 +102,7 @@ def _from_npz(file: Path, image_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _from_folder(
-    dataset: str, folder: Path, image_size: int, classes: tuple[str, ...], cache: Path
+    dataset: str, folder: Path, how: Preprocessing, classes: tuple[str, ...], cache: Path
 ) -> tuple[Tensor, Tensor]:
     root, found = _root(folder), folder_classes(folder)
     if not found:
@@ -106,7 +113,7 @@ def _from_folder(
     if dataset in PUBLISHED and dataset != "imagenet":
         _refuse_others(found, class_names(dataset), root, f"{dataset}; --dataset NAME is for images of your own")
     _refuse_others(found, order, root, f"the classifier, whose classes are {', '.join(order[:10])}")
-    split = read_folder(root, found, image_size=image_size, cache=cache)
+    split = read_folder(root, found, how, cache=cache)
     # A folder may lack classes: a label is the class's place in the classifier's order, not among the folders.
     place = torch.tensor([order.index(name) for name in found])
     return split.images.float() / 255, place[split.labels]

@@ -107,7 +107,7 @@ def measure(config: HttpCostConfig) -> dict[str, Any]:
 async def through_engine(engine: Engine, files: list[bytes], config: HttpCostConfig, *, clients: int) -> float:
     """Images a second without HTTP or decoding."""
     with engine.models.use(None) as model:
-        pixels = [decode(file, size=model.image_size, max_pixels=1 << 20).pixels for file in files]
+        pixels = [decode(file, model.card.pictures, max_pixels=1 << 20).pixels for file in files]
         started, done = time.perf_counter(), 0
 
         async def client(number: int) -> None:

@@ -13,11 +13,12 @@ from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.readout import ReadoutCard
 from unperturb.models.networks.restorer import RestorerCard
+from unperturb.models.pixels import Preprocessing
 from unperturb.models.purifiers.vote import Vote
 
 SCHEMA_VERSION = 1
 GATE_SEED = 0  # of the views that a gate is measured on: the service's own seed
-_JSON_TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,)}
+_JSON_TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,), bool: (bool,)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,9 @@ class Card:
     """The content of `card.json`; an unknown key is refused.
 
     `training`, `head_training`, `restorer_training` and `figures` are the resolved configurations and measurements, as
-    JSON; `vote`, the views that were chosen for these weights, in their images' pixels (None: the presets' own);
-    `gates`, by preset, the first losses up to which images are left as they are (`loss`), and how they were found.
+    JSON; `preprocessing` says how a picture becomes the pixels (None: its centred square); `vote` names the views that
+    were chosen for these weights, in their images' pixels (None: the presets' own); `gates`, by preset, are the first
+    losses up to which images are left as they are (`loss`), and how they were found.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Card:
     restorer: RestorerCard | None = None
     bank_size: int = 0
     readout: ReadoutCard = field(default_factory=ReadoutCard)
+    preprocessing: Preprocessing | None = None
     vote: Vote | None = None
     head_training: dict[str, Any] = field(default_factory=dict)
     restorer_training: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +58,11 @@ class Card:
     made_by: dict[str, Any] = field(default_factory=dict)
     weights_sha256: str = ""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def pictures(self) -> Preprocessing:
+        """Return how a picture becomes the pixels that the classifier takes."""
+        return self.preprocessing or Preprocessing(size=self.architecture.image_size)
 
 
 def parse_card(raw: dict[str, Any], file: Path) -> Card:
@@ -67,6 +75,14 @@ def parse_card(raw: dict[str, Any], file: Path) -> Card:
         values["head"] = HeadCard(**known_fields(HeadCard, raw["head"], file))
     if raw.get("restorer") is not None:
         values["restorer"] = RestorerCard(**known_fields(RestorerCard, raw["restorer"], file))
+    if raw.get("preprocessing") is not None:
+        try:
+            how = Preprocessing(**known_fields(Preprocessing, raw["preprocessing"], file))
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: preprocessing: {error}") from error
+        if how.size != values["architecture"].image_size:
+            raise CheckpointError(f"{file}: preprocessing to {how.size} pixels, the architecture takes other images")
+        values["preprocessing"] = how
     if raw.get("vote") is not None:
         values["vote"] = _vote(raw["vote"], file)
     if "readout" in raw:

@@ -106,7 +106,7 @@ class BulkWorker:
             payload = item.origin.read_bytes() if isinstance(item.origin, Path) else item.origin
             if payload is None:
                 raise MalformedRequestError("the row has no bytes")
-            return decode(payload, size=self.card.architecture.image_size, max_pixels=self.max_pixels)
+            return decode(payload, self.card.pictures, max_pixels=self.max_pixels)
         except RequestError as error:
             return str(error)
         except OSError as error:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unperturb.models.pixels import to_rgb, to_size
+from unperturb.models.pixels import Preprocessing, to_rgb, to_size
 from unperturb.service.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
 
 MEMORY_BYTES = 3 * 2**30  # what a decoding process may add to its own; 50 million pixels take about 1 GiB
@@ -32,8 +32,8 @@ class Decoded(NamedTuple):
     resized: bool
 
 
-def decode(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
-    """Decode a JPEG, PNG or WebP, known by its content, to `size` pixels a side.
+def decode(payload: bytes, how: Preprocessing, *, max_pixels: int) -> Decoded:
+    """Decode a JPEG, PNG or WebP, known by its content, to the pixels that the model takes.
 
     Raises MalformedRequestError for no bytes, UnsupportedTypeError for another type, TooLargeError for more than
     `max_pixels` (before decoding any), UnprocessableError for a file that breaks off or is damaged.
@@ -47,7 +47,7 @@ def decode(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
             width, height, mode = image.width, image.height, image.mode
             if width * height > max_pixels:
                 raise TooLargeError(f"the image has {width} x {height} pixels; at most {max_pixels:,} are accepted")
-            small = to_size(to_rgb(image), size)
+            small = to_size(to_rgb(image), how)
     except TooLargeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -57,7 +57,7 @@ def decode(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
     except Exception as error:  # Pillow's decoders raise nearly every kind of exception on damaged files
         raise UnprocessableError("the image is damaged or breaks off, and cannot be decoded") from error
     pixels = np.array(small).transpose(2, 0, 1).copy()
-    return Decoded(pixels, width, height, mode, resized=(width, height) != (size, size))
+    return Decoded(pixels, width, height, mode, resized=(width, height) != (how.size, how.size))
 
 
 def _is_accepted(payload: bytes) -> bool:
@@ -69,11 +69,11 @@ def _is_accepted(payload: bytes) -> bool:
     )
 
 
-def decode_within_memory(payload: bytes, *, size: int, max_pixels: int) -> Decoded:
+def decode_within_memory(payload: bytes, how: Preprocessing, *, max_pixels: int) -> Decoded:
     """Decode in a process that does nothing else: it may take only so much memory, and keeps little of it."""
     _limit_memory()
     try:
-        return decode(payload, size=size, max_pixels=max_pixels)
+        return decode(payload, how, max_pixels=max_pixels)
     finally:
         _give_back()
 

@@ -8,6 +8,7 @@ from functools import partial
 import anyio
 import anyio.to_process
 
+from unperturb.models.pixels import Preprocessing
 from unperturb.service.decoding.decode import Decoded, decode_within_memory
 from unperturb.service.errors import UnprocessableError
 
@@ -33,20 +34,21 @@ class Decoders:
         One that has been idle for five minutes ends, and is started anew when it is wanted.
         """
         self._limiter = anyio.CapacityLimiter(self.count)
-        first = (self._decode(DOT, size=8, max_pixels=1, timeout_s=START_TIMEOUT_S) for _ in range(self.count))
+        how = Preprocessing(size=8)
+        first = (self._decode(DOT, how, max_pixels=1, timeout_s=START_TIMEOUT_S) for _ in range(self.count))
         try:
             await asyncio.gather(*first)
         except UnprocessableError as error:
             raise RuntimeError("the decoding processes do not start") from error
 
-    async def decode(self, payload: bytes, *, size: int, max_pixels: int) -> Decoded:
+    async def decode(self, payload: bytes, how: Preprocessing, *, max_pixels: int) -> Decoded:
         """Return or raise what `decode.decode` does; raise UnprocessableError where it takes too long or crashes.
 
         A file whose client goes while it waits for a process is never decoded; one that is being decoded is decoded to
         its end, since killing the process would cost more than it saves.
         """
         await self._free.acquire()  # waiting for a process is not the file's fault: it is not timed
-        task = asyncio.create_task(self._decode(payload, size=size, max_pixels=max_pixels, timeout_s=self.timeout_s))
+        task = asyncio.create_task(self._decode(payload, how, max_pixels=max_pixels, timeout_s=self.timeout_s))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
@@ -57,8 +59,8 @@ class Decoders:
         if not task.cancelled():
             task.exception()  # has been seen, even where nobody waits
 
-    async def _decode(self, payload: bytes, *, size: int, max_pixels: int, timeout_s: float) -> Decoded:
-        work = partial(decode_within_memory, payload, size=size, max_pixels=max_pixels)
+    async def _decode(self, payload: bytes, how: Preprocessing, *, max_pixels: int, timeout_s: float) -> Decoded:
+        work = partial(decode_within_memory, payload, how, max_pixels=max_pixels)
         try:
             with anyio.fail_after(timeout_s):
                 try:

@@ -111,7 +111,7 @@ class Gateway:
 
         async def one(i: int, payload: bytes) -> Decoded:
             try:
-                return await self.decoders.decode(payload, size=model.image_size, max_pixels=self.settings.max_pixels)
+                return await self.decoders.decode(payload, model.card.pictures, max_pixels=self.settings.max_pixels)
             except RequestError as error:
                 raise (type(error)(f"image {i}: {error}") if upload.many else error) from error
 

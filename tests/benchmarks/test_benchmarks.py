@@ -13,6 +13,7 @@ from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import purifier_tables, results, speed_tables
 from unperturb.models.checkpoints import store
 from unperturb.models.inference.folding import prepared
+from unperturb.models.pixels import Preprocessing
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.training import data
 from unperturb.training.__main__ import main as train
@@ -226,7 +227,7 @@ def test_ways_are_compared_by_label(tiny_folder: Path, image_folder: Path, tmp_p
     config = purify_speed.SpeedConfig(device="cpu", **settings)  # type: ignore[arg-type]
     ways = purify_speed.Ways(config, store.load(tiny_folder))
     ways.add("captured", "float32", prepared(store.load(tiny_folder)), "captured")
-    dataset = data.load(str(image_folder), image_size=32, cache=tmp_path)
+    dataset = data.load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
     found = purify_speed.agreement(config, ways, dataset)["captured"]
     assert found == {"n": 10, "same_label": 1.0, "largest_margin_of_the_differing": None}
     ways.ways["captured"].ready.classifier.get_submodule("linear").weight.data.neg_()  # type: ignore[operator]

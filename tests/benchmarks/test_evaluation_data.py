@@ -11,6 +11,7 @@ from unperturb.benchmarks.robustness.data import load_images
 from unperturb.models.errors import DataError
 from unperturb.models.networks import robustbench as robustbench_adapter
 from unperturb.models.networks.benchmark_classes import class_names
+from unperturb.models.pixels import Preprocessing
 
 
 @pytest.mark.parametrize(
@@ -26,20 +27,20 @@ from unperturb.models.networks.benchmark_classes import class_names
 def test_npz_of_another_form_is_refused(arrays: dict[str, Any], says: str, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(DataError, match=says):
-        load_images("cifar10", tmp_path / "data.npz", n=3, image_size=32, classes=CLASSES)
+        load_images("cifar10", tmp_path / "data.npz", n=3, how=Preprocessing(size=32), classes=CLASSES)
 
 
 def test_npz_is_read_in_its_order(tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 255, (5, 32, 32, 3), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", images=images, labels=np.array([2, 1, 0, 1, 2]))
-    found = load_images("cifar10", tmp_path / "data.npz", n=4, image_size=32, classes=CLASSES)
+    found = load_images("cifar10", tmp_path / "data.npz", n=4, how=Preprocessing(size=32), classes=CLASSES)
     assert found.labels.tolist() == [2, 1, 0, 1]
     assert np.array_equal((found.images * 255).round().byte().permute(0, 2, 3, 1).numpy(), images[:4])
 
 
 def test_folder_with_a_class_that_the_classifier_lacks_is_refused(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="red"):
-        load_images("colours", image_folder, n=2, image_size=32, classes=("blue", "green"), cache=tmp_path)
+        load_images("colours", image_folder, n=2, how=Preprocessing(size=32), classes=("blue", "green"), cache=tmp_path)
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
@@ -47,7 +48,7 @@ def test_images_of_other_classes_are_not_taken_for_a_published_data_set(
     dataset: str, image_folder: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=f"no class of {dataset}; --dataset NAME"):
-        load_images(dataset, image_folder, n=2, image_size=32, classes=CLASSES, cache=tmp_path)
+        load_images(dataset, image_folder, n=2, how=Preprocessing(size=32), classes=CLASSES, cache=tmp_path)
 
 
 def test_classes_whose_names_are_numbers_are_matched_by_name_and_refused_where_they_differ(tmp_path: Path) -> None:
@@ -55,15 +56,15 @@ def test_classes_whose_names_are_numbers_are_matched_by_name_and_refused_where_t
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.fromarray(np.full((32, 32, 3), grey, np.uint8)).save(tmp_path / "data" / name / "a.png")
     numbers = tuple(str(number) for number in range(11))
-    found = load_images("own", tmp_path / "data", n=2, image_size=32, classes=numbers, cache=tmp_path)
+    found = load_images("own", tmp_path / "data", n=2, how=Preprocessing(size=32), classes=numbers, cache=tmp_path)
     assert [round(float(image.mean()) * 255) for image in found.images] == found.labels.tolist()
     with pytest.raises(DataError, match="'10', which is no class of the classifier"):
-        load_images("own", tmp_path / "data", n=2, image_size=32, classes=("cat", "2"), cache=tmp_path)
+        load_images("own", tmp_path / "data", n=2, how=Preprocessing(size=32), classes=("cat", "2"), cache=tmp_path)
 
 
 def test_images_of_ones_own_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--data"):
-        load_images("own", None, n=2, image_size=32, classes=CLASSES, cache=tmp_path)
+        load_images("own", None, n=2, how=Preprocessing(size=32), classes=CLASSES, cache=tmp_path)
 
 
 def test_published_classifiers_have_their_data_sets_class_names() -> None:
@@ -87,7 +88,7 @@ def test_robustbench_data_that_cannot_be_fetched_is_refused_with_the_remedy(
     monkeypatch.setattr(robustbench.data, "load_clean_dataset", offline)
     monkeypatch.setattr(robustbench.data, "CORRUPTION_DATASET_LOADERS", loaders)
     with pytest.raises(DataError, match="--data"):
-        load_images("cifar10", None, n=2, image_size=32, classes=CLASSES)
+        load_images("cifar10", None, n=2, how=Preprocessing(size=32), classes=CLASSES)
     with pytest.raises(DataError, match="--data"):
         robustbench_adapter.robustbench_corruption("cifar10", "fog", 1, n=2, folder=tmp_path)
 
@@ -103,6 +104,6 @@ def test_robustbench_loader_is_given_what_it_wants(monkeypatch: pytest.MonkeyPat
         return torch.rand(n, 3, 32, 32), torch.zeros(n, dtype=torch.long)
 
     monkeypatch.setattr(robustbench.data, "load_clean_dataset", load)
-    found = load_images("cifar10", None, n=4, image_size=32, classes=CLASSES)
+    found = load_images("cifar10", None, n=4, how=Preprocessing(size=32), classes=CLASSES)
     assert asked == ["cifar10", 4, robustbench.data.PREPROCESSINGS[None]]
     assert (found.source, len(found.labels)) == ("robustbench", 4)

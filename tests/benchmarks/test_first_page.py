@@ -19,6 +19,7 @@ from unperturb.benchmarks.reporting.results import gain
 from unperturb.models.attacks.pgd import pgd
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
+from unperturb.models.pixels import Preprocessing
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import preset
 from unperturb.service.demo import EPSILON
@@ -215,7 +216,7 @@ def test_picture_is_of_the_first_image_that_the_demo_brings_back_too(
 
 def test_squares_are_cut_where_they_say_from_whole_to_half() -> None:
     drawing = Image.effect_noise((64, 64), 80).convert("RGB")
-    places, cut = picture.squares(drawing, 32)
+    places, cut = picture.squares(drawing, Preprocessing(size=32))
     assert cut.shape == (len(places), 3, 32, 32)
     assert {at.side for at in places} == {32, 48, 64}
     at = next(i for i, place in enumerate(places) if place == (32, 16, 32))

@@ -34,6 +34,7 @@ from unperturb.models.networks.benchmark_classes import wordnet_ids
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.generator import GeneratorCard, NoiseGenerator
 from unperturb.models.networks.registry import build
+from unperturb.models.pixels import Preprocessing
 
 SCRIPT = Path(robustbench_eval.__file__)
 
@@ -358,7 +359,7 @@ def test_imagenet_images_and_class_order_work_end_to_end(tmp_path: Path) -> None
     for name in (ids[207], ids[3]):  # a partial folder: a class is its WordNet id's, not its rank among folders
         (folder / name).mkdir(parents=True)
         Image.fromarray(generator.integers(0, 255, (240, 300, 3), dtype=np.uint8)).save(folder / name / "a.png")
-    data = load_images("imagenet", folder, n=2, image_size=224, classes=ids, cache=tmp_path / "cache")
+    data = load_images("imagenet", folder, n=2, how=Preprocessing(size=224), classes=ids, cache=tmp_path / "cache")
     assert sorted(data.labels.tolist()) == [3, 207]
     more = [
         "--model",

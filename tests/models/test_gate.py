@@ -13,6 +13,7 @@ from tests.training.test_training import classifier_arguments
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import gate_of
 from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.pixels import Preprocessing
 from unperturb.models.purifiers.registry import build_purifier
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.training import data
@@ -51,7 +52,7 @@ def test_gate_is_the_quantile_of_clean_images_losses(
     assert train([*arguments, "--cache", str(tmp_path)]) == 0
     loaded = store.load(folder)
     assert loaded.card.gates.keys() == set(WITH_STEPS) - {"published"}
-    dataset = data.load(str(image_folder), image_size=32, cache=tmp_path)
+    dataset = data.load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
     held = data.kept_back(dataset, loaded.card)
     x, seeds = held.images.float() / 255, torch.zeros(9, dtype=torch.int64)  # as served
     for name in loaded.card.gates:
@@ -107,7 +108,7 @@ def test_gate_of_other_weights_is_refused(folder: Path) -> None:
 def test_images_that_the_head_was_trained_on_are_not_held_back(
     folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
-    card, dataset = store.load(folder).card, data.load(str(image_folder), image_size=32, cache=tmp_path)
+    card, dataset = store.load(folder).card, data.load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
     other = dataclasses.replace(card, head_training={**card.head_training, "held_out": 30, "seed": 1})
     both = data.kept_back(dataset, other)
     for seed, count in ((0, 9), (1, 30)):

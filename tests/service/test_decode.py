@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unperturb.models.pixels import Preprocessing
 from unperturb.service.decoding.decode import Decoded, decode
 from unperturb.service.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
 
@@ -17,7 +18,7 @@ def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def read(payload: bytes, size: int = 32, max_pixels: int = 50_000_000) -> Decoded:
-    return decode(payload, size=size, max_pixels=max_pixels)
+    return decode(payload, Preprocessing(size=size), max_pixels=max_pixels)
 
 
 def channel_means(decoded: Decoded) -> list[int]:

@@ -8,12 +8,13 @@ from PIL import Image
 
 from tests.conftest import write_image_folder
 from unperturb.models.errors import DataError
+from unperturb.models.pixels import Preprocessing
 from unperturb.training.augment import pad_crop_flip
 from unperturb.training.data import hold_out, load
 
 
 def test_folder_loads_in_sorted_order_with_labels_of_sorted_classes(image_folder: Path, tmp_path: Path) -> None:
-    found = load(str(image_folder), image_size=32, cache=tmp_path)
+    found = load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
     assert found.classes == ("blue", "green", "red")
     assert found.train.images.shape == (72, 3, 32, 32)
     assert found.train.labels[:6].tolist() == [0, 1, 2, 0, 1, 2]  # by file name, then by class
@@ -22,25 +23,25 @@ def test_folder_loads_in_sorted_order_with_labels_of_sorted_classes(image_folder
 
 
 def test_second_load_maps_the_decoded_array_and_gives_the_same_digest(image_folder: Path, tmp_path: Path) -> None:
-    first = load(str(image_folder), image_size=32, cache=tmp_path)
+    first = load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
     arrays = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    second = load(str(image_folder), image_size=32, cache=tmp_path)
+    second = load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
     assert second.digest == first.digest
     assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == arrays
 
 
 def test_changed_file_changes_the_digest(tmp_path: Path) -> None:
     root = write_image_folder(tmp_path / "images", train=2, test=1)
-    first = load(str(root), image_size=32, cache=tmp_path / "cache")
+    first = load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
     changed = root / "train" / "red" / "00001.png"
     Image.new("RGB", (32, 32), (1, 2, 3)).save(changed)
     os.utime(changed, ns=(1, 1))
-    assert load(str(root), image_size=32, cache=tmp_path / "cache").digest != first.digest
+    assert load(str(root), Preprocessing(size=32), cache=tmp_path / "cache").digest != first.digest
 
 
 def test_images_of_any_size_are_fitted(tmp_path: Path) -> None:
     root = write_image_folder(tmp_path / "images", train=2, test=1, size=50)
-    assert load(str(root), image_size=24, cache=tmp_path / "cache").train.images.shape == (6, 3, 24, 24)
+    assert load(str(root), Preprocessing(size=24), cache=tmp_path / "cache").train.images.shape == (6, 3, 24, 24)
 
 
 def test_broken_image_is_refused_by_name_before_training(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_broken_image_is_refused_by_name_before_training(tmp_path: Path) -> None
     broken = root / "train" / "red" / "00001.png"
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(DataError, match=r"train/red/00001\.png cannot be decoded"):
-        load(str(root), image_size=32, cache=tmp_path / "cache")
+        load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())  # nothing half-made is left behind
 
 
@@ -57,16 +58,16 @@ def test_class_without_images_is_refused_by_name(tmp_path: Path) -> None:
     for split in ("train", "test"):
         (root / split / "yellow").mkdir()
     with pytest.raises(DataError, match="train/yellow holds no image"):
-        load(str(root), image_size=32, cache=tmp_path / "cache")
+        load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
 
 
 def test_missing_folder_and_differing_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere/train is not a folder"):
-        load("nowhere", image_size=32)
+        load("nowhere", Preprocessing(size=32))
     root = write_image_folder(tmp_path / "images", train=2, test=1)
     (root / "test" / "yellow").mkdir()
     with pytest.raises(DataError, match="same class folders"):
-        load(str(root), image_size=32, cache=tmp_path / "cache")
+        load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
 
 
 def test_cifar10_without_a_network_says_what_to_place_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,11 +77,11 @@ def test_cifar10_without_a_network_says_what_to_place_where(monkeypatch: pytest.
     monkeypatch.setenv("UNPERTURB_DATA", str(tmp_path))
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
     with pytest.raises(DataError, match=str(tmp_path)):
-        load("cifar10", image_size=32)
+        load("cifar10", Preprocessing(size=32))
 
 
 def test_held_out_images_are_not_trained_on(image_folder: Path, tmp_path: Path) -> None:
-    split = load(str(image_folder), image_size=32, cache=tmp_path).train
+    split = load(str(image_folder), Preprocessing(size=32), cache=tmp_path).train
     kept, held = hold_out(split, 10, seed=3)
     assert (len(kept.labels), len(held.labels)) == (62, 10)
     seen = {image.numpy().tobytes() for image in kept.images}

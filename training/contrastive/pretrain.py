@@ -19,6 +19,7 @@ from unperturb.models.contrastive.views import make_views
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.options import option
+from unperturb.models.pixels import Preprocessing
 from unperturb.training import data, loop, options, seeds, world
 from unperturb.training.contrastive.contrast import (
     POLICY,
@@ -137,7 +138,7 @@ def pretrain(config: PretrainConfig) -> None:
     here = world.join(config.device)
     torch.manual_seed(config.seed)
     head = HeadCard(hidden=config.hidden, embedding_dim=config.embedding_dim, temperature=config.temperature)
-    dataset = data.load(config.data, image_size=config.image_size, cache=config.cache)
+    dataset = data.load(config.data, Preprocessing(size=config.image_size), cache=config.cache)
     resolved: dict[str, object] = {}
     if config.encoder is None:
         architecture = Architecture(

@@ -50,7 +50,7 @@ class GateConfig:
 def set_gates(config: GateConfig) -> None:
     """Measure, and replace the card."""
     loaded = store.load(config.checkpoint, device=config.device)
-    dataset = data.load(config.data, image_size=loaded.classifier.image_size, cache=config.cache)
+    dataset = data.load(config.data, loaded.card.pictures, cache=config.cache)
     data.require_classes(dataset, loaded.card.classes, of=config.checkpoint)
     held = data.first(data.kept_back(dataset, loaded.card), config.images, torch.device(config.device))
     gates: dict[str, Any] = {}

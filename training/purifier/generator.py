@@ -119,7 +119,7 @@ def train_generator(config: GeneratorConfig) -> None:
     base = store.load(config.classifier, device=here.device)
     if base.card.readout.kind == "none":
         raise ConfigError(f"{config.classifier} {MAKE_ONE}")
-    dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    dataset = data.load(config.data, base.card.pictures, cache=config.cache)
     data.require_classes(dataset, base.card.classes, of=config.classifier)
     if dataset.train.images.shape[-1] % 4:
         raise ConfigError(f"images of {dataset.train.images.shape[-1]} pixels: a generator needs a multiple of 4")

@@ -122,7 +122,7 @@ def train_head(config: HeadConfig) -> None:
     """Train, choose the epoch on held-out training images, and write OUT/checkpoint: classifier, head and bank."""
     here = world.join(config.device)
     base = store.load(config.classifier, device=here.device)
-    dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    dataset = data.load(config.data, base.card.pictures, cache=config.cache)
     if len(dataset.classes) != base.classifier.num_classes:
         raise ConfigError(
             f"{config.data} has {len(dataset.classes)} classes, {config.classifier} {base.classifier.num_classes}"

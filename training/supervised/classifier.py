@@ -20,6 +20,7 @@ from unperturb.models.networks.classifier import (
 )
 from unperturb.models.networks.registry import TORCHVISION, build
 from unperturb.models.options import option
+from unperturb.models.pixels import Preprocessing
 from unperturb.training import data, loop, options, world
 from unperturb.training.contrastive.encoder import Encoder
 from unperturb.training.contrastive.false_negatives import FalseNegativeConfig
@@ -104,7 +105,7 @@ class ClassifierTask(SupervisedTask):
 def train_classifier(config: ClassifierConfig) -> None:
     """Train, choose the epoch on held-out training images, write OUT/checkpoint, and test that once."""
     here = world.join(config.device)
-    dataset = data.load(config.data, image_size=config.image_size, cache=config.cache)
+    dataset = data.load(config.data, Preprocessing(size=config.image_size), cache=config.cache)
     large = config.arch in TORCHVISION
     architecture = Architecture(
         name=config.arch,

@@ -50,7 +50,7 @@ def make_knn(config: KnnConfig) -> None:
     if here.size > 1:
         raise ConfigError("one process makes a nearest-neighbour classifier; start it without torchrun")
     base = store.load(config.encoder, device=here.device)
-    dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    dataset = data.load(config.data, base.card.pictures, cache=config.cache)
     train = data.resident(dataset.train, here.device)
     classifier, classes = base.classifier, len(dataset.classes)
     card = ReadoutCard(

@@ -78,7 +78,7 @@ def train_linear(config: LinearConfig) -> None:
     base = store.load(config.encoder, device=here.device)
     if base.card.readout.kind == "knn":
         raise ConfigError(f"{config.encoder} classifies by nearest neighbours; name the encoder that it was made of")
-    dataset = data.load(config.data, image_size=base.card.architecture.image_size, cache=config.cache)
+    dataset = data.load(config.data, base.card.pictures, cache=config.cache)
     architecture = dataclasses.replace(base.card.architecture, num_classes=len(dataset.classes))
     classifier = base.classifier
     classifier.num_classes = len(dataset.classes)

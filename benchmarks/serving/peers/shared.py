@@ -22,14 +22,14 @@ class PeerModel:
     def __init__(self) -> None:
         device = torch.device(os.environ.get("PEER_DEVICE", "cpu"))
         loaded = store.load(os.environ.get("PEER_CHECKPOINT", "default"), device=device)
-        self.device, self.size = device, loaded.classifier.image_size
+        self.device, self.pictures = device, loaded.card.pictures
         self.defended: dict[str, DefendedClassifier] = {
             name: defend(loaded, config) for name, config in PRESETS.items()
         }
 
     def read(self, request: dict[str, Any]) -> tuple[torch.Tensor, str]:
         """Return the pixels and the preset of a request's JSON."""
-        decoded = decode(base64.b64decode(request["inputs"]), size=self.size, max_pixels=50_000_000)
+        decoded = decode(base64.b64decode(request["inputs"]), self.pictures, max_pixels=50_000_000)
         return torch.from_numpy(decoded.pixels).float() / 255, request["parameters"]["preset"]
 
     def answer(self, batch: Sequence[tuple[torch.Tensor, str]]) -> list[dict[str, Any]]:
