@@ -1,4 +1,4 @@
-"""The command line: `unperturb serve | classify | purify | train | demo | key`.
+"""The command line: `unperturb serve | classify | purify | train | import | demo | key`.
 
 What is heavy is imported by the command that needs it: the decoding processes import this module too.
 """
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pydantic import ValidationError
@@ -100,6 +100,79 @@ def key(name: Annotated[str, typer.Argument(help="whose key it is: letters, digi
     print(f"pair (for the service's settings):           {pair}")
 
 
+@app.command("import")
+@refusing
+def import_classifier(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="torchvision:NAME, timm:NAME, hf-hub:OWNER/NAME, a folder in its layout, or python:module:factory"
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="checkpoint folder to write")],
+    weights: Annotated[Path | None, typer.Option(help=".pth, .pt, .bin or .safetensors")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="the source's own weights, downloaded")] = False,
+    classes: Annotated[Path | None, typer.Option(help="class names: a line each, or JSON")] = None,
+    id: Annotated[str | None, typer.Option(help="name on the card; default: the folder's")] = None,
+    image_size: Annotated[int | None, typer.Option(min=8, help="side in pixels of what the network takes")] = None,
+    fit: Annotated[
+        str | None, typer.Option(help="crop (shorter side to --resize, the centre), stretch or square")
+    ] = None,
+    resize: Annotated[int | None, typer.Option(min=8, help="pixels before the centre is cut out")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest …")] = None,
+    antialias: Annotated[bool | None, typer.Option(help="of that")] = None,
+    mean: Annotated[str | None, typer.Option(help="per channel of pixels in [0, 1], as .485,.456,.406")] = None,
+    std: Annotated[str | None, typer.Option(help="likewise")] = None,
+    picture: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="to try it on")] = None,
+) -> None:
+    """Make a checkpoint of a classifier that somebody else has trained, and try it on a picture."""
+    from unperturb.models.checkpoints import store
+    from unperturb.models.checkpoints.importing.imported import ImportConfig, import_classifier, warnings_of
+    from unperturb.service.demo import SAMPLE
+    from unperturb.service.http.answer import top
+
+    config = ImportConfig(
+        source=source,
+        id=id or out.resolve().name,
+        weights=weights,
+        pretrained=pretrained,
+        classes=classes,
+        image_size=image_size,
+        fit=fit,
+        resize=resize,
+        interpolation=interpolation,
+        antialias=antialias,
+        mean=_triple("mean", mean),
+        std=_triple("std", std),
+    )
+    sys.path.insert(0, "")  # a factory of the folder that one starts from
+    loaded = import_classifier(config)
+    store.save(out, loaded, half=False)
+    card, how = loaded.card, loaded.card.pictures
+    print(f"{out}: {card.architecture.name}, {len(card.classes)} classes, features of {loaded.classifier.feature_dim}")
+    print(
+        f"pictures: {how.fit} {f'at {how.resize} ' * bool(how.resize)}to {how.size} pixels, {how.interpolation}"
+        f"{', antialiased' * how.antialias}; mean {card.architecture.mean}, std {card.architecture.std}"
+    )
+    decoded = _read(picture or SAMPLE, card)
+    scores = loaded.classifier(_batch(decoded, next(loaded.classifier.parameters()).device))[0].softmax(0)
+    print(f"{picture or 'the shipped drawing'}: {_line(top(scores.numpy(), card.classes, min(5, len(card.classes))))}")
+    for warning in warnings_of(scores):
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _triple(name: str, text: str | None) -> "tuple[float, float, float] | None":
+    from unperturb.models.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        one, two, three = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{name}={text!r} is not three numbers between commas") from None
+    return one, two, three
+
+
 @app.command()
 @refusing
 def classify(
@@ -107,6 +180,7 @@ def classify(
     checkpoint: CheckpointOption = "default",
     preset: PresetOption = "default",
     seed: SeedOption = 0,
+    purify: Annotated[Literal["always", "never"], typer.Option(help="never: the classifier alone")] = "always",
     top_k: Annotated[int, typer.Option(min=1, help="classes to print")] = 3,
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object a line")] = False,
@@ -114,7 +188,7 @@ def classify(
     """Classify image files through the reverse attack."""
     from unperturb.service.http.answer import top
 
-    defended, card, place = _load(checkpoint, preset, device)
+    defended, card, place = _load(checkpoint, None if purify == "never" else preset, device)
     top_k = min(top_k, len(card.classes))
     failed = 0
     for file in files:
@@ -219,15 +293,18 @@ def train(context: typer.Context) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "unperturb.training", *context.args])
 
 
-def _load(name: str, preset: str, device: str) -> "tuple[DefendedClassifier, Card, torch.device]":
+def _load(name: str, preset: str | None, device: str) -> "tuple[DefendedClassifier, Card, torch.device]":
     from unperturb.models.checkpoints import store
     from unperturb.models.purifiers import reverse_attack
-    from unperturb.models.purifiers.defended import defend
+    from unperturb.models.purifiers.base import NoPurifier
+    from unperturb.models.purifiers.defended import DefendedClassifier, defend
     from unperturb.service.settings import Settings
 
     settings = Settings(checkpoint=name, device=device)
-    config, place = reverse_attack.preset(preset), settings.devices[0]
+    config, place = None if preset is None else reverse_attack.preset(preset), settings.devices[0]
     loaded = store.load(settings.checkpoint, device=place)
+    if config is None:
+        return DefendedClassifier(loaded.classifier, NoPurifier(loaded.classifier)), loaded.card, place
     return defend(loaded, config), loaded.card, place
 
 

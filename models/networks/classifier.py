@@ -1,6 +1,7 @@
 """The interface of every classifier: an architecture, and a module with `features` and `logits`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,8 @@ class Architecture:
     """Everything that `build` needs, as a checkpoint's card stores it.
 
     image_size: side in pixels of the images it takes; mean, std: per channel, for pixels in [0, 1];
-    width: factor on the channels of preact_resnet18 (a wide ResNet has its own in its name).
+    width: factor on the channels of preact_resnet18 (a wide ResNet has its own in its name);
+    options: what a library builds an imported network from, beside its name.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Architecture:
     mean: tuple[float, float, float] = CIFAR10_MEAN
     std: tuple[float, float, float] = CIFAR10_STD
     width: float = 1.0
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class ImageClassifier(nn.Module):

@@ -8,6 +8,7 @@ from torch import nn
 
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import NATIVE, Architecture, ImageClassifier
+from unperturb.models.networks.imported import build_imported, is_imported
 from unperturb.models.networks.residual import PreActResNet
 from unperturb.models.networks.robustbench import PREFIX, load_robustbench
 
@@ -49,10 +50,14 @@ def build(architecture: Architecture, *, pretrained: bool = False, weights: bool
         if activation is not None:
             raise ConfigError(f"activation={architecture.activation!r}: {name} comes with its own; use {NATIVE}")
         return load_robustbench(name, image_size=architecture.image_size, weights=weights)
-    if name in TORCHVISION:
+    if is_imported(name):
+        if activation is not None or pretrained:
+            raise ConfigError(f"{name} comes with its own activation and weights")
+        model: ImageClassifier = build_imported(architecture)
+    elif name in TORCHVISION:
         from unperturb.models.networks.torchvision import build_torchvision  # only who asks for it pays its import
 
-        model: ImageClassifier = build_torchvision(architecture, activation=activation, pretrained=pretrained)
+        model = build_torchvision(architecture, activation=activation, pretrained=pretrained)
     elif pretrained:
         raise ConfigError(f"pretrained weights exist for {', '.join(TORCHVISION)} only, not for {name!r}")
     else:

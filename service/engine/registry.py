@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.stages import stages_of
-from unperturb.service.errors import NotFoundError
+from unperturb.service.errors import NotFoundError, UnprocessableError
 
 PACE_LIMIT = 10.0  # times faster or slower than estimated
 PACE_SMOOTHING = 0.1  # of each new observation's distance from the estimate
@@ -38,6 +39,20 @@ class Model:
     def image_size(self) -> int:
         """Return the side of the images that it takes."""
         return self.card.architecture.image_size
+
+    @property
+    def presets(self) -> tuple[str, ...]:
+        """Return the presets that the checkpoint has the parts for."""
+        headless = self.card.head is None
+        return tuple(name for name, config in PRESETS.items() if not (headless and config.loop.steps))
+
+    def require(self, preset: str | None) -> None:
+        """Raise UnprocessableError for a preset that the checkpoint lacks the parts of."""
+        if preset is not None and preset not in self.presets:
+            raise UnprocessableError(
+                f"preset: model {self.id!r} has no head, which {preset!r} needs; train one: unperturb train head "
+                f"--classifier CHECKPOINT --data DIR --out OUT; purify=never and preset={','.join(self.presets)} can"
+            )
 
     def observe(self, pace: float) -> None:
         """Follow what work takes now; one step that hung tells little of the next."""

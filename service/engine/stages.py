@@ -14,10 +14,11 @@ BACKWARD = 2  # a pass backward costs about two forward
 
 
 def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
-    """Return every stage of a checkpoint; raise CheckpointError where it has no head, or no readout."""
+    """Return every stage of a checkpoint: without a head, those that need none. CheckpointError without a readout."""
     if loaded.card.readout.kind == "none":
         raise CheckpointError(f"checkpoint {loaded.card.id!r} {MAKE_ONE}")
-    presets = {name: _stage(loaded, config) for name, config in PRESETS.items()}
+    headless = loaded.head is None
+    presets = {name: _stage(loaded, config) for name, config in PRESETS.items() if not (headless and config.loop.steps)}
     return {**presets, ATTACK: CrossEntropyAttack(loaded.classifier, ATTACK_LOOP)}
 
 

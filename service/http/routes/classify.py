@@ -48,6 +48,7 @@ async def classify(
             gateway.count(ticket, len(upload.files)),
             gateway.engine.models.use(wanted.model) as model,
         ):
+            model.require(preset)
             top_k, gate = wanted.classes(model), wanted.gate(model, default)
             read = time.perf_counter()
             decoded = await gateway.decode(ticket, upload, model)
@@ -99,6 +100,7 @@ async def purify(
     with gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket:
         upload = await gateway.read_one(ticket)
         with gateway.engine.models.use(query.model) as model:
+            model.require(preset)
             (decoded,) = await gateway.decode(ticket, upload, model)
             (outcome,) = await gateway.run(
                 ticket, model, [decoded.pixels], stage=preset, seed=query.seed, wants_image=True

@@ -8,6 +8,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 
+from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
 from unperturb.service.errors import MalformedRequestError
@@ -47,6 +48,7 @@ OUTPUTS: dict[str, Callable[[list[Outcome]], NDArray[Any]]] = {
     "loss_after": lambda outcomes: _floats([o.loss_after for o in outcomes]),
     "linf": lambda outcomes: _floats([o.linf for o in outcomes]),
 }
+OF_STEPS = ("loss_before", "loss_after")
 OF_PURIFICATION = ("purified", "loss_before", "loss_after", "linf")
 
 
@@ -127,7 +129,8 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
         asked, images = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
         wanted = json_body.validate(InferParameters, asked.parameters, within=("body", "parameters"))
         preset = ticket.context.preset = wanted.stage(settings.preset)
-        _check(asked, images, model, purifying=preset is not None, max_images=settings.max_images)
+        model.require(preset)
+        _check(asked, images, model, preset=preset, max_images=settings.max_images)
         with gateway.count(ticket, len(images)):
             outcomes = await gateway.run(
                 ticket,
@@ -146,13 +149,14 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
     return Response(payload, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})
 
 
-def _check(asked: InferRequest, images: NDArray[Any], model: Model, *, purifying: bool, max_images: int) -> None:
+def _check(asked: InferRequest, images: NDArray[Any], model: Model, *, preset: str | None, max_images: int) -> None:
     side = model.image_size
     if images.shape[2:] != (side, side):
         raise MalformedRequestError(f"shape {list(images.shape)}: model {model.id!r} takes [batch, 3, {side}, {side}]")
     if len(images) > max_images:
         raise too_many(len(images), max_images)
-    known = [name for name in OUTPUTS if purifying or name not in OF_PURIFICATION]
+    lacks = OF_PURIFICATION if preset is None else () if PRESETS[preset].loop.steps else OF_STEPS
+    known = [name for name in OUTPUTS if name not in lacks]
     for output in asked.outputs:
         if output.name not in known:
             raise MalformedRequestError(f"output {output.name!r} is not one of {', '.join(known)}")

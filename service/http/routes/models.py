@@ -24,6 +24,7 @@ class Described(BaseModel):
     digest: str = Field(description="SHA-256 of the weights")
     classes: int
     image_size: int
+    presets: tuple[str, ...] = Field(description="that it has the parts for; each can be asked for in a request")
     default: bool
 
 
@@ -52,6 +53,7 @@ def describe(gateway: Gateway, model: Model) -> Described:
         digest=model.card.weights_sha256,
         classes=len(model.card.classes),
         image_size=model.image_size,
+        presets=model.presets,
         default=model.id == gateway.engine.models.default_id,
     )
 
@@ -64,14 +66,18 @@ async def models(gateway: GatewayOfApp) -> list[Described]:
 
 @router.get("/models/{id}", responses=problem.responses(401, 404), dependencies=[FOR_USERS])
 async def card(gateway: GatewayOfApp, id: str) -> JSONResponse:
-    """Return a model's card: architecture, classes, data, training and measured figures."""
-    return JSONResponse(dataclasses.asdict(gateway.engine.models.get(id).card))
+    """Return a model's card: architecture, classes, data, training and measured figures; and its presets."""
+    return _card(gateway.engine.models.get(id))
 
 
 @router.get("/model", responses=problem.responses(401), dependencies=[FOR_USERS])
 async def default_card(gateway: GatewayOfApp) -> JSONResponse:
-    """Return the default model's card."""
-    return JSONResponse(dataclasses.asdict(gateway.engine.models.get(None).card))
+    """Return the default model's card, and its presets."""
+    return _card(gateway.engine.models.get(None))
+
+
+def _card(model: Model) -> JSONResponse:
+    return JSONResponse({**dataclasses.asdict(model.card), "presets": model.presets})
 
 
 @router.post(

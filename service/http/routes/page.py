@@ -97,6 +97,7 @@ async def inspect(
         gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket,
         gateway.engine.models.use(query.model) as model,
     ):
+        model.require(preset)
         upload = await gateway.read_one(ticket)
         (decoded,) = await gateway.decode(ticket, upload, model)
         decode_ms = ticket.spent_ms

@@ -1,0 +1,145 @@
+"""Somebody else's classifier -> a checkpoint of this project, without a head: what `unperturb import` does."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.importing.sources import Source, Triple, open_source
+from unperturb.models.checkpoints.importing.weights import fill, read_state, without_prefix
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.errors import ConfigError
+from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.imported import ImportedClassifier, last_linear, network_of
+from unperturb.models.pixels import Preprocessing
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """A source, and what its user says of it, which goes above what the source says.
+
+    weights: a file; pretrained: the source's own, from the network; classes: a file of names, a line each or JSON
+    """
+
+    source: str
+    id: str = "imported"
+    weights: Path | None = None
+    pretrained: bool = False
+    classes: Path | None = None
+    image_size: int | None = None
+    fit: str | None = None
+    resize: int | None = None
+    interpolation: str | None = None
+    antialias: bool | None = None
+    mean: Triple | None = None
+    std: Triple | None = None
+
+
+def import_classifier(config: ImportConfig) -> Checkpoint:
+    """Return the checkpoint, float32, frozen, in eval mode.
+
+    Raises ConfigError for a source, library or setting that cannot be had, CheckpointError for weights that cannot be
+    read or do not fit, WeightsUnavailableError for weights that cannot be fetched.
+    """
+    source = open_source(config.source)
+    state, origin = _state(config, source)
+    pictures = _pictures(config, source)
+    architecture = Architecture(
+        name=source.name,
+        num_classes=source.classes if isinstance(source.classes, int) else len(source.classes),
+        image_size=pictures.size,
+        mean=config.mean or source.mean,
+        std=config.std or source.std,
+        options=source.options,
+    )
+    if min(architecture.std) <= 0:
+        raise ConfigError(f"std={architecture.std} must be above 0")
+    network = network_of(architecture, allowed=True)
+    last = last_linear(network, architecture)
+    if state is not None:
+        found = without_prefix(state, network.state_dict()).get(f"{last}.weight")
+        if found is not None and found.ndim == 2 and len(found) != architecture.num_classes:
+            architecture = replace(architecture, num_classes=len(found))
+            network = network_of(architecture, allowed=True)
+        fill(network, state, of=source.name)
+    classifier = ImportedClassifier(architecture, network).requires_grad_(False)
+    architecture = replace(architecture, num_classes=classifier.num_classes)
+    card = Card(
+        id=config.id,
+        architecture=architecture,
+        classes=_classes(config, source, classifier.num_classes),
+        preprocessing=pictures,
+        data={},
+        training={"by": "imported", "source": config.source if ":" in config.source else source.name, **origin},
+    )
+    return Checkpoint(card, classifier.eval().to(memory_format=torch.channels_last))
+
+
+def warnings_of(scores: Tensor) -> list[str]:
+    """Return what looks wrong with softmax scores [classes] of a picture that the model should know."""
+    top, classes = float(scores.max()), len(scores)
+    entropy = float(-(scores.clamp(min=1e-12).log() * scores).sum() / torch.tensor(float(classes)).log())
+    if entropy > 0.95:
+        return ["the scores are nearly uniform: are these the right weights, mean and std?"]
+    if top > 1 - 1e-6:
+        return ["the score of one class is 1: are mean and std those of the model, for pixels in [0, 1]?"]
+    return []
+
+
+def _state(config: ImportConfig, source: Source) -> tuple[Mapping[str, Tensor] | None, dict[str, Any]]:
+    """Return the weights, and where they are from; None for a factory that brings its own."""
+    if config.weights is not None and config.pretrained:
+        raise ConfigError("weights and pretrained: give one of the two")
+    if config.weights is not None:
+        digest = hashlib.sha256(config.weights.read_bytes()).hexdigest() if config.weights.is_file() else ""
+        return read_state(config.weights), {"weights": config.weights.name, "file_sha256": digest}
+    if source.name.startswith("python:"):
+        return None, {"weights": "the factory's"}
+    named = source.name == config.source
+    if source.state is None or (named and not config.pretrained):
+        raise ConfigError(f"{config.source}: give --weights FILE, or --pretrained for its own from the network")
+    return source.state(), {"weights": "the source's"}
+
+
+def _pictures(config: ImportConfig, source: Source) -> Preprocessing:
+    names = {"size": "image_size", "fit": "fit", "resize": "resize", "interpolation": "interpolation"}
+    wanted = {field: getattr(config, name) for field, name in {**names, "antialias": "antialias"}.items()}
+    wanted = {field: value for field, value in wanted.items() if value is not None}
+    if "size" in wanted and "resize" not in wanted and source.pictures.resize:  # the share that is cut stays
+        wanted["resize"] = round(wanted["size"] * source.pictures.resize / source.pictures.size)
+    if wanted.get("fit") == "square":
+        wanted["resize"] = 0
+    return replace(source.pictures, **wanted)
+
+
+def _classes(config: ImportConfig, source: Source, count: int) -> tuple[str, ...]:
+    if config.classes is not None:
+        names = read_classes(config.classes)
+        if len(names) != count:
+            raise ConfigError(f"{config.classes} names {len(names)} classes, the network has {count}")
+        return names
+    if not isinstance(source.classes, int) and len(source.classes) == count:
+        return source.classes
+    return tuple(str(number) for number in range(count))
+
+
+def read_classes(file: Path) -> tuple[str, ...]:
+    """Return class names: a line each, a JSON list, or a JSON object from numbers to names."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} cannot be read as text: {error}") from error
+    if text.lstrip()[:1] in ("[", "{"):
+        try:
+            raw = json.loads(text)
+            ordered = [raw[key] for key in sorted(raw, key=int)] if isinstance(raw, dict) else raw
+            return tuple(map(str, ordered))
+        except ValueError as error:
+            raise ConfigError(f"{file} is neither a JSON list of names nor an object from numbers to names") from error
+    return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,155 @@
+"""Other people's networks by name, as ImageClassifiers: torchvision's, timm's, transformers', and a factory's.
+
+    torchvision:<name>    timm:<name>    transformers:<model type>    python:<package.module>:<factory>
+
+The last two of a card: `options` is what the library builds the network from. A factory is code, and is called where
+the environment variable UNPERTURB_ALLOW_CODE names its module (or several between commas).
+"""
+
+import difflib
+import importlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
+from unperturb.models.shapes import Float
+
+KINDS = ("torchvision", "timm", "transformers", "python")
+ALLOW = "UNPERTURB_ALLOW_CODE"
+
+
+class ImportedClassifier(ImageClassifier):
+    """A network without its last linear layer, that layer, and the normalisation."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, architecture: Architecture, network: nn.Module) -> None:
+        size = architecture.image_size
+        probe = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = run(network.eval(), probe, architecture)
+            name = last_linear(network, architecture)
+            linear = cast(nn.Linear, network.get_submodule(name))
+            network.set_submodule(name, nn.Identity())
+            features = run(network, probe, architecture)
+            fits = features.shape == (2, linear.in_features)
+            if not fits or not torch.allclose(linear(features), expected, rtol=1e-4, atol=1e-4):
+                raise ConfigError(f"{architecture.name} does not end in its last linear layer, {name}")
+        super().__init__(feature_dim=linear.in_features, num_classes=linear.out_features, image_size=size)
+        self.register_buffer("mean", torch.tensor(architecture.mean).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(architecture.std).view(1, 3, 1, 1))
+        self.body, self.linear = network, cast(nn.Module, linear)
+
+    def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch features"]:
+        """Return the input of the last linear layer; `x` in [0, 1]."""
+        return cast(Tensor, self.body((x - self.mean) / self.std))
+
+    def logits(self, features: Float[Tensor, "batch features"]) -> Float[Tensor, "batch classes"]:
+        """Return the last linear layer's class scores."""
+        return cast(Tensor, self.linear(features))
+
+
+class _Logits(nn.Module):
+    """A network of transformers', which answers with an object."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.network(x).logits)
+
+
+def is_imported(name: str) -> bool:
+    """Return whether an architecture's name is one of this file's."""
+    return name.partition(":")[0] in KINDS and ":" in name
+
+
+def build_imported(architecture: Architecture) -> ImportedClassifier:
+    """Return the network of a card's architecture, with fresh weights.
+
+    Raises ConfigError for a name that its library does not know, a library that is not installed, or a network that
+    does not end in a linear layer; CheckpointError for a factory whose module is not allowed to run.
+    """
+    return ImportedClassifier(architecture, network_of(architecture))
+
+
+def network_of(architecture: Architecture, *, allowed: bool = False) -> nn.Module:
+    """Return the library's own network, with fresh weights; `allowed`: the user has named the factory just now."""
+    kind, _, name = architecture.name.partition(":")
+    classes = architecture.num_classes
+    if kind == "torchvision":
+        from torchvision import models as zoo
+
+        _require_known(name, zoo.list_models(module=zoo), kind)
+        return cast(nn.Module, zoo.get_model(name, weights=None, num_classes=classes))
+    if kind == "timm":
+        timm = library("timm")
+        _require_known(name.partition(".")[0], timm.list_models(), kind)
+        return cast(nn.Module, timm.create_model(name, num_classes=classes, **architecture.options))
+    if kind == "transformers":
+        transformers = library("transformers")
+        config = transformers.AutoConfig.for_model(**{**architecture.options, "num_labels": classes})
+        return _Logits(transformers.AutoModelForImageClassification.from_config(config))
+    module, _, factory = name.partition(":")
+    if not allowed and module not in [part.strip() for part in os.environ.get(ALLOW, "").split(",")]:
+        raise CheckpointError(f"{architecture.name} runs code of your own: set {ALLOW}={module} to allow it")
+    return _made_by(module, factory)
+
+
+def run(network: nn.Module, probe: Tensor, architecture: Architecture) -> Tensor:
+    """Return what a network makes of images; ConfigError where it does not take them."""
+    try:
+        found = network(probe)
+    except Exception as error:  # whatever somebody else's network raises
+        raise ConfigError(f"{architecture.name} does not take images of {list(probe.shape)}: {error}") from error
+    if not isinstance(found, Tensor) or found.ndim != 2:
+        what = f"{list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ConfigError(f"{architecture.name} answers with {what}, not with [batch, classes]")
+    return found
+
+
+def last_linear(network: nn.Module, architecture: Architecture) -> str:
+    """Return the name of the last linear layer; ConfigError where there is none."""
+    names = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not names:
+        raise ConfigError(f"{architecture.name} has no linear layer whose input could be its features")
+    return str(names[-1])
+
+
+def with_classes(architecture: Architecture, classes: int) -> Architecture:
+    """Return the architecture with another number of classes."""
+    return replace(architecture, num_classes=classes)
+
+
+def library(name: str) -> ModuleType:
+    """Return an optional library; ConfigError says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"{name} is not installed ({error}): pip install {name}") from error
+
+
+def _require_known(name: str, known: Sequence[str], kind: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        raise ConfigError(f"{kind} has no classifier {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+
+
+def _made_by(module: str, factory: str) -> nn.Module:
+    try:
+        function: Any = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"python:{module}:{factory} cannot be found on the Python path: {error}") from error
+    made = function()
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"python:{module}:{factory} returned {type(made).__name__}, not a torch.nn.Module")
+    return made

@@ -1,0 +1,287 @@
+import json
+import pickle
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torchvision import models as zoo
+from torchvision.transforms.functional import normalize
+
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.importing.imported import ImportConfig, import_classifier, read_classes, warnings_of
+from unperturb.models.checkpoints.importing.sources import open_source
+from unperturb.models.errors import CheckpointError, ConfigError, WeightsUnavailableError
+from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD
+from unperturb.models.networks.imported import ALLOW
+from unperturb.models.pixels import Preprocessing
+
+PETS = ("cat", "dog", "hamster")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """Somebody's fine-tuned network of three classes."""
+    torch.manual_seed(2)
+    made: nn.Module = zoo.resnet18(num_classes=3).eval()
+    return made
+
+
+def nested(kind: str, state: dict[str, Tensor]) -> Any:
+    parallel = {f"module.{name}": value for name, value in state.items()}
+    return {
+        "plain": state,
+        "DataParallel": parallel,
+        "checkpoint": {"epoch": 3, "state_dict": parallel, "optimizer": {"lr": 0.1}},
+        "model": {"model": state, "args": None},
+        "compiled": {"model_ema": {f"_orig_mod.{name}": value for name, value in state.items()}},
+        "lightning": {"state_dict": {f"model.{name}": value for name, value in state.items()}},
+        "older": {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")},
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["plain", "DataParallel", "checkpoint", "model", "compiled", "lightning", "older"])
+def test_weights_as_people_save_them_give_the_networks_own_scores(
+    network: nn.Module, tmp_path: Path, kind: str
+) -> None:
+    file = tmp_path / "weights.pth"
+    torch.save(nested(kind, network.state_dict()), file)
+    made = import_classifier(ImportConfig(source="torchvision:resnet18", weights=file))
+    x = torch.rand(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = network(normalize(x, list(IMAGENET_MEAN), list(IMAGENET_STD)))
+        assert torch.allclose(made.classifier(x), expected, atol=1e-4)
+    assert made.card.classes == ("0", "1", "2")
+    assert made.card.pictures == Preprocessing(size=224, fit="crop", resize=256, interpolation="bilinear")
+    assert made.card.training["file_sha256"]
+
+
+def test_safetensors_and_names_of_classes_round_trip_through_a_checkpoint(network: nn.Module, tmp_path: Path) -> None:
+    save_file(network.state_dict(), tmp_path / "w.safetensors")
+    (tmp_path / "names.txt").write_text("\n".join(PETS) + "\n")
+    config = ImportConfig(
+        source="torchvision:resnet18", weights=tmp_path / "w.safetensors", classes=tmp_path / "names.txt", image_size=64
+    )
+    made = import_classifier(config)
+    store.save(tmp_path / "made", made, half=False)
+    loaded = store.load(tmp_path / "made")
+    assert loaded.card.classes == PETS
+    assert loaded.card.pictures == Preprocessing(size=64, fit="crop", resize=73, interpolation="bilinear")
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(loaded.classifier(x), made.classifier(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_32", "convnext_tiny", "squeezenet1_0"])
+def test_torchvisions_networks_end_in_their_last_linear_layer_or_are_refused(name: str, tmp_path: Path) -> None:
+    state = zoo.get_model(name, weights=None, num_classes=4).state_dict()
+    torch.save(state, tmp_path / "w.pth")
+    config = ImportConfig(source=f"torchvision:{name}", weights=tmp_path / "w.pth")
+    if name == "squeezenet1_0":
+        with pytest.raises(ConfigError, match="no linear layer"):
+            import_classifier(config)
+    else:
+        assert import_classifier(config).classifier.num_classes == 4
+
+
+def test_timms_networks_come_with_their_own_preprocessing(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.save(timm.create_model("test_vit", num_classes=5).state_dict(), tmp_path / "w.pth")
+    made = import_classifier(ImportConfig(source="timm:test_vit", weights=tmp_path / "w.pth", mean=(0.5, 0.5, 0.4)))
+    config = timm.get_pretrained_cfg("test_vit")
+    assert made.card.pictures.size == config.input_size[-1]
+    assert made.card.pictures.resize == int(config.input_size[-1] / config.crop_pct)
+    assert (made.card.architecture.mean, made.card.architecture.std) == ((0.5, 0.5, 0.4), tuple(config.std))
+    assert made.classifier.num_classes == 5
+
+
+def test_folder_in_timms_layout_brings_everything(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    network = timm.create_model("test_vit", num_classes=3)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    settings = {"input_size": [3, 160, 160], "crop_pct": 0.8, "crop_mode": "squash", "interpolation": "bicubic"}
+    described = {"architecture": "test_vit", "num_classes": 3, "label_names": list(PETS), "pretrained_cfg": settings}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    made = import_classifier(ImportConfig(source=str(tmp_path)))
+    assert made.card.classes == PETS
+    assert made.card.pictures == Preprocessing(size=160, fit="stretch", resize=200, interpolation="bicubic")
+    assert str(tmp_path) not in json.dumps(made.card.training)
+
+
+@pytest.mark.parametrize(
+    ("known", "how"),
+    [
+        ({"size": {"height": 224, "width": 224}, "resample": 2}, ("stretch", 224, 224, "bilinear")),
+        (
+            {"size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224}},
+            ("crop", 256, 224, "bilinear"),
+        ),
+        ({"size": {"shortest_edge": 224}, "crop_pct": 0.875, "resample": 3}, ("crop", 256, 224, "bicubic")),
+        ({"size": 224, "resample": 3}, ("stretch", 224, 224, "bicubic")),
+    ],
+    ids=["vit", "resnet", "convnext", "older"],
+)
+def test_transformers_folder_says_how_it_wants_its_pictures(
+    tmp_path: Path, known: dict[str, Any], how: tuple[str, int, int, str]
+) -> None:
+    config = {"model_type": "vit", "image_size": 224, "id2label": {"1": "dog", "0": "cat", "10": "hamster"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**known, "image_mean": [0.1, 0.2, 0.3]}))
+    source = open_source(str(tmp_path))
+    fit, resize, size, interpolation = how
+    assert source.pictures == Preprocessing(size=size, fit=fit, resize=resize, interpolation=interpolation)
+    assert source.classes == PETS
+    assert source.mean == (0.1, 0.2, 0.3)
+
+
+FACTORY = """
+import torch
+
+def make():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+def no_module():
+    return 5
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "her_network.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "python:her_network:make"
+    sys.modules.pop("her_network", None)
+
+
+def test_factorys_module_is_served_where_its_code_is_allowed(
+    factory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = import_classifier(ImportConfig(source=factory, image_size=16))
+    store.save(tmp_path / "made", made, half=False)
+    with pytest.raises(CheckpointError, match=f"{ALLOW}=her_network"):
+        store.load(tmp_path / "made")
+    monkeypatch.setenv(ALLOW, "other, her_network")
+    x = torch.rand(2, 3, 16, 16)
+    import her_network  # type: ignore[import-not-found]
+
+    assert torch.allclose(store.load(tmp_path / "made").classifier(x), her_network.make()(x), atol=1e-6)
+    assert made.card.pictures.fit == "square"
+    with pytest.raises(ConfigError, match="returned int"):
+        import_classifier(ImportConfig(source=factory.replace("make", "no_module")))
+    with pytest.raises(ConfigError, match="nobody"):
+        import_classifier(ImportConfig(source="python:nobody:make"))
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('code was run')",))
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("pickled module", "loading those would run code.*state_dict"),
+        ("pickle that runs code", "loading those would run code"),
+        ("TorchScript", "is TorchScript"),
+        ("ONNX", "is ONNX"),
+        ("list", "no dictionary of tensors"),
+        ("text", "cannot be read|loading those"),
+        ("missing", "is not a file"),
+    ],
+)
+def test_file_without_weights_is_refused_and_none_of_its_code_run(
+    network: nn.Module, tmp_path: Path, kind: str, says: str
+) -> None:
+    file = tmp_path / ("w.onnx" if kind == "ONNX" else "w.pth")
+    if kind == "pickled module":
+        torch.save(network, file)
+    elif kind == "pickle that runs code":
+        file.write_bytes(pickle.dumps(Evil()))
+    elif kind == "TorchScript":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch is giving it up; files of it will be there for years
+            torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.rand(1, 2)), file)
+    elif kind == "list":
+        torch.save([1, 2], file)
+    elif kind != "missing":
+        file.write_text("weights")
+    with pytest.raises(CheckpointError, match=says):
+        import_classifier(ImportConfig(source="torchvision:resnet18", weights=file))
+
+
+def test_weights_of_another_network_are_refused_with_what_was_expected(network: nn.Module, tmp_path: Path) -> None:
+    state = dict(network.state_dict())
+    state["layer1.0.conv1.weight"] = state["layer1.0.conv1.weight"][:, :7]
+    state["extra.weight"] = state.pop("layer2.0.conv1.weight")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError) as refused:
+        import_classifier(ImportConfig(source="torchvision:resnet18", weights=tmp_path / "w.pth"))
+    for part in (
+        "1 missing (layer2.0.conv1.weight)",
+        "1 unknown (extra.weight)",
+        "1 of another shape (layer1.0.conv1.weight [64, 7, 3, 3] for [64, 64, 3, 3])",
+        "which has 122 tensors",
+    ):
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"source": "torchvision:resnet19"}, "no classifier 'resnet19'; near: resnet"),
+        ({"source": "timm:resnet_18"}, "no classifier 'resnet_18'"),
+        ({"source": "keras:resnet"}, "none of torchvision:NAME"),
+        ({"weights": None}, "give --weights FILE, or --pretrained"),
+        ({"pretrained": True}, "give one of the two"),
+        ({"std": (1.0, 0.0, 1.0)}, "above 0"),
+        ({"fit": "letterbox"}, "letterbox"),
+        ({"classes": "two.txt"}, "names 2 classes, the network has 3"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_request_is_refused(network: nn.Module, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    change = {name: tmp_path / value if name == "classes" else value for name, value in change.items()}
+    config = ImportConfig(source="torchvision:resnet18", weights=tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match=says):
+        import_classifier(replace(config, **change))
+
+
+def test_pretrained_weights_that_cannot_be_fetched_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNPERTURB_CACHE", str(tmp_path))
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(WeightsUnavailableError, match=r"no route to host.*give --weights"):
+        import_classifier(ImportConfig(source="torchvision:resnet18", pretrained=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("cat\n\n dog \nhamster\n", PETS),
+        ('["cat", "dog", "hamster"]', PETS),
+        ('{"10": "hamster", "2": "dog", "0": "cat"}', PETS),
+        ("猫\nπ", ("猫", "π")),
+    ],
+    ids=["lines", "list", "object", "unicode"],
+)
+def test_class_names_are_read(tmp_path: Path, text: str, names: tuple[str, ...]) -> None:
+    (tmp_path / "names").write_text(text, encoding="utf-8")
+    assert read_classes(tmp_path / "names") == names
+
+
+def test_scores_that_look_wrong_are_warned_of() -> None:
+    assert warnings_of(torch.tensor([0.7, 0.2, 0.1])) == []
+    assert "uniform" in warnings_of(torch.full((1000,), 0.001))[0]
+    assert "score of one class is 1" in warnings_of(torch.tensor([1.0, 0.0, 0.0]))[0]
