@@ -1,4 +1,4 @@
-"""The command line: `unperturb serve | classify | purify | train | import | demo | key`.
+"""The command line: `unperturb serve | classify | purify | train | import | assess | demo | key`.
 
 What is heavy is imported by the command that needs it: the decoding processes import this module too.
 """
@@ -111,6 +111,7 @@ def import_classifier(
     ],
     out: Annotated[Path, typer.Option(help="checkpoint folder to write")],
     weights: Annotated[Path | None, typer.Option(help=".pth, .pt, .bin or .safetensors")] = None,
+    rename: Annotated[Path | None, typer.Option(help="JSON: regular expressions for its tensors' names")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="the source's own weights, downloaded")] = False,
     classes: Annotated[Path | None, typer.Option(help="class names: a line each, or JSON")] = None,
     id: Annotated[str | None, typer.Option(help="name on the card; default: the folder's")] = None,
@@ -135,6 +136,7 @@ def import_classifier(
         source=source,
         id=id or out.resolve().name,
         weights=weights,
+        rename=rename,
         pretrained=pretrained,
         classes=classes,
         image_size=image_size,
@@ -291,6 +293,15 @@ def demo(
 def train(context: typer.Context) -> None:
     """Train a classifier or a head: the same as python -m unperturb.training …"""
     os.execv(sys.executable, [sys.executable, "-m", "unperturb.training", *context.args])
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def assess(context: typer.Context) -> None:
+    """Measure whether a purifier helps a checkpoint's classifier, on images of one's own."""
+    os.execv(sys.executable, [sys.executable, "-m", "unperturb.benchmarks.assess", *context.args])
 
 
 def _load(name: str, preset: str | None, device: str) -> "tuple[DefendedClassifier, Card, torch.device]":

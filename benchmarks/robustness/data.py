@@ -33,12 +33,12 @@ def load_images(
     dataset: str,
     folder: Path | None,
     *,
-    n: int,
+    n: int | None,
     how: Preprocessing,
     classes: tuple[str, ...],
     cache: Path | None = None,
 ) -> EvaluationSet:
-    """Return the first `n` test images, in RobustBench's order, or in sorted file order from `folder`.
+    """Return the first `n` test images, in RobustBench's order, or in sorted file order from `folder`; None: all of it.
 
     `folder` holds <class>/*, or test/<class>/*, or is an .npz file with `images` (uint8 [n, h, w, 3]) and `labels`.
     Pictures become pixels as `how` says. `classes` are the classifier's, in its order: class folders are matched by
@@ -48,6 +48,7 @@ def load_images(
     if folder is None and dataset not in PUBLISHED:
         raise DataError(f"--dataset {dataset}: images of your own need --data; known: {', '.join(PUBLISHED)}")
     if folder is None:
+        assert n is not None
         images, labels = robustbench_data(dataset, n=n, folder=cache_folder("robustbench-data"))
         source = "robustbench"
     elif folder.suffix == ".npz":
@@ -56,7 +57,7 @@ def load_images(
     else:
         images, labels = _from_folder(dataset, folder, how, classes, cache or cache_folder("images"))
         source = "folder"
-    if len(labels) < n:
+    if n is not None and len(labels) < n:
         raise DataError(f"n_examples={n}, but {folder or dataset} holds {len(labels)} images")
     images, labels = images[:n], labels[:n]
     lowest, highest = int(labels.min()), int(labels.max())

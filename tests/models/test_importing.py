@@ -232,6 +232,22 @@ def test_weights_of_another_network_are_refused_with_what_was_expected(network: 
         assert part in str(refused.value)
 
 
+def test_tensors_are_renamed_by_a_file(network: nn.Module, tmp_path: Path) -> None:
+    state = {
+        name.replace("layer", "stage").replace("fc.", "head."): value for name, value in network.state_dict().items()
+    }
+    torch.save(state, tmp_path / "w.pth")
+    (tmp_path / "names.json").write_text(json.dumps({r"^stage(\d)": r"layer\1", r"^head\.": "fc."}))
+    config = ImportConfig(source="torchvision:resnet18", weights=tmp_path / "w.pth", rename=tmp_path / "names.json")
+    assert import_classifier(config).classifier.num_classes == 3
+    (tmp_path / "names.json").write_text(json.dumps({r"\d": "0"}))
+    with pytest.raises(ConfigError, match="to several tensors"):
+        import_classifier(config)
+    (tmp_path / "names.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="no JSON object of regular expressions"):
+        import_classifier(config)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from pydantic import ValidationError
 
+from tests.conftest import make_checkpoint
 from tests.models.test_readout import CARDS, with_readout
 from tests.service.test_decode import png_of_claimed_size
 from tests.support.engines import ThreadHandle, wait_until
@@ -83,6 +84,19 @@ def test_vote_answers_with_its_views_and_without_losses(client: TestClient) -> N
     assert seen["purified"]["predictions"] == body["predictions"]
     unchanged = client.post("/purify?preset=vote", files={"image": photo()})
     assert (unchanged.status_code, "changes no image" in unchanged.json()["detail"]) == (422, True)
+
+
+def test_model_without_a_head_is_served_by_what_needs_none(tmp_path: Path) -> None:
+    store.save(tmp_path, make_checkpoint(head=False))
+    with serving(tmp_path) as client:
+        for query in ("purify=never", "preset=vote"):
+            assert client.post(f"/classify?{query}", files={"image": photo()}).status_code == 200
+        for route in ("/classify", "/inspect", "/purify"):
+            refused = client.post(route, files={"image": photo()})
+            assert refused.status_code == 422
+            assert "unperturb train head" in refused.json()["detail"]
+        assert client.get("/model").json()["presets"] == ["vote"]
+        assert client.get("/models").json()[0]["presets"] == ["vote"]
 
 
 def test_purify_never_returns_the_plain_classification(client: TestClient) -> None:

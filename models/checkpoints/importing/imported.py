@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.checkpoints.importing.sources import Source, Triple, open_source
-from unperturb.models.checkpoints.importing.weights import fill, read_state, without_prefix
+from unperturb.models.checkpoints.importing.weights import fill, read_state, renamed, without_prefix
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture
@@ -24,12 +24,14 @@ from unperturb.models.pixels import Preprocessing
 class ImportConfig:
     """A source, and what its user says of it, which goes above what the source says.
 
-    weights: a file; pretrained: the source's own, from the network; classes: a file of names, a line each or JSON
+    weights: a file; rename: a JSON file of what its tensors are called here (see `renamed`); pretrained: the source's
+    own, from the network; classes: a file of names, a line each or JSON
     """
 
     source: str
     id: str = "imported"
     weights: Path | None = None
+    rename: Path | None = None
     pretrained: bool = False
     classes: Path | None = None
     image_size: int | None = None
@@ -98,7 +100,10 @@ def _state(config: ImportConfig, source: Source) -> tuple[Mapping[str, Tensor] |
         raise ConfigError("weights and pretrained: give one of the two")
     if config.weights is not None:
         digest = hashlib.sha256(config.weights.read_bytes()).hexdigest() if config.weights.is_file() else ""
-        return read_state(config.weights), {"weights": config.weights.name, "file_sha256": digest}
+        state = read_state(config.weights)
+        if config.rename is not None:
+            state = renamed(state, config.rename)
+        return state, {"weights": config.weights.name, "file_sha256": digest}
     if source.name.startswith("python:"):
         return None, {"weights": "the factory's"}
     named = source.name == config.source

@@ -1,9 +1,13 @@
 """Read somebody else's weights: files of many forms to one flat dictionary of tensors that fits a network."""
 
+import json
 import pickle
+import re
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from unperturb.models.errors import CheckpointError
+from unperturb.models.errors import CheckpointError, ConfigError
 
 NESTS = ("state_dict", "model_state_dict", "model_ema", "state_dict_ema", "model", "net", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
@@ -69,6 +73,23 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], *, of: str) -> None:
     if faults:
         raise CheckpointError(f"the weights do not fit {of}, which has {len(expected)} tensors: {'; '.join(faults)}")
     network.load_state_dict(found, strict=False)
+
+
+def renamed(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """Return the tensors under other names: by a JSON object of regular expressions and replacements, in its order.
+
+    Raises ConfigError for another kind of file, and where two tensors come to one name.
+    """
+    try:
+        rules = json.loads(file.read_text(encoding="utf-8"))
+        patterns = [(re.compile(pattern), str(replacement)) for pattern, replacement in rules.items()]
+        names = {name: reduce(lambda text, rule: rule[0].sub(rule[1], text), patterns, name) for name in state}
+    except (OSError, ValueError, AttributeError, re.error) as error:
+        raise ConfigError(f"{file} is no JSON object of regular expressions and replacements: {error}") from error
+    twice = [name for name, count in Counter(names.values()).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{file} gives {len(twice)} names to several tensors, such as {twice[0]!r}")
+    return {names[name]: value for name, value in state.items()}
 
 
 def without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -1,0 +1,187 @@
+"""`unperturb assess CHECKPOINT --data DIR`: does the purifier help this model, on these images?
+
+Each preset that the checkpoint has the parts for is measured before it on random test images: clean loss, gain against
+an attacker who does not know of it (transfer), gain in the worst case against one who does (full gradient), and time.
+The last line is the verdict in words.
+"""
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from unperturb.benchmarks.command import run_command
+from unperturb.benchmarks.reporting.report import Report
+from unperturb.benchmarks.reporting.rows import Row
+from unperturb.benchmarks.reporting.sections import tone
+from unperturb.benchmarks.robustness.data import load_images
+from unperturb.benchmarks.robustness.evaluate import evaluate
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.errors import ConfigError
+from unperturb.models.options import option
+from unperturb.models.purifiers.reverse_attack import PRESETS
+
+SCRIPT = "unperturb assess"
+MOST_STEPS = 10  # of a preset that is measured unasked: the full gradient goes through every one
+CLEAN_LOSS = 0.02  # of clean accuracy, from which on a preset is not advised
+
+
+@dataclass(frozen=True, kw_only=True)
+class AssessConfig:
+    """Measure what each preset does for a checkpoint's classifier, and say whether to use one."""
+
+    checkpoint: str = option("shipped name or folder")
+    data: Path = option("folder of class folders (of test images where it has test/), or .npz file")
+    images: int = option("test images, random ones; 0 for all", 200)
+    presets: tuple[str, ...] = option("may be repeated; default: those of at most 10 steps", ())
+    epsilon: float = option("radius of the attacks, L-infinity", 8 / 255)
+    budget: Literal["fast", "standard"] = option("of the attacks; fast: minutes on a CPU", "fast")
+    seed: int = option("of the choice of images, and of the attacks", 0)
+    device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+    out: Path = option("folder for the report, and for what has been computed", Path("assessment"))
+    write_card: bool = option("put the figures and the verdict onto the checkpoint's card", False)
+    cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values out of range."""
+        if self.images < 0:
+            raise ConfigError(f"images={self.images} is below 0")
+        for name in self.presets:
+            if name not in PRESETS:
+                raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
+
+
+def assess(config: AssessConfig) -> int:
+    """Measure, write the report, print a line for each preset, and the verdict."""
+    subject = store.load(config.checkpoint)
+    wanted = config.presets or tuple(name for name, one in PRESETS.items() if one.loop.steps <= MOST_STEPS)
+    headless = [name for name in wanted if PRESETS[name].loop.steps and subject.head is None]
+    if headless and config.presets:
+        raise ConfigError(
+            f"preset {headless[0]!r}: the checkpoint has no head; unperturb train head --classifier {config.checkpoint}"
+        )
+    specs = {name: f"reverse-attack:{name}" for name in wanted if name not in headless}
+    if subject.restorer is not None and not config.presets:
+        specs["restorer"] = "restorer"
+    data = load_images(
+        "own", config.data, n=None, how=subject.card.pictures, classes=subject.card.classes, cache=config.cache
+    )
+    count = min(config.images or len(data.labels), len(data.labels))
+    chosen = (
+        torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(config.seed))[:count].sort().values
+    )
+    report = evaluate(
+        subject,
+        data.images[chosen],
+        data.labels[chosen],
+        purifier=specs,
+        epsilon=config.epsilon,
+        attacks="fast",
+        budget=config.budget,
+        seed=config.seed,
+        name=subject.card.id,
+        dataset=config.data.stem,
+        store=config.out,
+        device=config.device,
+    )
+    report.save(config.out)
+    rows = report.rows()
+    advice = verdict([row for row in rows if row.gain is not None])
+    for line in lines_of(rows):
+        print(line)
+    print(f"the whole report: {config.out / 'report.html'}")
+    if headless:
+        print(f"not measured, for want of a head: {', '.join(headless)}")
+    if config.write_card:
+        _write(config, subject, report, advice)
+    print(advice)
+    return 0
+
+
+def lines_of(rows: list[Row]) -> list[str]:
+    """Return a header and a line for each row, in points of 100 images with their 95% intervals."""
+    lines = [f"{'preset':12} {'clean':>22} {'transfer':>10} {'worst case, full gradient':>28} {'ms/image':>9}"]
+    for row in rows:
+        if row.gain is None or row.gain_interval is None:
+            lines.append(f"{row.purifier:12} {row.clean:>21.1%}  {'':>9} {row.worst or 0:>27.1%}  {_ms(row)}")
+            continue
+        clean = _points(row.clean_gain or 0.0, row.clean_gain_interval)
+        gained = (row.transfer or 0.0) - (row.static or 0.0)
+        worst = _points(row.gain, row.gain_interval)
+        lines.append(f"{row.purifier:12} {clean:>22} {100 * gained:>+10.1f} {worst:>28} {_ms(row)}")
+    return [*lines, f"n = {rows[0].n}; the first line in percent, the others in points against it"]
+
+
+def verdict(rows: list[Row]) -> str:
+    """Return the advice: the preset of the largest worst-case gain beyond doubt, or one that helps only against those
+    who do not know of it, or none.
+    """
+    harmless = [row for row in rows if (row.clean_gain or 0.0) >= -CLEAN_LOSS]
+    better = [row for row in harmless if tone(row) == "better"]
+    if better:
+        best = max(better, key=lambda row: row.gain or 0.0)
+        return f"use `{best.purifier}`: {100 * (best.gain or 0.0):+.1f} points in the worst case, beyond doubt"
+    unaware = [row for row in harmless if tone(row) == "even" and (row.transfer or 0.0) - (row.static or 0.0) > 0.02]
+    if unaware:
+        best = max(unaware, key=lambda row: (row.transfer or 0.0) - (row.static or 0.0))
+        gained = 100 * ((best.transfer or 0.0) - (best.static or 0.0))
+        return (
+            f"`{best.purifier}` helps against attackers who do not know of it ({gained:+.1f} points), and makes no "
+            "difference that can be told against those who do"
+        )
+    if not rows:
+        return "nothing was measured: train a head, or take --presets vote"
+    if all(tone(row) == "worse" or (row.clean_gain or 0.0) < -CLEAN_LOSS for row in rows):
+        return "don't purify: every preset makes this model worse, on clean images or against an attacker who knows it"
+    return "don't purify: no preset makes a difference that can be told on these images; more images may tell"
+
+
+def _write(config: AssessConfig, subject: Checkpoint, report: Report, advice: str) -> None:
+    figures: dict[str, Any] = {
+        row.purifier: {
+            "worst_case": row.worst,
+            "gain": row.gain,
+            "gain_interval": row.gain_interval,
+            "clean": row.clean,
+            "clean_gain": row.clean_gain,
+            "transfer": row.transfer,
+            "ms_per_image": row.ms_per_image,
+        }
+        for row in report.rows()
+    }
+    found = {
+        "n": report.rows()[0].n,
+        "seed": config.seed,
+        "epsilon": config.epsilon,
+        "budget": config.budget,
+        "data": config.data.stem,
+        "presets": figures,
+        "verdict": advice,
+    }
+    card = dataclasses.replace(subject.card, figures={**subject.card.figures, "assessment": found})
+    store.write_card(store.resolve(config.checkpoint), card)
+
+
+def _points(gain: float, interval: tuple[float, float] | None) -> str:
+    low, high = interval or (gain, gain)
+    return f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def _ms(row: Row) -> str:
+    return "" if row.ms_per_image is None else f"{row.ms_per_image:>9.1f}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit status. The checkpoint may stand first, without its flag."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and not given[0].startswith("-"):
+        given.insert(0, "--checkpoint")
+    return run_command(AssessConfig, assess, script=SCRIPT, arguments=given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

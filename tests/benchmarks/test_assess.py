@@ -1,0 +1,82 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_checkpoint
+from unperturb.benchmarks import assess
+from unperturb.benchmarks.reporting.rows import Group, Row
+from unperturb.models.checkpoints import store
+
+
+def row(name: str, gain: float, *, width: float = 0.01, clean: float = 0.0, transfer: float = 0.3) -> Row:
+    return Row(
+        group=Group("own", "Linf", 8 / 255, True),
+        model="m",
+        purifier=name,
+        measured=True,
+        n=200,
+        clean=0.8,
+        worst=0.3 + gain,
+        gain=gain,
+        gain_interval=(gain - width, gain + width),
+        clean_gain=clean,
+        clean_gain_interval=(clean, clean),
+        transfer=transfer,
+        static=0.3,
+        ms_per_image=2.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        ([row("default", 0.05), row("vote", 0.03), row("fast", -0.1)], "use `default`: +5.0 points"),
+        ([row("default", 0.05, clean=-0.1), row("vote", 0.03)], "use `vote`"),
+        ([row("default", -0.05), row("vote", 0.005, transfer=0.4)], "`vote` helps against attackers who do not know"),
+        ([row("default", -0.05), row("fast", -0.2)], "don't purify: every preset makes this model worse"),
+        ([row("default", 0.005), row("fast", -0.2)], "don't purify: no preset makes a difference"),
+        ([], "nothing was measured"),
+    ],
+    ids=["best", "clean loss", "unaware", "worse", "even", "none"],
+)
+def test_verdict_follows_the_worst_case(rows: list[Row], says: str) -> None:
+    assert assess.verdict(rows).startswith(says)
+
+
+def arguments(folder: Path, images: Path, out: Path, *more: str) -> list[str]:
+    given = [str(folder), "--data", str(images), "--images", "6", "--device", "cpu", "--out", str(out)]
+    return [*given, "--cache", str(out.parent / "cache"), *more]
+
+
+def test_each_preset_is_measured_and_written_onto_the_card(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    store.save(folder, store.load(tiny_folder))
+    assert assess.main(arguments(folder, image_folder, tmp_path / "out", "--preset", "fast", "--write-card")) == 2
+    capsys.readouterr()
+    presets = ("--presets", "fast", "--presets", "vote")
+    assert assess.main(arguments(folder, image_folder, tmp_path / "out", *presets, "--write-card")) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines() if line[:5].strip() in ("none", "fast", "vote")]
+    assert (tmp_path / "out" / "report.html").is_file()
+    card = store.load(folder).card
+    found = card.figures["assessment"]
+    assert set(found["presets"]) == {"none", "fast", "vote"}
+    assert found["verdict"] == said.splitlines()[-1]
+    assert found["n"] == 6
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_checkpoint_without_a_head_is_assessed_by_what_needs_none(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.save(tmp_path / "bare", make_checkpoint(head=False))
+    assert assess.main(arguments(tmp_path / "bare", image_folder, tmp_path / "out")) == 0
+    said = capsys.readouterr().out
+    assert "not measured, for want of a head: default, fast" in said
+    assert assess.main(arguments(tmp_path / "bare", image_folder, tmp_path / "out", "--presets", "default")) == 2
+    assert "unperturb train head" in capsys.readouterr().err
+    assert assess.main(arguments(tmp_path / "bare", image_folder, tmp_path / "out", "--presets", "best")) == 2
+    assert "'best' is not one of" in capsys.readouterr().err
