@@ -98,8 +98,13 @@ class ContinuousBatch:
         self.free(slot.work.id for slot in finished)
         return ended + outcomes
 
-    def warm_up(self, size: int) -> Generator[None, None, Timing]:
-        """Put `size` black images through a step and the end of every stage, a stage for each `next`.
+    @property
+    def warm_up_pieces(self) -> int:
+        """Return how many times a warm-up yields."""
+        return 1 + len(self.stages)
+
+    def warm_up(self, size: int, pieces: int) -> Generator[int, None, Timing]:
+        """Put `size` black images through a step and the end of every stage; yield `pieces` after each stage.
 
         Returns what that took; raises what went wrong.
         """
@@ -117,7 +122,7 @@ class ContinuousBatch:
                 if isinstance(result, Exception):
                     raise result
             seconds += time.monotonic() - started
-            yield
+            yield pieces
         return Timing(self.batch_count - batches, self.pass_count - passes, seconds)
 
     def _slot(self, work: Work) -> Slot:

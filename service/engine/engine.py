@@ -89,6 +89,7 @@ class Engine:
         ]
         self.state = EngineState.WARMING_UP
         self.failure: str | None = None
+        self.progress = ""  # of the warm-up, in words
         self._on_failure = on_failure
         self._ids = itertools.count(1)
         self._changed = threading.Condition(threading.RLock())  # guards the scheduler and the state
@@ -98,7 +99,8 @@ class Engine:
     @property
     def not_ready(self) -> str | None:
         """Return why no new request is taken now, or None."""
-        return NOT_READY.get(self.state)
+        reason = NOT_READY.get(self.state)
+        return f"{reason}: {self.progress}" if self.state is EngineState.WARMING_UP and self.progress else reason
 
     def require_ready(self) -> None:
         """Raise NotReadyError, with the reason, where no new request is taken now."""
@@ -334,5 +336,8 @@ class Engine:
             self._changed.notify_all()
         for request, result in answered:
             request.answer(result)
+        if isinstance(message, LoadProgress) and self.state is EngineState.WARMING_UP:
+            self.progress = f"piece {message.done + 1} of {message.pieces}"
+            log.info("warming up on %s: %s", self.workers[index].config.device, self.progress)
         if isinstance(message, StepReport) and message.slots:
             self.metrics.stepped(message.slots, message.seconds)

@@ -84,9 +84,11 @@ class Cancel(NamedTuple):
 
 
 class LoadProgress(NamedTuple):
-    """Report, from a worker, that one more piece of a model's warm-up is done."""
+    """Report, from a worker, that one more piece of a model's warm-up is done, and of how many."""
 
     model: int
+    done: int
+    pieces: int
 
 
 class Loaded(NamedTuple):

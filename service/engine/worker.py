@@ -36,7 +36,6 @@ from unperturb.service.engine.messages import (
 from unperturb.service.telemetry import logs
 
 log = logging.getLogger("unperturb.worker")
-DONE = object()
 
 
 def work(server: Connection, config: WorkerConfig) -> None:
@@ -56,7 +55,8 @@ class _Worker:
         self.server, self.config, self.device = server, config, torch.device(config.device)
         self.batches: dict[int, ContinuousBatch] = {}
         self.costs: dict[int, Cost] = {}
-        self.loading: deque[tuple[int, Iterator[None]]] = deque()
+        self.loading: deque[tuple[int, Iterator[int]]] = deque()  # of each the pieces of its warm-up
+        self.done = 0  # pieces of the first one's
 
     def run(self) -> None:
         while True:
@@ -65,11 +65,13 @@ class _Worker:
                 if batch.slots:
                     self._advance(model, batch)
             if self.loading:  # a piece at a time, between steps
-                model, pieces = self.loading[0]
-                if next(pieces, DONE) is DONE:
+                model, warm_up = self.loading[0]
+                if (pieces := next(warm_up, None)) is None:
                     self.loading.popleft()
+                    self.done = 0
                 else:
-                    self.server.send(LoadProgress(model))
+                    self.server.send(LoadProgress(model, self.done, pieces))
+                    self.done += 1
 
     def _read(self) -> None:
         """Read everything that the server has sent; wait for it where there is nothing else to do."""
@@ -96,8 +98,11 @@ class _Worker:
     def _busy(self) -> bool:
         return bool(self.loading) or any(batch.slots for batch in self.batches.values())
 
-    def _load(self, model: int, name: str, digest: str) -> Iterator[None]:
-        """Load a checkpoint and warm it up, a piece for each `next`; a checkpoint's fault is its own alone."""
+    def _load(self, model: int, name: str, digest: str) -> Iterator[int]:
+        """Load a checkpoint and warm it up, a piece for each `next`, which gives how many there are.
+
+        A checkpoint's fault is its own alone.
+        """
         started = time.monotonic()
         try:
             loaded = store.load(name, device=self.device)
@@ -105,13 +110,15 @@ class _Worker:
                 raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
             ready = prepared(loaded, precision=self.config.precision)
             batch = ContinuousBatch(ready, self.device, execution=self.config.execution)
-            for size in sorted({bucket(n) for n in range(1, self.config.slots)} | {self.config.slots}):
-                yield
-                yield from batch.warm_up(size)
-            timings = []  # measured when all is warm
-            for size in (self.config.slots, 1, 1):
-                timings.append((yield from batch.warm_up(size)))
-            large, *small = timings
+            sizes = {1, self.config.slots}
+            if self.config.execution != "eager":  # made once for each size
+                sizes |= {bucket(n) for n in range(1, self.config.slots)}
+            timed = (self.config.slots, 1, 1)  # measured when all is warm
+            pieces = (len(sizes) + len(timed)) * batch.warm_up_pieces
+            timings = []
+            for size in (*sorted(sizes), *timed):
+                timings.append((yield from batch.warm_up(size, pieces)))
+            large, *small = timings[-len(timed) :]
             fastest = min(small, key=lambda timing: timing.seconds)
             cost = Cost.fit(fastest, large, together=batch.stepper.together)
         except torch.AcceleratorError:

@@ -156,7 +156,7 @@ def test_loading_may_last_as_long_as_it_goes_on(request_of: Request, model: Mode
     for _ in range(3):
         clock.now += 0.9
         for index in range(2):
-            scheduler.update(index, LoadProgress(model.number))
+            scheduler.update(index, LoadProgress(model.number, 1, 9))
         assert scheduler.stalled(WorkerState.LOADING, 1.0) is None
     clock.now += 2.0
     scheduler.update(0, Loaded(model.number, Cost()))
