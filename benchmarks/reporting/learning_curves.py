@@ -1,0 +1,62 @@
+"""`python benchmarks/reporting/learning_curves.py`: the shipped classifiers' learning curves, from their runs' logs.
+
+A log is a run's log.jsonl, in benchmarks/results/training under the run's name. Accuracies are of held-out training
+images, by which the epoch was chosen.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from unperturb.benchmarks.reporting.drawing import LIGHT, Theme, drawn_in, open_figure, png
+from unperturb.benchmarks.reporting.results import FOLDER
+from unperturb.models.errors import DataError
+from unperturb.models.files import write_whole
+
+LOGS = FOLDER / "training"
+PICTURE = "learning_curves.png"
+SHOWN = {"held_out_clean_accuracy": "clean", "held_out_pgd_accuracy": "PGD-10"}
+
+
+def read_logs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return every log's epochs by the run's name; raise DataError where there is none."""
+    logs = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in folder.glob("*.jsonl")}
+    if not logs:
+        raise DataError(f"{folder} holds no log (*.jsonl) of a training run")
+    return dict(sorted(logs.items()))
+
+
+def learning_curves(logs: dict[str, list[dict[str, Any]]], theme: Theme = LIGHT) -> bytes:
+    """Return the plot: a panel for each run, its accuracies in percent over the epochs."""
+    with drawn_in(theme):
+        plt, figure, axes = open_figure(4.2 * len(logs), 3.6, rows=1, columns=len(logs))
+        for panel, (name, epochs) in zip(axes.flat if len(logs) > 1 else [axes], logs.items(), strict=True):
+            for colour, (key, label) in zip(theme.colours, SHOWN.items(), strict=False):
+                points = [(one["epoch"], 100 * one[key]) for one in epochs if key in one]
+                if points:
+                    panel.plot(*zip(*points, strict=True), color=colour, marker=".", label=label)
+                    last = points[-1]
+                    panel.annotate(f"{last[1]:.0f}%", last, xytext=(4, 4), textcoords="offset points", color=colour)
+            panel.set_title(name)
+            panel.set_xlabel("epoch")
+            panel.set_ylim(0, 100)
+            panel.grid(axis="y")
+            panel.legend(loc="lower right")
+        (axes.flat[0] if len(logs) > 1 else axes).set_ylabel("held-out accuracy, %")
+        return png(plt, figure)
+
+
+def main() -> int:
+    """Draw the plot beside the logs."""
+    try:
+        write_whole(LOGS / PICTURE, learning_curves(read_logs(LOGS)))
+    except DataError as error:
+        print(f"learning_curves.py: {error}", file=sys.stderr)
+        return 2
+    print(LOGS / PICTURE)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
