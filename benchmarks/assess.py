@@ -9,13 +9,14 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from unperturb.benchmarks.command import run_command
-from unperturb.benchmarks.reporting.report import Report
-from unperturb.benchmarks.reporting.rows import Row
+from unperturb.benchmarks.reporting.columns import GAIN, points
+from unperturb.benchmarks.reporting.first_page import transfer_gain
+from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import tone
 from unperturb.benchmarks.robustness.data import load_images
 from unperturb.benchmarks.robustness.evaluate import evaluate
@@ -55,6 +56,13 @@ class AssessConfig:
                 raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
 
 
+class Judged(NamedTuple):
+    """A row of the report, and the paired gain on the bare classifier's adversarial images."""
+
+    row: Row
+    transfer: dict[str, Any] | None
+
+
 def assess(config: AssessConfig) -> int:
     """Measure, write the report, print a line for each preset, and the verdict."""
     subject = store.load(config.checkpoint)
@@ -89,58 +97,60 @@ def assess(config: AssessConfig) -> int:
         device=config.device,
     )
     report.save(config.out)
-    rows = report.rows()
-    advice = verdict([row for row in rows if row.gain is not None])
-    for line in lines_of(rows):
+    judged = [Judged(measured_row(run), transfer_gain(run)) for run in report.runs]
+    advice = verdict([one for one in judged if one.row.gain is not None])
+    for line in lines_of(judged):
         print(line)
     print(f"the whole report: {config.out / 'report.html'}")
     if headless:
         print(f"not measured, for want of a head: {', '.join(headless)}")
     if config.write_card:
-        _write(config, subject, report, advice)
+        _write(config, subject, judged, advice)
     print(advice)
     return 0
 
 
-def lines_of(rows: list[Row]) -> list[str]:
+def lines_of(judged: list[Judged]) -> list[str]:
     """Return a header and a line for each row, in points of 100 images with their 95% intervals."""
-    lines = [f"{'preset':12} {'clean':>22} {'transfer':>10} {'worst case, full gradient':>28} {'ms/image':>9}"]
-    for row in rows:
-        if row.gain is None or row.gain_interval is None:
-            lines.append(f"{row.purifier:12} {row.clean:>21.1%}  {'':>9} {row.worst or 0:>27.1%}  {_ms(row)}")
-            continue
-        clean = _points(row.clean_gain or 0.0, row.clean_gain_interval)
-        gained = (row.transfer or 0.0) - (row.static or 0.0)
-        worst = _points(row.gain, row.gain_interval)
-        lines.append(f"{row.purifier:12} {clean:>22} {100 * gained:>+10.1f} {worst:>28} {_ms(row)}")
-    return [*lines, f"n = {rows[0].n}; the first line in percent, the others in points against it"]
+    lines = [f"{'preset':12} {'clean':>24} {'transfer':>24} {'worst case, full gradient':>26} {'ms/image':>9}"]
+    for row, transfer in judged:
+        time = "" if row.ms_per_image is None else f"{row.ms_per_image:.1f}"
+        cells = [f"{row.clean:.1%}", f"{row.static or 0:.1%}", f"{row.worst or 0:.1%}"]
+        if row.gain is not None:
+            cells = [points(row.clean_gain, row.clean_gain_interval).whole, points_of(transfer), GAIN.cell(row).whole]
+        lines.append(f"{row.purifier:12} {cells[0]:>24} {cells[1]:>24} {cells[2]:>26} {time:>9}")
+    return [*lines, f"n = {judged[0].row.n}; the first line in percent, the others in points against it, 95% intervals"]
 
 
-def verdict(rows: list[Row]) -> str:
+def points_of(gain: dict[str, Any] | None) -> str:
+    """Return a paired gain in points, with its interval."""
+    return "" if gain is None else points(gain["mean"], tuple(gain["interval"])).whole
+
+
+def verdict(judged: list[Judged]) -> str:
     """Return the advice: the preset of the largest worst-case gain beyond doubt, or one that helps only against those
     who do not know of it, or none.
     """
-    harmless = [row for row in rows if (row.clean_gain or 0.0) >= -CLEAN_LOSS]
-    better = [row for row in harmless if tone(row) == "better"]
+    if not judged:
+        return "nothing was measured: train a head, or take --presets vote"
+    harmless = [one for one in judged if (one.row.clean_gain or 0.0) >= -CLEAN_LOSS]
+    better = [one.row for one in harmless if tone(one.row) == "better"]
     if better:
         best = max(better, key=lambda row: row.gain or 0.0)
-        return f"use `{best.purifier}`: {100 * (best.gain or 0.0):+.1f} points in the worst case, beyond doubt"
-    unaware = [row for row in harmless if tone(row) == "even" and (row.transfer or 0.0) - (row.static or 0.0) > 0.02]
+        return f"use `{best.purifier}`: {GAIN.cell(best).whole} points in the worst case"
+    unaware = [one for one in harmless if tone(one.row) == "even" and one.transfer and one.transfer["interval"][0] > 0]
     if unaware:
-        best = max(unaware, key=lambda row: (row.transfer or 0.0) - (row.static or 0.0))
-        gained = 100 * ((best.transfer or 0.0) - (best.static or 0.0))
+        row, transfer = max(unaware, key=lambda one: one.transfer["mean"] if one.transfer else 0.0)
         return (
-            f"`{best.purifier}` helps against attackers who do not know of it ({gained:+.1f} points), and makes no "
-            "difference that can be told against those who do"
+            f"use `{row.purifier}` against attackers who do not know of it: {points_of(transfer)} points; against "
+            "those who do it makes no difference that can be told"
         )
-    if not rows:
-        return "nothing was measured: train a head, or take --presets vote"
-    if all(tone(row) == "worse" or (row.clean_gain or 0.0) < -CLEAN_LOSS for row in rows):
+    if all(tone(one.row) == "worse" or one not in harmless for one in judged):
         return "don't purify: every preset makes this model worse, on clean images or against an attacker who knows it"
     return "don't purify: no preset makes a difference that can be told on these images; more images may tell"
 
 
-def _write(config: AssessConfig, subject: Checkpoint, report: Report, advice: str) -> None:
+def _write(config: AssessConfig, subject: Checkpoint, judged: list[Judged], advice: str) -> None:
     figures: dict[str, Any] = {
         row.purifier: {
             "worst_case": row.worst,
@@ -148,13 +158,13 @@ def _write(config: AssessConfig, subject: Checkpoint, report: Report, advice: st
             "gain_interval": row.gain_interval,
             "clean": row.clean,
             "clean_gain": row.clean_gain,
-            "transfer": row.transfer,
+            "transfer_gain": transfer,
             "ms_per_image": row.ms_per_image,
         }
-        for row in report.rows()
+        for row, transfer in judged
     }
     found = {
-        "n": report.rows()[0].n,
+        "n": judged[0].row.n,
         "seed": config.seed,
         "epsilon": config.epsilon,
         "budget": config.budget,
@@ -164,15 +174,6 @@ def _write(config: AssessConfig, subject: Checkpoint, report: Report, advice: st
     }
     card = dataclasses.replace(subject.card, figures={**subject.card.figures, "assessment": found})
     store.write_card(store.resolve(config.checkpoint), card)
-
-
-def _points(gain: float, interval: tuple[float, float] | None) -> str:
-    low, high = interval or (gain, gain)
-    return f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def _ms(row: Row) -> str:
-    return "" if row.ms_per_image is None else f"{row.ms_per_image:>9.1f}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,12 +5,13 @@ import pytest
 
 from tests.conftest import make_checkpoint
 from unperturb.benchmarks import assess
+from unperturb.benchmarks.assess import Judged
 from unperturb.benchmarks.reporting.rows import Group, Row
 from unperturb.models.checkpoints import store
 
 
-def row(name: str, gain: float, *, width: float = 0.01, clean: float = 0.0, transfer: float = 0.3) -> Row:
-    return Row(
+def judged(name: str, gain: float, *, clean: float = 0.0, transfer: float = 0.0) -> Judged:
+    row = Row(
         group=Group("own", "Linf", 8 / 255, True),
         model="m",
         purifier=name,
@@ -19,28 +20,30 @@ def row(name: str, gain: float, *, width: float = 0.01, clean: float = 0.0, tran
         clean=0.8,
         worst=0.3 + gain,
         gain=gain,
-        gain_interval=(gain - width, gain + width),
+        gain_interval=(gain - 0.01, gain + 0.01),
         clean_gain=clean,
         clean_gain_interval=(clean, clean),
-        transfer=transfer,
-        static=0.3,
         ms_per_image=2.0,
     )
+    return Judged(row, {"mean": transfer, "interval": [transfer - 0.02, transfer + 0.02]})
 
 
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([row("default", 0.05), row("vote", 0.03), row("fast", -0.1)], "use `default`: +5.0 points"),
-        ([row("default", 0.05, clean=-0.1), row("vote", 0.03)], "use `vote`"),
-        ([row("default", -0.05), row("vote", 0.005, transfer=0.4)], "`vote` helps against attackers who do not know"),
-        ([row("default", -0.05), row("fast", -0.2)], "don't purify: every preset makes this model worse"),
-        ([row("default", 0.005), row("fast", -0.2)], "don't purify: no preset makes a difference"),
+        ([judged("default", 0.05), judged("vote", 0.03), judged("fast", -0.1)], "use `default`: +5.0 ("),
+        ([judged("default", 0.05, clean=-0.1), judged("vote", 0.03)], "use `vote`"),
+        (
+            [judged("default", -0.05), judged("vote", 0.005, transfer=0.1)],
+            "use `vote` against attackers",
+        ),
+        ([judged("default", -0.05), judged("fast", -0.2)], "don't purify: every preset makes this model worse"),
+        ([judged("default", 0.005), judged("fast", -0.2)], "don't purify: no preset makes a difference"),
         ([], "nothing was measured"),
     ],
     ids=["best", "clean loss", "unaware", "worse", "even", "none"],
 )
-def test_verdict_follows_the_worst_case(rows: list[Row], says: str) -> None:
+def test_verdict_follows_the_worst_case(rows: list[Judged], says: str) -> None:
     assert assess.verdict(rows).startswith(says)
 
 
