@@ -1,22 +1,52 @@
 """From an opened image file to the pixels that a model sees; the same for training data and for uploads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from unperturb.models.container import ORIENTATION, pixels_alone
 from unperturb.models.errors import ConfigError
 
 FITS = ("square", "crop", "stretch")
 WHITE = (255, 255, 255, 255)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return 8-bit RGB: EXIF orientation applied, 16-bit grey scaled rather than clipped, transparency on white.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextmanager
+def opened(payload: bytes, formats: tuple[str, ...] | None = None) -> Iterator[tuple[Image.Image, int]]:
+    """Open a picture file without its metadata; yield it, not decoded yet, and its EXIF orientation for `to_rgb`."""
+    alone = pixels_alone(payload)
+    with Image.open(BytesIO(alone.payload), formats=formats) as image:
+        yield image, _tiff_orientation(image) if image.format == "TIFF" else alone.orientation
+
+
+def _tiff_orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except (ValueError, TypeError, SyntaxError, OSError):
+        return 1
+
+
+def to_rgb(image: Image.Image, orientation: int = 1) -> Image.Image:
+    """Return 8-bit RGB: turned upright, 16-bit grey scaled rather than clipped, transparency on white.
 
     Pillow's own convert("RGB") turns every 16-bit level above 255 into white and shows the colour under alpha 0.
     """
-    image = ImageOps.exif_transpose(image)
+    image = image.transpose(TURNS[orientation]) if orientation in TURNS else image
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):  # 16-bit grey; "I" where Pillow has widened it
         levels = np.asarray(image)

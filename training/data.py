@@ -21,7 +21,7 @@ from tqdm import tqdm
 from unperturb.models.cache import cache_folder
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError, DataError
-from unperturb.models.pixels import Preprocessing, to_rgb, to_size
+from unperturb.models.pixels import Preprocessing, opened, to_rgb, to_size
 from unperturb.models.shapes import Int, UInt8
 from unperturb.training.options import RunConfig
 
@@ -143,8 +143,8 @@ def _decode_all(paths: list[Path], array_file: Path, how: Preprocessing) -> None
 
 def _decode(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as opened:
-            image = to_size(to_rgb(opened), how)
+        with opened(path.read_bytes()) as (picture, orientation):
+            image = to_size(to_rgb(picture, orientation), how)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be decoded as an image ({error}); repair or remove it") from error
     return np.asarray(image).transpose(2, 0, 1)

@@ -131,8 +131,8 @@ def draw_picture(config: PictureConfig) -> int:
     images, labels = (t[: config.n].to(config.device) for t in dataset.test)
     defended = defend(loaded, preset("default"))
     counts, _ = count(config, defended, images, labels)
-    with Image.open(SAMPLE) as opened:
-        places, cut = squares(to_rgb(opened), loaded.card.pictures)
+    with Image.open(SAMPLE) as drawing:
+        places, cut = squares(to_rgb(drawing), loaded.card.pictures)
     ship = torch.full((len(cut),), loaded.card.classes.index("ship"), device=config.device)
     of_drawing, chosen = count(config, defended, cut.to(config.device), ship)
     drawn = places[draw(config, defended, loaded, cut.to(config.device), chosen)]

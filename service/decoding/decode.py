@@ -6,7 +6,6 @@ Imports no torch: it runs in small processes of its own.
 import ctypes
 import resource
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from unperturb.models.pixels import Preprocessing, to_rgb, to_size
+from unperturb.models.pixels import Preprocessing, opened, to_rgb, to_size
 from unperturb.service.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
 
 MEMORY_BYTES = 3 * 2**30  # what a decoding process may add to its own; 50 million pixels take about 1 GiB
@@ -43,11 +42,11 @@ def decode(payload: bytes, how: Preprocessing, *, max_pixels: int) -> Decoded:
     if not _is_accepted(payload):
         raise UnsupportedTypeError(f"the bytes are not an image of an accepted type ({', '.join(FORMATS)})")
     try:
-        with Image.open(BytesIO(payload), formats=FORMATS) as image:
+        with opened(payload, FORMATS) as (image, orientation):
             width, height, mode = image.width, image.height, image.mode
             if width * height > max_pixels:
                 raise TooLargeError(f"the image has {width} x {height} pixels; at most {max_pixels:,} are accepted")
-            small = to_size(to_rgb(image), how)
+            small = to_size(to_rgb(image, orientation), how)
     except TooLargeError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
