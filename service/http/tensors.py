@@ -6,11 +6,11 @@ Open Inference Protocol, version 2, with the binary tensor data extension.
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from unperturb.service.errors import MalformedRequestError, UnprocessableError
 from unperturb.service.http import json_body
@@ -20,36 +20,35 @@ INPUT = "image"
 HEADER_LENGTH = "inference-header-content-length"
 
 
-class InputTensor(BaseModel):
-    """One input; its values in `data`, or in so many bytes behind the JSON."""
+Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
 
-    model_config = ConfigDict(extra="forbid")
+
+class InputTensor(BaseModel):
+    """One input; its values in `data`, or in so many bytes behind the JSON. Unknown members are ignored."""
 
     name: Literal["image"]
     shape: list[int] = Field(min_length=4, max_length=4, description="[batch, 3, size, size]")
     datatype: Literal["FP32", "UINT8"] = Field(description="FP32 in [0, 1], or UINT8")
-    parameters: dict[str, Any] = Field(default_factory=dict)
-    data: list[Any] | None = None
+    parameters: Parameters = Field(default_factory=dict)
+    data: list[Any] | None = Field(None, description="flat, or nested as `shape` says")
 
 
 class OutputRequest(BaseModel):
     """One output that is asked for."""
 
-    model_config = ConfigDict(extra="forbid")
-
     name: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
 
 
 class InferRequest(BaseModel):
-    """The JSON of POST /v2/models/<id>/infer."""
-
-    model_config = ConfigDict(extra="forbid")
+    """The JSON of POST /v2/models/<id>/infer; members that may be absent may be null, and unknown ones are ignored."""
 
     id: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
-    outputs: list[OutputRequest] = Field(default_factory=list, max_length=16)
+    outputs: Annotated[list[OutputRequest], BeforeValidator(lambda value: [] if value is None else value)] = Field(
+        default_factory=list, max_length=16
+    )
 
 
 def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, NDArray[Any]]:
@@ -92,11 +91,16 @@ def _values(tensor: InputTensor, rest: bytes) -> NDArray[Any]:
         values = np.frombuffer(rest, dtype)
     else:
         try:
-            values = np.asarray(tensor.data, dtype=np.float64).reshape(-1)
+            values = np.asarray(tensor.data, dtype=np.float64)
         except (ValueError, TypeError, OverflowError) as error:
-            raise MalformedRequestError("`data` is not a list of numbers of one shape") from error
+            raise MalformedRequestError(f"{INPUT}: `data` is not a list of numbers of one shape") from error
         if values.size != count:
-            raise MalformedRequestError(f"`data` has {values.size} numbers for shape {tensor.shape}")
+            raise MalformedRequestError(f"{INPUT}: `data` has {values.size} numbers for shape {tensor.shape}")
+        if values.ndim > 1 and list(values.shape) != tensor.shape:
+            raise MalformedRequestError(f"{INPUT}: `data` is nested as {list(values.shape)} under shape {tensor.shape}")
+        if tensor.datatype == "UINT8" and not bool(np.all(np.floor(values) == values)):
+            raise MalformedRequestError(f"{INPUT}: `data` of UINT8 has fractions; FP32 in [0, 1] may have them")
+        values = values.reshape(-1)
     low, high = (0, 255) if tensor.datatype == "UINT8" else (0, 1)
     if not bool(np.all((values >= low) & (values <= high))):  # also false for NaN
         raise UnprocessableError(f"the image has values outside [{low}, {high}] (or that are not numbers)")

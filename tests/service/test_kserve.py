@@ -129,7 +129,12 @@ def request(**changed: Any) -> dict[str, Any]:
         (request(data=None, parameters={"binary_data_size": 4}), 400, "binary_data_size=4"),
         ({**request(), "outputs": [{"name": "logits"}]}, 400, "'logits' is not one of"),
         ({**request(), "outputs": [{"name": "scores"}] * 2}, 400, "asked for twice"),
-        ({**request(), "parameters": {"colour": 1}}, 422, "parameters.colour"),
+        ({**request(), "parameters": {"presett": "fast"}}, 422, "'presett' is not known; 'preset' is"),
+        ({**request(), "parameters": {"preset": "nonsense"}}, 422, "parameters.preset"),
+        (request(data=[[[[0.5] * 3] * 32] * 32]), 400, "nested as [1, 32, 32, 3] under shape [1, 3, 32, 32]"),
+        (request(data=[[0.5] * 3072]), 400, "nested as [1, 3072]"),
+        (request(data=[7.5] * 3072, datatype="UINT8"), 400, "UINT8 has fractions"),
+        ({**request(), "parameters": {"preset": "vote"}, "outputs": [{"name": "loss_before"}]}, 400, "'loss_before'"),
         ({**request(), "parameters": {"purify": "never"}, "outputs": [{"name": "linf"}]}, 400, "'linf'"),
         ({"inputs": []}, 400, "inputs"),
         (request(shape=[40, 3, 32, 32], data=[0.5] * 3072 * 40), 413, "40 images; at most 32"),
@@ -140,6 +145,23 @@ def test_bad_tensor_is_refused_by_name(client: TestClient, body: dict[str, Any],
     answer = client.post("/v2/models/tiny/infer", content=json.dumps(body))
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"model_name": "tiny", "model_version": "1", "id": None, "parameters": None, "outputs": None},
+        {"parameters": {"content_type": "np", "headers": {"a": "b"}, "sequence_id": 4, "timeout": 3}},
+        {"trace": True},
+    ],
+    ids=["null and names", "other clients' parameters", "unknown member"],
+)
+def test_optional_and_unknown_members_are_taken_or_ignored(client: TestClient, more: dict[str, Any]) -> None:
+    plain = client.post("/v2/models/tiny/infer", json=request()).json()
+    tensor = {**request()["inputs"][0], "parameters": None, "content_type": "x"}
+    answer = client.post("/v2/models/tiny/infer", json={**request(), "inputs": [tensor], **more})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["outputs"] == plain["outputs"]
 
 
 @pytest.mark.parametrize("length", ["x", "-1", "0", "99999999", "1e3", "9" * 5000])

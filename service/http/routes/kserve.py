@@ -1,6 +1,7 @@
 """The KServe v2 (Open Inference) protocol under /v2."""
 
 import asyncio
+import difflib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
-from unperturb.service.errors import MalformedRequestError
+from unperturb.service.errors import MalformedRequestError, UnprocessableError
 from unperturb.service.http import json_body, problem
 from unperturb.service.http.dependencies import FOR_USERS, GatewayOfApp, Key
 from unperturb.service.http.gateway import Timeout
@@ -127,7 +128,7 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
     ):
         body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
         asked, images = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
-        wanted = json_body.validate(InferParameters, asked.parameters, within=("body", "parameters"))
+        wanted = json_body.validate(InferParameters, _own(asked.parameters), within=("body", "parameters"))
         preset = ticket.context.preset = wanted.stage(settings.preset)
         model.require(preset)
         _check(asked, images, model, preset=preset, max_images=settings.max_images)
@@ -147,6 +148,15 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
     if head is None:
         return Response(payload, media_type="application/json")
     return Response(payload, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})
+
+
+def _own(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Return the parameters that are this service's; another client's own are ignored, but a slip of the pen is not."""
+    known = InferParameters.model_fields
+    for name in parameters.keys() - known.keys():
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
+            raise UnprocessableError(f"parameters: {name!r} is not known; {near[0]!r} is")
+    return {name: value for name, value in parameters.items() if name in known}
 
 
 def _check(asked: InferRequest, images: NDArray[Any], model: Model, *, preset: str | None, max_images: int) -> None:
