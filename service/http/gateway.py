@@ -20,7 +20,7 @@ from unperturb.service.engine.registry import Model
 from unperturb.service.errors import DeadlineError, MalformedRequestError, RequestError
 from unperturb.service.http.context import RequestContext
 from unperturb.service.http.limits import Limits
-from unperturb.service.http.upload import Upload, read_images
+from unperturb.service.http.upload import Upload, is_json, read_images
 from unperturb.service.settings import Settings
 from unperturb.service.telemetry.metrics import Metrics
 from unperturb.service.telemetry.tracing import Part
@@ -102,7 +102,7 @@ class Gateway:
     async def read_one(self, ticket: Ticket) -> Upload:
         """Return the one file of a request that takes no list; raise MalformedRequestError for a list."""
         upload = await self.read(ticket)
-        if upload.many or upload.parameters:
+        if upload.many or is_json(ticket.request):
             raise MalformedRequestError("this route takes one image, as a field `image` or as the body itself")
         return upload
 

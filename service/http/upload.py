@@ -10,35 +10,42 @@ from typing import Any, NamedTuple
 
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from unperturb.service.errors import MalformedRequestError, TooLargeError, UnsupportedTypeError, UploadTimeoutError
 from unperturb.service.http import json_body
 
+FILES = ("image", "images")  # the fields of a form that hold files
+MOST_FIELDS = 16
+URL_SAFE = str.maketrans("-_", "+/")
 _BINARY = {"type": "string", "format": "binary"}
 
 
 class JsonBody(BaseModel):
-    """Images as base64; `parameters` are those of the query, and stand above them."""
+    """Images as base64; `parameters` are those of the query, each in one of the two places."""
 
     model_config = ConfigDict(extra="forbid")
 
-    inputs: str | list[str] = Field(description="base64 of one file, or of each of several")
+    inputs: str | list[str] = Field(
+        description="base64 of one file, or of each of several; also URL-safe, in lines, unpadded, or a data URL"
+    )
     parameters: dict[str, Any] = Field(default_factory=dict)
 
 
 class Upload(NamedTuple):
-    """The files' bytes; whether they came as a list, and are so answered; the parameters of a JSON body."""
+    """The files' bytes; whether they came as a list, and are so answered; the body's parameters, and where they are."""
 
     files: list[bytes]
     many: bool
     parameters: dict[str, Any]
+    within: tuple[str, ...] = ("body",)
 
 
-def body_schema(*, many: bool) -> dict[str, Any]:
-    """Return the OpenAPI of the body; `many` where a list is accepted too."""
-    properties: dict[str, Any] = {"image": _BINARY}
+def body_schema(parameters: type[BaseModel], *, many: bool) -> dict[str, Any]:
+    """Return the OpenAPI of the body, whose form may have the parameters too; `many` where a list is accepted."""
+    properties: dict[str, Any] = {"image": _BINARY, **json_body.inlined(parameters)["properties"]}
     content: dict[str, Any] = {
         "multipart/form-data": {"schema": {"type": "object", "properties": properties, "required": ["image"]}},
         **{f"image/{kind}": {"schema": _BINARY} for kind in ("jpeg", "png", "webp")},
@@ -120,11 +127,11 @@ def _from_json(body: bytes, max_images: int) -> Upload:
     files = []
     for i, text in enumerate(texts):
         try:
-            files.append(base64.b64decode(text, validate=True))
+            files.append(from_base64(text))
         except (binascii.Error, ValueError) as error:
             where = f"inputs[{i}]" if many else "inputs"
             raise MalformedRequestError(f"{where} is not base64 (addresses are not fetched)") from error
-    return _some(Upload(files, many, parsed.parameters))
+    return _some(Upload(files, many, parsed.parameters, ("body", "parameters")))
 
 
 async def _from_form(request: Request, max_bytes: int, max_images: int) -> Upload:
@@ -140,16 +147,42 @@ async def _from_form(request: Request, max_bytes: int, max_images: int) -> Uploa
     except KeyError as error:
         raise MalformedRequestError("the multipart form names no boundary in its content type") from error
     try:
-        one, several = ([f for f in form.getlist(name) if isinstance(f, UploadFile)] for name in ("image", "images"))
+        one, several = ([f for f in form.getlist(name) if isinstance(f, UploadFile)] for name in FILES)
+        parameters = _fields([(name, value) for name, value in form.multi_items() if name not in FILES])
         if len(one) == 1 and not several:
-            return Upload([await one[0].read()], many=False, parameters={})
+            return Upload([await one[0].read()], many=False, parameters=parameters)
         if one:
             raise MalformedRequestError("the form has more than a single field `image`; a list is fields `images`")
         if not several:
             raise MalformedRequestError("the form has no file in a field `image` or `images`")
-        return Upload([await file.read() for file in several], many=True, parameters={})
+        return Upload([await file.read() for file in several], many=True, parameters=parameters)
     finally:
         await form.close()
+
+
+def _fields(items: list[tuple[str, UploadFile | str]]) -> dict[str, str]:
+    """Return the form's other fields, which are parameters as in a query; each once, and none of them a file."""
+    fields: dict[str, str] = {}
+    for name, value in items:
+        if isinstance(value, UploadFile):
+            raise MalformedRequestError(f"the form has a file in the field {name!r}; images are in `image` or `images`")
+        if name in fields:
+            raise MalformedRequestError(f"the form has the field {name!r} twice")
+        fields[name] = value
+    return fields
+
+
+def from_base64(text: str) -> bytes:
+    """Return the bytes of base64 in the forms that clients send: plain, URL-safe, in lines, unpadded, or as a data URL.
+
+    Raises ValueError for anything else.
+    """
+    if text[:5].lower() == "data:":
+        head, _, text = text.partition(",")
+        if not head.lower().endswith(";base64"):
+            raise ValueError("a data URL that is not base64")
+    text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def _some(upload: Upload) -> Upload:
@@ -176,8 +209,16 @@ class _CountingParser(MultiPartParser):
     """Starlette's parser with a count of files of our own, whose refusal has a type of its own."""
 
     def __init__(self, headers: Headers, body: AsyncGenerator[bytes, None], *, max_images: int) -> None:
-        super().__init__(headers, body, max_files=math.inf, max_fields=8)
+        super().__init__(headers, body, max_files=math.inf, max_fields=MOST_FIELDS)
         self.files, self.max_images = 0, max_images
+
+    def on_headers_finished(self) -> None:
+        """Take a part of a file's name as a file even where the client gives no file name."""
+        part = self._current_part
+        disposition, options = parse_options_header(part.content_disposition)
+        if options.get(b"name", b"").decode("latin-1") in FILES and b"filename" not in options:
+            part.content_disposition = (part.content_disposition or disposition) + b'; filename=""'
+        super().on_headers_finished()
 
     def on_part_end(self) -> None:
         super().on_part_end()

@@ -29,19 +29,84 @@ def test_list_is_answered_in_its_order_as_each_image_alone(client: TestClient) -
             assert abs(one["score"] - other["score"]) < 1e-4
 
 
-def test_json_takes_one_image_or_a_list_and_its_parameters_stand_above_the_query(client: TestClient) -> None:
-    body = {"inputs": base64_of(photo()), "parameters": {"top_k": 1, "preset": "default"}}
-    answer = client.post("/classify?top_k=3&preset=published", json=body).json()
+def test_json_takes_one_image_or_a_list_and_parameters(client: TestClient) -> None:
+    body = {"inputs": base64_of(photo()), "parameters": {"top_k": 1, "preset": "vote"}}
+    answer = client.post("/classify?seed=3", json=body).json()
     assert len(answer["predictions"]) == 1
-    assert answer["purification"]["preset"] == "default"
+    assert answer["purification"]["preset"] == "vote"
+    twice = client.post("/classify?top_k=3", json=body)
+    assert twice.status_code == 422
+    assert "top_k: it stands in the query and in the body" in twice.json()["detail"]
     several = client.post("/classify", json={"inputs": [base64_of(photo(i)) for i in range(2)]}).json()
     assert len(several["answers"]) == 2
+
+
+def test_fields_of_a_form_are_parameters(client: TestClient) -> None:
+    by_query = client.post("/classify?purify=never&top_k=1", files={"image": photo()}).json()
+    by_form = client.post("/classify", files={"image": photo()}, data={"purify": "never", "top_k": "1"}).json()
+    assert by_form["predictions"] == by_query["predictions"]
+    assert by_form["purification"]["applied"] is False
+    seen = client.post("/inspect", files={"image": photo()}, data={"preset": "fast", "attack": "true"}).json()
+    assert (seen["preset"], seen["attacked"] is None) == ("fast", False)
+    purified = client.post("/purify", files={"image": photo()}, data={"preset": "vote"})
+    assert "changes no image" in purified.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "query", "status", "message"),
+    [
+        ({"preset": "nonsense"}, "", 422, "preset"),
+        ({"presett": "fast"}, "", 422, "presett"),
+        ({"top_k": "many"}, "", 422, "top_k"),
+        ({"top_k": "1"}, "?top_k=1", 422, "top_k: it stands in the query and in the body"),
+        ({"top_k": ["1", "2"]}, "", 400, "field 'top_k' twice"),
+    ],
+    ids=["value", "name", "type", "both", "twice"],
+)
+def test_bad_field_of_a_form_is_refused_by_name(
+    client: TestClient, fields: dict[str, Any], query: str, status: int, message: str
+) -> None:
+    answer = client.post(f"/classify{query}", files={"image": photo()}, data=fields)
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("route", ["/inspect", "/purify"])
+def test_other_routes_refuse_a_field_that_they_do_not_know(client: TestClient, route: str) -> None:
+    answer = client.post(route, files={"image": photo()}, data={"top_k": "1"})
+    assert (answer.status_code, "top_k" in answer.json()["detail"]) == (422, True)
+
+
+def test_files_in_other_fields_and_parts_without_a_file_name(client: TestClient) -> None:
+    other = client.post("/classify", files={"image": photo(), "mask": photo()})
+    assert (other.status_code, "field 'mask'" in other.json()["detail"]) == (400, True)
+    part = b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + photo() + b"\r\n--x--\r\n"
+    bare = client.post("/classify", content=part, headers={"content-type": "multipart/form-data; boundary=x"})
+    assert bare.status_code == 200, bare.text
+    assert bare.json()["predictions"] == client.post("/classify", files={"image": photo()}).json()["predictions"]
+
+
+@pytest.mark.parametrize("form", ["plain", "data URL", "URL-safe", "in lines", "without padding"])
+def test_base64_is_taken_in_every_form_that_clients_send(client: TestClient, form: str) -> None:
+    payload = photo(size=43)
+    plain = base64.b64encode(payload).decode()
+    text = {
+        "plain": plain,
+        "data URL": f"data:image/png;base64,{plain}",
+        "URL-safe": base64.urlsafe_b64encode(payload).decode(),
+        "in lines": base64.encodebytes(payload).decode(),
+        "without padding": plain.rstrip("="),
+    }[form]
+    answer = client.post("/classify", json={"inputs": text})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["input"]["width"] == 43
 
 
 @pytest.mark.parametrize(
     ("body", "status", "message"),
     [
         ("{", 400, "not JSON"),
+        ({"inputs": "data:image/png,raw"}, 400, "not base64"),
         ({"inputs": "https://example.org/a.png"}, 400, "not base64 (addresses are not fetched)"),
         ({"inputs": [base64_of(photo()), "?"]}, 400, "inputs[1]"),
         ({"inputs": []}, 400, "empty"),

@@ -28,7 +28,9 @@ class PurifyImage(Purify):
 router = APIRouter(responses=problem.responses(400, 401, 408, 413, 415, 422, 429, 503, 504))
 
 
-@router.post("/classify", openapi_extra={"requestBody": body_schema(many=True)}, responses=problem.responses(404))
+@router.post(
+    "/classify", openapi_extra={"requestBody": body_schema(Classify, many=True)}, responses=problem.responses(404)
+)
 async def classify(
     request: Request,
     gateway: GatewayOfApp,
@@ -41,7 +43,7 @@ async def classify(
     target = None if is_json(request) else (query.model, query.stage(default))  # JSON has parameters of its own
     with gateway.admit(request, key, timeout_s, target) as ticket:
         upload = await gateway.read(ticket)
-        wanted = query.updated(upload.parameters)
+        wanted = query.updated(upload)
         preset = wanted.stage(default)
         ticket.context.preset = preset
         with (
@@ -83,7 +85,7 @@ async def classify(
 @router.post(
     "/purify",
     response_class=Response,
-    openapi_extra={"requestBody": body_schema(many=False)},
+    openapi_extra={"requestBody": body_schema(PurifyImage, many=False)},
     responses={200: {"content": {"image/png": {}}, "description": "The purified image"}, **problem.responses(404)},
 )
 async def purify(
@@ -94,11 +96,13 @@ async def purify(
     timeout_s: Timeout = None,
 ) -> Response:
     """Return the purified image itself, at the model's size, for a classifier of your own."""
-    preset = RequestContext.of(request.scope).preset = query.preset or gateway.settings.preset
-    if not PRESETS[preset].loop.steps:
-        raise UnprocessableError(f"preset: {preset!r} has no steps: it changes no image")
-    with gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket:
+    default = gateway.settings.preset
+    with gateway.admit(request, key, timeout_s, (query.model, query.preset or default)) as ticket:
         upload = await gateway.read_one(ticket)
+        query = query.updated(upload)
+        preset = RequestContext.of(request.scope).preset = query.preset or default
+        if not PRESETS[preset].loop.steps:
+            raise UnprocessableError(f"preset: {preset!r} has no steps: it changes no image")
         with gateway.engine.models.use(query.model) as model:
             model.require(preset)
             (decoded,) = await gateway.decode(ticket, upload, model)

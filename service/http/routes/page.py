@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -81,7 +82,7 @@ async def page() -> Response:
 
 @router.post(
     "/inspect",
-    openapi_extra={"requestBody": body_schema(many=False)},
+    openapi_extra={"requestBody": body_schema(Inspect, many=False)},
     responses=problem.responses(400, 401, 404, 408, 413, 415, 422, 429, 503, 504),
 )
 async def inspect(
@@ -92,13 +93,14 @@ async def inspect(
     timeout_s: Timeout = None,
 ) -> Inspection:
     """Attack an image (where asked to), purify it, and show every image, score and loss on the way."""
-    preset = RequestContext.of(request.scope).preset = query.preset or gateway.settings.preset
-    with (
-        gateway.admit(request, key, timeout_s, (query.model, preset)) as ticket,
-        gateway.engine.models.use(query.model) as model,
-    ):
-        model.require(preset)
+    default = gateway.settings.preset
+    with contextlib.ExitStack() as held:
+        ticket = held.enter_context(gateway.admit(request, key, timeout_s, (query.model, query.preset or default)))
         upload = await gateway.read_one(ticket)
+        query = query.updated(upload)
+        preset = RequestContext.of(request.scope).preset = query.preset or default
+        model = held.enter_context(gateway.engine.models.use(query.model))
+        model.require(preset)
         (decoded,) = await gateway.decode(ticket, upload, model)
         decode_ms = ticket.spent_ms
         image, attack = torch.from_numpy(decoded.pixels), None

@@ -1,6 +1,6 @@
 """The options of a request, in its query or in a JSON body."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -10,9 +10,11 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.registry import Model
 from unperturb.service.errors import UnprocessableError
 from unperturb.service.http import json_body
+from unperturb.service.http.upload import Upload
 
 MAX_SEED = 2**63 - 1
 SHOWN = 5
+P = TypeVar("P", bound="Purify")
 
 
 class Purify(BaseModel):
@@ -25,6 +27,13 @@ class Purify(BaseModel):
         None, description="of the purifier; the service's own default where none is named"
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of the purifier's random views")
+
+    def updated(self: P, upload: Upload) -> P:
+        """Return these of the query with those of the body; raise UnprocessableError for one that stands in both."""
+        if twice := sorted(self.model_fields_set & upload.parameters.keys()):
+            raise UnprocessableError(f"{twice[0]}: it stands in the query and in the body")
+        both = {**self.model_dump(exclude_unset=True), **upload.parameters}
+        return json_body.validate(type(self), both, within=upload.within)
 
     @field_validator("preset")
     @classmethod
@@ -69,11 +78,6 @@ class Classify(PurifyOrNot):
 
     top_k: int | None = Field(None, ge=1, description="classes in the answer; 5, or all of fewer, where none is named")
     return_image: bool = Field(False, description="put the purified image into the answer")
-
-    def updated(self, parameters: dict[str, Any]) -> "Classify":
-        """Return these with those of a JSON body above those of the query."""
-        both = {**self.model_dump(exclude_unset=True), **parameters}
-        return json_body.validate(Classify, both, within=("body", "parameters"))
 
     def classes(self, model: Model) -> int:
         """Return how many classes to show; raise UnprocessableError for more than there are."""
