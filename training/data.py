@@ -1,12 +1,15 @@
 """Image data sets as resident uint8 arrays, checked whole before training begins.
 
 A data set is `cifar10` or `cifar100` (torchvision, downloaded where there is a network), or a folder
-`DIR/train/<class>/*`, `DIR/test/<class>/*`. A folder is decoded once, into an array file in the cache folder that
+`DIR/train/<class>/…`, `DIR/test/<class>/…`. A folder is decoded once, into an array file in the cache folder that
 later runs map instead of decoding again.
 """
 
 import hashlib
 import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -56,8 +59,7 @@ def load(source: str, how: Preprocessing, *, cache: Path | None = None) -> DataS
     else:
         root = Path(source)
         classes = _class_names(root / "train")
-        if _class_names(root / "test") != classes:
-            raise DataError(f"{root}/train and {root}/test do not have the same class folders")
+        _require_same_classes(root, classes, _class_names(root / "test"))
         cache = cache or cache_folder("images")
         train = read_folder(root / "train", classes, how, cache=cache)
         test = read_folder(root / "test", classes, how, cache=cache)
@@ -96,19 +98,29 @@ def training_images(train: Split, config: RunConfig) -> tuple[Split, Split]:
 
 
 def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, cache: Path) -> Split:
-    """Read one split from `folder/<class>/*`, sorted by file name within and across classes."""
+    """Read one split from the images below `folder/<class>`, sorted by path within and across classes.
+
+    Says how many it took, and what it left out. Raises DataError naming a class without an image, or a file that cannot
+    be read.
+    """
     files: list[tuple[str, int, Path]] = []
+    left_out: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        found = [p for p in (folder / name).iterdir() if p.suffix.lower() in SUFFIXES]
+        found = list(_images_below(folder / name, left_out))
         if not found:
-            raise DataError(f"class folder {folder / name} holds no image ({', '.join(sorted(SUFFIXES))})")
-        files += [(path.name, label, path) for path in found]
+            raise DataError(f"class folder {_shown(folder / name)} holds no image ({', '.join(sorted(SUFFIXES))})")
+        files += [(path.relative_to(folder / name).as_posix(), label, path) for path in found]
     files.sort(key=lambda entry: (entry[0], entry[1]))
+    why = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
+    print(f"{_shown(folder)}: {len(files):,} images of {len(classes)} classes{'; left out: ' * bool(why)}{why}")
     labels = torch.tensor([label for _, label, _ in files])
-    key = hashlib.sha256(f"{folder.resolve()} {how}".encode())
-    for _, _, path in files:
-        stat = path.stat()
-        key.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    key = hashlib.sha256(os.fsencode(folder.resolve()) + f" {how}".encode())
+    for name, _, path in files:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise DataError(f"{_shown(path)} cannot be read: {error.strerror}; repair or remove it") from error
+        key.update(os.fsencode(name) + f" {stat.st_size} {stat.st_mtime_ns}".encode())
     array_file = cache / f"{folder.name}-{key.hexdigest()[:32]}.npy"
     if not array_file.exists():
         _decode_all([path for *_, path in files], array_file, how)
@@ -116,13 +128,60 @@ def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, c
     return Split(torch.from_numpy(np.load(array_file, mmap_mode="c")), labels)
 
 
+def _images_below(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """Yield the image files of a class folder and of the folders in it; count what else is there."""
+    for path in sorted(folder.iterdir()):
+        if _is_hidden(path.name):
+            left_out[f"hidden ({path.name})" if path.is_dir() else "hidden files"] += 1
+        elif path.is_dir():
+            yield from _images_below(path, left_out)
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
+        else:
+            left_out[f"files of no image type ({path.suffix.lower() or 'no ending'})"] += 1
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a name is one that tools leave behind: .ipynb_checkpoints, .DS_Store, __MACOSX."""
+    return name.startswith((".", "__"))
+
+
+def _shown(path: Path) -> str:
+    """Return a path that can be printed, whatever bytes its name has."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def class_folders(folder: Path) -> tuple[str, ...]:
+    """Return the names of the class folders in a folder, sorted, without hidden ones."""
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not _is_hidden(p.name)))
+
+
 def _class_names(folder: Path) -> tuple[str, ...]:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder; a data set is cifar10, cifar100 or a folder with train/ and test/")
-    names = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir()))
+    names = class_folders(folder)
     if len(names) < 2:
         raise DataError(f"{folder} holds {len(names)} class folder(s); at least 2 are needed")
     return names
+
+
+def _require_same_classes(root: Path, train: tuple[str, ...], test: tuple[str, ...]) -> None:
+    """Raise DataError saying which class folders one split has alone, and which of those differ in spelling only."""
+    if train == test:
+        return
+    folded = {_folded(name): name for name in test}
+    near = [f"{name!r} and {folded[_folded(name)]!r}" for name in train if name not in test and _folded(name) in folded]
+    alone = [
+        f"{split} alone has {', '.join(map(repr, names[:5]))}"
+        for split, names in (("train", sorted(set(train) - set(test))), ("test", sorted(set(test) - set(train))))
+        if names
+    ]
+    spelled = f"; spelled differently: {', '.join(near[:5])}" * bool(near)
+    raise DataError(f"{root}/train and {root}/test do not have the same class folders: {'; '.join(alone)}{spelled}")
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold().strip()
 
 
 def _decode_all(paths: list[Path], array_file: Path, how: Preprocessing) -> None:
@@ -146,7 +205,7 @@ def _decode(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
         with opened(path.read_bytes()) as (picture, orientation):
             image = to_size(to_rgb(picture, orientation), how)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be decoded as an image ({error}); repair or remove it") from error
+        raise DataError(f"{_shown(path)} cannot be decoded as an image ({error}); repair or remove it") from error
     return np.asarray(image).transpose(2, 0, 1)
 
 

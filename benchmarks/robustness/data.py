@@ -15,7 +15,7 @@ from unperturb.models.networks.benchmark_classes import IMAGENET_CLASSES, class_
 from unperturb.models.networks.robustbench import robustbench_data
 from unperturb.models.pixels import Preprocessing
 from unperturb.models.shapes import Float, Int
-from unperturb.training.data import read_folder
+from unperturb.training.data import class_folders, read_folder
 
 PUBLISHED = ("cifar10", "cifar100", "imagenet")  # data sets with published rows; any other name is somebody's own
 
@@ -73,7 +73,7 @@ def folder_classes(folder: Path | None) -> tuple[str, ...] | None:
     """Return the names of a folder's class folders, sorted; None for what is no folder."""
     if folder is None or folder.suffix == ".npz":
         return None
-    return tuple(sorted(entry.name for entry in _root(folder).iterdir() if entry.is_dir()))
+    return class_folders(_root(folder))
 
 
 def _root(folder: Path) -> Path:

@@ -70,6 +70,62 @@ def test_missing_folder_and_differing_classes_are_refused(tmp_path: Path) -> Non
         load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
 
 
+def test_what_is_taken_and_what_is_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_image_folder(tmp_path / "images", train=3, test=1)
+    plain = load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
+    (root / "train" / "red" / "part_2").mkdir()
+    (root / "train" / "red" / "00002.png").rename(root / "train" / "red" / "part_2" / "00002.png")
+    for split in ("train", "test"):
+        for hidden in (".ipynb_checkpoints", "__MACOSX"):
+            (root / split / hidden).mkdir()
+    (root / "train" / "red" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "red" / "notes.txt").write_text("x")
+    (root / "train" / "blue" / ".DS_Store").write_text("x")
+    (root / "train" / "blue" / "photo.heic").write_text("x")
+    capsys.readouterr()
+    found = load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
+    said = capsys.readouterr().out.splitlines()
+    assert found.classes == plain.classes
+    assert sorted(found.train.labels.tolist()) == sorted(plain.train.labels.tolist())
+    assert said[0].endswith(
+        "train: 9 images of 3 classes; left out: 1 files of no image type (.heic), 1 files of no image type (.txt), "
+        "1 hidden (.ipynb_checkpoints), 1 hidden files"
+    )
+    assert said[1].endswith("test: 3 images of 3 classes")
+
+
+@pytest.mark.parametrize("kind", ["dangling link", "unreadable", "name of no text"])
+def test_file_that_cannot_be_read_is_named(tmp_path: Path, kind: str) -> None:
+    root = write_image_folder(tmp_path / "images", train=2, test=1)
+    folder = root / "train" / "red"
+    if kind == "dangling link":
+        (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+        expected = r"red/gone\.png cannot be read"
+    elif kind == "unreadable":
+        (folder / "folder.png").mkdir()
+        (folder / "folder.png" / "torn.jpg").write_bytes(b"\xff\xd8")
+        expected = r"folder\.png/torn\.jpg cannot be decoded"
+    else:
+        Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png")).write_bytes(b"x")
+        expected = r"red/caf\\xe9\.png cannot be decoded"
+    with pytest.raises(DataError, match=expected) as refused:
+        load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
+    str(refused.value).encode()  # it can be printed
+
+
+def test_class_folders_that_differ_are_named_with_their_near_misses(tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "images", train=1, test=1)
+    (root / "test" / "red").rename(root / "test" / "Red")
+    (root / "train" / "blue").rename(root / "train" / "caf\u00e9")
+    (root / "test" / "blue").rename(root / "test" / "cafe\u0301")
+    with pytest.raises(DataError) as refused:
+        load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
+    said = str(refused.value)
+    assert "train alone has 'café', 'red'" in said
+    assert "test alone has 'Red', 'cafe\u0301'" in said
+    assert "spelled differently: 'café' and 'cafe\u0301', 'red' and 'Red'" in said
+
+
 def test_cifar10_without_a_network_says_what_to_place_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def offline(*_: object, **__: object) -> None:
         raise RuntimeError("no route to host")
