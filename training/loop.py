@@ -5,7 +5,7 @@ A method hands in a Task; what is here is the same for each of them.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -62,9 +62,16 @@ class Fitted(NamedTuple):
 
 
 def fit(
-    task: Task, config: RunConfig, world: World, *, collapsed: Callable[[float, float], bool] | None = None
+    task: Task,
+    config: RunConfig,
+    world: World,
+    *,
+    made_of: Mapping[str, str],
+    collapsed: Callable[[float, float], bool] | None = None,
 ) -> Fitted:
     """Train to the last epoch, going on from the run's folder where it has a state.
+
+    `made_of` are the digests of what it is made of, by name: of the data, and of a checkpoint that it begins with.
 
     `collapsed(best score, score)` says after an epoch whether the run has to go back to its best one; it then takes
     the training images in another order, and ends there after going back three times.
@@ -76,7 +83,7 @@ def fit(
             f"or no multiple of {world.size} processes"
         )
     config.out.mkdir(parents=True, exist_ok=True)
-    run = _Run(task, config, world, steps)
+    run = _Run(task, config, world, steps, made_of)
     run.resume()
     run.probe()
     with RunLog(config.out, writes=world.rank == 0) as log:
@@ -95,9 +102,9 @@ def fit(
 class _Run:
     """One run: what is trained, its average and optimizer, and where it is."""
 
-    def __init__(self, task: Task, config: RunConfig, world: World, steps: int) -> None:
+    def __init__(self, task: Task, config: RunConfig, world: World, steps: int, made_of: Mapping[str, str]) -> None:
         self.task, self.config, self.world, self.steps = task, config, world, steps
-        self.progress, self.comparable = Progress(), comparable(config)
+        self.progress, self.comparable = Progress(), {**comparable(config), **made_of}
         worlds.same_weights(world, task.model)
         worlds.same_weights(world, task.memory)
         self.optimizer = _optimizer(task.model, config)

@@ -11,7 +11,8 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
 from unperturb.training import state
 
-PLACE_ONLY = {"out", "device", "resume", "resume_from", "cache", "save_every_s"}  # may differ when a run is resumed
+FILES = {"resume_from", "data", "checkpoint", "classifier", "encoder"}  # what lies there counts, not where
+PLACE_ONLY = {"out", "device", "resume", "cache", "save_every_s", *FILES}  # may differ when a run is resumed
 
 
 @dataclass(frozen=True, kw_only=True)

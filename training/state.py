@@ -21,7 +21,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
 
 STATE, BEST, AVERAGED = "state.pt", "best.pt", "ema.safetensors"
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
+from unperturb.training import loop
 from unperturb.training.__main__ import COMMANDS, main
 from unperturb.training.log import LOG
 from unperturb.training.options import learning_rate
@@ -154,6 +157,39 @@ def test_state_of_another_configuration_is_refused_by_the_fields_name(
     assert main(classifier_arguments(image_folder, out, "--epochs", "1", "--beta", "3")) == 2
     assert "other beta" in capsys.readouterr().err
     assert main(classifier_arguments(image_folder, out, "--epochs", "1", "--beta", "3", "--no-resume")) == 0
+
+
+def test_run_goes_on_with_the_same_data_by_another_path_and_with_no_others(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved, run = tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(image_folder, moved)
+    (tmp_path / "link").symlink_to(moved)
+    for epochs, data in enumerate((image_folder, moved, f"{moved}/", tmp_path / "link"), 1):
+        once = ["--method", "natural", "--epochs", "4", "--schedule", "constant"]
+        run_to(epochs, [*classifier_arguments(Path("x"), run, *once)], data)
+    assert [entry["epoch"] for entry in read_log(run)] == [4]  # the others were ended before the log
+    next((moved / "train" / "red").iterdir()).unlink()
+    capsys.readouterr()
+    assert main(classifier_arguments(moved, run, "--method", "natural", "--epochs", "4", "--schedule", "constant")) == 2
+    assert "other data" in capsys.readouterr().err
+
+
+def run_to(epoch: int, arguments: list[str], data: object) -> None:
+    """Train up to the end of an epoch of several, as a kill would leave it."""
+    arguments = [str(data) if one == "x" else one for one in arguments]
+    with pytest.MonkeyPatch.context() as patch:
+        judge = loop._Run.judge
+
+        def judged(self: loop._Run, figures: dict[str, Any], collapsed: Any) -> bool:
+            found = judge(self, figures, collapsed)
+            if figures["epoch"] == epoch < 4:
+                self.save(STATE)
+                raise KeyboardInterrupt
+            return found
+
+        patch.setattr(loop._Run, "judge", judged)
+        assert main(arguments) == (130 if epoch < 4 else 0)
 
 
 def test_interrupt_says_how_to_go_on(

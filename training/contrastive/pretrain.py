@@ -164,7 +164,8 @@ def pretrain(config: PretrainConfig) -> None:
     kept, held = data.training_images(dataset.train, config)
     train = data.resident(kept, here.device)
     task = PretrainTask(config, encoder, train, data.resident(held, here.device), here)
-    fitted = loop.fit(task, config, here)
+    made_of = {"data": dataset.digest, **{key: str(value) for key, value in resolved.items() if "sha256" in key}}
+    fitted = loop.fit(task, config, here, made_of=made_of)
     if here.rank == 0:
         assert isinstance(fitted.model, Encoder)
         training = {

@@ -139,7 +139,7 @@ def train_head(config: HeadConfig) -> None:
     ).to(here.device)
     train, held = data.resident(kept, here.device), data.resident(held, here.device)
     task = HeadTask(config, base.classifier, head, train, held, here)
-    fitted = loop.fit(task, config, here)
+    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
     if here.rank == 0:
         assert isinstance(fitted.model, ProjectionHead)
         encoder = Encoder(base.classifier, fitted.model)

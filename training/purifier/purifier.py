@@ -174,7 +174,7 @@ def train_purifier(config: PurifierConfig) -> None:
     task.held = data.resident(held, here.device)
     with options.autocast(config, here.device):
         bare = measure(task.classifier, task.held, epsilon=config.epsilon, steps=10)
-    fitted = loop.fit(task, config, here)
+    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
     if here.rank == 0:
         assert isinstance(fitted.model, Restorer)
         held_out: dict[str, Any] = {"bare": bare, "at_chosen_epoch": fitted.figures}

@@ -123,7 +123,7 @@ def train_restorer(config: RestorerConfig) -> None:
     task = RestorerTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device)
     )
-    fitted = loop.fit(task, config, here)
+    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
     if here.rank == 0:
         assert isinstance(fitted.model, Restorer)
         made = dataclasses.replace(

@@ -132,7 +132,7 @@ def train_classifier(config: ClassifierConfig) -> None:
         task = SemiSupervisedTask(
             supervised, model, config, here, labelled=labelled, weight=config.self_supervised_weight
         )
-    fitted = loop.fit(task, config, here, collapsed=supervised.collapsed)
+    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest}, collapsed=supervised.collapsed)
     if here.rank == 0:
         classifier = fitted.model.backbone if isinstance(fitted.model, Encoder) else fitted.model
         assert isinstance(classifier, ImageClassifier)

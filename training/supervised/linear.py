@@ -87,7 +87,13 @@ def train_linear(config: LinearConfig) -> None:
     attach(classifier, (readout or nn.Linear(classifier.feature_dim, classifier.num_classes)).to(here.device))
     kept, held = data.training_images(dataset.train, config)
     task = LinearTask(config, classifier, data.resident(kept, here.device), data.resident(held, here.device))
-    fitted = loop.fit(task, config, here, collapsed=task.collapsed)
+    fitted = loop.fit(
+        task,
+        config,
+        here,
+        made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256},
+        collapsed=task.collapsed,
+    )
     if here.rank == 0:
         assert isinstance(fitted.model, ImageClassifier)
         made = dataclasses.replace(
