@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from unperturb.models.errors import UnperturbError
+from unperturb.models import command
 from unperturb.models.options import option, parse
 
 
@@ -30,20 +30,6 @@ def run_command(
     script: str,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Read the command line's options, measure, and return the exit status.
-
-    2 with one line on standard error where an option or the data is refused, or the operating system refuses a file;
-    130 where the run is interrupted.
-    """
-    try:
-        config = parse(config_class, sys.argv[1:] if arguments is None else arguments, program=script)
-        return measure(config) or 0
-    except UnperturbError as error:
-        print(f"{script}: {error}", file=sys.stderr)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{script}: {where}{error.strerror or error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
-        return 130
-    return 2
+    """Read the command line's options, measure, and return the exit status of `models.command.run`."""
+    given = sys.argv[1:] if arguments is None else arguments
+    return command.run(script, lambda: measure(parse(config_class, given, program=script)))

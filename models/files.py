@@ -1,12 +1,20 @@
 """Files that are written whole: a crash leaves the old one or the new one."""
 
+import contextlib
 import os
 import threading
 from pathlib import Path
 
 
 def write_whole(path: Path, payload: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one."""
+    """Write a file so that a crash leaves the old one or the new one; an OSError names it, and leaves nothing new."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    temporary.write_bytes(payload)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(payload)
+        temporary.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # there may be no such folder
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

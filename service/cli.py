@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ValidationError
 
-from unperturb.models.errors import UnperturbError
+from unperturb.models import command
+from unperturb.models.errors import ConfigError
 from unperturb.service.errors import RequestError
 
 if TYPE_CHECKING:
@@ -36,21 +37,21 @@ PresetOption = Annotated[str, typer.Option(help="default, fast, vote or publishe
 SeedOption = Annotated[int, typer.Option(min=0, help="of the random views")]
 
 
-def refusing(command: Callable[..., None]) -> Callable[..., None]:
-    """Print this project's own errors as one line, with status 2."""
+def refusing(function: Callable[..., None]) -> Callable[..., None]:
+    """Print what stops a command as one line, with the status of `models.command.run`."""
 
-    @wraps(command)
+    @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-        try:
-            command(*args, **kwargs)
-        except ValidationError as error:
-            names = [f"UNPERTURB_{e['loc'][0]}: ".upper() if e["loc"] else "" for e in error.errors()]
-            faults = "; ".join(name + e["msg"] for name, e in zip(names, error.errors(), strict=True))
-            typer.echo(f"unperturb: {faults}", err=True)
-            raise typer.Exit(2) from error
-        except UnperturbError as error:
-            typer.echo(f"unperturb: {error}", err=True)
-            raise typer.Exit(2) from error
+        def call() -> None:
+            try:
+                function(*args, **kwargs)
+            except ValidationError as error:
+                names = [f"UNPERTURB_{e['loc'][0]}: ".upper() if e["loc"] else "" for e in error.errors()]
+                faults = "; ".join(name + e["msg"] for name, e in zip(names, error.errors(), strict=True))
+                raise ConfigError(faults) from error
+
+        if status := command.run("unperturb", call):
+            raise typer.Exit(status)
 
     return wrapped
 

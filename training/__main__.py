@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Sequence
 
-from unperturb.models.errors import UnperturbError
+from unperturb.models import command
 from unperturb.models.options import parse
 from unperturb.training.contrastive.pretrain import PretrainConfig, pretrain
 from unperturb.training.purifier.gate import GateConfig, set_gates
@@ -40,16 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 0 if asked_help else 2
     name = arguments[0]
-    config_class, run = COMMANDS[name]
-    try:
-        run(parse(config_class, arguments[1:], program=f"{PROGRAM} {name}"))
-    except UnperturbError as error:
-        print(f"{PROGRAM} {name}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on after the last finished epoch", file=sys.stderr)
-        return 130
-    return 0
+    config_class, train = COMMANDS[name]
+    program = f"{PROGRAM} {name}"
+    return command.run(
+        program,
+        lambda: train(parse(config_class, arguments[1:], program=program)),
+        interrupted="the same command goes on from its last state",
+    )
 
 
 if __name__ == "__main__":

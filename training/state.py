@@ -7,6 +7,7 @@ ema.safetensors    the averaged weights as float16: small enough to go on from e
 
 import hashlib
 import io
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,11 @@ def save(file: Path, config: dict[str, Any], parts: dict[str, Any], progress: Pr
 
 def load(file: Path, config: dict[str, Any], parts: dict[str, Any], device: torch.device) -> Progress:
     """Load a state into `parts`; raise ConfigError where it is of another configuration or layout."""
-    content = torch.load(file, map_location="cpu", weights_only=True)
     remedy = "use another --out, or --no-resume to begin again"
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ConfigError(f"{file} is damaged, and no state to go on from; {remedy}") from error
     if content.get("format") != FORMAT:
         raise ConfigError(f"{file} was written by another version of this program; {remedy}")
     theirs = content["config"]

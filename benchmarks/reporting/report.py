@@ -17,7 +17,8 @@ from unperturb.benchmarks.reporting.page import page
 from unperturb.benchmarks.reporting.plots import all_plots
 from unperturb.benchmarks.reporting.rows import Row, check_schema, load_runs, measured_row, ordered
 from unperturb.benchmarks.reporting.sections import Section, sections
-from unperturb.models.errors import DataError, UnperturbError
+from unperturb.models import command
+from unperturb.models.errors import DataError
 from unperturb.models.files import write_whole
 
 SCRIPT = "benchmarks/reporting/report.py"
@@ -104,20 +105,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("results", type=Path, help="folder with result files, searched with its subfolders")
     parser.add_argument("--out", type=Path, default=Path("report"), help="folder for the report (default: report)")
     chosen = parser.parse_args(arguments)
-    try:
+
+    def written() -> None:
         for file in write_report(chosen.results, chosen.out):
             print(file)
-    except UnperturbError as error:
-        print(f"{SCRIPT}: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # not writable, disk full
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{SCRIPT}: {where}{error.strerror or error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{SCRIPT}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+
+    return command.run(SCRIPT, written)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from unperturb.benchmarks.command import BenchmarkConfig, run_command
 
 BAD = {
     "robustbench_eval": ["--n-examples", "0"],
+    "assess": ["--checkpoint", "default", "--data", "x", "--images", "-1"],
     "papers.run": ["--seeds", "0"],
     "purifier.picture": ["--data", "x", "--n", "0"],
     "purifier.preset_sweep": ["--data", "x", "--n", "0"],
@@ -44,7 +45,7 @@ def test_help_ends_well_and_an_unknown_option_is_refused(name: str, capsys: pyte
             module(name).main(arguments)
         assert stopped.value.code == status
     said = capsys.readouterr()
-    assert f"benchmarks/{name.replace('.', '/')}.py" in said.out
+    assert module(name).SCRIPT in said.out
     assert "surprise" in said.err
 
 
@@ -55,15 +56,15 @@ def test_bad_value_is_one_line_that_quotes_it(
     assert module(name).main(arguments) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     option, value = arguments[-2:]
-    assert line.startswith(f"benchmarks/{name.replace('.', '/')}.py: ")
+    assert line.startswith(f"{module(name).SCRIPT}: ")
     assert f"{option.removeprefix('--').replace('-', '_')}={value}" in line
 
 
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        (FileNotFoundError(2, "No such file or directory", "nowhere"), 2, "nowhere: No such file or directory"),
-        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (FileNotFoundError(2, "No such file or directory", "nowhere"), 2, "nowhere: No such file or directory; look"),
+        (OSError(28, "No space left on device"), 2, "No space left on device; free"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -75,4 +76,4 @@ def test_what_the_system_refuses_is_one_line(
 
     assert run_command(BenchmarkConfig, measure, script="script.py", arguments=[]) == status
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line == f"script.py: {said}"
+    assert line.startswith(f"script.py: {said}")
