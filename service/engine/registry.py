@@ -25,6 +25,7 @@ class Model:
     cost:  of images on a device; measured in the warm-up
     pace:  what work takes now, in multiples of its cost
     users: requests that have begun on it
+    answered: images
     """
 
     number: int
@@ -34,6 +35,7 @@ class Model:
     cost: Cost = Cost()
     pace: float = 1.0
     users: int = 0
+    answered: int = 0
 
     @property
     def image_size(self) -> int:

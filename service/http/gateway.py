@@ -142,6 +142,7 @@ class Gateway:
             gate=gate,
         )
         outcomes = await self._while_waited_for(ticket, stage or "classify", work)
+        model.answered += len(outcomes)
         for outcome in outcomes:
             self.metrics.answered(outcome, stage)
         return outcomes

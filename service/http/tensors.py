@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from unperturb.service.errors import MalformedRequestError, UnprocessableError
 from unperturb.service.http import json_body
+from unperturb.service.http.upload import from_base64
 
 DTYPES: dict[str, np.dtype[Any]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1"), "INT64": np.dtype("<i8")}
 INPUT = "image"
@@ -27,8 +28,12 @@ class InputTensor(BaseModel):
     """One input; its values in `data`, or in so many bytes behind the JSON. Unknown members are ignored."""
 
     name: Literal["image"]
-    shape: list[int] = Field(min_length=4, max_length=4, description="[batch, 3, size, size]")
-    datatype: Literal["FP32", "UINT8"] = Field(description="FP32 in [0, 1], or UINT8")
+    shape: list[int] = Field(
+        min_length=1, max_length=4, description="[batch, 3, size, size]; of BYTES [batch] or [batch, 1]"
+    )
+    datatype: Literal["FP32", "UINT8", "BYTES"] = Field(
+        description="FP32 in [0, 1], or UINT8; or BYTES: image files, in JSON as base64"
+    )
     parameters: Parameters = Field(default_factory=dict)
     data: list[Any] | None = Field(None, description="flat, or nested as `shape` says")
 
@@ -51,8 +56,8 @@ class InferRequest(BaseModel):
     )
 
 
-def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, NDArray[Any]]:
-    """Return the request and its input [batch, 3, size, size], uint8 or float32 in [0, 1].
+def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, NDArray[Any] | list[bytes]]:
+    """Return the request and its input: [batch, 3, size, size], uint8 or float32 in [0, 1]; or image files.
 
     Raises MalformedRequestError for what is not of the protocol's form, UnprocessableError for values out of range.
     """
@@ -70,14 +75,45 @@ def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, ND
     names = [output.name for output in request.outputs]
     if len(set(names)) < len(names):
         raise MalformedRequestError("an output is asked for twice")
-    values = _values(request.inputs[0], rest)
+    tensor = request.inputs[0]
+    values = _files(tensor, rest) if tensor.datatype == "BYTES" else _values(tensor, rest)
     request.inputs[0].data = None  # a list of numbers is many times as large as the array
     return request, values
 
 
+def _files(tensor: InputTensor, rest: bytes) -> list[bytes]:
+    """Return the elements of a BYTES tensor: base64 in JSON; behind it each after its length in 4 bytes."""
+    if tensor.shape[1:] not in ([], [1]) or tensor.shape[0] < 1:
+        raise MalformedRequestError(f"{INPUT}: shape {tensor.shape} of BYTES is neither [batch] nor [batch, 1]")
+    size = tensor.parameters.get("binary_data_size")
+    if (size is None) == (tensor.data is None):
+        raise MalformedRequestError("an input has either `data` or the parameter `binary_data_size`")
+    files: list[bytes] = []
+    if tensor.data is not None:
+        elements = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in tensor.data]
+        for number, one in enumerate(elements):
+            try:
+                files.append(from_base64(one))
+            except (ValueError, AttributeError, TypeError) as error:
+                raise MalformedRequestError(f"{INPUT}: element {number} of `data` is not base64") from error
+    else:
+        at = 0
+        while at < len(rest) and size == len(rest):
+            length = int.from_bytes(rest[at : at + 4], "little")
+            files.append(rest[at + 4 : at + 4 + length])
+            at += 4 + length
+        if at != len(rest) or size != len(rest):
+            raise MalformedRequestError(
+                f"{INPUT}: binary_data_size={size!r} does not fit {len(rest)} bytes of elements"
+            )
+    if len(files) != tensor.shape[0]:
+        raise MalformedRequestError(f"{INPUT}: {len(files)} elements for shape {tensor.shape}")
+    return files
+
+
 def _values(tensor: InputTensor, rest: bytes) -> NDArray[Any]:
     dtype, count = DTYPES[tensor.datatype], math.prod(tensor.shape)
-    if min(tensor.shape) < 1 or tensor.shape[1] != 3:
+    if len(tensor.shape) != 4 or min(tensor.shape) < 1 or tensor.shape[1] != 3:
         raise MalformedRequestError(f"shape {tensor.shape} is not [batch, 3, size, size]")
     size = tensor.parameters.get("binary_data_size")
     if (size is None) == (tensor.data is None):

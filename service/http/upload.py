@@ -16,6 +16,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from unperturb.service.errors import MalformedRequestError, TooLargeError, UnsupportedTypeError, UploadTimeoutError
 from unperturb.service.http import json_body
+from unperturb.service.http.inflate import inflated, is_compressed
 
 FILES = ("image", "images")  # the fields of a form that hold files
 MOST_FIELDS = 16
@@ -95,6 +96,8 @@ async def read_within(request: Request, *, max_bytes: int, timeout_s: float) -> 
             return b"".join([chunk async for chunk in _limited(request, max_bytes)])
     except _PastLimit as error:
         raise too_large(max_bytes) from error
+    except _Broken as error:
+        raise MalformedRequestError(error.message) from error
 
 
 @asynccontextmanager
@@ -198,6 +201,10 @@ class _PastLimit(MultiPartException):
         super().__init__("the body is over the limit")
 
 
+class _Broken(MultiPartException):
+    """The body is not packed as it says; of that kind for the same reason."""
+
+
 class _TooManyFiles(MultiPartException):
     """The form has more files than a request may; of that kind for the same reason."""
 
@@ -229,13 +236,16 @@ class _CountingParser(MultiPartParser):
 
 
 async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, None]:
-    """Yield the body's chunks; raise _PastLimit once they are, or are announced to be, more than `max_bytes`."""
-    length = request.headers.get("content-length", "")
+    """Yield the body's chunks, unpacked; raise _PastLimit once they are, or are announced to be, over `max_bytes`."""
+    length, encoding = request.headers.get("content-length", ""), request.headers.get("content-encoding", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise _PastLimit
-    received = 0
-    async for chunk in request.stream():
-        received += len(chunk)
-        if received > max_bytes:
-            raise _PastLimit
-        yield chunk
+    chunks, received = request.stream(), 0
+    try:
+        async for chunk in inflated(chunks, encoding) if is_compressed(encoding) else chunks:
+            received += len(chunk)
+            if received > max_bytes:
+                raise _PastLimit
+            yield chunk
+    except MalformedRequestError as error:
+        raise _Broken(str(error)) from error

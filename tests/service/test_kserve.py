@@ -1,5 +1,6 @@
 """The KServe v2 protocol, by its official client and by hand."""
 
+import base64
 import json
 import threading
 import time
@@ -106,6 +107,48 @@ def test_scores_are_those_of_classify(client: TestClient) -> None:
         assert abs(scores[one["index"]] - one["score"]) < 1e-5
 
 
+@pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
+def test_image_files_are_taken_as_bytes(address: str, client: TestClient, binary: bool) -> None:
+    expected = [client.post("/classify", files={"image": photo(i)}).json()["predictions"] for i in range(2)]
+    files = [photo(i) for i in range(2)]
+    if binary:
+        from tritonclient.http import InferenceServerClient, InferInput
+
+        tensor = InferInput("image", [2], "BYTES")
+        tensor.set_data_from_numpy(np.array(files, dtype=np.object_))
+        with InferenceServerClient(address) as official:
+            answer = official.infer("tiny", [tensor], request_compression_algorithm="gzip")
+            labels = answer.as_numpy("label").tolist()
+            official.get_model_repository_index()
+            assert official.get_model_config("tiny")["max_batch_size"] == 32
+            assert official.get_inference_statistics("tiny")["model_stats"][0]["inference_count"] >= 2
+    else:
+        data = [base64.b64encode(file).decode() for file in files]
+        body = {"inputs": [{"name": "image", "shape": [2, 1], "datatype": "BYTES", "data": [[one] for one in data]}]}
+        outputs = client.post("/v2/models/tiny/infer", json=body).json()["outputs"]
+        labels = next(one for one in outputs if one["name"] == "label")["data"]
+    assert labels == [one[0]["index"] for one in expected]
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ({"shape": [1, 3], "data": ["aa=="]}, "neither [batch]"),
+        ({"shape": [2], "data": ["aa=="]}, "1 elements for shape [2]"),
+        ({"shape": [1], "data": ["?"]}, "element 0 of `data` is not base64"),
+        ({"shape": [1], "data": [5]}, "element 0 of `data` is not base64"),
+        ({"shape": [1]}, "either"),
+        ({"shape": [1], "data": ["R0lGODlh"]}, "not an image"),
+    ],
+    ids=["shape", "count", "text", "number", "none", "gif"],
+)
+def test_bad_image_files_in_a_tensor_are_refused(client: TestClient, tensor: dict[str, Any], message: str) -> None:
+    body = {"inputs": [{"name": "image", "datatype": "BYTES", **tensor}]}
+    answer = client.post("/v2/models/tiny/infer", json=body)
+    assert answer.status_code in (400, 415), answer.text
+    assert message in answer.json()["error"]
+
+
 def request(**changed: Any) -> dict[str, Any]:
     tensor = {"name": "image", "shape": [1, 3, 32, 32], "datatype": "FP32", "data": [0.5] * 3072, **changed}
     return {"inputs": [tensor]}
@@ -129,6 +172,7 @@ def request(**changed: Any) -> dict[str, Any]:
         (request(data=None, parameters={"binary_data_size": 4}), 400, "binary_data_size=4"),
         ({**request(), "outputs": [{"name": "logits"}]}, 400, "'logits' is not one of"),
         ({**request(), "outputs": [{"name": "scores"}] * 2}, 400, "asked for twice"),
+        ({**request(), "outputs": [{"name": "scores", "parameters": {"classification": 3}}]}, 400, "not offered"),
         ({**request(), "parameters": {"presett": "fast"}}, 422, "'presett' is not known; 'preset' is"),
         ({**request(), "parameters": {"preset": "nonsense"}}, 422, "parameters.preset"),
         (request(data=[[[[0.5] * 3] * 32] * 32]), 400, "nested as [1, 32, 32, 3] under shape [1, 3, 32, 32]"),

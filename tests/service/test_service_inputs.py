@@ -1,7 +1,9 @@
 """Lists, base64 JSON, and the image itself."""
 
 import base64
+import gzip
 import json
+import zlib
 from io import BytesIO
 from typing import Any
 
@@ -84,6 +86,60 @@ def test_files_in_other_fields_and_parts_without_a_file_name(client: TestClient)
     bare = client.post("/classify", content=part, headers={"content-type": "multipart/form-data; boundary=x"})
     assert bare.status_code == 200, bare.text
     assert bare.json()["predictions"] == client.post("/classify", files={"image": photo()}).json()["predictions"]
+
+
+def packed(body: bytes, how: str) -> bytes:
+    if how == "gzip":
+        return gzip.compress(body)
+    if how == "gzip of two members":
+        return gzip.compress(body[:100]) + gzip.compress(body[100:])
+    bare = zlib.compressobj(wbits=-15)
+    return zlib.compress(body) if how == "deflate" else bare.compress(body) + bare.flush()
+
+
+PACKED = {"gzip": "gzip", "gzip of two members": "gzip", "deflate": "deflate", "bare deflate": "deflate"}
+
+
+@pytest.mark.parametrize("how", PACKED)
+def test_packed_bodies_of_every_route_are_unpacked(client: TestClient, how: str) -> None:
+    plain = client.post("/classify", content=photo(), headers={"content-type": "image/png"}).json()
+    tensor = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [base64_of(photo())]}
+    bodies = {
+        ("/classify", "image/png"): photo(),
+        ("/classify", "application/json"): json.dumps({"inputs": base64_of(photo())}).encode(),
+        ("/v2/models/tiny/infer", "application/json"): json.dumps({"inputs": [tensor]}).encode(),
+        ("/classify", "multipart/form-data; boundary=x"): b'--x\r\nContent-Disposition: form-data; name="image"\r\n\r\n'
+        + photo()
+        + b"\r\n--x--\r\n",
+    }
+    for (route, kind), body in bodies.items():
+        headers = {"content-type": kind, "content-encoding": PACKED[how]}
+        answer = client.post(route, content=packed(body, how), headers=headers)
+        assert answer.status_code == 200, (kind, answer.text)
+        if route == "/classify":
+            assert answer.json()["predictions"] == plain["predictions"]
+
+
+@pytest.mark.parametrize(
+    ("body", "encoding", "status", "message"),
+    [
+        (b"not packed", "gzip", 400, "not gzip"),
+        (b"\xff\xff\xff", "deflate", 400, "not deflate"),
+        (gzip.compress(b"x" * 1000)[:-9], "gzip", 400, "breaks off"),
+        (gzip.compress(b"x") + b"more", "gzip", 400, "not gzip"),
+        (zlib.compress(b"x") + b"more", "deflate", 400, "goes on"),
+        (b"x", "br", 415, "'br' is not gzip"),
+        (gzip.compress(b"\0" * (64 << 20)), "gzip", 413, "more than"),
+    ],
+    ids=["gzip", "deflate", "short", "garbage", "garbage deflate", "brotli", "bomb"],
+)
+@pytest.mark.parametrize("kind", ["image/png", "application/json"])
+def test_badly_packed_body_is_refused(
+    client: TestClient, kind: str, body: bytes, encoding: str, status: int, message: str
+) -> None:
+    answer = client.post("/classify", content=body, headers={"content-type": kind, "content-encoding": encoding})
+    assert answer.status_code == status, answer.text
+    assert message in answer.json()["detail"]
 
 
 @pytest.mark.parametrize("form", ["plain", "data URL", "URL-safe", "in lines", "without padding"])

@@ -18,7 +18,7 @@ from unperturb.service.http.dependencies import FOR_USERS, GatewayOfApp, Key
 from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.routes.parameters import PurifyOrNot
 from unperturb.service.http.tensors import HEADER_LENGTH, INPUT, InferRequest, read_infer, write_infer
-from unperturb.service.http.upload import read_within, too_many
+from unperturb.service.http.upload import Upload, read_within, too_many
 
 DEFAULT_OUTPUTS = ("scores", "label")
 BODY = {
@@ -49,6 +49,7 @@ OUTPUTS: dict[str, Callable[[list[Outcome]], NDArray[Any]]] = {
     "loss_after": lambda outcomes: _floats([o.loss_after for o in outcomes]),
     "linf": lambda outcomes: _floats([o.linf for o in outcomes]),
 }
+EXTENSIONS = ["binary_tensor_data", "model_repository", "model_configuration", "statistics"]
 OF_STEPS = ("loss_before", "loss_after")
 OF_PURIFICATION = ("purified", "loss_before", "loss_after", "linf")
 
@@ -60,7 +61,7 @@ NOT_FOUND = problem.responses(404)
 @router.get("")
 async def server(request: Request) -> dict[str, Any]:
     """Describe this server."""
-    return {"name": "unperturb", "version": request.app.version, "extensions": ["binary_tensor_data"]}
+    return {"name": "unperturb", "version": request.app.version, "extensions": EXTENSIONS}
 
 
 @router.get("/health/live", responses=problem.responses(503))
@@ -100,6 +101,33 @@ async def metadata(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
     }
 
 
+@router.post("/repository/index", responses=problem.responses(401), dependencies=[FOR_USERS])
+async def index(gateway: GatewayOfApp) -> list[dict[str, str]]:
+    """List the models, as Triton's model repository extension has it."""
+    state = "READY" if gateway.engine.not_ready is None else "UNAVAILABLE"
+    return [{"name": id, "version": "1", "state": state, "reason": ""} for id in gateway.engine.models.by_id]
+
+
+@router.get("/models/{id}/config", responses={**NOT_FOUND, **problem.responses(401)}, dependencies=[FOR_USERS])
+@router.get("/models/{id}/versions/1/config", include_in_schema=False, dependencies=[FOR_USERS])
+async def config(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
+    """Describe a model as Triton's model configuration extension has it."""
+    described = await metadata(gateway, id)
+    parts = {
+        name: [{"name": one["name"], "data_type": f"TYPE_{one['datatype']}", "dims": one["shape"][1:]} for one in ones]
+        for name, ones in (("input", described["inputs"]), ("output", described["outputs"]))
+    }
+    return {"name": id, "platform": "pytorch", "max_batch_size": gateway.settings.max_images, **parts}
+
+
+@router.get("/models/{id}/stats", responses={**NOT_FOUND, **problem.responses(401)}, dependencies=[FOR_USERS])
+@router.get("/models/{id}/versions/1/stats", include_in_schema=False, dependencies=[FOR_USERS])
+async def stats(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
+    """Return how many images a model has answered, as Triton's statistics extension has it."""
+    model = gateway.engine.models.get(id)
+    return {"model_stats": [{"name": model.id, "version": "1", "inference_count": model.answered}]}
+
+
 @router.get("/models/{id}/ready", responses={**NOT_FOUND, **problem.responses(503)})
 @router.get("/models/{id}/versions/1/ready", include_in_schema=False)
 async def model_ready(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
@@ -127,16 +155,19 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
         gateway.engine.models.use(id) as model,
     ):
         body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
-        asked, images = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
+        asked, given = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
         wanted = json_body.validate(InferParameters, _own(asked.parameters), within=("body", "parameters"))
         preset = ticket.context.preset = wanted.stage(settings.preset)
         model.require(preset)
-        _check(asked, images, model, preset=preset, max_images=settings.max_images)
-        with gateway.count(ticket, len(images)):
+        _check(asked, given, model, preset=preset, max_images=settings.max_images)
+        with gateway.count(ticket, len(given)):
+            images = list(given)
+            if isinstance(given, list):
+                images = [one.pixels for one in await gateway.decode(ticket, Upload(given, True, {}), model)]
             outcomes = await gateway.run(
                 ticket,
                 model,
-                list(images),
+                images,
                 stage=preset,
                 seed=wanted.seed,
                 wants_image=any(output.name == "purified" for output in asked.outputs),
@@ -159,9 +190,11 @@ def _own(parameters: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if name in known}
 
 
-def _check(asked: InferRequest, images: NDArray[Any], model: Model, *, preset: str | None, max_images: int) -> None:
+def _check(
+    asked: InferRequest, images: NDArray[Any] | list[bytes], model: Model, *, preset: str | None, max_images: int
+) -> None:
     side = model.image_size
-    if images.shape[2:] != (side, side):
+    if not isinstance(images, list) and images.shape[2:] != (side, side):
         raise MalformedRequestError(f"shape {list(images.shape)}: model {model.id!r} takes [batch, 3, {side}, {side}]")
     if len(images) > max_images:
         raise too_many(len(images), max_images)
@@ -170,3 +203,5 @@ def _check(asked: InferRequest, images: NDArray[Any], model: Model, *, preset: s
     for output in asked.outputs:
         if output.name not in known:
             raise MalformedRequestError(f"output {output.name!r} is not one of {', '.join(known)}")
+        if output.parameters.get("classification"):
+            raise MalformedRequestError(f"output {output.name!r}: classification is not offered; ask for the scores")
