@@ -69,6 +69,10 @@ class Settings(BaseSettings):
         default="auto", description="whether an API key is needed; auto: on any address but loopback"
     )
     page: bool = Field(default=True, description="the page at / and POST /inspect, which attacks images on request")
+    cors_origins: str = Field(
+        default="",
+        description="origins, with commas, whose pages may call the service from a browser; *: any; none: off",
+    )
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field(
         default="info", description="the least severe that is logged"
     )

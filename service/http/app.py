@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from importlib import metadata
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 
 from unperturb.service.engine.admission import Admission
@@ -95,6 +96,8 @@ def create_app(
     )
     app.state.engine, app.state.gateway = engine, gateway
     app.add_middleware(Observe, metrics=metrics, tracing=tracer)
+    if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     problem.install(app)
     for family in (classify, kserve, models, health):
         app.include_router(family.router)

@@ -72,6 +72,33 @@ def test_answer_is_the_models_own(client: TestClient, tiny_folder: Path) -> None
     assert abs(body["purification"]["loss_after"] - expected.trace.loss_after.item()) < 1e-2
 
 
+@pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/v2/health/live", "/v2/health/ready"])
+def test_head_is_answered_as_get(client: TestClient, path: str) -> None:
+    head, get = client.head(path), client.get(path)
+    assert head.status_code == get.status_code == 200
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_version_that_is_not_there_is_said_with_those_that_are(client: TestClient) -> None:
+    for path in ("/v2/models/tiny/versions/2", "/v2/models/tiny/versions/7/ready"):
+        answer = client.get(path)
+        assert answer.status_code == 404
+        assert "is not there; it has: 1" in answer.json()["error"]
+    assert client.post("/v2/models/tiny/versions/2/infer", json={}).status_code == 404
+    assert client.get("/v2/models/tiny/versions/1").status_code == 200
+
+
+def test_browsers_of_other_origins_are_let_in_by_one_setting(tiny_folder: Path) -> None:
+    asked = {"origin": "https://lab.example", "access-control-request-method": "POST"}
+    for origins, allowed in (("", None), ("https://lab.example, https://b.example", "https://lab.example"), ("*", "*")):
+        with TestClient(create_app(settings(tiny_folder, cors_origins=origins), handle=ThreadHandle)) as opened:
+            wait_until(lambda: opened.get("/readyz").status_code == 200)
+            assert opened.options("/classify", headers=asked).headers.get("access-control-allow-origin") == allowed
+            refused = opened.post("/classify?top_k=0", files={"image": photo()}, headers={"origin": asked["origin"]})
+            assert refused.status_code == 422
+            assert refused.headers.get("access-control-allow-origin") == allowed
+
+
 def test_vote_answers_with_its_views_and_without_losses(client: TestClient) -> None:
     body = client.post("/classify?preset=vote&return_image=true", files={"image": photo()}).json()
     purification = body["purification"]

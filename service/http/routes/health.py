@@ -15,6 +15,7 @@ TEXT: dict[int | str, dict[str, Any]] = {
 }
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", responses=UNAVAILABLE)
 async def healthz(gateway: GatewayOfApp) -> dict[str, str]:
     """Say whether the process can serve, now or after its warm-up; 503 when it must be restarted."""
@@ -22,6 +23,7 @@ async def healthz(gateway: GatewayOfApp) -> dict[str, str]:
     return {"status": "alive"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", responses=UNAVAILABLE)
 async def readyz(gateway: GatewayOfApp) -> dict[str, str]:
     """Say whether requests are served; 503 before the warm-up, when stopping, and after a failure."""

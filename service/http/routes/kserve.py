@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
-from unperturb.service.errors import MalformedRequestError, UnprocessableError
+from unperturb.service.errors import MalformedRequestError, NotFoundError, UnprocessableError
 from unperturb.service.http import json_body, problem
 from unperturb.service.http.dependencies import FOR_USERS, GatewayOfApp, Key
 from unperturb.service.http.gateway import Timeout
@@ -64,6 +64,7 @@ async def server(request: Request) -> dict[str, Any]:
     return {"name": "unperturb", "version": request.app.version, "extensions": EXTENSIONS}
 
 
+@router.head("/health/live", include_in_schema=False)
 @router.get("/health/live", responses=problem.responses(503))
 async def live(gateway: GatewayOfApp) -> dict[str, bool]:
     """Say whether the process can still serve."""
@@ -71,6 +72,7 @@ async def live(gateway: GatewayOfApp) -> dict[str, bool]:
     return {"live": True}
 
 
+@router.head("/health/ready", include_in_schema=False)
 @router.get("/health/ready", responses=problem.responses(503))
 async def ready(gateway: GatewayOfApp) -> dict[str, bool]:
     """Say whether requests are served."""
@@ -179,6 +181,13 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
     if head is None:
         return Response(payload, media_type="application/json")
     return Response(payload, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})
+
+
+@router.api_route("/models/{id}/versions/{version}", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route("/models/{id}/versions/{version}/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+async def no_such_version(gateway: GatewayOfApp, id: str, version: str) -> None:
+    """Refuse a version that is not there."""
+    raise NotFoundError(f"version {version!r} of model {gateway.engine.models.get(id).id!r} is not there; it has: 1")
 
 
 def _own(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -72,6 +72,7 @@ class Inspection(BaseModel):
 router = APIRouter()
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", include_in_schema=False)
 async def page() -> Response:
     """Return the page, which may load nothing from elsewhere."""
