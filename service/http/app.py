@@ -9,6 +9,7 @@ from importlib import metadata
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
+from fastapi_offline import FastAPIOffline
 
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.engine import Engine, EngineState
@@ -88,7 +89,7 @@ def create_app(
         if tracer is not None:
             await asyncio.to_thread(tracer.close)
 
-    app = FastAPI(
+    app = FastAPIOffline(
         title="unperturb",
         summary="Purifies an image by a reverse attack, then classifies it.",
         version=metadata.version("unperturb"),

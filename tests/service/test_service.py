@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from io import BytesIO
@@ -77,6 +78,16 @@ def test_head_is_answered_as_get(client: TestClient, path: str) -> None:
     head, get = client.head(path), client.get(path)
     assert head.status_code == get.status_code == 200
     assert head.headers["content-type"] == get.headers["content-type"]
+
+
+def test_docs_need_no_other_host(client: TestClient) -> None:
+    page = client.get("/docs").text
+    links = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert len(links) >= 3
+    for link in links:
+        assert link.startswith("/")
+        assert client.get(link).status_code == 200
+    assert "https://" not in page
 
 
 def test_version_that_is_not_there_is_said_with_those_that_are(client: TestClient) -> None:
