@@ -7,6 +7,7 @@ chunk. A part is written after its chunk's images, so a run that was killed goes
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -154,6 +155,7 @@ def run(job: BulkJob, *, ray_actors: int = 0) -> tuple[int, int]:
         needed("ray.data", extra="ray")
     job = dataclasses.replace(job, source=job.source.resolve(), out=job.out.resolve())
     source = open_source(job.source, out=job.out, column=job.column)
+    tqdm.write(source.said, file=sys.stderr)
     on_gpu = job.device.startswith("cuda") or (job.device == "auto" and torch.cuda.is_available())
     here = dataclasses.replace(job, device="cpu") if ray_actors and on_gpu else job  # leaves the GPUs to the actors
     worker = BulkWorker(here, source)

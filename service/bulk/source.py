@@ -1,6 +1,7 @@
 """Where bulk purification reads its images: a folder, or the rows of Parquet files."""
 
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -25,8 +26,9 @@ class Folder:
 
     kind, column = "folder", None
 
-    def __init__(self, root: Path, names: list[str]) -> None:
+    def __init__(self, root: Path, names: list[str], left_out: tuple[str, ...] = ()) -> None:
         self.root, self.entries, self.count = root, names, len(names)
+        self.said = f"{root}: {self.count:,} images{'; left out: ' * bool(left_out)}{', '.join(left_out)}"
         self.keep = len({Path(name).with_suffix("") for name in names}) < len(names)
 
     def items(self, start: int, stop: int) -> Iterator[Item]:
@@ -45,6 +47,7 @@ class ParquetRows:
         self.rows = [self._check(file) for file in self.files]
         self.entries = [f"{name}:{rows}" for name, rows in zip(names, self.rows, strict=True)]
         self.count = sum(self.rows)
+        self.said = f"{root}: {self.count:,} rows of {len(names)} Parquet files"
         self._stream: Iterator[Item] = iter(())
         self._at = -1  # where the stream is: chunks in order are read in one pass, whatever the row groups are
 
@@ -108,20 +111,30 @@ def open_source(source: Path, *, out: Path, column: str) -> Folder | ParquetRows
 
     Raises DataError for none or both kinds, ConfigError for an `out` inside the folder or a column that is missing.
     """
-    root, tables = source, [source.name]
+    root, tables, left_out = source, [source.name], []
     if root.is_file():
         root, images = root.parent, []
     else:
         if out.is_relative_to(root):
             raise ConfigError(f"--out {out} lies in {root}, whose images are read; choose a folder outside it")
-        names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+        paths = [path.relative_to(root) for path in root.rglob("*") if not path.is_dir()]
+        names = sorted(path.as_posix() for path in paths if not _is_hidden(path))
         images, tables = ([n for n in names if n.lower().endswith(kind)] for kind in (SUFFIXES, ".parquet"))
+        others = Counter(Path(name).suffix.lower() or "no ending" for name in set(names) - {*images, *tables})
+        left_out = [f"{count} files of no image type ({kind})" for kind, count in sorted(others.items())]
+        if len(paths) > len(names):
+            left_out.append(f"{len(paths) - len(names)} hidden files")
         if images and tables:
             raise DataError(f"{root} holds both images ({images[0]}) and Parquet files ({tables[0]}); give one kind")
-    items = Folder(root, images) if images or not tables else ParquetRows(root, tables, column)
+    items = Folder(root, images, tuple(left_out)) if images or not tables else ParquetRows(root, tables, column)
     if not items.count:
         raise DataError(f"{source} holds no image: neither {', '.join(SUFFIXES)} nor rows of a .parquet file")
     return items
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether a file lies among what tools leave behind: .ipynb_checkpoints, .DS_Store, __MACOSX."""
+    return any(part.startswith((".", "__")) for part in path.parts)
 
 
 def needed(module: str, *, extra: str) -> Any:  # noqa: ANN401

@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from tests.support.serving import photo
 from unperturb.models.checkpoints import store
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS, to_uint8
 from unperturb.service.bulk import run as bulk
+from unperturb.service.bulk.source import open_source
 from unperturb.service.cli import app
 
 NAMES = ["a.png", "b.PNG", "c.jpeg", "deep/e.jpg", "deep/er/d.webp"]  # in sorted order
@@ -119,6 +121,26 @@ def same_as_the_model(row: dict[str, Any], png: Path, payload: bytes, tiny_folde
     with Image.open(png) as image:
         assert (np.asarray(image) == pixels).mean() > 0.99  # a sign may differ between batch sizes
         assert np.abs(np.asarray(image) - (x[0].permute(1, 2, 0).numpy() * 255)).max() <= 8.01
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path: Path) -> None:
+    for name in (
+        "a.png",
+        "deep/b.jpg",
+        ".ipynb_checkpoints/a.png",
+        "__MACOSX/c.png",
+        "notes.txt",
+        "d.heic",
+        ".DS_Store",
+    ):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(photo())
+    (tmp_path / "in" / "gone.png").symlink_to("nowhere.png")
+    source = open_source(tmp_path / "in", out=tmp_path / "out", column="image")
+    assert source.entries == ["a.png", "deep/b.jpg", "gone.png"]  # the last is an image that cannot be read, and a row
+    assert source.said.endswith(
+        "in: 3 images; left out: 1 files of no image type (.heic), 1 files of no image type (.txt), 3 hidden files"
+    )
 
 
 def test_folder_gives_a_png_and_a_trace_for_each_image_as_the_model_does(
