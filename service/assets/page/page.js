@@ -3,8 +3,11 @@
 
 const RAW_TYPES = ["image/png", "image/jpeg", "image/webp"];
 const KEY = "unperturb-api-key"; // in sessionStorage
-const [form, drop, file, preview, name, hint, attack, preset, access, key, run, status, result] = [
-  "form", "drop", "file", "preview", "name", "hint", "attack", "preset", "access", "key", "run", "status", "result",
+const UNSURE = 0.5; // a best score below this is said
+const TIMES = 8; // that differences are amplified
+const [form, drop, file, preview, name, hint, attack, model, knows, preset, access, key, run, status, result] = [
+  "form", "drop", "file", "preview", "name", "hint", "attack", "model", "knows", "preset", "access", "key", "run", "status",
+  "result",
 ].map((id) => document.getElementById(id));
 
 let chosen = null; // the File
@@ -63,14 +66,45 @@ function dropped(event) {
   else say("What was dropped is not a file.", "error");
 }
 
+// ---- the models
+
+let models = []; // as GET /models lists them
+
+const authorised = () => (key.value.trim() ? { Authorization: `Bearer ${key.value.trim()}` } : {});
+
+async function listModels() {
+  try {
+    const response = await fetch("models", { headers: authorised() });
+    if (!response.ok) return; // without a key there is no list, and the default model answers
+    models = await response.json();
+  } catch {
+    return; // the request itself will say that the service cannot be reached
+  }
+  model.replaceChildren(...models.map(({ id, default: first }) => html("option", { value: id, ...(first && { selected: "" }) }, id)));
+  model.hidden = model.labels[0].hidden = models.length < 2;
+  await describeModel();
+}
+
+async function describeModel() {
+  const { presets } = models.find(({ id }) => id === model.value);
+  for (const option of preset.options) option.disabled = !presets.includes(option.value);
+  if (preset.selectedOptions[0].disabled) preset.value = presets[0];
+  const response = await fetch(`models/${encodeURIComponent(model.value)}`, { headers: authorised() });
+  if (!response.ok) return;
+  const { classes } = await response.json();
+  const shown = classes.slice(0, 20).join(", ");
+  knows.textContent = `This model knows ${classes.length} classes: ${shown}${classes.length > 20 ? " …" : "."}`;
+  knows.hidden = false;
+}
+
 // ---- the request
 
 class Refusal extends Error {} // its message is for people
 
 async function ask(signal) {
   const query = new URLSearchParams({ attack: attack.checked, preset: preset.value });
-  const headers = {};
-  if (key.value.trim()) headers.Authorization = `Bearer ${key.value.trim()}`;
+  if (model.value) query.set("model", model.value);
+  const headers = authorised();
   let body = chosen;
   if (RAW_TYPES.includes(chosen.type)) headers["Content-Type"] = chosen.type;
   else (body = new FormData()).append("image", chosen); // the service looks at the bytes, and says what they are not
@@ -140,7 +174,13 @@ function show(answer, cards) {
   status.scrollIntoView({ behavior: still ? "auto" : "smooth" });
 }
 
-function verdict({ original, attacked, purified }) {
+function verdict(answer) {
+  const { label, score } = answer.original.predictions[0];
+  if (score >= UNSURE) return outcome(answer);
+  return `${outcome(answer)} The model is not sure: ${label} has ${percent(score)}. Perhaps the image shows none of its classes.`;
+}
+
+function outcome({ original, attacked, purified }) {
   const [before, between, after] = [original, attacked ?? original, purified].map((seen) => seen.predictions[0].label);
   const purification = between === after ? "purification did not change that" : `purification changed that to ${after}`;
   if (!attacked) return `Classified as ${before}; ${purification}.`;
@@ -153,7 +193,8 @@ async function draw(answer) {
   const images = await Promise.all(names.map((one) => load(one, answer[one].image)));
   const same = answer.original.predictions[0].index;
   return [
-    ...names.map((one, i) => card(capital(one), "seen", images[i], bars(answer[one].predictions, same))),
+    ...names.map((one, i) =>
+      card(capital(one), "seen", images[i], bars(answer[one].predictions, same), ...below(one, images[i]))),
     ...names.slice(1).map((one, i) => difference(one, names[i], pixels(images[i + 1]), pixels(images[i]))),
     ...(answer.losses.length ? [losses(answer)] : []),
     card("Time", "time", table(Object.entries(answer.timings_ms).map(([part, ms]) => [part, `${ms.toFixed(1)} ms`]))),
@@ -179,6 +220,12 @@ function bars(predictions, same) {
   }));
 }
 
+function below(one, image) {
+  if (one === "original") return [html("p", { class: "legend" }, html("i", {}), "its first class, ", html("i", {}), "others")];
+  const link = html("a", { href: image.src, download: `${one}.png` }, "Download");
+  return one === "purified" ? [html("p", {}, link)] : [];
+}
+
 function pixels(image) {
   const canvas = html("canvas", { width: image.naturalWidth, height: image.naturalHeight });
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -189,13 +236,12 @@ function pixels(image) {
 function difference(after, before, to, from) {
   const change = Array.from(to.data, (value, i) => value - from.data[i]); // 0 at every alpha: both are opaque
   const largest = change.reduce((most, one) => Math.max(most, Math.abs(one)), 0);
-  const times = largest ? 127 / largest : 1;
-  const shown = new ImageData(to.width, to.height);
-  change.forEach((one, i) => (shown.data[i] = i % 4 === 3 ? 255 : 128 + times * one));
+  const shown = new ImageData(to.width, to.height); // clamps
+  change.forEach((one, i) => (shown.data[i] = i % 4 === 3 ? 255 : 128 + TIMES * one));
   const title = `${capital(after)} minus ${before}`;
   const canvas = html("canvas", { width: to.width, height: to.height, role: "img", "aria-label": `${title}, enlarged` });
   canvas.getContext("2d").putImageData(shown, 0, 0);
-  const words = largest ? `${Number(times.toFixed(1))} times amplified; grey is no change. Largest: ${largest}/255.` : "No change.";
+  const words = largest ? `${TIMES} times amplified; grey is no change. Largest: ${largest}/255.` : "No change.";
   return card(title, "difference", canvas, html("p", {}, words));
 }
 
@@ -259,6 +305,9 @@ function table(rows) {
 
 key.value = sessionStorage.getItem(KEY) ?? "";
 key.addEventListener("input", () => sessionStorage.setItem(KEY, key.value.trim()));
+key.addEventListener("change", listModels);
+model.addEventListener("change", describeModel);
+listModels();
 file.addEventListener("change", () => {
   if (file.files[0]) choose(file.files[0]);
   file.value = ""; // so that the same file can be chosen again
