@@ -341,9 +341,18 @@ def _renamed(route: Route, label: str) -> None:
 
 @pytest.mark.parametrize("page", [{"viewport": {"width": 1280, "height": 900}}], ids=["1280 px"], indirect=True)
 def test_predictions_are_above_the_fold(page: Page) -> None:
+    def five(route: Route) -> None:
+        answer = route.fetch()
+        body = answer.json()
+        for name in ("original", "attacked", "purified"):
+            body[name]["predictions"] = (2 * body[name]["predictions"])[:5]
+        route.fulfill(response=answer, json=body)
+
+    page.route("**/inspect?*", five)
     use_sample(page)
     press_run(page)
     for name in ("Original", "Attacked", "Purified"):
+        assert card(page, name).get_by_role("listitem").count() == 5
         for one in card(page, name).get_by_role("listitem").all():
             expect(one).to_be_in_viewport(ratio=1)
 
@@ -355,7 +364,7 @@ def test_model_says_what_it_knows_and_when_it_is_not_sure(page: Page) -> None:
     use_sample(page)
     press_run(page)
     expect(page.get_by_role("status")).to_contain_text("The model is not sure: kiwi has 31.0%.")
-    expect(card(page, "Original").locator(".legend")).to_have_text("its first class, others")
+    expect(card(page, "Original").locator(".legend")).to_have_text("its first class \u2003others")
 
 
 def test_purified_picture_can_be_downloaded(page: Page) -> None:

@@ -221,7 +221,7 @@ function bars(predictions, same) {
 }
 
 function below(one, image) {
-  if (one === "original") return [html("p", { class: "legend" }, html("i", {}), "its first class, ", html("i", {}), "others")];
+  if (one === "original") return [html("p", { class: "legend" }, html("i", {}), "its first class \u2003", html("i", {}), "others")];
   const link = html("a", { href: image.src, download: `${one}.png` }, "Download");
   return one === "purified" ? [html("p", {}, link)] : [];
 }
