@@ -17,11 +17,13 @@ from torchvision.transforms.functional import normalize
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.importing.imported import ImportConfig, import_classifier, read_classes, warnings_of
 from unperturb.models.checkpoints.importing.sources import open_source
+from unperturb.models.checkpoints.importing.weights import renamed
 from unperturb.models.errors import CheckpointError, ConfigError, WeightsUnavailableError
 from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD
 from unperturb.models.networks.imported import ALLOW
 from unperturb.models.pixels import Preprocessing
 
+ROOT = Path(__file__).parents[2]
 PETS = ("cat", "dog", "hamster")
 torch.set_num_threads(1)
 
@@ -246,6 +248,20 @@ def test_tensors_are_renamed_by_a_file(network: nn.Module, tmp_path: Path) -> No
     (tmp_path / "names.json").write_text("[1]")
     with pytest.raises(ConfigError, match="no JSON object of regular expressions"):
         import_classifier(config)
+
+
+def test_examples_renaming_file_fits_timms_network() -> None:
+    timm = pytest.importorskip("timm")
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    theirs = ["_conv_stem.weight", "_conv_head.weight", "_fc.weight", "_fc.bias"]
+    theirs += [f"{name}.{part}" for name in ("_bn0", "_bn1") for part in norm]
+    for number in range(16):
+        block = f"_blocks.{number}."
+        convolutions = ("_depthwise_conv", "_project_conv") + ("_expand_conv",) * (number > 0)
+        theirs += [f"{block}{name}.weight" for name in convolutions]
+        theirs += [f"{block}{name}.{part}" for name in ("_bn1", "_bn2") + ("_bn0",) * (number > 0) for part in norm]
+    found = renamed(dict.fromkeys(theirs, torch.zeros(1)), ROOT / "examples" / "efficientnet_lite0_in_timm.json")
+    assert found.keys() == timm.create_model("tf_efficientnet_lite0").state_dict().keys()
 
 
 @pytest.mark.parametrize(
