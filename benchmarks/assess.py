@@ -65,6 +65,8 @@ class Judged(NamedTuple):
 
 def assess(config: AssessConfig) -> int:
     """Measure, write the report, print a line for each preset, and the verdict."""
+    if config.write_card and not Path(config.checkpoint).is_dir():
+        raise ConfigError(f"write_card: {config.checkpoint} is no checkpoint's folder of your own")
     subject = store.load(config.checkpoint)
     wanted = config.presets or tuple(name for name, one in PRESETS.items() if one.loop.steps <= MOST_STEPS)
     headless = [name for name in wanted if PRESETS[name].loop.steps and subject.head is None]
@@ -76,16 +78,18 @@ def assess(config: AssessConfig) -> int:
     if subject.restorer is not None and not config.presets:
         specs["restorer"] = "restorer"
     data = load_images(
-        "own", config.data, n=None, how=subject.card.pictures, classes=subject.card.classes, cache=config.cache
-    )
-    count = min(config.images or len(data.labels), len(data.labels))
-    chosen = (
-        torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(config.seed))[:count].sort().values
+        "own",
+        config.data,
+        n=config.images or sys.maxsize,
+        draw=config.seed,
+        how=subject.card.pictures,
+        classes=subject.card.classes,
+        cache=config.cache,
     )
     report = evaluate(
         subject,
-        data.images[chosen],
-        data.labels[chosen],
+        data.images,
+        data.labels,
         purifier=specs,
         epsilon=config.epsilon,
         attacks="fast",

@@ -77,7 +77,7 @@ def _jpeg(payload: bytes) -> Container:
             break
         else:
             at += 2 + struct.unpack_from(">H", payload, at + 2)[0]
-            if marker == JPEG_EXIF and payload[begun + 4 :].startswith(EXIF) and not orientation:
+            if marker == JPEG_EXIF and not orientation and payload.startswith(EXIF, begun + 4):
                 orientation = orientation_of(payload[begun + 4 : at])
         if marker not in JPEG_METADATA:
             kept.append(payload[begun:at])

@@ -8,9 +8,11 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageOps
 
-from unperturb.models.container import ORIENTATION, pixels_alone
+from unperturb.models.container import pixels_alone
 from unperturb.models.errors import ConfigError
 
+WHOLE = 16  # times the square, up to which a resized picture may be before its centre is cut out
+PLAIN = ("nearest", "bilinear", "bicubic")  # that exist without antialiasing
 FITS = ("square", "crop", "stretch")
 WHITE = (255, 255, 255, 255)
 
@@ -31,14 +33,7 @@ def opened(payload: bytes, formats: tuple[str, ...] | None = None) -> Iterator[t
     """Open a picture file without its metadata; yield it, not decoded yet, and its EXIF orientation for `to_rgb`."""
     alone = pixels_alone(payload)
     with Image.open(BytesIO(alone.payload), formats=formats) as image:
-        yield image, _tiff_orientation(image) if image.format == "TIFF" else alone.orientation
-
-
-def _tiff_orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except (ValueError, TypeError, SyntaxError, OSError):
-        return 1
+        yield image, alone.orientation  # TIFF's own Pillow heeds itself
 
 
 def to_rgb(image: Image.Image, orientation: int = 1) -> Image.Image:
@@ -89,6 +84,8 @@ class Preprocessing:
         known = [kind.name.lower() for kind in Image.Resampling]
         if self.interpolation not in known:
             raise ConfigError(f"interpolation={self.interpolation!r} is not one of {', '.join(known)}")
+        if not self.antialias and self.interpolation not in PLAIN:
+            raise ConfigError(f"antialias=False with interpolation={self.interpolation!r}: one of {', '.join(PLAIN)}")
 
     @property
     def resampling(self) -> Image.Resampling:
@@ -101,26 +98,23 @@ def to_size(image: Image.Image, how: Preprocessing) -> Image.Image:
     size = how.size
     if image.size == (size, size):
         return image
-    if how.fit == "square":
-        if how.antialias:
-            return ImageOps.fit(image, (size, size), how.resampling)
-        side = min(image.size)
-        return _resized(_centre(image, side), (size, size), how)
-    resize = how.resize or size
-    if how.fit == "stretch":
-        return _centre(_resized(image, (resize, resize), how), size)
+    if how.fit == "square" and how.antialias:
+        return ImageOps.fit(image, (size, size), how.resampling)
     width, height = image.size
     short = min(width, height)
-    return _centre(_resized(image, (int(resize * width / short), int(resize * height / short)), how), size)
+    resize = size if how.fit == "square" else how.resize or size
+    wide, high = (resize, resize) if how.fit == "stretch" else (resize * width // short, resize * height // short)
+    left, top = round((wide - size) / 2), round((high - size) / 2)  # as torchvision's CenterCrop
+    if wide * high <= WHOLE * size * size:
+        whole = _resized(image, (wide, high), (0.0, 0.0, float(width), float(height)), how)
+        return whole.crop((left, top, left + size, top + size))
+    across, down = width / wide, height / high  # of a picture of 1 x 1,000 pixels the whole would be large
+    return _resized(image, (size, size), (left * across, top * down, (left + size) * across, (top + size) * down), how)
 
 
-def _resized(image: Image.Image, size: tuple[int, int], how: Preprocessing) -> Image.Image:
+def _resized(
+    image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float], how: Preprocessing
+) -> Image.Image:
     if how.antialias:
-        return image.resize(size, how.resampling)
-    return image.transform(size, Image.Transform.EXTENT, (0, 0, *image.size), Image.Resampling(how.resampling))
-
-
-def _centre(image: Image.Image, side: int) -> Image.Image:
-    """Return the centred square, cut where torchvision's CenterCrop does."""
-    left, top = round((image.width - side) / 2), round((image.height - side) / 2)
-    return image.crop((left, top, left + side, top + side))
+        return image.resize(size, how.resampling, box=box)
+    return image.transform(size, Image.Transform.EXTENT, box, Image.Resampling(how.resampling))

@@ -128,13 +128,17 @@ def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, c
     return Split(torch.from_numpy(np.load(array_file, mmap_mode="c")), labels)
 
 
-def _images_below(folder: Path, left_out: Counter[str]) -> Iterator[Path]:
+def _images_below(folder: Path, left_out: Counter[str], within: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield the image files of a class folder and of the folders in it; count what else is there."""
+    within = (*within, folder.resolve())
     for path in sorted(folder.iterdir()):
         if _is_hidden(path.name):
             left_out[f"hidden ({path.name})" if path.is_dir() else "hidden files"] += 1
         elif path.is_dir():
-            yield from _images_below(path, left_out)
+            if path.resolve() in within:
+                left_out["links to a folder that they lie in"] += 1
+            else:
+                yield from _images_below(path, left_out, within)
         elif path.suffix.lower() in SUFFIXES:
             yield path
         else:

@@ -33,12 +33,15 @@ def load_images(
     dataset: str,
     folder: Path | None,
     *,
-    n: int | None,
+    n: int,
+    draw: int | None = None,
     how: Preprocessing,
     classes: tuple[str, ...],
     cache: Path | None = None,
 ) -> EvaluationSet:
-    """Return the first `n` test images, in RobustBench's order, or in sorted file order from `folder`; None: all of it.
+    """Return the first `n` test images, in RobustBench's order, or in sorted file order from `folder`.
+
+    With a seed `draw`, n random ones of the folder instead, or all of them where it has fewer.
 
     `folder` holds <class>/*, or test/<class>/*, or is an .npz file with `images` (uint8 [n, h, w, 3]) and `labels`.
     Pictures become pixels as `how` says. `classes` are the classifier's, in its order: class folders are matched by
@@ -48,7 +51,6 @@ def load_images(
     if folder is None and dataset not in PUBLISHED:
         raise DataError(f"--dataset {dataset}: images of your own need --data; known: {', '.join(PUBLISHED)}")
     if folder is None:
-        assert n is not None
         images, labels = robustbench_data(dataset, n=n, folder=cache_folder("robustbench-data"))
         source = "robustbench"
     elif folder.suffix == ".npz":
@@ -57,9 +59,14 @@ def load_images(
     else:
         images, labels = _from_folder(dataset, folder, how, classes, cache or cache_folder("images"))
         source = "folder"
-    if n is not None and len(labels) < n:
+    if draw is None and len(labels) < n:
         raise DataError(f"n_examples={n}, but {folder or dataset} holds {len(labels)} images")
-    images, labels = images[:n], labels[:n]
+    rows = torch.arange(min(n, len(labels)))
+    if draw is not None:
+        rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(draw))[: len(rows)].sort().values
+    images, labels = images[rows], labels[rows]  # of a large folder no more than these are read
+    if images.dtype == torch.uint8:
+        images = images.float() / 255
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= len(classes):
         raise DataError(
@@ -99,7 +106,7 @@ def _from_npz(file: Path, image_size: int) -> tuple[Tensor, Tensor]:
             f"{file}: images are {images.dtype} {images.shape} with labels {labels.dtype} "
             f"{labels.shape}; they must be uint8 [n, {image_size}, {image_size}, 3] with whole numbers [n]"
         )
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels.astype(np.int64))
 
 
 def _from_folder(
@@ -117,7 +124,7 @@ def _from_folder(
     split = read_folder(root, found, how, cache=cache)
     # A folder may lack classes: a label is the class's place in the classifier's order, not among the folders.
     place = torch.tensor([order.index(name) for name in found])
-    return split.images.float() / 255, place[split.labels]
+    return split.images, place[split.labels]
 
 
 def _refuse_others(found: tuple[str, ...], known: tuple[str, ...], root: Path, whose: str) -> None:

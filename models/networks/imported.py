@@ -9,8 +9,11 @@ the environment variable UNPERTURB_ALLOW_CODE names its module (or several betwe
 import difflib
 import importlib
 import os
+import re
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
@@ -21,6 +24,10 @@ from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.shapes import Float
 
+DANGEROUS = re.compile(
+    r"^pretrained|use_pretrained|(checkpoint|weights|name_or)_path|^file|url$|cache_dir|hub|auto_map|trust_remote"
+    r"|_implementation|quantization|^token$|custom_load"
+)
 KINDS = ("torchvision", "timm", "transformers", "python")
 ALLOW = "UNPERTURB_ALLOW_CODE"
 
@@ -83,20 +90,50 @@ def build_imported(architecture: Architecture) -> ImportedClassifier:
 
 
 def network_of(architecture: Architecture, *, allowed: bool = False) -> nn.Module:
-    """Return the library's own network, with fresh weights; `allowed`: the user has named the factory just now."""
+    """Return the library's own network, with fresh weights; `allowed`: the user has named the factory just now.
+
+    ConfigError for options by which a library would fetch files or run code, and for what it cannot build.
+    """
+    refuse_dangerous(architecture.options)
+    try:
+        return _built(architecture, allowed=allowed)
+    except (ConfigError, CheckpointError):
+        raise
+    except Exception as error:  # whatever somebody else's library raises
+        raise ConfigError(f"{architecture.name} cannot be built: {type(error).__name__}: {error}") from error
+
+
+def refuse_dangerous(options: Any, name: str = "options") -> None:  # noqa: ANN401
+    """Raise ConfigError for an option, however deep, that names files, hubs or code: a card is not to reach those."""
+    if isinstance(options, dict):
+        for key, value in options.items():
+            if DANGEROUS.search(str(key)):
+                raise ConfigError(f"{name}.{key} is not taken from a file: a library may fetch or run what it names")
+            refuse_dangerous(value, f"{name}.{key}")
+    elif isinstance(options, list):
+        for value in options:
+            refuse_dangerous(value, name)
+    elif not isinstance(options, str | int | float | bool | None):
+        raise ConfigError(f"{name} holds a {type(options).__name__}")
+
+
+def _built(architecture: Architecture, *, allowed: bool) -> nn.Module:
     kind, _, name = architecture.name.partition(":")
     classes = architecture.num_classes
     if kind == "torchvision":
         from torchvision import models as zoo
 
-        _require_known(name, zoo.list_models(module=zoo), kind)
-        return cast(nn.Module, zoo.get_model(name, weights=None, num_classes=classes))
+        require_known(name, zoo.list_models(module=zoo), kind)
+        return cast(nn.Module, zoo.get_model(name, weights=None, num_classes=classes, **architecture.options))
     if kind == "timm":
         timm = library("timm")
-        _require_known(name.partition(".")[0], timm.list_models(), kind)
-        return cast(nn.Module, timm.create_model(name, num_classes=classes, **architecture.options))
+        require_known(name.partition(".")[0], timm.list_models(), kind)
+        options = {**architecture.options, "num_classes": classes, "pretrained": False}
+        return cast(nn.Module, timm.create_model(name, **options))
     if kind == "transformers":
         transformers = library("transformers")
+        if name == "timm_wrapper":
+            raise ConfigError("transformers' timm_wrapper: import the network as timm:NAME")
         config = transformers.AutoConfig.for_model(**{**architecture.options, "num_labels": classes})
         return _Logits(transformers.AutoModelForImageClassification.from_config(config))
     module, _, factory = name.partition(":")
@@ -138,13 +175,16 @@ def library(name: str) -> ModuleType:
         raise ConfigError(f"{name} is not installed ({error}): pip install {name}") from error
 
 
-def _require_known(name: str, known: Sequence[str], kind: str) -> None:
+def require_known(name: str, known: Sequence[str], kind: str) -> None:
+    """Raise ConfigError, with names that are near, for one that a library does not know."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         raise ConfigError(f"{kind} has no classifier {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
 
 
 def _made_by(module: str, factory: str) -> nn.Module:
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
         function: Any = getattr(importlib.import_module(module), factory)
     except (ImportError, AttributeError) as error:

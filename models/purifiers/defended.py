@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from unperturb.models.checkpoints.card import Card
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
@@ -105,15 +106,15 @@ def defend(
     """Return a checkpoint's classifier behind its reverse attack and the vote; CheckpointError where it has no head."""
     steps = config.loop.steps
     purifier = reverse_attack_of(checkpoint, config) if steps else NoPurifier(checkpoint.classifier)
-    vote = vote_of(checkpoint, config)
+    vote = vote_of(checkpoint.card, config)
     return DefendedClassifier(checkpoint.classifier, purifier, seed=seed, gradient=gradient, vote=vote)
 
 
-def vote_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Vote | None:
+def vote_of(card: Card, config: ReverseAttackConfig) -> Vote | None:
     """Return the vote of a preset: of the checkpoint's own views, where its card names some."""
     if config.vote is None:
         return None
-    return checkpoint.card.vote or config.vote.scaled(checkpoint.classifier.image_size)
+    return card.vote or config.vote.scaled(card.architecture.image_size)
 
 
 def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> ReverseAttack:

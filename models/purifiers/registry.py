@@ -102,7 +102,7 @@ def build_defense(spec: str, checkpoint: Checkpoint, *, gradient: Gradient = "bp
         _refuse(VOTE, words, changes, dict.fromkeys(VOTE_KEYS))
         vote, spec = _vote(changes.get("shifts"), changes), "none"
     elif name == REVERSE_ATTACK and VOTE not in changes:
-        vote = vote_of(checkpoint, reverse_attack.preset(words[0] if words else "default"))
+        vote = vote_of(checkpoint.card, reverse_attack.preset(words[0] if words else "default"))
     elif VOTE in changes:
         shifts = changes.pop(VOTE)
         vote = None if shifts == "none" else _vote(shifts, changes)

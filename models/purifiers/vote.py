@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from unperturb.models.errors import ConfigError
 from unperturb.models.shapes import Float
 
-MOST_PIXELS = 64  # of a shift
+MOST_PIXELS = 1024  # of a shift
+MOST_VIEWS = 32
 SIDE = 32  # of the images that the presets' shifts are for
 
 
@@ -29,6 +30,8 @@ class Vote:
         """Raise ConfigError where there is no view, one twice, or a shift that leaves little of an image."""
         if not self.shifts:
             raise ConfigError("shifts: a vote needs at least one view")
+        if len(self) > MOST_VIEWS:
+            raise ConfigError(f"shifts={self.spelled()}: {len(self)} views; at most {MOST_VIEWS}")
         if len(set(self.shifts)) < len(self.shifts):
             raise ConfigError(f"shifts={self.spelled()}: a view stands there twice")
         if any(abs(pixels) > MOST_PIXELS for shift in self.shifts for pixels in shift):
@@ -38,7 +41,7 @@ class Vote:
         """Return the views for images of that side in place of SIDE: shifts in proportion, of at least one pixel."""
 
         def pixels(at_side: int) -> int:
-            size = max(1, round(abs(at_side) * side / SIDE))
+            size = min(MOST_PIXELS, max(1, round(abs(at_side) * side / SIDE)))
             return size if at_side > 0 else -size if at_side < 0 else 0
 
         shifts = dict.fromkeys((pixels(down), pixels(right)) for down, right in self.shifts)

@@ -23,7 +23,7 @@ def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
 
 
 def _stage(loaded: Checkpoint, config: ReverseAttackConfig) -> Stage:
-    vote = vote_of(loaded, config)
+    vote = vote_of(loaded.card, config)
     return ReverseAttackStage(reverse_attack_of(loaded, config), vote) if config.loop.steps else VoteStage(vote)
 
 

@@ -12,6 +12,8 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.purifiers.defended import vote_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, to_uint8
 from unperturb.models.shapes import Float, UInt8
 from unperturb.service.decoding.decode import Decoded
@@ -120,6 +122,7 @@ def answer(
     card = model.card
     predictions = top(outcome.scores, card.classes, top_k)
     unpurified = top(outcome.unpurified_scores, card.classes, top_k)
+    changed = predictions[0].index != unpurified[0].index
     size = model.image_size
     image = None
     if return_image and preset is not None and outcome.image is not None:
@@ -129,7 +132,7 @@ def answer(
         model=ModelName(id=model.id, digest=card.weights_sha256),
         predictions=predictions,
         unpurified=Unpurified(predictions=unpurified),
-        purification=_purification(outcome, preset, changed=predictions[0].index != unpurified[0].index, image=image),
+        purification=_purification(outcome, preset, card, changed=changed, image=image),
         input=Input(
             width=decoded.width,
             height=decoded.height,
@@ -188,16 +191,19 @@ def _png_chunk(name: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def _purification(outcome: Outcome, preset: str | None, *, changed: bool, image: bytes | None) -> Purification:
+def _purification(
+    outcome: Outcome, preset: str | None, card: Card, *, changed: bool, image: bytes | None
+) -> Purification:
     if preset is None:
         return Purification(applied=False)
     config = PRESETS[preset]
+    vote = vote_of(card, config)
     return Purification(
         applied=outcome.steps > 0 or not config.loop.steps,
         preset=preset,
         steps=outcome.steps,
         views=config.views if config.loop.steps else None,
-        vote=None if config.vote is None else len(config.vote),
+        vote=None if vote is None else len(vote),
         epsilon=config.loop.epsilon,
         loss_before=outcome.loss_before,
         loss_after=outcome.loss_after,

@@ -40,5 +40,7 @@ async def inflated(chunks: AsyncIterable[bytes], encoding: str) -> AsyncGenerato
             begun, chunk = True, unpacker.unconsumed_tail or unpacker.unused_data
             if piece:
                 yield piece
+    while not unpacker.eof and (piece := unpacker.decompress(b"", PIECE)):  # all has come in, and not all has gone out
+        yield piece
     if not unpacker.eof:
         raise MalformedRequestError(f"the body's {'gzip' if gzip else 'deflate'} stream breaks off")

@@ -93,8 +93,8 @@ def _files(tensor: InputTensor, rest: bytes) -> list[bytes]:
         elements = [one[0] if isinstance(one, list) and len(one) == 1 else one for one in tensor.data]
         for number, one in enumerate(elements):
             try:
-                files.append(from_base64(one))
-            except (ValueError, AttributeError, TypeError) as error:
+                files.append(from_base64(one if isinstance(one, str) else "?"))
+            except ValueError as error:
                 raise MalformedRequestError(f"{INPUT}: element {number} of `data` is not base64") from error
     else:
         at = 0

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import binascii
 import math
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
@@ -240,7 +240,7 @@ async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
     length, encoding = request.headers.get("content-length", ""), request.headers.get("content-encoding", "")
     if length.isdecimal() and int(length) > max_bytes:
         raise _PastLimit
-    chunks, received = request.stream(), 0
+    chunks, received = _counted(request.stream(), max_bytes), 0
     try:
         async for chunk in inflated(chunks, encoding) if is_compressed(encoding) else chunks:
             received += len(chunk)
@@ -249,3 +249,13 @@ async def _limited(request: Request, max_bytes: int) -> AsyncGenerator[bytes, No
             yield chunk
     except MalformedRequestError as error:
         raise _Broken(str(error)) from error
+
+
+async def _counted(chunks: AsyncIterable[bytes], max_bytes: int) -> AsyncGenerator[bytes, None]:
+    """Yield the chunks as they are; raise _PastLimit past `max_bytes` of them."""
+    received = 0
+    async for chunk in chunks:
+        received += len(chunk)
+        if received > max_bytes:
+            raise _PastLimit
+        yield chunk

@@ -59,6 +59,8 @@ def test_each_preset_is_measured_and_written_onto_the_card(
     store.save(folder, store.load(tiny_folder))
     assert assess.main(arguments(folder, image_folder, tmp_path / "out", "--images", "-1")) == 2
     assert "images=-1" in capsys.readouterr().err
+    assert assess.main(["default", *arguments(folder, image_folder, tmp_path / "out", "--write-card")[1:]]) == 2
+    assert "no checkpoint's folder of your own" in capsys.readouterr().err
     presets = ("--presets", "fast", "--presets", "vote")
     assert assess.main(arguments(folder, image_folder, tmp_path / "out", *presets, "--write-card")) == 0
     said = capsys.readouterr().out

@@ -1,5 +1,6 @@
 import random
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -139,6 +140,14 @@ def test_mutated_metadata_keeps_the_pixels(kind: str) -> None:
             assert np.array_equal(decode(payload, HOW, max_pixels=10**6).pixels, expected), payload.hex()
         else:
             assert decode(payload, HOW, max_pixels=10**6).pixels.shape == expected.shape
+
+
+def test_many_small_segments_take_no_longer_than_their_bytes() -> None:
+    plain = file_of("JPEG")
+    payload = plain[:2] + b"\xff\xe1\x00\x02" * 500_000 + plain[2:]
+    started = time.process_time()
+    assert pixels_alone(payload).payload == plain
+    assert time.process_time() - started < 30  # it was minutes, and grew with the square
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -19,8 +19,8 @@ from unperturb.models.checkpoints.importing.imported import ImportConfig, import
 from unperturb.models.checkpoints.importing.sources import open_source
 from unperturb.models.checkpoints.importing.weights import renamed
 from unperturb.models.errors import CheckpointError, ConfigError, WeightsUnavailableError
-from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD
-from unperturb.models.networks.imported import ALLOW
+from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD, Architecture
+from unperturb.models.networks.imported import ALLOW, build_imported
 from unperturb.models.pixels import Preprocessing
 
 ROOT = Path(__file__).parents[2]
@@ -234,6 +234,56 @@ def test_weights_of_another_network_are_refused_with_what_was_expected(network: 
         assert part in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"checkpoint_path": "evil.bin"},
+        {"pretrained": True, "pretrained_cfg": {"file": "evil.bin"}},
+        {"deep": [{"pretrained_cfg": {}}]},
+        {"auto_map": {"AutoModel": "evil.Model"}},
+        {"attn_implementation": "somebody/kernel"},
+    ],
+    ids=str,
+)
+def test_card_cannot_make_a_library_fetch_or_run_anything(tmp_path: Path, options: dict[str, Any]) -> None:
+    pytest.importorskip("timm")
+    (tmp_path / "evil.bin").write_bytes(pickle.dumps(Evil()))
+    options = json.loads(json.dumps(options).replace("evil.bin", str(tmp_path / "evil.bin")))
+    architecture = {"name": "timm:test_vit", "num_classes": 3, "image_size": 160, "options": options}
+    card = {"id": "x", "architecture": architecture, "classes": list(PETS), "data": {}, "training": {}}
+    (tmp_path / store.CARD).write_text(json.dumps({**card, "schema_version": 1}))
+    with pytest.raises(CheckpointError, match="is not taken from a file"):
+        store.load(tmp_path)
+
+
+def test_options_that_a_library_does_not_take_are_said(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    architecture = Architecture(name="timm:test_vit", num_classes=3, image_size=160, options={"flavour": 1})
+    with pytest.raises(ConfigError, match="timm:test_vit cannot be built: TypeError"):
+        build_imported(architecture)
+    known = Architecture(name="timm:test_vit", num_classes=3, image_size=160, options={"drop_path_rate": 0.1})
+    assert build_imported(known).num_classes == 3
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [({"do_flip_channel_order": True}, "another order"), ({"do_rescale": False}, "another order or range")],
+    ids=str,
+)
+def test_pictures_that_a_card_cannot_describe_are_refused(tmp_path: Path, known: dict[str, Any], says: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(known))
+    with pytest.raises(ConfigError, match=says):
+        open_source(str(tmp_path))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "resample": None}))
+    source = open_source(str(tmp_path))
+    assert (source.mean, source.std) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_network_that_normalises_anew_is_told_to() -> None:
+    assert open_source("torchvision:inception_v3").options["transform_input"] is True
+
+
 def test_tensors_are_renamed_by_a_file(network: nn.Module, tmp_path: Path) -> None:
     state = {
         name.replace("layer", "stage").replace("fc.", "head."): value for name, value in network.state_dict().items()
@@ -269,6 +319,7 @@ def test_examples_renaming_file_fits_timms_network() -> None:
     [
         ({"source": "torchvision:resnet19"}, "no classifier 'resnet19'; near: resnet"),
         ({"source": "timm:resnet_18"}, "no classifier 'resnet_18'"),
+        ({"source": "torchvision:resnet5000", "weights": None, "pretrained": True}, "no classifier 'resnet5000'; near"),
         ({"source": "keras:resnet"}, "none of torchvision:NAME"),
         ({"weights": None}, "give --weights FILE, or --pretrained"),
         ({"pretrained": True}, "give one of the two"),
@@ -304,9 +355,11 @@ def test_pretrained_weights_that_cannot_be_fetched_are_said(tmp_path: Path, monk
         ("cat\n\n dog \nhamster\n", PETS),
         ('["cat", "dog", "hamster"]', PETS),
         ('{"10": "hamster", "2": "dog", "0": "cat"}', PETS),
+        ('{"0": ["n01", "cat"], "1": ["n02", "dog"], "2": ["n03", "hamster"]}', PETS),
+        ("\ufeffcat\ndog\nhamster", PETS),
         ("猫\nπ", ("猫", "π")),
     ],
-    ids=["lines", "list", "object", "unicode"],
+    ids=["lines", "list", "object", "ImageNet's index", "byte order mark", "unicode"],
 )
 def test_class_names_are_read(tmp_path: Path, text: str, names: tuple[str, ...]) -> None:
     (tmp_path / "names").write_text(text, encoding="utf-8")

@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import resource
+import tracemalloc
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from tests.conftest import make_checkpoint
 from unperturb.benchmarks.robustness.data import load_images
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import CheckpointError, ConfigError
-from unperturb.models.pixels import Preprocessing, to_rgb, to_size
+from unperturb.models.pixels import Preprocessing, opened, to_rgb, to_size
 from unperturb.service.decoding.decode import decode
 from unperturb.training.data import read_folder
 
@@ -62,12 +64,35 @@ def test_without_antialiasing_pixels_are_those_of_torchs(fit: str) -> None:
         {"fit": "crop", "resize": 16},
         {"resize": 40},
         {"interpolation": "area"},
+        {"interpolation": "lanczos", "antialias": False},
     ],
     ids=str,
 )
 def test_preprocessing_out_of_range_is_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=str(next(iter(bad.values())))):
         Preprocessing(**{"size": 32, **bad})  # type: ignore[arg-type]
+
+
+def test_tiffs_orientation_is_applied_once(tmp_path: Path) -> None:
+    image, tags = picture(40, 20), Image.Exif()
+    tags[0x0112] = 6
+    image.save(tmp_path / "turned.tif", exif=tags)
+    with opened((tmp_path / "turned.tif").read_bytes()) as (read, orientation):
+        turned = image.transpose(Image.Transpose.ROTATE_270)
+        assert np.array_equal(np.asarray(to_rgb(read, orientation)), np.asarray(turned))
+
+
+def test_picture_of_one_column_takes_no_more_memory_than_its_square() -> None:
+    how = Preprocessing(size=224, fit="crop", resize=256)
+    tracemalloc.start()
+    made = [to_size(picture(*size), how) for size in ((3000, 1), (1, 3000))]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made += [to_size(Image.new("RGB", size), how) for size in ((20_000, 1), (1, 20_000))]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB; the whole would be 4 GB
+    assert {one.size for one in made} == {(224, 224)}
+    assert peak < 50 << 20
 
 
 def test_cards_preprocessing_is_that_of_training_service_and_harness(tmp_path: Path) -> None:

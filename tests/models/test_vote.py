@@ -68,6 +68,9 @@ def test_presets_own_vote_is_left_out_by_name_and_scaled_to_the_images(
     assert defend(carded, PRESETS["voted"]).vote == own
     assert defend(carded, PRESETS["default"]).vote is None
     assert Vote(shifts=((0, 0), (-2, 1))).scaled(224).shifts == ((0, 0), (-14, 7))
+    assert Vote(shifts=((2, 2),)).scaled(1056).shifts == ((66, 66),)
+    with pytest.raises(ConfigError, match="34 views; at most 32"):
+        Vote(shifts=tuple((number, 0) for number in range(17)))
     assert Vote(shifts=((-2, -2), (1, 1))).scaled(8).shifts == ((-1, -1), (1, 1))
 
 
@@ -102,7 +105,7 @@ def test_shifts_are_read_as_they_are_spelled(text: str, shifts: tuple[tuple[int,
     [
         ("vote:shifts=two", "two"),
         ("vote:shifts=1/1+1/1", "twice"),
-        ("vote:shifts=65", "64"),
+        ("vote:shifts=1025", "1024"),
         ("vote:mirrored=maybe", "maybe"),
         ("vote:steps=2", "steps"),
         ("vote:fast", "fast"),

@@ -1,6 +1,7 @@
 """The HTTP service, over its ASGI app: POST /classify, health, settings."""
 
 import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -25,6 +26,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.errors import CheckpointError
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.models.purifiers.vote import Vote
 from unperturb.service.http.app import create_app
 from unperturb.service.settings import Settings
 
@@ -122,6 +124,15 @@ def test_vote_answers_with_its_views_and_without_losses(client: TestClient) -> N
     assert seen["purified"]["predictions"] == body["predictions"]
     unchanged = client.post("/purify?preset=vote", files={"image": photo()})
     assert (unchanged.status_code, "changes no image" in unchanged.json()["detail"]) == (422, True)
+
+
+def test_answer_tells_the_cards_own_vote(tmp_path: Path) -> None:
+    made, vote = make_checkpoint(), Vote(shifts=((0, 0), (1, 1), (2, 0)), mirrored=False)
+    store.save(tmp_path, dataclasses.replace(made, card=dataclasses.replace(made.card, vote=vote)))
+    with serving(tmp_path) as client:
+        body = client.post("/classify?preset=vote", files={"image": photo()}).json()
+        assert body["purification"]["vote"] == 3
+        assert client.post("/inspect?preset=vote", files={"image": photo()}).json()["vote"] == 3
 
 
 def test_model_without_a_head_is_served_by_what_needs_none(tmp_path: Path) -> None:

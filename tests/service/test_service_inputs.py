@@ -1,9 +1,11 @@
 """Lists, base64 JSON, and the image itself."""
 
+import asyncio
 import base64
 import gzip
 import json
 import zlib
+from collections.abc import AsyncIterator
 from io import BytesIO
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from tests.support.serving import photo
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.http.inflate import inflated
 
 
 def base64_of(payload: bytes) -> str:
@@ -120,9 +123,23 @@ def test_packed_bodies_of_every_route_are_unpacked(client: TestClient, how: str)
             assert answer.json()["predictions"] == plain["predictions"]
 
 
+@pytest.mark.parametrize("size", [*range(65_530, 65_560), 131_072, 200_000])
+def test_bare_deflate_of_every_size_comes_out_whole(size: int) -> None:
+    body = np.random.default_rng(size).integers(0, 4, size, dtype=np.uint8).tobytes()
+
+    async def unpacked() -> bytes:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield packed(body, "bare deflate")
+
+        return b"".join([piece async for piece in inflated(chunks(), "deflate")])
+
+    assert asyncio.run(unpacked()) == body
+
+
 @pytest.mark.parametrize(
     ("body", "encoding", "status", "message"),
     [
+        (gzip.compress(b"") * 600_000, "gzip", 413, "more than"),
         (b"not packed", "gzip", 400, "not gzip"),
         (b"\xff\xff\xff", "deflate", 400, "not deflate"),
         (gzip.compress(b"x" * 1000)[:-9], "gzip", 400, "breaks off"),
@@ -131,7 +148,7 @@ def test_packed_bodies_of_every_route_are_unpacked(client: TestClient, how: str)
         (b"x", "br", 415, "'br' is not gzip"),
         (gzip.compress(b"\0" * (64 << 20)), "gzip", 413, "more than"),
     ],
-    ids=["gzip", "deflate", "short", "garbage", "garbage deflate", "brotli", "bomb"],
+    ids=["empty members", "gzip", "deflate", "short", "garbage", "garbage deflate", "brotli", "bomb"],
 )
 @pytest.mark.parametrize("kind", ["image/png", "application/json"])
 def test_badly_packed_body_is_refused(

@@ -80,6 +80,7 @@ def test_what_is_taken_and_what_is_left_out_is_said(tmp_path: Path, capsys: pyte
             (root / split / hidden).mkdir()
     (root / "train" / "red" / ".ipynb_checkpoints").mkdir()
     (root / "train" / "red" / "notes.txt").write_text("x")
+    (root / "train" / "red" / "loop").symlink_to(root / "train" / "red")
     (root / "train" / "blue" / ".DS_Store").write_text("x")
     (root / "train" / "blue" / "photo.heic").write_text("x")
     capsys.readouterr()
@@ -89,7 +90,7 @@ def test_what_is_taken_and_what_is_left_out_is_said(tmp_path: Path, capsys: pyte
     assert sorted(found.train.labels.tolist()) == sorted(plain.train.labels.tolist())
     assert said[0].endswith(
         "train: 9 images of 3 classes; left out: 1 files of no image type (.heic), 1 files of no image type (.txt), "
-        "1 hidden (.ipynb_checkpoints), 1 hidden files"
+        "1 hidden (.ipynb_checkpoints), 1 hidden files, 1 links to a folder that they lie in"
     )
     assert said[1].endswith("test: 3 images of 3 classes")
 

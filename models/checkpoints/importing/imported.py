@@ -137,14 +137,17 @@ def _classes(config: ImportConfig, source: Source, count: int) -> tuple[str, ...
 def read_classes(file: Path) -> tuple[str, ...]:
     """Return class names: a line each, a JSON list, or a JSON object from numbers to names."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} cannot be read as text: {error}") from error
     if text.lstrip()[:1] in ("[", "{"):
         try:
             raw = json.loads(text)
             ordered = [raw[key] for key in sorted(raw, key=int)] if isinstance(raw, dict) else raw
-            return tuple(map(str, ordered))
-        except ValueError as error:
+            names = [one[-1] if isinstance(one, list) and one else one for one in ordered]  # [WordNet id, name]
+            if not all(isinstance(name, str) for name in names):
+                raise ValueError("not every name is a text")
+            return tuple(names)
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"{file} is neither a JSON list of names nor an object from numbers to names") from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -13,10 +13,16 @@ from unperturb.models.cache import cache_folder
 from unperturb.models.checkpoints.importing.weights import read_state
 from unperturb.models.errors import CheckpointError, ConfigError, WeightsUnavailableError
 from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD
-from unperturb.models.networks.imported import library
+from unperturb.models.networks.imported import library, require_known
 from unperturb.models.pixels import Preprocessing
 
 HUB = "hf-hub:"
+# Trained on pixels in [-1, 1], which they make themselves of what ImageNet's mean and std give.
+OWN_NORMALISATION = {
+    "googlenet": {"transform_input": True, "init_weights": False},
+    "inception_v3": {"transform_input": True, "init_weights": False},
+}
+UNUSED = ("architectures", "_name_or_path", "label2id", "transformers_version", "torch_dtype", "dtype")
 Triple = tuple[float, float, float]
 
 
@@ -69,8 +75,7 @@ def open_source(text: str) -> Source:
 def _torchvision(name: str) -> Source:
     from torchvision import models as zoo
 
-    if name not in zoo.list_models(module=zoo):
-        return _unknown(f"torchvision:{name}")
+    require_known(name, zoo.list_models(module=zoo), "torchvision")
     weights = zoo.get_model_weights(name).DEFAULT
     how = weights.transforms()
 
@@ -96,24 +101,15 @@ def _torchvision(name: str) -> Source:
         mean=_triple(how.mean),
         std=_triple(how.std),
         classes=tuple(weights.meta["categories"]),
-        options={},
+        options=OWN_NORMALISATION.get(name, {}),
         state=state,
-    )
-
-
-def _unknown(name: str) -> Source:
-    """Return a source of no settings: building its network says what is wrong with the name."""
-    return Source(
-        name=name, pictures=Preprocessing(size=224), mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=2, options={}
     )
 
 
 def _timm(name: str) -> Source:
     timm = library("timm")
-    known = name.partition(".")[0] in timm.list_models()
-    config = timm.get_pretrained_cfg(name, allow_unregistered=True) if known else None
-    if config is None:
-        return _unknown(f"timm:{name}")
+    require_known(name.partition(".")[0], timm.list_models(), "timm")
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True) or timm.models.PretrainedCfg()
 
     def state() -> Mapping[str, Tensor]:
         try:
@@ -174,12 +170,15 @@ def _folder(folder: Path, text: str) -> Source:
     labels = {int(number): str(name) for number, name in config.get("id2label", {}).items()}
     size = config.get("image_size", 224)
     known = _json(folder / "preprocessor_config.json") if (folder / "preprocessor_config.json").exists() else {}
-    options = {key: value for key, value in config.items() if key not in ("architectures", "_name_or_path", "label2id")}
+    normalised = known.get("do_normalize", True)
+    if known.get("do_flip_channel_order") or not known.get("do_rescale", True):
+        raise ConfigError(f"{text}: pixels in another order or range than RGB in [0, 1]; make a factory of it")
+    options = {key: value for key, value in config.items() if key not in UNUSED}
     return Source(
         name=f"transformers:{config['model_type']}",
         pictures=_of_transformers(known, size if isinstance(size, int) else size[-1]),
-        mean=_triple(known.get("image_mean") or (0.5, 0.5, 0.5)),
-        std=_triple(known.get("image_std") or (0.5, 0.5, 0.5)),
+        mean=_triple(known.get("image_mean") or (0.5, 0.5, 0.5)) if normalised else (0.0, 0.0, 0.0),
+        std=_triple(known.get("image_std") or (0.5, 0.5, 0.5)) if normalised else (1.0, 1.0, 1.0),
         classes=tuple(labels[number] for number in sorted(labels)) or int(config.get("num_labels", 2)),
         options=options,
         state=lambda: {f"network.{name}": value for name, value in state().items()},
@@ -188,7 +187,7 @@ def _folder(folder: Path, text: str) -> Source:
 
 def _of_transformers(known: Mapping[str, Any], size: int) -> Preprocessing:
     """Return what preprocessor_config.json says: both sides to a size, or the shorter one and a centred square."""
-    interpolation = Image.Resampling(known.get("resample", 2)).name.lower()
+    interpolation = Image.Resampling(2 if known.get("resample") is None else known["resample"]).name.lower()
     wanted = known.get("size", size)
     crop = known.get("crop_size", size)
     crop = crop.get("height", size) if isinstance(crop, dict) else int(crop)

@@ -183,8 +183,15 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
     return Response(payload, media_type="application/octet-stream", headers={HEADER_LENGTH: str(head)})
 
 
-@router.api_route("/models/{id}/versions/{version}", methods=["GET", "POST"], include_in_schema=False)
-@router.api_route("/models/{id}/versions/{version}/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+@router.api_route(
+    "/models/{id}/versions/{version}", methods=["GET", "POST"], include_in_schema=False, dependencies=[FOR_USERS]
+)
+@router.api_route(
+    "/models/{id}/versions/{version}/{rest:path}",
+    methods=["GET", "POST"],
+    include_in_schema=False,
+    dependencies=[FOR_USERS],
+)
 async def no_such_version(gateway: GatewayOfApp, id: str, version: str) -> None:
     """Refuse a version that is not there."""
     raise NotFoundError(f"version {version!r} of model {gateway.engine.models.get(id).id!r} is not there; it has: 1")
