@@ -24,8 +24,10 @@ train() { # NAME DATA EPOCHS, then options
 }
 
 mkdir -p "$runs"
-train cifar10-half "$cifar10" 40 --width 0.5 --method n-fgsm --qub
+# Of cifar10-half 65 epochs are done: 40 with --qub (held-out clean 69.0%, PGD-10 46.5%), then without it 10 from the rate
+# of 40 of 50 epochs (73.2%, 47.1%) and 20 from that of 45 of 65 (75.0%, 47.2%), each in about half of --qub's time.
+train cifar10-half "$cifar10" 85 --width 0.5 --method n-fgsm
 train cifar10-natural "$cifar10" 20 --width 0.5 --method natural
-train cifar100 "$cifar100" 40 --width 0.5 --method n-fgsm --qub
-train cifar10-large "$cifar10" 30 --method n-fgsm --qub
+train cifar100 "$cifar100" 40 --width 0.5 --method n-fgsm
+train cifar10-large "$cifar10" 30 --method n-fgsm
 echo "$(date -u +%FT%TZ) done"
