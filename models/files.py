@@ -15,6 +15,6 @@ def write_whole(path: Path, payload: bytes) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):  # there may be no such folder
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -7,6 +7,7 @@ later runs map instead of decoding again.
 
 import hashlib
 import os
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
@@ -112,7 +113,8 @@ def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, c
         files += [(path.relative_to(folder / name).as_posix(), label, path) for path in found]
     files.sort(key=lambda entry: (entry[0], entry[1]))
     why = ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()))
-    print(f"{_shown(folder)}: {len(files):,} images of {len(classes)} classes{'; left out: ' * bool(why)}{why}")
+    said = f"{_shown(folder)}: {len(files):,} images of {len(classes)} classes{'; left out: ' * bool(why)}{why}"
+    print(said, file=sys.stderr)
     labels = torch.tensor([label for _, label, _ in files])
     key = hashlib.sha256(os.fsencode(folder.resolve()) + f" {how}".encode())
     for name, _, path in files:

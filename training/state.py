@@ -7,7 +7,6 @@ ema.safetensors    the averaged weights as float16: small enough to go on from e
 
 import hashlib
 import io
-import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,7 +58,9 @@ def load(file: Path, config: dict[str, Any], parts: dict[str, Any], device: torc
     remedy = "use another --out, or --no-resume to begin again"
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's unpickler raises nearly every kind of exception on damaged files
         raise ConfigError(f"{file} is damaged, and no state to go on from; {remedy}") from error
     if content.get("format") != FORMAT:
         raise ConfigError(f"{file} was written by another version of this program; {remedy}")

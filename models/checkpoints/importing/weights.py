@@ -48,8 +48,8 @@ def read_state(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{file} holds Python objects and not weights alone, and loading those would run code; {SAVE}"
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read as weights of PyTorch: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch's unpickler raises nearly every kind of exception on damaged files
+        raise CheckpointError(f"{file} cannot be read as weights of PyTorch: {type(error).__name__}") from error
     return _unnested(loaded, file)
 
 
