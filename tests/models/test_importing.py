@@ -330,6 +330,8 @@ def test_examples_renaming_file_fits_timms_network() -> None:
     ids=lambda value: str(value)[:40],
 )
 def test_bad_request_is_refused(network: nn.Module, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    if str(change.get("source")).startswith("timm:"):
+        pytest.importorskip("timm")
     torch.save(network.state_dict(), tmp_path / "w.pth")
     (tmp_path / "two.txt").write_text("a\nb\n")
     change = {name: tmp_path / value if name == "classes" else value for name, value in change.items()}

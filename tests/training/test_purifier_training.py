@@ -120,15 +120,15 @@ def test_purifier_is_trained_and_the_classifier_is_not(
     assert "on 9 held-out images, with the restorer (without)" in said
     made, before = store.load(tmp_path / "run" / "checkpoint"), store.load(tmp_path / "base")
     assert made.card.restorer == RestorerCard(width=16, depth=2, epsilon=60 / 255, scale=2, times=1.0)
-    assert made.card.restorer_training["held_out"]["bare"]["n"] == 9
+    assert made.card.restorer_training["held_out_bare"]["n"] == 9
     for name, value in before.classifier.state_dict().items():
         assert torch.equal(value, made.classifier.state_dict()[name])
     assert log[-1]["loss"] < log[0]["loss"]
     defended = build_defense("restorer:vote=2", made, gradient="full")
     assert defended.vote == Vote()
     assert (
-        made.card.restorer_training["held_out"]["at_chosen_epoch"]["held_out_pgd_accuracy"]
-        >= (made.card.restorer_training["held_out"]["bare"]["pgd_accuracy"])
+        made.card.restorer_training["at_that_epoch"]["held_out_pgd_accuracy"]
+        >= (made.card.restorer_training["held_out_bare"]["pgd_accuracy"])
     )
 
 

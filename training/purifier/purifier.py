@@ -9,9 +9,8 @@ do is not to find a perturbation but to leave the classifier with the right clas
 likewise). It begins as the identity: the last layer is zero. The classifier's weights are not touched.
 """
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from unperturb.models.purifiers.vote import Vote
 from unperturb.training import data, loop, options, seeds, world
 from unperturb.training.augment import pad_crop_flip
 from unperturb.training.options import RunConfig
+from unperturb.training.purifier.restorer import save_with_restorer
 from unperturb.training.supervised.base import measure
 from unperturb.training.supervised.n_fgsm import noisy_step
 
@@ -176,21 +176,7 @@ def train_purifier(config: PurifierConfig) -> None:
         bare = measure(task.classifier, task.held, epsilon=config.epsilon, steps=10)
     fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
     if here.rank == 0:
-        assert isinstance(fitted.model, Restorer)
-        held_out: dict[str, Any] = {"bare": bare, "at_chosen_epoch": fitted.figures}
-        made = dataclasses.replace(
-            base.card,
-            restorer=card,
-            gates={},
-            restorer_training={
-                **options.comparable(config),
-                "data_sha256": dataset.digest,
-                "chosen_epoch": fitted.epoch,
-                "held_out": held_out,
-            },
-        )
-        out = config.out / "checkpoint"
-        store.save(out, dataclasses.replace(base, card=made, restorer=fitted.model))
+        out = save_with_restorer(config, base, card, fitted, data_sha256=dataset.digest, held_out_bare=bare)
         print(
             f"{out}: on {bare['n']} held-out images, with the restorer (without): "
             f"clean {fitted.figures['held_out_clean_accuracy']:.1%} ({bare['clean_accuracy']:.1%}), "

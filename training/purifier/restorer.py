@@ -7,6 +7,7 @@ was trained on, and whoever knows it can attack it: benchmarks/robustbench_eval.
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -125,19 +126,27 @@ def train_restorer(config: RestorerConfig) -> None:
     )
     fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
     if here.rank == 0:
-        assert isinstance(fitted.model, Restorer)
-        made = dataclasses.replace(
-            base.card,
-            restorer=card,
-            gates={},
-            restorer_training={
-                **options.comparable(config),
-                "data_sha256": dataset.digest,
-                "chosen_epoch": fitted.epoch,
-                "at_that_epoch": fitted.figures,
-            },
-        )
-        out = config.out / "checkpoint"
-        store.save(out, dataclasses.replace(base, card=made, restorer=fitted.model))
+        out = save_with_restorer(config, base, card, fitted, data_sha256=dataset.digest)
         print(f"{out}: {fitted.figures['held_out_signs']:.1%} of the signs of an attack's pixels are found")
     world.leave(here)
+
+
+def save_with_restorer(
+    config: RunConfig, base: store.Checkpoint, card: RestorerCard, fitted: loop.Fitted, **training: object
+) -> Path:
+    """Write OUT/checkpoint, `base` with the restorer that was trained; `training` goes onto the card. Return it."""
+    assert isinstance(fitted.model, Restorer)
+    made = dataclasses.replace(
+        base.card,
+        restorer=card,
+        gates={},
+        restorer_training={
+            **options.comparable(config),
+            **training,
+            "chosen_epoch": fitted.epoch,
+            "at_that_epoch": fitted.figures,
+        },
+    )
+    out = config.out / "checkpoint"
+    store.save(out, dataclasses.replace(base, card=made, restorer=fitted.model))
+    return out
