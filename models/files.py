@@ -1,4 +1,4 @@
-"""Files that are written whole: a crash leaves the old one or the new one."""
+"""Files that are written whole: a crash leaves the old one or the new one; and those that tools leave behind."""
 
 import contextlib
 import os
@@ -18,3 +18,8 @@ def write_whole(path: Path, payload: bytes) -> None:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a relative path lies among what tools leave behind: .ipynb_checkpoints, .DS_Store, __MACOSX."""
+    return any(part.startswith((".", "__")) for part in path.parts)

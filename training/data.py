@@ -25,6 +25,7 @@ from tqdm import tqdm
 from unperturb.models.cache import cache_folder
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError, DataError
+from unperturb.models.files import is_hidden
 from unperturb.models.pixels import Preprocessing, opened, to_rgb, to_size
 from unperturb.models.shapes import Int, UInt8
 from unperturb.training.options import RunConfig
@@ -134,7 +135,7 @@ def _images_below(folder: Path, left_out: Counter[str], within: tuple[Path, ...]
     """Yield the image files of a class folder and of the folders in it; count what else is there."""
     within = (*within, folder.resolve())
     for path in sorted(folder.iterdir()):
-        if _is_hidden(path.name):
+        if is_hidden(Path(path.name)):
             left_out[f"hidden ({path.name})" if path.is_dir() else "hidden files"] += 1
         elif path.is_dir():
             if path.resolve() in within:
@@ -147,11 +148,6 @@ def _images_below(folder: Path, left_out: Counter[str], within: tuple[Path, ...]
             left_out[f"files of no image type ({path.suffix.lower() or 'no ending'})"] += 1
 
 
-def _is_hidden(name: str) -> bool:
-    """Return whether a name is one that tools leave behind: .ipynb_checkpoints, .DS_Store, __MACOSX."""
-    return name.startswith((".", "__"))
-
-
 def _shown(path: Path) -> str:
     """Return a path that can be printed, whatever bytes its name has."""
     return os.fsencode(path).decode(errors="backslashreplace")
@@ -159,7 +155,7 @@ def _shown(path: Path) -> str:
 
 def class_folders(folder: Path) -> tuple[str, ...]:
     """Return the names of the class folders in a folder, sorted, without hidden ones."""
-    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not _is_hidden(p.name)))
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not is_hidden(Path(p.name))))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -160,11 +159,6 @@ def last_linear(network: nn.Module, architecture: Architecture) -> str:
     if not names:
         raise ConfigError(f"{architecture.name} has no linear layer whose input could be its features")
     return str(names[-1])
-
-
-def with_classes(architecture: Architecture, classes: int) -> Architecture:
-    """Return the architecture with another number of classes."""
-    return replace(architecture, num_classes=classes)
 
 
 def library(name: str) -> ModuleType:

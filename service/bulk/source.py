@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unperturb.models.errors import ConfigError, DataError
+from unperturb.models.files import is_hidden
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 ROWS, BUFFER_BYTES = 16, 2**20  # of a Parquet file in memory at a time
@@ -118,7 +119,7 @@ def open_source(source: Path, *, out: Path, column: str) -> Folder | ParquetRows
         if out.is_relative_to(root):
             raise ConfigError(f"--out {out} lies in {root}, whose images are read; choose a folder outside it")
         paths = [path.relative_to(root) for path in root.rglob("*") if not path.is_dir()]
-        names = sorted(path.as_posix() for path in paths if not _is_hidden(path))
+        names = sorted(path.as_posix() for path in paths if not is_hidden(path))
         images, tables = ([n for n in names if n.lower().endswith(kind)] for kind in (SUFFIXES, ".parquet"))
         others = Counter(Path(name).suffix.lower() or "no ending" for name in set(names) - {*images, *tables})
         left_out = [f"{count} files of no image type ({kind})" for kind, count in sorted(others.items())]
@@ -130,11 +131,6 @@ def open_source(source: Path, *, out: Path, column: str) -> Folder | ParquetRows
     if not items.count:
         raise DataError(f"{source} holds no image: neither {', '.join(SUFFIXES)} nor rows of a .parquet file")
     return items
-
-
-def _is_hidden(path: Path) -> bool:
-    """Return whether a file lies among what tools leave behind: .ipynb_checkpoints, .DS_Store, __MACOSX."""
-    return any(part.startswith((".", "__")) for part in path.parts)
 
 
 def needed(module: str, *, extra: str) -> Any:  # noqa: ANN401

@@ -23,6 +23,8 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.inference.folding import prepared
 from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.options import option
+from unperturb.models.purifiers.defended import vote_of
+from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
 from unperturb.training import data, loop, options, seeds, world
 from unperturb.training.augment import pad_crop_flip
@@ -169,7 +171,7 @@ def train_purifier(config: PurifierConfig) -> None:
     card = RestorerCard(width=config.width, depth=config.depth, epsilon=config.reach, scale=config.scale, times=1.0)
     model = identity(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept, held = data.training_images(dataset.train, config)
-    vote = (base.card.vote or Vote().scaled(base.classifier.image_size)) if config.vote else None
+    vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None
     task = PurifierTask(config, prepared(base).classifier, vote, model, data.resident(kept, here.device))
     task.held = data.resident(held, here.device)
     with options.autocast(config, here.device):
