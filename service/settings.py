@@ -53,6 +53,9 @@ class Settings(BaseSettings):
     decode_timeout_s: Seconds = Field(default=10.0, description="for one file to be decoded; past it 422")
     decoders: Annotated[int, Field(ge=0)] = Field(default=0, description="decoding processes; 0: one per CPU core")
     stall_s: Seconds = Field(default=60.0, description="without a finished step, after which the process gives up")
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = Field(
+        default=5.0, description="from SIGTERM on, for which new requests are still taken though /readyz is 503"
+    )
     grace_s: Seconds = Field(default=20.0, description="from SIGTERM to the end, for what is in progress")
     execution: Execution = Field(
         default="eager",
@@ -116,6 +119,13 @@ class Settings(BaseSettings):
         if len(set(names)) < len(names):
             raise ValueError(f"{max(names, key=names.count)!r} is named twice; each key needs a name of its own")
         return {pair["name"]: pair["digest"] for pair in pairs if pair is not None}
+
+    @model_validator(mode="after")
+    def time_to_drain(self) -> "Settings":
+        """Refuse to take new requests for longer than those in progress may last."""
+        if self.drain_s >= self.grace_s:
+            raise ValueError(f"UNPERTURB_DRAIN_S={self.drain_s:g} is not less than UNPERTURB_GRACE_S={self.grace_s:g}")
+        return self
 
     @model_validator(mode="after")
     def compiler_where_needed(self) -> "Settings":

@@ -143,7 +143,7 @@ def running(
             cwd=ROOT,
             stdout=output,
             stderr=output,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "UNPERTURB_DRAIN_S": "0", **(environment or {})},  # nobody comes after its end
             start_new_session=True,
         )
     try:

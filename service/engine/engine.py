@@ -47,6 +47,7 @@ class EngineState(Enum):
 
     WARMING_UP = "warming up"
     SERVING = "serving"
+    LEAVING = "leaving"  # as SERVING, but it says that it will not serve for long
     DRAINING = "draining"  # what was let in before is still taken
     STOPPED = "stopped"
     FAILED = "failed"
@@ -54,10 +55,12 @@ class EngineState(Enum):
 
 NOT_READY = {
     EngineState.WARMING_UP: "the model is still warming up",
+    EngineState.LEAVING: "the service is stopping",
     EngineState.DRAINING: "the service is stopping",
     EngineState.STOPPED: "the service is stopping",
     EngineState.FAILED: "the service has failed and must be restarted",
 }
+OPEN = (EngineState.SERVING, EngineState.LEAVING)  # new requests are taken
 
 
 class Engine:
@@ -98,14 +101,19 @@ class Engine:
 
     @property
     def not_ready(self) -> str | None:
-        """Return why no new request is taken now, or None."""
+        """Return why requests should not be sent here now, or None."""
         reason = NOT_READY.get(self.state)
         return f"{reason}: {self.progress}" if self.state is EngineState.WARMING_UP and self.progress else reason
 
     def require_ready(self) -> None:
-        """Raise NotReadyError, with the reason, where no new request is taken now."""
+        """Raise NotReadyError, with the reason, where requests should not be sent here now."""
         if (reason := self.not_ready) is not None:
             raise NotReadyError(reason)
+
+    @property
+    def ending(self) -> bool:
+        """Return whether it has been told to end."""
+        return self.state in (EngineState.LEAVING, EngineState.DRAINING, EngineState.STOPPED)
 
     def require_alive(self) -> None:
         """Raise NotReadyError where it can never serve again."""
@@ -142,12 +150,19 @@ class Engine:
             worker.start()
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
 
-    def drain(self) -> None:
-        """Take no new requests; a signal handler may call it."""
+    def leave(self) -> None:
+        """Be ready no more, so that balancers send no more, but take what they still send; for signal handlers."""
         with self._changed:
             if self.state is EngineState.WARMING_UP:
                 self.state = EngineState.STOPPED
             elif self.state is EngineState.SERVING:
+                self.state = EngineState.LEAVING
+
+    def drain(self) -> None:
+        """Take no new requests; what was let in before is still finished."""
+        with self._changed:
+            self.leave()
+            if self.state is EngineState.LEAVING:
                 self.state = EngineState.DRAINING
 
     def stop(self, timeout_s: float) -> None:
@@ -215,15 +230,17 @@ class Engine:
     def _wait_until_loaded(self, model: Model) -> list[Loaded]:
         """Wait for every worker's answer; fail where one has been silent for too long, raise where the service ends."""
 
+        def loading() -> bool:
+            return self.state in (EngineState.WARMING_UP, *OPEN)
+
         def decided() -> bool:
-            loading = self.state in (EngineState.WARMING_UP, EngineState.SERVING)
-            return not loading or self.scheduler.is_loaded(model)
+            return not loading() or self.scheduler.is_loaded(model)
 
         with self._changed:
             while not self._changed.wait_for(decided, WATCH_EVERY_S):
                 if self.scheduler.stalled(WorkerState.LOADING, LOAD_TIMEOUT_S) is not None:
                     self.fail(f"the loading of model {model.id} has not gone on for {LOAD_TIMEOUT_S:g} s")
-            if self.state not in (EngineState.WARMING_UP, EngineState.SERVING):
+            if not loading():
                 raise NotReadyError(NOT_READY[self.state])
             return self.scheduler.take_loaded(model)
 
@@ -243,7 +260,7 @@ class Engine:
             if self.state is EngineState.WARMING_UP:
                 self.state = EngineState.SERVING
                 self._changed.notify_all()
-        while self.state is EngineState.SERVING:
+        while self.state in OPEN:
             time.sleep(WATCH_EVERY_S)
             with self._changed:  # a large model's warm-up may take longer than a step
                 index = self.scheduler.stalled(WorkerState.STEPPING, self.stall_s)
@@ -258,7 +275,8 @@ class Engine:
 
         model: None where it is not known yet which model and stage it will be
         """
-        self.require_ready()
+        if self.state is not EngineState.LEAVING:
+            self.require_ready()
         with self._changed:
             self._refuse_if_full(model, stage, 1, math.inf)
 
@@ -292,7 +310,7 @@ class Engine:
             for image, seed, future in zip(images, seeds, futures, strict=True)
         ]
         with self._changed:
-            if self.state not in (EngineState.SERVING, EngineState.DRAINING):
+            if self.state not in (*OPEN, EngineState.DRAINING):
                 raise NotReadyError(NOT_READY[self.state])
             if not begun:
                 self._refuse_if_full(model, stage, len(requests), deadline - now)

@@ -96,7 +96,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.engine, app.state.gateway = engine, gateway
-    app.add_middleware(Observe, metrics=metrics, tracing=tracer)
+    app.add_middleware(Observe, metrics=metrics, tracing=tracer, ending=lambda: engine.ending)
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     problem.install(app)

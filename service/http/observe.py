@@ -4,6 +4,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -20,10 +21,11 @@ class Observe:
     """Give every request a context, and record it at its end (ASGI middleware).
 
     The id is the client's own `x-request-id` where it is a plain one, else a random one; it is in the answer's header.
+    Where the service is `ending`, the answer closes its connection, so that the next request goes elsewhere.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None) -> None:
-        self.app, self.metrics, self.tracing = app, metrics, tracing
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None, ending: Callable[[], bool]) -> None:
+        self.app, self.metrics, self.tracing, self.ending = app, metrics, tracing, ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one connection."""
@@ -39,7 +41,8 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", context.request_id.encode())]
+                closing = [(b"connection", b"close")] if self.ending() else []
+                message["headers"] = [*message["headers"], (b"x-request-id", context.request_id.encode()), *closing]
             await send(message)
 
         began_at = time.time_ns()

@@ -1,9 +1,16 @@
-"""Uvicorn, with what it leaves to a proxy: slow heads are cut off, SIGTERM drains and ends with status 0."""
+"""Uvicorn, with what it leaves to a proxy: slow heads are cut off, and SIGTERM loses no request.
+
+Then /readyz is 503 at once, while requests are still taken for `drain_s`, until every balancer has noticed; after that
+new ones get 503, those in progress are finished, and the process ends with status 0. Every answer meanwhile closes its
+connection.
+"""
 
 import asyncio
+import math
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,11 +19,14 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from unperturb.service.engine.engine import Engine
 from unperturb.service.settings import Settings
+
+LAST_S = 2  # for the answers to what is refused at the end of the grace period
 
 
 class Server(uvicorn.Server):
-    """Stops on SIGTERM and SIGINT: nothing more is admitted, what is in progress is finished within the grace period.
+    """Ends on SIGTERM within the grace period, without losing a request; on SIGINT without waiting for new ones.
 
     It also ends once `failed` holds the reason why the app can never serve again; the process's status is then not to
     be 0.
@@ -36,28 +46,39 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=round(settings.grace_s) + 2,
             )
         )
-        self.engine, self.grace_s = app.state.engine, settings.grace_s
+        self.engine: Engine = app.state.engine
+        self.drain_s, self.grace_s = settings.drain_s, settings.grace_s
+        self.drains_at = self.ends_at = math.inf  # on time.monotonic's clock
         self.failed = failed
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end; uvicorn asks ten times a second."""
+        now = time.monotonic()
+        if now >= self.drains_at:
+            self.engine.drain()
+            if not self.server_state.tasks or now >= self.ends_at:
+                self.should_exit = True
         return bool(self.failed) or await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Shut down as uvicorn does; refuse, with a reason, what is in progress at the end of the grace period."""
-        timer = asyncio.get_running_loop().call_later(self.grace_s, self.engine.refuse_rest)
+        left_s = min(self.grace_s, max(0.0, self.ends_at - time.monotonic()))
+        self.config.timeout_graceful_shutdown = round(left_s) + LAST_S
+        timer = asyncio.get_running_loop().call_later(left_s, self.engine.refuse_rest)
         await super().shutdown(sockets)
         timer.cancel()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain; a second signal ends at once."""
-        self.engine.drain()  # the queue is closed at the end: what was admitted before is still taken
-        if self.should_exit:
-            self.force_exit = True
-        self.should_exit = True
+        """Begin to end; a second signal ends at once."""
+        if self.ends_at < math.inf:
+            self.should_exit = self.force_exit = True
+            return
+        wait_s = self.drain_s if sig == signal.SIGTERM and self.engine.not_ready is None else 0.0
+        self.engine.leave()
+        now = time.monotonic()
+        self.drains_at, self.ends_at = now + wait_s, now + self.grace_s
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
