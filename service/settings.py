@@ -72,6 +72,10 @@ class Settings(BaseSettings):
         default="auto", description="whether an API key is needed; auto: on any address but loopback"
     )
     page: bool = Field(default=True, description="the page at / and POST /inspect, which attacks images on request")
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        default=None,
+        description="of /metrics, without a key, on the same address; none: on the service's own, with one",
+    )
     cors_origins: str = Field(
         default="",
         description="origins, with commas, whose pages may call the service from a browser; *: any; none: off",

@@ -111,6 +111,17 @@ def gate_of(card: Card, preset: str) -> float:
     return float(gate["loss"])
 
 
+def clean_loss_of(card: Card, preset: str | None) -> tuple[float, float] | None:
+    """Return mean and standard deviation of a preset's first loss on clean images, on views of GATE_SEED.
+
+    None where they were not measured, or with other weights.
+    """
+    gate = card.gates.get(preset or "", {})
+    if gate.get("weights_sha256") != card.weights_sha256 or not {"clean_mean", "clean_std"} <= gate.keys():
+        return None
+    return float(gate["clean_mean"]), float(gate["clean_std"])
+
+
 def check_gates(gates: Any, file: Path) -> None:  # noqa: ANN401
     """Raise CheckpointError where a card's gates are not what `unperturb train gate` writes."""
     for preset, gate in gates.items() if isinstance(gates, dict) else [("gates", None)]:

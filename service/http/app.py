@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib import metadata
 
+import torch
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
@@ -69,9 +70,17 @@ def create_app(
     """
     settings = settings or Settings()
     tracer = tracing.set_up()
-    metrics = Metrics()
+    metrics = Metrics(served=lambda: engine.models.by_id)
     engine = make_engine(settings, metrics, on_failure=on_failure, handle=handle)
+    metrics.describe(
+        version=metadata.version("unperturb"),
+        torch=torch.__version__,
+        devices=",".join(str(device) for device in settings.devices),
+        execution=settings.execution,
+        precision=settings.precision,
+    )
     metrics.watch(
+        slots=settings.slots * len(settings.devices),
         queue_length=lambda: engine.waiting,
         slots_in_use=lambda: engine.in_slots,
         memory=lambda: engine.gpu_memory,
@@ -102,6 +111,8 @@ def create_app(
     problem.install(app)
     for family in (classify, kserve, models, health):
         app.include_router(family.router)
+    if settings.metrics_port is None:
+        app.include_router(health.metrics_router)
     if settings.page:
         app.include_router(page.router)
     else:

@@ -14,6 +14,7 @@ class RequestContext:
     """Filled in along a request's way; Observe makes it, and reads it at the end.
 
     client:   the name behind its API key, or its address; None until it is admitted
+    model:    the id of the one that was asked for; None until it is known to be served
     preset:   the purifier's; None without purification, and until it is known
     rejected: the kind of refusal, as the metrics count them; None where it was not refused
     parts:    what was done for it, for its trace
@@ -21,6 +22,7 @@ class RequestContext:
 
     request_id: str
     client: str | None = None
+    model: str | None = None
     preset: str | None = None
     rejected: str | None = None
     parts: list[Part] = field(default_factory=list)

@@ -12,6 +12,7 @@ from fastapi import Header, Request
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
+from unperturb.models.checkpoints.card import GATE_SEED, clean_loss_of
 from unperturb.service.decoding.decode import Decoded
 from unperturb.service.decoding.decoders import Decoders
 from unperturb.service.engine.engine import Engine
@@ -77,7 +78,9 @@ class Gateway:
         deadline = time.monotonic() + min(timeout_s or math.inf, self.settings.timeout_s)
         id, stage = target or (None, self.settings.preset)
         models = self.engine.models
-        self.engine.refuse_if_full(models.by_id.get(id or models.default_id) if target else None, stage)
+        model = models.by_id.get(id or models.default_id) if target else None
+        context.model = model.id if model is not None else None
+        self.engine.refuse_if_full(model, stage)
         with self.limits.hold(client, 1):
             yield Ticket(request, context, client, deadline, started)
 
@@ -108,6 +111,7 @@ class Gateway:
 
     async def decode(self, ticket: Ticket, upload: Upload, model: Model) -> list[Decoded]:
         """Return the pixels of every file, at the model's size; an error names which of several files it is."""
+        ticket.context.model = model.id
 
         async def one(i: int, payload: bytes) -> Decoded:
             try:
@@ -131,6 +135,7 @@ class Gateway:
         gate: float | None = None,
     ) -> list[Outcome]:
         """Run images through the engine, each with the seed; `begun` and `gate` are those of Engine.submit."""
+        ticket.context.model = model.id
         work = self.engine.submit(
             model,
             images,
@@ -144,7 +149,10 @@ class Gateway:
         outcomes = await self._while_waited_for(ticket, stage or "classify", work)
         model.answered += len(outcomes)
         for outcome in outcomes:
-            self.metrics.answered(outcome, stage)
+            self.metrics.answered(outcome, model=model.id, preset=stage)
+            clean = clean_loss_of(model.card, stage) if seed == GATE_SEED else None
+            if stage is not None and clean is not None and outcome.losses:
+                self.metrics.drift.observe(model.id, stage, outcome.losses[0], clean)
         return outcomes
 
     async def _while_waited_for(

@@ -54,10 +54,10 @@ class Observe:
 
     def _record(self, scope: Scope, context: RequestContext, status: int, seconds: float, began_at: int) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
-        preset = context.preset or "none"
-        self.metrics.requests.labels(route, status, preset).inc()
-        self.metrics.duration.labels(route).observe(seconds)
-        if context.rejected is not None:
+        model, preset = context.model or "none", context.preset or "none"
+        self.metrics.requests.labels(route, status, self.metrics.label(model), preset).inc()
+        self.metrics.duration.labels(route, status).observe(seconds)
+        if context.rejected is not None and scope["path"] not in QUIET:
             self.metrics.rejected.labels(context.rejected).inc()
         facts = {
             "request_id": context.request_id,
@@ -66,6 +66,7 @@ class Observe:
             "status": status,
             "ms": round(seconds * 1000, 1),
             "client": context.client,
+            "model": model,
             "preset": preset,
         }
         if scope["path"] not in QUIET:

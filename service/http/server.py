@@ -6,22 +6,28 @@ connection.
 """
 
 import asyncio
+import logging
 import math
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from wsgiref.simple_server import WSGIServer
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client import start_http_server
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from unperturb.service.engine.engine import Engine
+from unperturb.service.http.gateway import Gateway
 from unperturb.service.settings import Settings
 
+log = logging.getLogger("unperturb.service")
 LAST_S = 2  # for the answers to what is refused at the end of the grace period
 
 
@@ -49,9 +55,24 @@ class Server(uvicorn.Server):
             )
         )
         self.engine: Engine = app.state.engine
+        self.gateway: Gateway = app.state.gateway
         self.drain_s, self.grace_s = settings.drain_s, settings.grace_s
         self.drains_at = self.ends_at = math.inf  # on time.monotonic's clock
         self.failed = failed
+        self.metrics_server: WSGIServer | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start as uvicorn does; serve the metrics on a port of their own where there is one."""
+        settings = self.gateway.settings
+        if settings.metrics_port is not None:
+            try:
+                self.metrics_server, _ = start_http_server(
+                    settings.metrics_port, settings.host, self.gateway.metrics.registry
+                )
+            except OSError as error:
+                log.error("UNPERTURB_METRICS_PORT=%d: %s", settings.metrics_port, error)
+                sys.exit(1)
+        await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end; uvicorn asks ten times a second."""
@@ -69,6 +90,8 @@ class Server(uvicorn.Server):
         timer = asyncio.get_running_loop().call_later(left_s, self.engine.refuse_rest)
         await super().shutdown(sockets)
         timer.cancel()
+        if self.metrics_server is not None:
+            self.metrics_server.server_close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end; a second signal ends at once."""

@@ -1,38 +1,51 @@
 """Keep the metrics that Prometheus reads at /metrics; one registry for each app."""
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Collection, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from unperturb.service.engine.messages import Outcome
+from unperturb.service.telemetry.drift import LossDrift
 
+log = logging.getLogger("unperturb.service")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+MAX_MODELS = 64  # different ids in labels; every later one is OTHER
+OTHER = "other"
+SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 LEVELS = tuple(level / 255 for level in (0, 1, 2, 4, 6, 8, 10, 12, 16, 24, 32))
 DROPS = (-1, -0.5, -0.2, -0.1, 0, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5)
 
 
 class Metrics:
-    """A rise of the purifier's distance, loss drop or label changes over their usual level is a sign of attack."""
+    """A rise of the loss, its drift, the purifier's distance or the label changes over their usual is a sign of attack.
 
-    def __init__(self) -> None:
+    served: the ids of the models that are served
+    """
+
+    def __init__(self, served: Callable[[], Collection[str]] = tuple) -> None:
         self.registry = CollectorRegistry()
+        self._ids: set[str] = set()
+        ProcessCollector(registry=self.registry)
+        self.drift = LossDrift(served)
+        self.registry.register(self.drift)
         self.requests = Counter(
-            "unperturb_requests", "Answered requests", ["route", "status", "preset"], registry=self.registry
+            "unperturb_requests", "Answered requests", ["route", "status", "model", "preset"], registry=self.registry
         )
         self.duration = Histogram(
             "unperturb_request_seconds",
             "From the request's head to its answer",
-            ["route"],
+            ["route", "status"],
             buckets=SECONDS,
             registry=self.registry,
         )
         self.in_progress = Gauge("unperturb_requests_in_progress", "Requests in progress", registry=self.registry)
         self.rejected = Counter("unperturb_rejected", "Refused requests", ["reason"], registry=self.registry)
-        self.images = Counter("unperturb_images", "Images answered", ["preset"], registry=self.registry)
+        self.images = Counter("unperturb_images", "Images answered", ["model", "preset"], registry=self.registry)
         self.wait = Histogram(
             "unperturb_queue_wait_seconds", "From the queue to a slot", buckets=SECONDS, registry=self.registry
         )
@@ -49,31 +62,50 @@ class Metrics:
         self.linf = Histogram(
             "unperturb_purification_linf",
             "Largest change of a channel of a pixel, in [0, 1]",
-            ["preset"],
+            ["model", "preset"],
             buckets=LEVELS,
             registry=self.registry,
         )
         self.loss_drop = Histogram(
             "unperturb_purification_loss_drop",
             "InfoNCE before purification minus after",
-            ["preset"],
+            ["model", "preset"],
             buckets=DROPS,
             registry=self.registry,
         )
         self.changed = Counter(
-            "unperturb_label_changes", "Images whose label purification changed", ["preset"], registry=self.registry
+            "unperturb_label_changes",
+            "Images whose label purification changed",
+            ["model", "preset"],
+            registry=self.registry,
         )
 
+    def label(self, model: str) -> str:
+        """Return a model's id as a label's value: there is a bound to how many."""
+        if len(self._ids) < MAX_MODELS:
+            self._ids.add(model)
+        return model if model in self._ids else OTHER
+
+    def describe(self, **facts: str) -> None:
+        """Show facts of the process, as labels of unperturb_build_info."""
+        Info("unperturb_build", "Versions, and how it runs", registry=self.registry).info(facts)
+
     def watch(
-        self, *, queue_length: Callable[[], int], slots_in_use: Callable[[], int], memory: Callable[[], dict[str, int]]
+        self,
+        *,
+        slots: int,
+        queue_length: Callable[[], int],
+        slots_in_use: Callable[[], int],
+        memory: Callable[[], dict[str, int]],
     ) -> None:
-        """Read these values at every scrape."""
+        """Read these values at every scrape; `slots` is how many there are, `memory` the bytes in use by device."""
+        Gauge("unperturb_slots", "Images at a time on all devices", registry=self.registry).set(slots)
         for name, help, read in (
             ("unperturb_queue_length", "Images that wait for a slot", queue_length),
             ("unperturb_slots_in_use", "Images in slots", slots_in_use),
         ):
             Gauge(name, help, registry=self.registry).set_function(read)
-        self.registry.register(_DeviceMemory(memory))
+        self.registry.register(_Devices(memory))
 
     def stepped(self, slots: int, seconds: float) -> None:
         """Count one step of a batch."""
@@ -81,29 +113,46 @@ class Metrics:
         self.step_time.observe(seconds)
         self.fill.observe(slots)
 
-    def answered(self, outcome: Outcome, preset: str | None) -> None:
+    def answered(self, outcome: Outcome, *, model: str, preset: str | None) -> None:
         """Count one answered image."""
-        self.images.labels(preset or "none").inc()
+        labels = self.label(model), preset or "none"
+        self.images.labels(*labels).inc()
         self.wait.observe(outcome.queue_ms / 1000)
         if preset is None or outcome.linf is None:
             return
-        self.linf.labels(preset).observe(outcome.linf)
+        self.linf.labels(*labels).observe(outcome.linf)
         if outcome.loss_before is not None and outcome.loss_after is not None:
-            self.loss_drop.labels(preset).observe(outcome.loss_before - outcome.loss_after)
+            self.loss_drop.labels(*labels).observe(outcome.loss_before - outcome.loss_after)
         if int(outcome.scores.argmax()) != int(outcome.unpurified_scores.argmax()):
-            self.changed.labels(preset).inc()
+            self.changed.labels(*labels).inc()
 
     def page(self) -> bytes:
         """Return the text of the exposition format."""
         return generate_latest(self.registry)
 
 
-class _DeviceMemory(Collector):
+class _Devices(Collector):
+    """Read each GPU's memory, and its utilisation where NVIDIA's library (`nvidia-ml-py`) is installed."""
+
     def __init__(self, memory: Callable[[], dict[str, int]]) -> None:
         self.memory = memory
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
-        family = GaugeMetricFamily("unperturb_gpu_memory_bytes", "Memory in use by tensors", labels=["device"])
+        """Return both gauges."""
+        memory = GaugeMetricFamily("unperturb_gpu_memory_bytes", "Memory in use by tensors", labels=["device"])
+        busy = GaugeMetricFamily(
+            "unperturb_gpu_utilization_ratio", "Share of the last second in which it worked", labels=["device"]
+        )
         for device, used in self.memory().items():
-            family.add_metric([device], used)
-        yield family
+            memory.add_metric([device], used)
+            if (share := _utilization(device)) is not None:
+                busy.add_metric([device], share)
+        return memory, busy
+
+
+def _utilization(device: str) -> float | None:
+    try:
+        return torch.cuda.utilization(device) / 100
+    except Exception as error:  # whatever NVIDIA's library raises: a scrape goes on without it
+        log.debug("the utilisation of %s is not known: %s", device, error)
+        return None

@@ -1,24 +1,36 @@
 """Metrics, logs and traces."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
+from tests.conftest import make_checkpoint
 from tests.support.engines import ThreadHandle
 from tests.support.serving import photo, settings, wait_until_ready
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.service.http.app import create_app
-from unperturb.service.telemetry import tracing
+from unperturb.service.telemetry import drift, tracing
 from unperturb.service.telemetry.logs import JsonLines, Text
+from unperturb.service.telemetry.metrics import MAX_MODELS, OTHER, Metrics
+
+CLEAN = {"clean_mean": 1.5, "clean_std": 0.25}
 
 
 @pytest.fixture(scope="module")
-def client(tiny_folder: Path) -> Iterator[TestClient]:
-    with TestClient(create_app(settings(tiny_folder), handle=ThreadHandle)) as opened:
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
+    """A service whose checkpoint's card says what clean images have, for one preset."""
+    folder = tmp_path_factory.mktemp("observed")
+    card = store.save(folder, make_checkpoint())
+    gate = {"loss": 9.0, "weights_sha256": card.weights_sha256, **CLEAN}
+    store.write_card(folder, dataclasses.replace(card, gates={"fast": gate}))
+    with TestClient(create_app(settings(folder), handle=ThreadHandle)) as opened:
         wait_until_ready(opened)
         yield opened
 
@@ -33,13 +45,13 @@ def value(client: TestClient, sample: str) -> float:
 
 def test_metrics_count_what_happened(client: TestClient) -> None:
     names = {
-        "requests": 'unperturb_requests_total{preset="default",route="/classify",status="200"}',
+        "requests": 'unperturb_requests_total{model="tiny",preset="default",route="/classify",status="200"}',
         "refused": 'unperturb_rejected_total{reason="UnsupportedType"}',
-        "images": 'unperturb_images_total{preset="default"}',
+        "images": 'unperturb_images_total{model="tiny",preset="default"}',
         "steps": "unperturb_steps_total",
         "waits": "unperturb_queue_wait_seconds_count",
-        "linf": 'unperturb_purification_linf_count{preset="default"}',
-        "drops": 'unperturb_purification_loss_drop_count{preset="default"}',
+        "linf": 'unperturb_purification_linf_count{model="tiny",preset="default"}',
+        "drops": 'unperturb_purification_loss_drop_count{model="tiny",preset="default"}',
         "batches": "unperturb_batch_slots_count",
     }
     before = {key: value(client, name) for key, name in names.items()}
@@ -54,6 +66,67 @@ def test_metrics_count_what_happened(client: TestClient) -> None:
     assert added["batches"] >= 5
     assert value(client, "unperturb_queue_length") == value(client, "unperturb_slots_in_use") == 0
     assert client.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
+
+
+def test_metrics_say_what_runs_and_how_much_of_the_machine_it_takes(client: TestClient) -> None:
+    text = client.get("/metrics").text
+    (line,) = [line for line in text.splitlines() if line.startswith("unperturb_build_info{")]
+    for fact in (f'torch="{torch.__version__}"', 'devices="cpu"', 'execution="eager"', 'precision="float32"'):
+        assert fact in line
+    assert value(client, "process_resident_memory_bytes") > 1e7
+    assert value(client, "unperturb_slots") == 16
+
+
+def test_drift_is_the_latest_losses_distance_from_the_clean_mean_in_clean_deviations(client: TestClient) -> None:
+    name = 'unperturb_loss_drift{model="tiny",preset="fast"}'
+    losses: list[float] = []
+    for i in range(drift.ENOUGH):
+        assert name not in client.get("/metrics").text
+        body = client.post("/inspect?preset=fast&attack=false", files={"image": photo(i)}).json()
+        losses.append(body["losses"][0])
+    expected = (sum(losses) / len(losses) - CLEAN["clean_mean"]) / CLEAN["clean_std"]
+    assert value(client, name) == pytest.approx(expected, abs=1e-3)
+    client.post("/classify?preset=fast&seed=1", files={"image": photo()})  # other views: not comparable
+    client.post("/classify?preset=published", files={"image": photo()})  # no clean loss on the card
+    assert value(client, name) == pytest.approx(expected, abs=1e-3)
+
+
+def test_drift_forgets_old_images_and_models_that_are_served_no_more() -> None:
+    served = {"a", "b"}
+    gauge = drift.LossDrift(lambda: served)
+    for model, loss in (("a", 5.0), ("b", 0.0)):
+        for _ in range(drift.WINDOW):
+            gauge.observe(model, "default", loss, (1.0, 2.0))
+    for _ in range(drift.WINDOW // 2):
+        gauge.observe("a", "default", 1.0, (1.0, 2.0))
+    served.remove("b")
+    (family,) = gauge.collect()
+    assert [(sample.labels, sample.value) for sample in family.samples] == [({"model": "a", "preset": "default"}, 1.0)]
+
+
+def test_there_is_a_bound_to_the_values_of_the_label_model() -> None:
+    metrics = Metrics()
+    labels = [metrics.label(f"model-{i}") for i in range(MAX_MODELS + 10)]
+    assert len(set(labels)) == MAX_MODELS + 1
+    assert labels[-1] == OTHER
+    assert metrics.label("model-0") == "model-0"
+
+
+def test_gpu_memory_and_utilisation_are_read_and_a_gpu_that_tells_none_fails_no_scrape(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def utilization(device: str) -> int:
+        if device == "cuda:1":
+            raise ModuleNotFoundError("nvidia-ml-py is not installed")
+        return 40
+
+    monkeypatch.setattr(torch.cuda, "utilization", utilization)
+    metrics = Metrics()
+    metrics.watch(slots=2, queue_length=lambda: 0, slots_in_use=lambda: 0, memory=lambda: {"cuda:0": 7, "cuda:1": 8})
+    text = metrics.page().decode()
+    assert 'unperturb_gpu_memory_bytes{device="cuda:1"} 8.0' in text
+    assert 'unperturb_gpu_utilization_ratio{device="cuda:0"} 0.4' in text
+    assert 'unperturb_gpu_utilization_ratio{device="cuda:1"}' not in text
 
 
 def test_log_has_a_line_for_each_request_and_nothing_of_the_image(
@@ -78,6 +151,7 @@ def test_log_has_a_line_for_each_request_and_nothing_of_the_image(
         "status",
         "ms",
         "client",
+        "model",
         "preset",
     }
     assert "route=/classify" in Text().format(record)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -20,10 +21,11 @@ from tests.support.engines import wait_until
 from tests.support.serving import photo
 from unperturb.benchmarks.serving import hostile, open_loop
 from unperturb.benchmarks.serving.watch import RunningServer, metric, tree
+from unperturb.service.keys import digest
 
 
 @contextmanager
-def serving(checkpoint: Path, log: Path) -> Iterator[RunningServer]:
+def serving(checkpoint: Path, log: Path, **more: str) -> Iterator[RunningServer]:
     port = open_loop.free_port()
     environment = {
         "UNPERTURB_CHECKPOINT": str(checkpoint),
@@ -33,6 +35,7 @@ def serving(checkpoint: Path, log: Path) -> Iterator[RunningServer]:
         "UNPERTURB_MAX_BATCH": "4",
         "UNPERTURB_PATIENCE": "1000",
         "UNPERTURB_THREADS": "1",
+        **more,
     }
     with open_loop.running(
         open_loop.service(port), port=port, ready="/readyz", log=log, environment=environment
@@ -143,22 +146,33 @@ def test_decoders_are_small_processes_without_torch(lasting: RunningServer) -> N
         assert not [part.path for part in one.memory_maps() if "torch" in part.path]
 
 
-def test_port_in_use_ends_the_start(tiny_folder: Path) -> None:
+@pytest.mark.parametrize("metrics", [False, True], ids=["of the service", "of the metrics"])
+def test_port_in_use_ends_the_start(metrics: bool, tiny_folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
+        port = taken.getsockname()[1]
         done = subprocess.run(
-            [
-                *open_loop.service(taken.getsockname()[1]),
-                "--checkpoint",
-                str(tiny_folder),
-                "--device",
-                "cpu",
-            ],
+            [*open_loop.service(0 if metrics else port), "--checkpoint", str(tiny_folder), "--device", "cpu"],
+            env={**os.environ, **({"UNPERTURB_METRICS_PORT": str(port)} if metrics else {})},
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
     assert done.returncode not in (0, None)
-    assert "address already in use" in done.stderr
+    assert "ddress already in use" in done.stderr
+    assert ("UNPERTURB_METRICS_PORT" in done.stderr) == metrics
+    assert "Traceback" not in done.stderr
+
+
+def test_metrics_on_a_port_of_their_own_need_no_key_and_are_nowhere_else(tiny_folder: Path, tmp_path: Path) -> None:
+    own = open_loop.free_port()
+    keys = {"UNPERTURB_AUTHENTICATION": "on", "UNPERTURB_API_KEYS": f"ann:{digest('secret')}"}
+    with serving(tiny_folder, tmp_path / "log", UNPERTURB_METRICS_PORT=str(own), **keys) as server:
+        with urlopen(f"http://127.0.0.1:{own}/metrics", timeout=10) as answer:
+            assert b"unperturb_slots 4.0" in answer.read()
+        with pytest.raises(HTTPError) as refused:
+            urlopen(f"{server.url}/metrics", timeout=10)
+        assert refused.value.code == 404
+        refused.value.close()

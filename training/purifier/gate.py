@@ -67,13 +67,17 @@ def set_gates(config: GateConfig) -> None:
             "n": len(clean),
             "weights_sha256": loaded.card.weights_sha256,
             "commit": provenance.commit(),
+            "clean_mean": float(clean.mean()),
+            "clean_std": float(clean.std()),
+            "attacked_mean": float(attacked.mean()),
             "clean_left": float((clean <= gate).float().mean()),
             "attacked_left": float((attacked <= gate).float().mean()),
             "attack_epsilon": config.epsilon,
         }
         print(
             f"{name}: gate {gate:.4f}; {gates[name]['clean_left']:.1%} of clean and "
-            f"{gates[name]['attacked_left']:.1%} of attacked images (PGD-20) are left as they are"
+            f"{gates[name]['attacked_left']:.1%} of attacked images (PGD-20) are left as they are; mean loss "
+            f"{gates[name]['clean_mean']:.3f} and {gates[name]['attacked_mean']:.3f}"
         )
     store.write_card(store.resolve(config.checkpoint), dataclasses.replace(loaded.card, gates=gates))
 

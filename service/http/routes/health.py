@@ -9,6 +9,7 @@ from unperturb.service.http.dependencies import FOR_USERS, GatewayOfApp
 from unperturb.service.telemetry.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["health"])
+metrics_router = APIRouter(tags=["health"])
 UNAVAILABLE = problem.responses(503)
 TEXT: dict[int | str, dict[str, Any]] = {
     200: {"content": {"text/plain": {}}, "description": "Prometheus's exposition format"}
@@ -31,7 +32,7 @@ async def readyz(gateway: GatewayOfApp) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get(
+@metrics_router.get(
     "/metrics",
     response_class=Response,
     responses={**TEXT, **problem.responses(401)},
