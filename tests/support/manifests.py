@@ -46,7 +46,9 @@ def the(kind: str, manifests: list[Manifest], name: str = "unperturb") -> Manife
 def standing() -> list[Manifest]:
     """Return the manifests that are applied as they lie there, without kustomize."""
     files = [DEPLOY / "namespace.yaml", DEPLOY / "keys.example.yaml"]
-    return [one for file in (*files, *sorted(DEPLOY.glob("kserve/*")), *sorted(DEPLOY.glob("ray/*"))) for one in read(file)]
+    return [
+        one for file in (*files, *sorted(DEPLOY.glob("kserve/*")), *sorted(DEPLOY.glob("ray/*"))) for one in read(file)
+    ]
 
 
 def pod_specs(manifest: Manifest) -> Iterator[Manifest]:
