@@ -238,6 +238,7 @@ def test_ray_serves_the_app_by_its_own_schema() -> None:
     assert f"\n{name} = build()" in source
     assert [deployment.name for deployment in app.deployments] == re.findall(r'name="(\w+)"', source)
     cluster = spec["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token"}
     assert f"ray=={cluster['rayVersion']}\n" in (ROOT / "constraints.txt").read_text()
     (group,) = cluster["workerGroupSpecs"]
     settings = environment(group["template"]["spec"]["containers"][0])
