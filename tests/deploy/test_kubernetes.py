@@ -2,7 +2,6 @@
 
 import os
 import re
-from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -133,9 +132,7 @@ def test_every_setting_is_one_of_the_service() -> None:
     assert names <= {f"UNPERTURB_{name}".upper() for name in Settings.model_fields}
 
 
-def test_the_service_accepts_the_settings(
-    built: dict[str, list[Manifest]], monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
-) -> None:
+def test_the_service_accepts_the_settings(built: dict[str, list[Manifest]], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("UNPERTURB_")]:
         monkeypatch.delenv(name)
     (pod,) = pod_specs(the("Deployment", built["cpu"]))
