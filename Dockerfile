@@ -1,8 +1,14 @@
 # docker build -t unperturb .
 # Any image with Python 3.11 or later will do: --build-arg BASE_IMAGE=nvidia/cuda:… with Python in it, for example.
 # torch's own wheels bring the CUDA libraries; the host brings the driver and the NVIDIA container toolkit.
+# A tag moves; --build-arg BASE_DIGEST=sha256:… pins the image that was looked at:
+#   docker buildx imagetools inspect python:3.11-slim --format '{{.Manifest.Digest}}'
 ARG BASE_IMAGE=python:3.11-slim
-FROM ${BASE_IMAGE}
+ARG BASE_DIGEST=
+FROM ${BASE_IMAGE}${BASE_DIGEST:+@${BASE_DIGEST}}
+
+# Optional parts, with spaces between: ray, tracing.
+ARG EXTRAS=
 
 # The image's own certificates, so that it also builds behind a proxy that has one of its own.
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 UV_SYSTEM_CERTS=true PATH=/opt/unperturb/bin:$PATH
@@ -11,7 +17,8 @@ RUN python3 -m venv /opt/unperturb && pip install --no-cache-dir --disable-pip-v
 
 # The dependencies in a layer of their own, so that a change of code does not install them again.
 COPY pyproject.toml constraints.txt ./
-RUN uv pip install --no-cache --python /opt/unperturb/bin/python --constraint constraints.txt -r pyproject.toml
+RUN uv pip install --no-cache --python /opt/unperturb/bin/python --constraint constraints.txt -r pyproject.toml \
+    $(for extra in ${EXTRAS}; do echo "--extra ${extra}"; done)
 COPY README.md LICENSE ./
 COPY unperturb unperturb
 COPY models models

@@ -1,4 +1,4 @@
-"""The tables of the service, from the results of load.py, side_by_side.py and faults.py."""
+"""The tables of the service, from the results of the scripts in benchmarks/serving/."""
 
 import statistics
 from collections.abc import Iterable
@@ -66,6 +66,27 @@ def faults_table(record: dict[str, Any]) -> str:
             rows.append(
                 f"| {name.replace('_', ' ')} | {words(found[name])} | {'yes' if found[name]['well'] else '**no**'} |"
             )
+    return "\n".join(rows)
+
+
+def dashboard_queries_table(record: dict[str, Any]) -> str:
+    """What Prometheus answers to each query of deploy/; a condition of an alert answers 0 or 1."""
+    found = record["results"]
+    rows = [
+        f"| asked of Prometheus {found['prometheus']} by | query | series | least | most |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    for row in found["queries"]:
+        none = "none: no GPU here" if row["well"] else "**none**"
+        cells = [f"{row['series']}", f"{row['least']:.3g}", f"{row['most']:.3g}"] if row["series"] else [none, "", ""]
+        rows.append(f"| {row['user']} | {row['name']} | {' | '.join(cells)} |")
+    load, seconds = found["load"], record["config"]["seconds"]
+    without = sum(not row["well"] for row in found["queries"])
+    rows += [
+        "",
+        f"{len(found['queries'])} queries, {without or 'none'} of them without an answer that should have one; "
+        f"{load['requests']:,} requests in {seconds:.0f} s: {_counts(load['statuses'])}.",
+    ]
     return "\n".join(rows)
 
 

@@ -20,7 +20,13 @@ from unperturb.benchmarks.reporting.purifier_tables import (
 )
 from unperturb.benchmarks.reporting.results import FOLDER
 from unperturb.benchmarks.reporting.rows import group_of, load_runs
-from unperturb.benchmarks.reporting.service_tables import bulk_line, faults_table, load_table, side_by_side_table
+from unperturb.benchmarks.reporting.service_tables import (
+    bulk_line,
+    dashboard_queries_table,
+    faults_table,
+    load_table,
+    side_by_side_table,
+)
 from unperturb.benchmarks.reporting.settings_table import settings_table
 from unperturb.benchmarks.reporting.speed_tables import http_table, speed_plot, speed_table
 from unperturb.models.checkpoints import store
@@ -31,6 +37,7 @@ SERVICE = {
     "side_by_side": side_by_side_table,
     "faults": faults_table,
     "bulk_memory": bulk_line,
+    "serving/dashboard_queries": dashboard_queries_table,
 }
 ROBUSTNESS = FOLDER / "robustness"
 EPSILON = 8 / 255  # of the page's main table
@@ -82,7 +89,7 @@ def all_tables() -> dict[str, str]:
     }
     for name, make in SERVICE.items():
         if (file := FOLDER / f"{name}.json").exists():
-            tables[name] = make(json.loads(file.read_text()))
+            tables[file.stem] = make(json.loads(file.read_text()))
     if records := records_in("purify_speed"):
         tables["speed"] = "\n\n".join(map(speed_table, records.values()))
     if records := records_in("http_cost"):

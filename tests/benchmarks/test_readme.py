@@ -30,7 +30,7 @@ from unperturb.training.supervised.adversarial import SupervisedBatch, smoothed
 ROOT = Path(__file__).parents[2]
 PAGES = tables.pages()
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
-FOLDERS = "service|models|benchmarks|training|tests|docs"
+FOLDERS = "service|models|benchmarks|training|tests|docs|deploy"
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -112,7 +112,7 @@ def test_python_examples_run(page: str) -> None:
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_files_that_it_names_exist(page: str) -> None:
-    for path in re.findall(rf"[` ]((?:{FOLDERS})/[\w./]+\w)", TEXTS[page]):
+    for path in re.findall(rf"[` ]((?:{FOLDERS})/[\w./-]+\w)", TEXTS[page]):
         if path not in EXAMPLES:
             assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS[page]):
