@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     )
     max_queue: Positive = Field(default=256, description="images that may wait; past it 503")
     patience: Annotated[float, Field(gt=0, le=1e6)] = Field(
-        default=1.5, description="how many times its own time others may add to a newcomer's, as estimated; past it 503"
+        default=15, description="how many times its own time others may add to a newcomer's, as estimated; past it 503"
     )
     timeout_s: Seconds = Field(default=30.0, description="a request's deadline; the header x-timeout-s shortens it")
     header_timeout_s: Seconds = Field(default=10.0, description="for a request's head to arrive; then it is closed")

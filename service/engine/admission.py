@@ -28,15 +28,17 @@ class Admission(NamedTuple):
         if waiting + max(0, images - free_slots) > self.max_queue:
             raise NotReadyError(
                 f"{waiting} images are waiting, and at most {self.max_queue} may; try again",
-                retry_after_s=max(1, math.ceil(_added_s(scheduler, None, stage))),
+                retry_after_s=max(1, math.ceil(_added_s(scheduler, None, stage, None))),
             )
 
-    def check_added_time(self, scheduler: Scheduler, *, model: Model, stage: str | None, left_s: float) -> None:
+    def check_added_time(
+        self, scheduler: Scheduler, *, model: Model, stage: str | None, client: str, left_s: float
+    ) -> None:
         """Refuse a request to whose time others would add too much; its own images are not held against it.
 
         left_s: seconds to its deadline
         """
-        added_s, alone_s = _added_s(scheduler, model, stage), model.alone_s(stage)
+        added_s, alone_s = _added_s(scheduler, model, stage, client), model.alone_s(stage)
         limit_s = self.patience * max(alone_s, model.alone_s(self.default_stage))
         if alone_s < left_s:  # otherwise it would be late with nobody beside it, too
             limit_s = min(limit_s, left_s - alone_s)
@@ -47,11 +49,12 @@ class Admission(NamedTuple):
             )
 
 
-def _added_s(scheduler: Scheduler, model: Model | None, stage: str | None) -> float:
-    """Estimate the seconds that those in progress add to a newcomer: all they take, where it finds no free slot."""
+def _added_s(scheduler: Scheduler, model: Model | None, stage: str | None, client: str | None) -> float:
+    """Estimate the seconds that those before it add to a newcomer: all they take, where it finds no free slot."""
+    cost_s = 0.0 if model is None else model.alone_s(stage)
     full = all(worker.free_slots(stage) <= 0 for worker in scheduler.workers)
     seconds = (
         request.model.added_s(request.work.stage, request.work.stage if full else stage, model or request.model)
-        for request in scheduler.unanswered()
+        for request in scheduler.ahead_of(client, cost_s)
     )
     return sum(seconds) / len(scheduler.workers)

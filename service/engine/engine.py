@@ -39,6 +39,7 @@ from unperturb.service.telemetry.metrics import Metrics
 
 log = logging.getLogger("unperturb.engine")
 WATCH_EVERY_S = 0.1
+LATE = "the deadline passed before the answer was there, or would have"
 LOAD_TIMEOUT_S = 900.0  # for one piece of a warm-up: a batch size of a stage, compiled or not
 
 
@@ -270,7 +271,7 @@ class Engine:
 
     # -- its queue -----------------------------------------------------------------------------------------------------
 
-    def refuse_if_full(self, model: Model | None, stage: str | None) -> None:
+    def refuse_if_full(self, model: Model | None, stage: str | None, client: str = "") -> None:
         """Raise NotReadyError, with the seconds after which to try again, where one more image cannot be taken now.
 
         model: None where it is not known yet which model and stage it will be
@@ -278,7 +279,7 @@ class Engine:
         if self.state is not EngineState.LEAVING:
             self.require_ready()
         with self._changed:
-            self._refuse_if_full(model, stage, 1, math.inf)
+            self._refuse_if_full(model, stage, client, 1, math.inf)
 
     async def submit(
         self,
@@ -291,9 +292,11 @@ class Engine:
         wants_image: bool = False,
         begun: bool = False,
         gate: float | None = None,
+        client: str = "",
     ) -> list[Outcome]:
         """Return the outcomes of one request's images (uint8, or float32 in [0, 1]), each with its seed; all, or raise.
 
+        client: whose it is; every client gets an equal share of the devices' time
         begun: work has been done for this request already, so that it is not refused for the work of others.
         gate: a first loss up to which an image is left as it is.
         Raises NotReadyError where they cannot be taken, DeadlineError past `deadline` (time.monotonic's clock),
@@ -306,6 +309,8 @@ class Engine:
                 Work(next(self._ids), model.number, image, stage, seed, wants_image, now, gate),
                 model,
                 functools.partial(resolve, future),
+                client,
+                deadline,
             )
             for image, seed, future in zip(images, seeds, futures, strict=True)
         ]
@@ -313,27 +318,30 @@ class Engine:
             if self.state not in (*OPEN, EngineState.DRAINING):
                 raise NotReadyError(NOT_READY[self.state])
             if not begun:
-                self._refuse_if_full(model, stage, len(requests), deadline - now)
+                self._refuse_if_full(model, stage, client, len(requests), deadline - now)
             self.scheduler.add(requests)
             self._schedule()
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 return list(await asyncio.gather(*futures))
         except TimeoutError as error:
-            raise DeadlineError("the deadline passed before the answer was there") from error
+            raise DeadlineError(LATE) from error
         finally:
             self._finish(requests)
 
-    def _refuse_if_full(self, model: Model | None, stage: str | None, images: int, left_s: float) -> None:
+    def _refuse_if_full(self, model: Model | None, stage: str | None, client: str, images: int, left_s: float) -> None:
         """Raise NotReadyError where images cannot be taken; under the lock."""
         self.admission.check_queue_length(self.scheduler, stage=stage, images=images)
         if model is not None:
-            self.admission.check_added_time(self.scheduler, model=model, stage=stage, left_s=left_s)
+            self.admission.check_added_time(self.scheduler, model=model, stage=stage, client=client, left_s=left_s)
 
     def _schedule(self) -> None:
-        """Send waiting images to workers that have free slots; under the lock."""
-        for index, request in self.scheduler.schedule():
+        """Send waiting images to workers that have free slots, and refuse those that are too late; under the lock."""
+        given, late = self.scheduler.schedule()
+        for index, request in given:
             self.workers[index].send(request.work)
+        for request in late:
+            request.answer(DeadlineError(LATE))
 
     def _finish(self, requests: Sequence[ImageRequest]) -> None:
         """Drop those of a request's images that are not answered: nobody waits for them any more."""

@@ -64,6 +64,18 @@ class Model:
         """Estimate the seconds of one image that has a device for itself."""
         return self.pace * self.cost.alone(stage)
 
+    def end_s(self, stage: str | None) -> float:
+        """Estimate the seconds of one image before its first step and after its last, alone."""
+        return self.pace * self.cost.end(stage)
+
+    def step_s(self, stage: str | None) -> float:
+        """Estimate the seconds that one image's step adds to one that others take anyway."""
+        return self.pace * self.cost.added_by_step(stage)
+
+    def batch_s(self) -> float:
+        """Estimate the seconds of a step, whatever it holds."""
+        return self.pace * self.cost.per_batch_s
+
     def added_s(self, other: str | None, stage: str | None, model: "Model") -> float:
         """Estimate the seconds that one of its images, in stage `other`, adds to one of `model` in `stage`."""
         return self.pace * self.cost.added_by(other, stage, together=model is self)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,11 +14,26 @@ log = logging.getLogger("unperturb.engine")
 
 @dataclass(eq=False)
 class ImageRequest:
-    """Hold one image on its way: what a worker is sent, the model that it is for, and what to call with its result."""
+    """Hold one image on its way.
+
+    work:     what a worker is sent
+    answer:   what to call with its result
+    client:   whose share of the devices' time it takes
+    deadline: on time.monotonic's clock
+    step:     how many of its steps are done, as far as is known
+    """
 
     work: Work
     model: Model
     answer: Callable[[Outcome | Exception], None]
+    client: str = ""
+    deadline: float = math.inf
+    step: int = 0
+
+    @property
+    def cost_s(self) -> float:
+        """Estimate the seconds that it takes alone."""
+        return self.model.alone_s(self.work.stage)
 
 
 def resolve(future: "asyncio.Future[Outcome]", result: Outcome | Exception) -> None:

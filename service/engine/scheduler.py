@@ -3,15 +3,18 @@
 It has no threads, no processes and no lock: the engine sends what it schedules, and guards it with a lock of its own.
 """
 
+import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
+from unperturb.service.engine.fair_queue import FairQueue
 from unperturb.service.engine.messages import Loaded, LoadProgress, Outcome, StepReport
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
+from unperturb.service.engine.stages import shape
 
 
 class WorkerState(Enum):
@@ -63,13 +66,41 @@ class ScheduledWorker:
         """Return how many more images in a stage it can take."""
         return self.slots - len(self.images(stage))
 
+    @property
+    def step_s(self) -> float:
+        """Estimate the seconds of its next step: batches of different models follow one another."""
+        models = {request.model for request in self.staged.values()}
+        adding = math.fsum(request.model.step_s(request.work.stage) for request in self.staged.values())
+        return math.fsum(model.batch_s() for model in models) + adding
+
+    def slower_s(self, newcomer: ImageRequest) -> float:
+        """Estimate the seconds that a newcomer would add to every step."""
+        shares = any(request.model is newcomer.model for request in self.staged.values())
+        return newcomer.model.step_s(newcomer.work.stage) + (0.0 if shares else newcomer.model.batch_s())
+
+
+class Schedule(NamedTuple):
+    """Say which images get a slot of which worker, and which would be late with one: they have left the queue."""
+
+    given: list[tuple[int, ImageRequest]]
+    late: list[ImageRequest]
+
+
+def left_s(request: ImageRequest, step_s: float) -> float:
+    """Estimate the seconds until an image that has a slot is answered, at so many for a step."""
+    steps = max(0, shape(request.work.stage)[0] - request.step)
+    return steps * step_s + request.model.end_s(request.work.stage)
+
 
 class Scheduler:
-    """Queue images, first come, first served, for workers with so many slots each; a worker is known by its index."""
+    """Queue images, in equal shares for every client, for workers with so many slots each.
+
+    A worker is known by its index. A slot is given only where everybody in the others can still keep their deadline.
+    """
 
     def __init__(self, slots: Sequence[int], *, clock: Callable[[], float] = time.monotonic) -> None:
         self.workers = [ScheduledWorker(count, clock()) for count in slots]
-        self.waiting: deque[ImageRequest] = deque()
+        self.waiting = FairQueue()
         self._clock = clock
 
     @property
@@ -89,30 +120,48 @@ class Scheduler:
             yield from worker.stageless.values()
         yield from self.waiting
 
+    def ahead_of(self, client: str | None, cost_s: float) -> Iterator[ImageRequest]:
+        """Iterate over those that run, or wait and would go before a new image of a client; over all for None."""
+        for worker in self.workers:
+            yield from worker.staged.values()
+            yield from worker.stageless.values()
+        yield from self.waiting.ahead_of(client, cost_s)
+
     # -- images --------------------------------------------------------------------------------------------------------
 
     def add(self, requests: Iterable[ImageRequest]) -> None:
-        """Append images to the queue."""
-        self.waiting.extend(requests)
+        """Put images into the queue."""
+        for request in requests:
+            self.waiting.add(request)
 
-    def schedule(self) -> list[tuple[int, ImageRequest]]:
-        """Move waiting images to the workers that have the fewest and a free slot, and return who gets which.
+    def schedule(self) -> Schedule:
+        """Move waiting images to the workers that have the fewest and a free slot.
 
-        An image without steps does not wait behind one with steps that finds no slot, nor the other way round.
+        An image without steps does not wait behind one with steps that finds no slot, nor the other way round. One that
+        would miss its deadline gets none, except where a worker has nothing else to do: an estimate may be wrong, and
+        only work that is done corrects it.
         """
-        scheduled: list[tuple[int, ImageRequest]] = []
-        left: deque[ImageRequest] = deque()
+        given: list[tuple[int, ImageRequest]] = []
+        late: list[ImageRequest] = []
         for request in self.waiting:
             index = min(range(len(self.workers)), key=lambda index: self.workers[index].running)
             worker = self.workers[index]
             if worker.free_slots(request.work.stage) <= 0:
-                left.append(request)
                 continue
-            self._end_silence(worker)
-            worker.images(request.work.stage)[request.work.id] = request
-            scheduled.append((index, request))
-        self.waiting = left
-        return scheduled
+            now, step_s = self._clock(), worker.step_s
+            slower_s = step_s + worker.slower_s(request)
+            if worker.running and now + left_s(request, slower_s) > request.deadline:
+                late.append(request)
+            elif not any(
+                now + left_s(other, step_s) <= other.deadline < now + left_s(other, slower_s)
+                for other in worker.staged.values()
+            ):
+                self._end_silence(worker)
+                worker.images(request.work.stage)[request.work.id] = request
+                given.append((index, request))
+        self.waiting.take([request for _, request in given])
+        self.waiting.remove(late)
+        return Schedule(given, late)
 
     def update(
         self, index: int, report: StepReport | LoadProgress | Loaded
@@ -126,6 +175,9 @@ class Scheduler:
                 worker.loaded[number] = report
             case StepReport():
                 worker.memory = report.memory
+                if report.slots:
+                    for request in worker.staged.values():
+                        request.step += request.model.number == report.model
                 if report.pace is not None:
                     for model in {request.model for request in self.unanswered()}:
                         if model.number == report.model:
@@ -137,14 +189,12 @@ class Scheduler:
     def finish(self, requests: Iterable[ImageRequest]) -> list[tuple[int, int]]:
         """Drop images that nobody waits for any more; return the worker and the id of each that one still works on."""
         running: list[tuple[int, int]] = []
-        ids = set()
-        for request in requests:
-            ids.add(request.work.id)
+        gone = list(requests)
+        for request in gone:
             for index, worker in enumerate(self.workers):
                 if self._take_back(worker, request.work.id) is not None:
                     running.append((index, request.work.id))
-        if any(request.work.id in ids for request in self.waiting):
-            self.waiting = deque(request for request in self.waiting if request.work.id not in ids)
+        self.waiting.remove(gone)
         return running
 
     def clear(self) -> list[ImageRequest]:

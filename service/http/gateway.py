@@ -80,7 +80,7 @@ class Gateway:
         models = self.engine.models
         model = models.by_id.get(id or models.default_id) if target else None
         context.model = model.id if model is not None else None
-        self.engine.refuse_if_full(model, stage)
+        self.engine.refuse_if_full(model, stage, client)
         with self.limits.hold(client, 1):
             yield Ticket(request, context, client, deadline, started)
 
@@ -145,6 +145,7 @@ class Gateway:
             wants_image=wants_image,
             begun=begun,
             gate=gate,
+            client=ticket.client,
         )
         outcomes = await self._while_waited_for(ticket, stage or "classify", work)
         model.answered += len(outcomes)

@@ -1,6 +1,9 @@
 """The scheduler: who runs where, who waits, and whose silence counts; no process, no thread."""
 
+import math
+import random
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import pytest
 from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.cost import Cost
+from unperturb.service.engine.fair_queue import FairQueue
 from unperturb.service.engine.messages import Loaded, LoadProgress, Outcome, StepReport, Work
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
@@ -41,10 +45,20 @@ def model() -> Model:
 
 @pytest.fixture
 def request_of(model: Model) -> Request:
-    def make(id: int, stage: str | None = "default") -> ImageRequest:
-        return ImageRequest(Work(id, model.number, BLACK, stage, 0, False, 0.0), model, lambda _: None)
+    return partial(of, model)
 
-    return make
+
+@pytest.fixture
+def timed() -> Model:
+    """A model of 0.01 s a pass forward, whatever the batch."""
+    return Model(1, "a", "a", read_card(resolve("default")), Cost(per_pass_s=0.01))
+
+
+def of(
+    model: Model, id: int, stage: str | None = "default", client: str = "", deadline: float = math.inf
+) -> ImageRequest:
+    work = Work(id, model.number, BLACK, stage, 0, False, 0.0)
+    return ImageRequest(work, model, lambda _: None, client, deadline)
 
 
 def report(*ended: int, model: int = 1, pace: float | None = None, result: Outcome | Exception = OUTCOME) -> StepReport:
@@ -52,7 +66,7 @@ def report(*ended: int, model: int = 1, pace: float | None = None, result: Outco
 
 
 def scheduled(scheduler: Scheduler) -> list[tuple[int, int]]:
-    return [(index, request.work.id) for index, request in scheduler.schedule()]
+    return [(index, request.work.id) for index, request in scheduler.schedule().given]
 
 
 def test_images_go_to_the_worker_with_the_fewest_and_the_rest_waits_in_turn(request_of: Request) -> None:
@@ -179,3 +193,73 @@ def test_admission_counts_free_slots_before_the_queue(request_of: Request) -> No
     admission.check_queue_length(scheduler, stage=None, images=1)
     with pytest.raises(NotReadyError, match="1 images are waiting"):
         admission.check_queue_length(scheduler, stage="default", images=1)
+
+
+def test_client_with_few_images_does_not_wait_behind_all_of_one_with_many(timed: Model) -> None:
+    queue = FairQueue()
+    for id in range(6):
+        queue.add(of(timed, id, client="many"))
+    for id in (10, 11):
+        queue.add(of(timed, id, client="few"))
+    assert [request.work.id for request in queue] == [0, 10, 1, 11, 2, 3, 4, 5]
+
+
+def test_client_that_was_away_has_no_claim_to_what_it_did_not_ask_for(timed: Model) -> None:
+    queue = FairQueue()
+    for id in range(6):
+        queue.add(of(timed, id, client="busy"))
+    for request in list(queue)[:4]:
+        queue.take([request])
+    for id in range(10, 14):
+        queue.add(of(timed, id, client="new"))
+    assert [request.work.id for request in queue] == [4, 10, 5, 11, 12, 13]
+
+
+def test_clients_that_always_wait_get_equal_work_within_one_image_of_each(timed: Model) -> None:
+    """Golestani 1994, theorem 1: two backlogged clients differ by at most the sum of their largest costs."""
+    generator = random.Random(0)
+    costs = {stage: timed.alone_s(stage) for stage in ("fast", "default", "published")}
+    for _ in range(50):
+        queue, served = FairQueue(), {"a": 0.0, "b": 0.0}
+        arrivals = [client for client in served for _ in range(60)]
+        generator.shuffle(arrivals)
+        for id, client in enumerate(arrivals):
+            queue.add(of(timed, id, generator.choice(list(costs)), client))
+        while {request.client for request in queue} == {"a", "b"}:
+            first = next(iter(queue))
+            queue.take([first])
+            served[first.client] += first.cost_s
+            assert abs(served["a"] - served["b"]) <= 2 * max(costs.values()) + 1e-9
+
+
+def test_image_that_would_be_late_gets_no_slot_unless_the_worker_is_idle(timed: Model, clock: Clock) -> None:
+    alone_s = timed.alone_s("default")
+    scheduler = Scheduler([4], clock=clock)
+    hopeless = of(timed, 0, deadline=0.5 * alone_s)
+    scheduler.add([hopeless])
+    assert scheduler.schedule() == ([(0, hopeless)], [])  # nothing else to do: the estimate may be wrong
+    late, possible = of(timed, 1, deadline=1.5 * alone_s), of(timed, 2, deadline=2.5 * alone_s)
+    scheduler.add([late, possible])
+    assert scheduler.schedule() == ([(0, possible)], [late])
+    assert not scheduler.waiting
+
+
+def test_newcomer_waits_while_it_would_make_another_late(timed: Model, clock: Clock) -> None:
+    alone_s = timed.alone_s("default")
+    scheduler = Scheduler([4], clock=clock)
+    tight, newcomer = of(timed, 0, deadline=1.2 * alone_s), of(timed, 1)
+    scheduler.add([tight, newcomer])
+    assert scheduler.schedule() == ([(0, tight)], [])
+    for _ in range(4):  # of five steps
+        scheduler.update(0, report())
+    assert scheduler.schedule() == ([(0, newcomer)], [])  # one step together is in time
+
+
+def test_admission_counts_only_what_goes_before_the_newcomer(timed: Model) -> None:
+    scheduler, admission = Scheduler([1]), Admission(100, 5.0, "default")
+    scheduler.add(of(timed, id, client="many") for id in range(20))
+    scheduler.schedule()
+    check = partial(admission.check_added_time, scheduler, model=timed, stage="default", left_s=30.0)
+    with pytest.raises(NotReadyError, match="images in progress would take about"):
+        check(client="many")
+    check(client="few")
