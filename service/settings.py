@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from unperturb.models.inference.captured import Execution, check_compiler
+from unperturb.models.inference.captured import Execution, check_compiler, fastest
 from unperturb.models.inference.folding import Precision
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.keys import PAIR, KeyRing
@@ -57,13 +57,14 @@ class Settings(BaseSettings):
         default=5.0, description="from SIGTERM on, for which new requests are still taken though /readyz is 503"
     )
     grace_s: Seconds = Field(default=20.0, description="from SIGTERM to the end, for what is in progress")
-    execution: Execution = Field(
-        default="eager",
+    execution: Execution | Literal["auto"] = Field(
+        default="auto",
         description="how steps run; captured: as CUDA graphs for 1, 2, 4 … images, made at start; compiled: fused by "
-        "torch's compiler as well, which takes minutes at start and needs a C++ compiler",
+        "torch's compiler as well, which takes minutes and a C++ compiler; auto: eager at first, and the fastest that "
+        "the machine has as soon as it is made",
     )
-    precision: Precision = Field(
-        default="float32", description="of the backbone in the steps; bfloat16 pays where the device has it"
+    precision: Precision | Literal["auto"] = Field(
+        default="auto", description="of the backbone in the steps; auto: bfloat16 where the device computes in it"
     )
 
     api_keys: Keys = Field(default_factory=dict, description="name:sha256 pairs with commas")
@@ -160,6 +161,16 @@ class Settings(BaseSettings):
         if self.device != "auto":
             return [torch.device(name) for name in self.device.split(",")]
         return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+    @property
+    def first_execution(self) -> Execution:
+        """Return how steps run at first."""
+        return "eager" if self.execution == "auto" else self.execution
+
+    def upgrade(self, device: torch.device) -> Execution | None:
+        """Return how steps are to run as soon as what that takes is made; None: as at first."""
+        best = fastest(device) if self.execution == "auto" else self.first_execution
+        return best if best != self.first_execution else None
 
     @property
     def slots(self) -> int:

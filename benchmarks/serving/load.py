@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
+from unperturb.models.inference.captured import fastest
 from unperturb.models.options import as_json, option
 
 CLIENTS = (1, 2, 4, 8, 16, 32)  # of the closed loops; the best of them is the capacity
@@ -33,6 +36,8 @@ class LoadConfig(BenchmarkConfig):
     seconds: float = option("for each load", 30.0)
     calibration_seconds: float = option("for the lone request, and for each closed loop that finds the capacity", 10.0)
     patience: float = option("the service's UNPERTURB_PATIENCE; 0 for its own default", 0.0)
+    execution: str = option("how steps run: auto is the fastest that is here, made before the first request", "auto")
+    precision: str = option("of the backbone in the steps: float32, bfloat16 or auto", "auto")
     out: Path = option("result file; a plot is written beside it", results.FOLDER / "load.json")
 
     def __post_init__(self) -> None:
@@ -46,6 +51,7 @@ class LoadConfig(BenchmarkConfig):
 def measure(config: LoadConfig) -> dict[str, Any]:
     """The lone request, the capacity, and every load."""
     requests = [open_loop.Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
+    execution = fastest(torch.device(config.device)) if config.execution == "auto" else config.execution
     port = open_loop.free_port()
     url, environment = (
         f"http://127.0.0.1:{port}",
@@ -53,6 +59,8 @@ def measure(config: LoadConfig) -> dict[str, Any]:
             "UNPERTURB_CHECKPOINT": config.checkpoint,
             "UNPERTURB_DEVICE": config.device,
             "UNPERTURB_LOG_LEVEL": "warning",
+            "UNPERTURB_EXECUTION": execution,
+            "UNPERTURB_PRECISION": config.precision,
         },
     )
     if config.patience:
@@ -83,6 +91,7 @@ def measure(config: LoadConfig) -> dict[str, Any]:
     best = max(row["goodput"] for row in rows)
     at_80, at_300 = (next(row for row in rows if row["share"] == share) for share in (0.8, 3.0))
     return {
+        "execution": execution,
         "solo_ms": solo_ms,
         "back_to_back_ms": back_to_back_ms,
         "capacity": capacity,

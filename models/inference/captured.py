@@ -193,6 +193,15 @@ def check_compiler(device: torch.device) -> None:
         )
 
 
+def fastest(device: torch.device) -> Execution:
+    """Return the fastest way to run steps that this machine has what it takes for."""
+    try:
+        check_compiler(device)
+    except ConfigError:
+        return "captured" if device.type == "cuda" else "eager"
+    return "compiled"
+
+
 def bucket(count: int) -> int:
     """Return the next power of two."""
     return 1 << max(0, count - 1).bit_length()

@@ -18,12 +18,26 @@ from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.shapes import Float
 
 Precision = Literal["float32", "bfloat16"]
+NATIVE = ("amx_bf16", "avx512_bf16")  # of a CPU
 TOLERANCE = 1e-9  # of the features' largest, between a network and its folded copy in float64
 
 
-def prepared(checkpoint: Checkpoint, *, precision: Precision = "float32") -> Checkpoint:
-    """Return the checkpoint with a classifier for inference alone, on the same device."""
+def native(device: torch.device) -> Precision:
+    """Return bfloat16 where the device computes in it, else float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bfloat16" if any(capabilities.get(name, False) for name in NATIVE) else "float32"
+
+
+def prepared(checkpoint: Checkpoint, *, precision: Precision | Literal["auto"] = "float32") -> Checkpoint:
+    """Return the checkpoint with a classifier for inference alone, on the same device.
+
+    precision: of the backbone in the steps; auto: `native`
+    """
     classifier = folded(checkpoint.classifier)
+    if precision == "auto":
+        precision = native(next(iter(checkpoint.classifier.parameters())).device)
     if precision == "bfloat16":
         classifier = BFloat16Backbone(classifier)
     return dataclasses.replace(checkpoint, classifier=classifier.eval().requires_grad_(False))

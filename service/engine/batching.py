@@ -12,9 +12,9 @@ from torch import Tensor
 
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints.store import Checkpoint
-from unperturb.models.inference.captured import Execution, Stepper
+from unperturb.models.inference.captured import Execution, Stepper, bucket
 from unperturb.models.inference.continuous import Slots, Stage, features_of
-from unperturb.service.engine.cost import Timing
+from unperturb.service.engine.cost import Cost, Timing
 from unperturb.service.engine.messages import Outcome, Work
 from unperturb.service.engine.stages import ATTACK, begin_passes, finish_passes, stages_of, step_passes
 from unperturb.service.errors import UnprocessableError
@@ -124,6 +124,20 @@ class ContinuousBatch:
             seconds += time.monotonic() - started
             yield pieces
         return Timing(self.batch_count - batches, self.pass_count - passes, seconds)
+
+    def warmed(self, slots: int) -> Generator[int, None, Cost]:
+        """Warm up for every size up to `slots` images, and measure what they cost; yields how many pieces there are."""
+        sizes = {1, slots}
+        if self.stepper.execution != "eager":  # made once for each size
+            sizes |= {bucket(n) for n in range(1, slots)}
+        timed = (slots, 1, 1)  # measured when all is warm
+        pieces = (len(sizes) + len(timed)) * self.warm_up_pieces
+        timings = []
+        for size in (*sorted(sizes), *timed):
+            timings.append((yield from self.warm_up(size, pieces)))
+        large, *small = timings[-len(timed) :]
+        fastest = min(small, key=lambda timing: timing.seconds)
+        return Cost.fit(fastest, large, together=self.stepper.together)
 
     def _slot(self, work: Work) -> Slot:
         image = torch.from_numpy(work.image).to(self.device)

@@ -22,12 +22,14 @@ from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import (
     Cancel,
     Failed,
+    FromWorker,
     Load,
     Loaded,
     LoadProgress,
     Outcome,
     StepReport,
     Unload,
+    Upgraded,
     Work,
     WorkerConfig,
 )
@@ -225,6 +227,7 @@ class Engine:
             if answer.refused is not None:
                 self._unload(model)
                 raise CheckpointError(answer.refused)
+        model.execution = self.workers[0].config.execution
         default_stage = self.admission.default_stage
         model.cost = max((answer.cost for answer in answers), key=lambda cost: cost.alone(default_stage))
 
@@ -351,7 +354,7 @@ class Engine:
             self._schedule()
             self._changed.notify_all()
 
-    def _on_message(self, index: int, message: StepReport | LoadProgress | Loaded | Failed) -> None:
+    def _on_message(self, index: int, message: FromWorker) -> None:
         """Take in what a worker says, from a thread of its handle."""
         if isinstance(message, Failed):
             self.fail(f"worker {self.workers[index].config.device}: {message.reason}")
@@ -362,6 +365,10 @@ class Engine:
             self._changed.notify_all()
         for request, result in answered:
             request.answer(result)
+        if isinstance(message, Upgraded):
+            for model in self.models.by_id.values():
+                if model.number == message.model:
+                    model.cost, model.pace, model.execution = message.cost, 1.0, message.execution
         if isinstance(message, LoadProgress) and self.state is EngineState.WARMING_UP:
             self.progress = f"piece {message.done + 1} of {message.pieces}"
             log.info("warming up on %s: %s", self.workers[index].config.device, self.progress)

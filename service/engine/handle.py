@@ -13,10 +13,8 @@ from multiprocessing.connection import Connection
 from unperturb.service.engine.messages import (
     Cancel,
     Failed,
+    FromWorker,
     Load,
-    Loaded,
-    LoadProgress,
-    StepReport,
     Unload,
     Work,
     WorkerConfig,
@@ -31,9 +29,7 @@ class WorkerHandle:
     on_message: called, from a thread, with everything that the worker says, and with Failed when it dies
     """
 
-    def __init__(
-        self, config: WorkerConfig, on_message: Callable[[StepReport | LoadProgress | Loaded | Failed], None]
-    ) -> None:
+    def __init__(self, config: WorkerConfig, on_message: Callable[[FromWorker], None]) -> None:
         self.config, self.on_message = config, on_message
         self.process: subprocess.Popen[bytes] | None = None
         self._outbox: queue.SimpleQueue[WorkerConfig | Work | Load | Unload | Cancel | None] = queue.SimpleQueue()

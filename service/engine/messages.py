@@ -1,6 +1,6 @@
 """Define the messages between the service's process and a worker's."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,16 +35,19 @@ class Outcome(NamedTuple):
 class WorkerConfig(NamedTuple):
     """Tell a worker how to run: the first message to it.
 
-    device: as torch names it; slots: images at a time; threads: torch's on the CPU
+    device:  as torch names it; slots: images at a time; threads: torch's on the CPU
+    precision: auto: the device's own, which only a process that uses it may ask
+    upgrade: how steps are to run as soon as what that takes is made, beside serving; None: as at first
     """
 
     device: str
     slots: int
     threads: int
     execution: Execution
-    precision: Precision
+    precision: Precision | Literal["auto"]
     log_level: str
     log_format: str
+    upgrade: Execution | None = None
 
 
 class Load(NamedTuple):
@@ -99,6 +102,14 @@ class Loaded(NamedTuple):
     refused: str | None = None
 
 
+class Upgraded(NamedTuple):
+    """Report, from a worker, that new images of a model take faster steps from now on, and what they cost."""
+
+    model: int
+    execution: Execution
+    cost: Cost
+
+
 class StepReport(NamedTuple):
     """Report, from a worker, a step: slots in use, its seconds, what has ended, and the device's memory in bytes.
 
@@ -117,3 +128,6 @@ class Failed(NamedTuple):
     """Report, from a worker, why it ends."""
 
     reason: str
+
+
+FromWorker = StepReport | LoadProgress | Loaded | Upgraded | Failed

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.inference.captured import Execution
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.stages import stages_of
@@ -23,6 +24,7 @@ class Model:
     """Hold a model that is served under `id`; `number` tells two of one id apart.
 
     cost:  of images on a device; measured in the warm-up
+    execution: how its steps run now
     pace:  what work takes now, in multiples of its cost
     users: requests that have begun on it
     answered: images
@@ -32,6 +34,7 @@ class Model:
     id: str
     name: str
     card: Card
+    execution: Execution = "eager"
     cost: Cost = Cost()
     pace: float = 1.0
     users: int = 0

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from unperturb.service.engine.fair_queue import FairQueue
-from unperturb.service.engine.messages import Loaded, LoadProgress, Outcome, StepReport
+from unperturb.service.engine.messages import Loaded, LoadProgress, Outcome, StepReport, Upgraded
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.stages import shape
@@ -164,7 +164,7 @@ class Scheduler:
         return Schedule(given, late)
 
     def update(
-        self, index: int, report: StepReport | LoadProgress | Loaded
+        self, index: int, report: StepReport | LoadProgress | Loaded | Upgraded
     ) -> list[tuple[ImageRequest, Outcome | Exception]]:
         """Take in what a worker reports, and return the images that it has answered, without those finished before."""
         worker = self.workers[index]

@@ -8,18 +8,22 @@ import contextlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import torch
 
 from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError
-from unperturb.models.inference.captured import bucket
+from unperturb.models.inference.captured import Execution
 from unperturb.models.inference.folding import prepared
+from unperturb.service.engine import precompile
 from unperturb.service.engine.batching import ContinuousBatch, SlotResult
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.messages import (
@@ -30,24 +34,31 @@ from unperturb.service.engine.messages import (
     LoadProgress,
     StepReport,
     Unload,
+    Upgraded,
     Work,
     WorkerConfig,
 )
 from unperturb.service.telemetry import logs
 
 log = logging.getLogger("unperturb.worker")
+UPGRADE_EVERY_S = 2.0  # a piece, which takes about as long, where images are in progress
+UPGRADE_POLL_S = 0.05
+DONE = object()
 
 
 def work(server: Connection, config: WorkerConfig) -> None:
     """Serve until the server hangs up; a failure of the device is reported and ends it too."""
     torch.set_num_threads(config.threads)
+    worker = _Worker(server, config)
     try:
-        _Worker(server, config).run()
+        worker.run()
     except (EOFError, ConnectionError):
         log.info("the server has hung up")
     except Exception as error:
         log.exception("the worker failed")
         server.send(Failed(type(error).__name__))
+    finally:
+        worker.upgrades.clear()  # which ends the process that compiles
 
 
 class _Worker:
@@ -57,13 +68,17 @@ class _Worker:
         self.costs: dict[int, Cost] = {}
         self.loading: deque[tuple[int, Iterator[int]]] = deque()  # of each the pieces of its warm-up
         self.done = 0  # pieces of the first one's
+        self.upgrades: dict[int, Iterator[None]] = {}  # by model, in order
+        self.upgraded_at = 0.0  # the end of the last piece of an upgrade, on time.monotonic's clock
+        self.retiring: list[tuple[int, ContinuousBatch]] = []  # they end the images that they have
 
     def run(self) -> None:
         while True:
             self._read()
-            for model, batch in list(self.batches.items()):
+            for model, batch in [*self.batches.items(), *self.retiring]:
                 if batch.slots:
                     self._advance(model, batch)
+            self.retiring = [(model, batch) for model, batch in self.retiring if batch.slots]
             if self.loading:  # a piece at a time, between steps
                 model, warm_up = self.loading[0]
                 if (pieces := next(warm_up, None)) is None:
@@ -72,17 +87,22 @@ class _Worker:
                 else:
                     self.server.send(LoadProgress(model, self.done, pieces))
                     self.done += 1
+            elif self.upgrades and (not self._busy() or time.monotonic() - self.upgraded_at > UPGRADE_EVERY_S):
+                model, upgrade = next(iter(self.upgrades.items()))
+                if next(upgrade, DONE) is DONE:
+                    del self.upgrades[model]
+                self.upgraded_at = time.monotonic()
 
     def _read(self) -> None:
         """Read everything that the server has sent; wait for it where there is nothing else to do."""
         new: dict[int, list[Work]] = {}
-        while self.server.poll(0 if new or self._busy() else None):
+        while self.server.poll(0 if new or self._busy() else UPGRADE_POLL_S if self.upgrades else None):
             match self.server.recv():
                 case Work() as image:
                     new.setdefault(image.model, []).append(image)
                 case Cancel(ids):
                     new = {model: [image for image in works if image.id not in ids] for model, works in new.items()}
-                    for batch in self.batches.values():
+                    for batch in (*self.batches.values(), *(batch for _, batch in self.retiring)):
                         batch.free(ids)
                 case Load(model, name, digest):
                     self.loading.append((model, self._load(model, name, digest)))
@@ -91,12 +111,13 @@ class _Worker:
                 case Unload(model):
                     self.batches.pop(model, None)
                     self.costs.pop(model, None)
+                    self.upgrades.pop(model, None)
         for model, works in new.items():
             if works and (ended := self.batches[model].admit(works)):
                 self._report(model, 0, 0.0, None, ended)
 
     def _busy(self) -> bool:
-        return bool(self.loading) or any(batch.slots for batch in self.batches.values())
+        return bool(self.loading or self.retiring) or any(batch.slots for batch in self.batches.values())
 
     def _load(self, model: int, name: str, digest: str) -> Iterator[int]:
         """Load a checkpoint and warm it up, a piece for each `next`, which gives how many there are.
@@ -110,17 +131,7 @@ class _Worker:
                 raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
             ready = prepared(loaded, precision=self.config.precision)
             batch = ContinuousBatch(ready, self.device, execution=self.config.execution)
-            sizes = {1, self.config.slots}
-            if self.config.execution != "eager":  # made once for each size
-                sizes |= {bucket(n) for n in range(1, self.config.slots)}
-            timed = (self.config.slots, 1, 1)  # measured when all is warm
-            pieces = (len(sizes) + len(timed)) * batch.warm_up_pieces
-            timings = []
-            for size in (*sorted(sizes), *timed):
-                timings.append((yield from batch.warm_up(size, pieces)))
-            large, *small = timings[-len(timed) :]
-            fastest = min(small, key=lambda timing: timing.seconds)
-            cost = Cost.fit(fastest, large, together=batch.stepper.together)
+            cost = yield from batch.warmed(self.config.slots)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -131,6 +142,43 @@ class _Worker:
         self.batches[model], self.costs[model] = batch, cost
         log.info("warmed up %s on %s in %.1f s", loaded.card.id, self.device, time.monotonic() - started)
         self.server.send(Loaded(model, cost))
+        if self.config.upgrade is not None:
+            self.upgrades[model] = self._upgrade(model, name, ready, self.config.upgrade)
+
+    def _upgrade(self, model: int, name: str, ready: Checkpoint, execution: Execution) -> Iterator[None]:
+        """Make faster steps beside those that serve, then give them to new images; where that fails, all stays."""
+        started = time.monotonic()
+        try:
+            if execution == "compiled":
+                yield from self._precompiled(name)
+            batch = ContinuousBatch(ready, self.device, execution=execution)
+            pieces = batch.warmed(self.config.slots)
+            while True:
+                try:
+                    next(pieces)
+                except StopIteration as end:
+                    cost = end.value
+                    break
+                yield
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            log.exception("%s steps of %s cannot be made; it is served as before", execution, name)
+            return
+        self.retiring.append((model, self.batches[model]))
+        self.batches[model], self.costs[model] = batch, cost
+        log.info("steps of %s are %s after %.0f s", name, execution, time.monotonic() - started)
+        self.server.send(Upgraded(model, execution, cost))
+
+    def _precompiled(self, name: str) -> Iterator[None]:
+        """Wait for another process that fills the compiler's cache; whatever it leaves out is made here."""
+        process = subprocess.Popen(precompile.command(name, self.config), stdin=subprocess.DEVNULL)
+        try:
+            while process.poll() is None:
+                yield
+        finally:
+            process.kill()
+            process.wait()
 
     def _advance(self, model: int, batch: ContinuousBatch) -> None:
         batches, passes = batch.batch_count, batch.pass_count
@@ -140,7 +188,8 @@ class _Worker:
         if self.device.type == "cuda":  # admission is between steps: launch no further than the device is
             torch.cuda.synchronize(self.device)
         seconds = time.monotonic() - started
-        expected = self.costs[model].seconds(batch.batch_count - batches, batch.pass_count - passes)
+        cost = self.costs[model] if batch is self.batches.get(model) else Cost()  # it is the new one's
+        expected = cost.seconds(batch.batch_count - batches, batch.pass_count - passes)
         failed = any(isinstance(result, Exception) for _, result in ended)  # its other steps were not done
         self._report(model, slots, seconds, seconds / expected if expected and not failed else None, ended)
 
@@ -152,6 +201,8 @@ class _Worker:
 if __name__ == "__main__":
     for _signal in (signal.SIGINT, signal.SIGTERM):  # the server ends it, when all is answered
         signal.signal(_signal, signal.SIG_IGN)
+    # Not the compiler's own choice, a folder in /tmp that anybody may have made before.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/unperturb/compiled").expanduser()))
     _server = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, ConnectionError):  # the server has ended before it said how to work
         _config = _server.recv()

@@ -41,10 +41,11 @@ def make_engine(
                 device=str(device),
                 slots=settings.slots,
                 threads=threads,
-                execution=settings.execution,
+                execution=settings.first_execution,
                 precision=settings.precision,
                 log_level=settings.log_level,
                 log_format=settings.log_format,
+                upgrade=settings.upgrade(device),
             )
             for device in settings.devices
         ],

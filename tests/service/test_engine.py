@@ -1,7 +1,9 @@
 """The engine: continuous batches of different presets, and what each image gets."""
 
 import asyncio
+import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.engines import close, one, submit, uint8
+from tests.support.engines import close, one, submit, uint8, wait_until
 from unperturb.models.checkpoints import store
+from unperturb.models.inference.captured import Execution, Stepper
+from unperturb.models.inference.continuous import step_together
 from unperturb.models.inference.folding import prepared
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
-from unperturb.service.engine import batching
+from unperturb.service.engine import batching, precompile, worker
 from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.engine import Engine
-from unperturb.service.engine.messages import Outcome
+from unperturb.service.engine.messages import Outcome, WorkerConfig
 from unperturb.service.engine.stages import ATTACK, stages_of
 
 
@@ -76,6 +80,68 @@ def test_compiled_steps_give_the_same_outcome(
     assert len(compiled) == 1
     assert close(outcome.scores, expected.logits[0].softmax(0), 1e-4)
     assert close(outcome.image, expected.image[0], 1e-3)
+
+
+@pytest.mark.parametrize("faster", ["captured", "compiled"])
+def test_images_go_on_while_faster_steps_are_made_and_new_ones_take_them(
+    faster: Execution, engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    precompiled: list[Any] = []
+
+    def command(name: str, config: WorkerConfig) -> list[str]:
+        precompiled.append(config)
+        return [sys.executable, "-c", "import time; time.sleep(0.5)"]
+
+    monkeypatch.setattr(precompile, "command", command)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # for time's sake
+    monkeypatch.setattr(worker, "UPGRADE_EVERY_S", 0.0)
+    engine, image = engines(upgrade=faster, slots=2), uint8(images)[0]
+    model = engine.models.get(None)
+    answers = []
+    while model.execution == "eager":  # the last one of them begins on the old steps
+        answers += asyncio.run(submit(engine, [image], "published", seed=3, wants_image=True))
+    before = len(answers)
+    assert model.execution == faster
+    assert len(precompiled) == (faster == "compiled")
+    answers += asyncio.run(submit(engine, [image], "published", seed=3, wants_image=True))
+    for outcome in answers[1:]:
+        assert close(outcome.scores, answers[0].scores, 1e-4)
+        assert close(outcome.image, torch.from_numpy(answers[0].image), 1e-3)
+    assert before > 0
+    assert engine.failure is None
+    assert not engine.in_slots
+
+
+def test_faster_steps_that_cannot_be_made_leave_all_as_it_was(
+    engines: Callable[..., Engine],
+    images: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(Stepper, "captured", broken)
+    engine = engines(upgrade="captured", slots=2)
+    wait_until(lambda: "captured steps of" in caplog.text)
+    assert len(asyncio.run(submit(engine, uint8(images)[:3]))) == 3
+    assert engine.models.get(None).execution == "eager"
+    assert engine.failure is None
+
+
+def test_process_that_compiles_makes_every_step_of_a_checkpoint(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: set[tuple[Any, int]] = set()
+    monkeypatch.setattr(Stepper, "prepare", lambda _, stage, count: made.add((stage, count)))
+    monkeypatch.setattr(Stepper, "step", lambda stepper, parts: step_together(stepper.classifier, parts))
+    config = WorkerConfig("cpu", 3, torch.get_num_threads(), "eager", "float32", "info", "text")
+    given = json.loads(precompile.command(str(tiny_folder), config)[-1])
+    precompile.precompile(str(tiny_folder), WorkerConfig(**given))
+    assert given["execution"] == "compiled"
+    assert {count for _, count in made} == {1, 2, 3}
+    with_steps = [stage for stage in stages_of(store.load(tiny_folder)).values() if stage.loop.steps]
+    assert len(made) == 3 * len(with_steps)
 
 
 def test_presets_attacks_and_plain_images_share_batches_and_keep_their_own_answers(

@@ -303,6 +303,23 @@ def test_compiled_steps_without_a_compiler_are_refused_at_start(
         settings(tiny_folder, execution="compiled")
 
 
+@pytest.mark.parametrize(
+    ("compiler", "asked", "first", "later"),
+    [
+        ("true", "auto", "eager", "compiled"),
+        ("no-such-compiler", "auto", "eager", None),
+        ("true", "eager", "eager", None),
+        ("true", "captured", "captured", None),
+    ],
+)
+def test_execution_is_chosen_by_what_the_machine_has(
+    compiler: str, asked: str, first: str, later: str | None, monkeypatch: pytest.MonkeyPatch, tiny_folder: Path
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    chosen = settings(tiny_folder, execution=asked)
+    assert (chosen.first_execution, chosen.upgrade(torch.device("cpu"))) == (first, later)
+
+
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNPERTURB_MAX_BODY_BYTES", "123")
     assert Settings().max_body_bytes == 123

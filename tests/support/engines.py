@@ -48,11 +48,12 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
         max_queue: int = 64,
         patience: float = 1e9,
         default_stage: str = "default",
+        upgrade: Execution | None = None,
         **changed: Any,
     ) -> Engine:
         admission = Admission(max_queue, patience, default_stage)
         settings = {"stall_s": 60.0, "metrics": Metrics(), "handle": ThreadHandle, **changed}
-        config = WorkerConfig("cpu", slots, torch.get_num_threads(), execution, "float32", "warning", "text")
+        config = WorkerConfig("cpu", slots, torch.get_num_threads(), execution, "float32", "warning", "text", upgrade)
         engine = Engine(str(tiny_folder), workers=[config] * workers, admission=admission, **settings)
         made.append(engine)
         engine.start()

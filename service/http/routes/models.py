@@ -25,6 +25,7 @@ class Described(BaseModel):
     classes: int
     image_size: int
     presets: tuple[str, ...] = Field(description="that it has the parts for; each can be asked for in a request")
+    execution: str = Field(description="how its steps run now: eager, captured or compiled")
     default: bool
 
 
@@ -54,6 +55,7 @@ def describe(gateway: Gateway, model: Model) -> Described:
         classes=len(model.card.classes),
         image_size=model.image_size,
         presets=model.presets,
+        execution=model.execution,
         default=model.id == gateway.engine.models.default_id,
     )
 
