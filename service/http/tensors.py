@@ -157,7 +157,8 @@ def write_infer(
         values = outputs[output.name]
         datatype = next(name for name, dtype in DTYPES.items() if dtype == values.dtype)
         entry: dict[str, Any] = {"name": output.name, "shape": list(values.shape), "datatype": datatype}
-        if output.parameters.get("binary_data", everything_binary):
+        binary = output.parameters.get("binary_data")
+        if everything_binary if binary is None else binary:
             payload = values.tobytes()
             entry["parameters"] = {"binary_data_size": len(payload)}
             raw.append(payload)
