@@ -21,7 +21,17 @@ INPUT = "image"
 HEADER_LENGTH = "inference-header-content-length"
 
 
-Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+def _nullable(schema: dict[str, Any]) -> None:
+    """Say in a member's schema that null is as good as absent."""
+    inner = {name: schema.pop(name) for name in list(schema) if name not in ("title", "description", "default")}
+    schema["anyOf"] = [inner, {"type": "null"}]
+
+
+Parameters = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda value: {} if value is None else value),
+    Field(json_schema_extra=_nullable),
+]
 
 
 class InputTensor(BaseModel):
@@ -52,7 +62,7 @@ class InferRequest(BaseModel):
     parameters: Parameters = Field(default_factory=dict)
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
     outputs: Annotated[list[OutputRequest], BeforeValidator(lambda value: [] if value is None else value)] = Field(
-        default_factory=list, max_length=16
+        default_factory=list, max_length=16, json_schema_extra=_nullable
     )
 
 
