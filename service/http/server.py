@@ -1,11 +1,12 @@
 """Uvicorn, with what it leaves to a proxy: slow heads are cut off, SIGTERM drains and ends with status 0."""
 
 import asyncio
+import errno
 import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 import uvicorn
@@ -13,6 +14,42 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from unperturb.service.settings import Settings
+
+ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+
+
+@contextmanager
+def taken(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Hold the address, each one that a name stands for, from before anything is loaded; an OSError names it.
+
+    Nothing listens there yet. Addresses of a name that this machine has not, as of IPv6, are left out beside others.
+    """
+    with ExitStack() as held:
+        sockets: list[socket.socket] = []
+        try:
+            places = dict.fromkeys(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            for last, (family, _, _, _, address) in enumerate(places, start=1 - len(places)):
+                try:
+                    sockets.append(held.enter_context(_bound(family, address)))
+                except OSError as error:
+                    if error.errno not in ABSENT or (last == 0 and not sockets):
+                        raise
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{host}:{port}") from error
+        yield sockets
+
+
+def _bound(family: socket.AddressFamily, address: tuple[str | int | bytes, ...]) -> socket.socket:
+    one = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what was closed a minute ago is free
+        if family == socket.AF_INET6:
+            one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # IPv4 has a socket of its own
+        one.bind(address)
+    except OSError:
+        one.close()
+        raise
+    return one
 
 
 class Server(uvicorn.Server):

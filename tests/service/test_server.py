@@ -161,4 +161,4 @@ def test_port_in_use_ends_the_start(tiny_folder: Path) -> None:
             check=False,
         )
     assert done.returncode not in (0, None)
-    assert "address already in use" in done.stderr
+    assert "Address already in use; something listens there already" in done.stderr
