@@ -270,7 +270,7 @@ def purify(
 @app.command()
 @refusing
 def demo(
-    file: Annotated[Path | None, typer.Argument(help="default: the shipped drawing")] = None,
+    file: Annotated[Path | None, typer.Argument(help="default: a part of the shipped drawing, chosen")] = None,
     out: Annotated[Path, typer.Option(help="picture to write")] = Path("demo.png"),
     checkpoint: CheckpointOption = "default",
     preset: PresetOption = "default",
@@ -278,10 +278,12 @@ def demo(
     device: DeviceOption = "auto",
 ) -> None:
     """Attack an image, purify it, print the three predictions and write one picture of it all."""
-    from unperturb.service.demo import SAMPLE, run_demo
+    from unperturb.service.demo import CHOSEN, run_demo
 
     defended, card, place = _load(checkpoint, preset, device)
-    x = _batch(_read(file or SAMPLE, card), place)
+    x = _batch(_read(file or CHOSEN, card), place)
+    if file is None:
+        typer.echo("a part of the shipped drawing, chosen: most labels are not brought back", err=True)
     for line in run_demo(defended, card, x, seed=seed, out=out):
         print(line)
 

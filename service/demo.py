@@ -18,6 +18,7 @@ from unperturb.models.shapes import Float
 from unperturb.service.http.answer import top
 
 SAMPLE = Path(__file__).parent / "assets" / "sample.png"
+CHOSEN = SAMPLE.parent / "page" / "restored.png"  # a part of it; benchmarks/purifier/samples.py chooses
 EPSILON = 8 / 255
 AMPLIFIED = 8  # how much stronger a perturbation is shown than it is
 

@@ -62,12 +62,20 @@ def test_demo_prints_three_predictions_and_writes_a_picture(
     out = tmp_path / "demo.png"
     result = run(app, ["demo", *([str(file)] if given else []), "--out", str(out), "--checkpoint", str(tiny_folder)])
     assert result.exit_code == 0, result.output
-    assert [line.split(":")[0] for line in result.output.splitlines()[:3]] == ["original", "attacked", "purified"]
+    assert [line.split(":")[0] for line in result.stdout.splitlines()[:3]] == ["original", "attacked", "purified"]
+    assert ("chosen" in result.stderr) is not given
     with Image.open(out) as picture:
         assert min(picture.size) > 500
 
 
 LOOK, FOLDER, FILE = "look whether it is spelled right", "a folder stands where a file", "a file stands where a folder"
+
+
+def test_demo_of_the_shipped_checkpoint_shows_a_label_that_is_brought_back(tmp_path: Path) -> None:
+    result = run(app, ["demo", "--out", str(tmp_path / "demo.png"), "--device", "cpu"])
+    labels = [line.split()[1] for line in result.stdout.splitlines()[:3]]
+    assert (labels[0], labels[2]) == ("ship", "ship")
+    assert labels[1] != "ship"
 
 
 @pytest.mark.parametrize(
