@@ -1,12 +1,13 @@
 """The one place where what stops a command becomes a line on standard error, with the remedy, and an exit status."""
 
 import errno
+import socket
 import sys
 from collections.abc import Callable
 
 from unperturb.models.errors import UnperturbError
 
-FULL, CLOSED = "free some space", "choose a place that can be written to"
+FULL, CLOSED = "free some space", "look at its permissions, or choose a place that can be written to"
 REMEDIES = {
     errno.ENOSPC: FULL,
     errno.EDQUOT: FULL,
@@ -17,6 +18,10 @@ REMEDIES = {
     errno.ENOTDIR: "a file stands where a folder is needed: move it, or choose another place",
     errno.EISDIR: "a folder stands where a file is needed: move it, or choose another place",
     errno.ENOENT: "look whether it is spelled right",
+    errno.EIO: "its disk or file system fails: copy it elsewhere",
+    socket.EAI_NONAME: "give an address of this machine, as 127.0.0.1",
+    errno.EADDRINUSE: "something listens there already: stop it, or choose another port",
+    errno.EADDRNOTAVAIL: "this machine has no such address",
 }
 REFUSED, INTERRUPTED = 2, 130
 

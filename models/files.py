@@ -1,4 +1,4 @@
-"""Files that are written whole: a crash leaves the old one or the new one; and those that tools leave behind."""
+"""Files that are written whole: a crash leaves the old one or the new one; read whole; and those that tools leave."""
 
 import contextlib
 import os
@@ -18,6 +18,14 @@ def write_whole(path: Path, payload: bytes) -> None:
         if isinstance(error, OSError) and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def read_whole(path: Path) -> bytes:
+    """Return a file's bytes; an OSError names it, also where the system does not, as after the file was opened."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def is_hidden(path: Path) -> bool:

@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Purify images by a reverse attack, and classify them."
 )
 
-Files = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="JPEG, PNG or WebP")]
+Files = Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP")]
 CheckpointOption = Annotated[str, typer.Option(help="a shipped checkpoint's name, or a folder")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 PresetOption = Annotated[str, typer.Option(help="default, fast, vote or published")]
@@ -66,6 +66,7 @@ def serve(
 ) -> None:
     """Start the HTTP service; every other setting is an environment variable UNPERTURB_…"""
     from unperturb.service.demo import SAMPLE
+    from unperturb.service.http.address import taken
     from unperturb.service.http.app import create_app
     from unperturb.service.http.server import Server
     from unperturb.service.settings import Settings
@@ -75,15 +76,16 @@ def serve(
     settings = Settings(**{name: value for name, value in given.items() if value is not None})
     logs.set_up(level=settings.log_level, style=settings.log_format)
     failed: list[str] = []
-    service = create_app(settings, on_failure=failed.append)
-    server = Server(service, settings, failed)
-    url = f"http://{settings.host}:{settings.port}"
-    models, devices = service.state.engine.models.by_id, ", ".join(str(device) for device in settings.devices)
-    key = " -H 'Authorization: Bearer KEY'" if settings.keys.required else ""
-    print(f"\n  serving  {url}   (model {', '.join(models)} on {devices})")
-    print(f"  docs     {url}/docs")
-    print(f"  try      curl{key} -F image=@{os.path.relpath(SAMPLE)} '{url}/classify?top_k=3'\n", flush=True)
-    server.run()
+    with taken(settings.host, settings.port) as sockets:
+        service = create_app(settings, on_failure=failed.append)
+        server = Server(service, settings, failed)
+        url = f"http://{settings.host}:{sockets[0].getsockname()[1]}"
+        models, devices = service.state.engine.models.by_id, ", ".join(str(device) for device in settings.devices)
+        key = " -H 'Authorization: Bearer KEY'" if settings.keys.required else ""
+        print(f"\n  serving  {url}   (model {', '.join(models)} on {devices})")
+        print(f"  docs     {url}/docs")
+        print(f"  try      curl{key} -F image=@{os.path.relpath(SAMPLE)} '{url}/classify?top_k=3'\n", flush=True)
+        server.run(sockets=sockets)
     if failed:
         os._exit(1)  # not sys.exit: a worker that hangs on its device would never be joined
 
@@ -125,7 +127,7 @@ def import_classifier(
     antialias: Annotated[bool | None, typer.Option(help="of that")] = None,
     mean: Annotated[str | None, typer.Option(help="per channel of pixels in [0, 1], as .485,.456,.406")] = None,
     std: Annotated[str | None, typer.Option(help="likewise")] = None,
-    picture: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="to try it on")] = None,
+    picture: Annotated[Path | None, typer.Option(help="to try it on")] = None,
 ) -> None:
     """Make a checkpoint of a classifier that somebody else has trained, and try it on a picture."""
     from unperturb.models.checkpoints import store
@@ -197,8 +199,8 @@ def classify(
     for file in files:
         try:
             decoded = _read(file, card)
-        except RequestError as error:
-            typer.echo(f"{file}: {error}", err=True)
+        except (RequestError, OSError) as error:
+            typer.echo(command.told(error) if isinstance(error, OSError) else error, err=True)
             failed += 1
             continue
         result = defended.classify(_batch(decoded, place), seed=seed)
@@ -217,7 +219,7 @@ def classify(
 @app.command()
 @refusing
 def purify(
-    file: Annotated[Path, typer.Argument(exists=True, help="image, folder of images, or Parquet file(s)")],
+    file: Annotated[Path, typer.Argument(help="image, folder of images, or Parquet file(s)")],
     out: Annotated[Path, typer.Option(help="PNG to write, at the model's size; for many images, a folder")],
     checkpoint: CheckpointOption = "default",
     preset: PresetOption = "default",
@@ -269,9 +271,7 @@ def purify(
 @app.command()
 @refusing
 def demo(
-    file: Annotated[
-        Path | None, typer.Argument(exists=True, dir_okay=False, help="default: the shipped drawing")
-    ] = None,
+    file: Annotated[Path | None, typer.Argument(help="default: a part of the shipped drawing, chosen")] = None,
     out: Annotated[Path, typer.Option(help="picture to write")] = Path("demo.png"),
     checkpoint: CheckpointOption = "default",
     preset: PresetOption = "default",
@@ -279,10 +279,12 @@ def demo(
     device: DeviceOption = "auto",
 ) -> None:
     """Attack an image, purify it, print the three predictions and write one picture of it all."""
-    from unperturb.service.demo import SAMPLE, run_demo
+    from unperturb.service.demo import CHOSEN, run_demo
 
     defended, card, place = _load(checkpoint, preset, device)
-    x = _batch(_read(file or SAMPLE, card), place)
+    x = _batch(_read(file or CHOSEN, card), place)
+    if file is None:
+        typer.echo("a part of the shipped drawing, chosen: most labels are not brought back", err=True)
     for line in run_demo(defended, card, x, seed=seed, out=out):
         print(line)
 
@@ -321,10 +323,14 @@ def _load(name: str, preset: str | None, device: str) -> "tuple[DefendedClassifi
 
 
 def _read(file: Path, card: "Card") -> "Decoded":
+    from unperturb.models.files import read_whole
     from unperturb.service.decoding.decode import decode
     from unperturb.service.settings import Settings
 
-    return decode(file.read_bytes(), card.pictures, max_pixels=Settings().max_pixels)
+    try:
+        return decode(read_whole(file), card.pictures, max_pixels=Settings().max_pixels)
+    except RequestError as error:
+        raise type(error)(f"{file}: {error}") from error
 
 
 def _batch(decoded: "Decoded", device: "torch.device") -> "torch.Tensor":

@@ -1,6 +1,7 @@
 """One picture of an attack and its purification."""
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from torch import Tensor
 from unperturb.models.attacks.pgd import pgd
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError
+from unperturb.models.files import write_whole
 from unperturb.models.purifiers.defended import DefendedClassifier
 from unperturb.models.shapes import Float
 from unperturb.service.http.answer import top
 
 SAMPLE = Path(__file__).parent / "assets" / "sample.png"
+CHOSEN = SAMPLE.parent / "page" / "restored.png"  # a part of it; benchmarks/purifier/samples.py chooses
 EPSILON = 8 / 255
 AMPLIFIED = 8  # how much stronger a perturbation is shown than it is
 
@@ -72,7 +75,7 @@ def _draw(original: Tensor, attacked: Tensor, purified: Tensor, losses: Tensor, 
     curve.set_title("InfoNCE loss before each step", fontsize=11)
     curve.set_xlabel("step (each with views of its own)")
     curve.spines[["top", "right"]].set_visible(False)
-    temporary = out.with_name(f"{out.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(out)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
     plt.close(figure)
+    write_whole(out, drawn.getvalue())

@@ -93,14 +93,16 @@ def count(
     return counts, sure.argsort(descending=True)[: counts["brought_back"]].tolist()
 
 
-def squares(drawing: Image.Image, how: Preprocessing) -> tuple[list[Square], UInt8[Tensor, "n 3 h w"]]:
-    """Return squares cut from a drawing, whole to half, at the model's size, and where they lie."""
+def squares(
+    drawing: Image.Image, how: Preprocessing, *, stride: int = STRIDE, smallest: float = 1 / 2
+) -> tuple[list[Square], UInt8[Tensor, "n 3 h w"]]:
+    """Return squares cut from a drawing, from that share of it to the whole, at the model's size; and their places."""
     whole = min(drawing.size)
     places = [
         Square(side, left, top)
-        for side in range(whole // 2, whole + 1, STRIDE)
-        for left in range(0, drawing.width - side + 1, STRIDE)
-        for top in range(0, drawing.height - side + 1, STRIDE)
+        for side in range(int(whole * smallest), whole + 1, stride)
+        for left in range(0, drawing.width - side + 1, stride)
+        for top in range(0, drawing.height - side + 1, stride)
     ]
     cut = (drawing.crop((at.left, at.top, at.left + at.side, at.top + at.side)) for at in places)
     return places, torch.stack([pil_to_tensor(to_size(piece, how)) for piece in cut])

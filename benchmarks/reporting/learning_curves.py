@@ -11,6 +11,7 @@ from typing import Any
 
 from unperturb.benchmarks.reporting.drawing import LIGHT, Theme, drawn_in, open_figure, png
 from unperturb.benchmarks.reporting.results import FOLDER
+from unperturb.models import command
 from unperturb.models.errors import DataError
 from unperturb.models.files import write_whole
 
@@ -48,14 +49,13 @@ def learning_curves(logs: dict[str, list[dict[str, Any]]], theme: Theme = LIGHT)
 
 
 def main() -> int:
-    """Draw the plot beside the logs."""
-    try:
+    """Draw the plot beside the logs; return the exit status of `models.command.run`."""
+
+    def drawn() -> None:
         write_whole(LOGS / PICTURE, learning_curves(read_logs(LOGS)))
-    except DataError as error:
-        print(f"learning_curves.py: {error}", file=sys.stderr)
-        return 2
-    print(LOGS / PICTURE)
-    return 0
+        print(LOGS / PICTURE)
+
+    return command.run("learning_curves.py", drawn)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,10 @@ from unperturb.benchmarks.reporting.service_tables import (
 )
 from unperturb.benchmarks.reporting.settings_table import settings_table
 from unperturb.benchmarks.reporting.speed_tables import http_table, speed_plot, speed_table
+from unperturb.models import command
 from unperturb.models.checkpoints import store
+from unperturb.models.errors import ConfigError
+from unperturb.models.files import write_whole
 
 SERVICE = {
     "load": load_table,
@@ -115,21 +118,26 @@ def render(text: str, tables: dict[str, str]) -> str:
     return text
 
 
-def main() -> None:
-    """Write the tables into their pages, and the plots beside their results."""
+def write_tables() -> None:
+    """Write the tables into their pages, and the plots beside their results; ConfigError for one without a page."""
     tables = all_tables()
     texts = {page: page.read_text() for page in pages()}
     if homeless := set(tables).difference(*map(places, texts.values())):
-        raise SystemExit(f"no page has a place for {', '.join(sorted(homeless))}")
+        raise ConfigError(f"no page has a place for {', '.join(sorted(homeless))}")
     for page, text in texts.items():
-        page.write_text(render(text, tables))
+        write_whole(page, render(text, tables).encode())
     for title, png in all_plots(in_main_ball(robustness_runs())).items():
         if title in PLOTS:
-            (FOLDER / PLOTS[title]).write_bytes(png)
+            write_whole(FOLDER / PLOTS[title], png)
     for file, record in records_in("purify_speed").items():
-        file.with_suffix(".png").write_bytes(speed_plot(record))
+        write_whole(file.with_suffix(".png"), speed_plot(record))
     print(f"wrote {len(tables)} tables into {len(texts)} pages", file=sys.stderr)
 
 
+def main() -> int:
+    """Run the command; return the exit status of `models.command.run`."""
+    return command.run("tables.py", write_tables)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

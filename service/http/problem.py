@@ -17,6 +17,7 @@ from unperturb.service.http.context import RequestContext
 
 log = logging.getLogger("unperturb.service")
 MEDIA_TYPE = "application/problem+json"
+KSERVE = "/v2/"  # its protocol's errors are application/json: its own client shows the message of no other
 FAULTS_SHOWN = 8
 CLIENT_CLOSED_REQUEST = 499  # the number that nginx gives a request whose client left
 
@@ -37,19 +38,25 @@ def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def problem(request: Request, status: int, detail: str, *, retry_after_s: int | None = None) -> JSONResponse:
-    """Return the answer to an error; under /v2/ it has the member `error` that KServe's clients read."""
+    """Return the answer to an error.
+
+    Under /v2/ it has the member `error` that KServe's clients read, as application/json where problem+json is not asked
+    for.
+    """
     body = Problem(
         title=HTTPStatus(status).phrase,
         status=status,
         detail=detail,
         request_id=RequestContext.of(request.scope).request_id,
     ).model_dump()
-    if request.url.path.startswith("/v2/"):
+    media_type = MEDIA_TYPE
+    if request.url.path.startswith(KSERVE):
         body["error"] = detail
+        media_type = MEDIA_TYPE if MEDIA_TYPE in request.headers.get("accept", "") else "application/json"
     headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else {}
     if status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body, status, headers, media_type=MEDIA_TYPE)
+    return JSONResponse(body, status, headers, media_type=media_type)
 
 
 def install(app: FastAPI) -> None:

@@ -6,11 +6,9 @@ connection.
 """
 
 import asyncio
-import logging
 import math
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,7 +25,6 @@ from unperturb.service.engine.engine import Engine
 from unperturb.service.http.gateway import Gateway
 from unperturb.service.settings import Settings
 
-log = logging.getLogger("unperturb.service")
 LAST_S = 2  # for the answers to what is refused at the end of the grace period
 
 
@@ -70,8 +67,8 @@ class Server(uvicorn.Server):
                     settings.metrics_port, settings.host, self.gateway.metrics.registry
                 )
             except OSError as error:
-                log.error("UNPERTURB_METRICS_PORT=%d: %s", settings.metrics_port, error)
-                sys.exit(1)
+                where = f"{settings.host}:{settings.metrics_port} (UNPERTURB_METRICS_PORT)"
+                raise OSError(error.errno, error.strerror, where) from error
         await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:

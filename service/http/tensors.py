@@ -21,7 +21,17 @@ INPUT = "image"
 HEADER_LENGTH = "inference-header-content-length"
 
 
-Parameters = Annotated[dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)]
+def _nullable(schema: dict[str, Any]) -> None:
+    """Say in a member's schema that null is as good as absent."""
+    inner = {name: schema.pop(name) for name in list(schema) if name not in ("title", "description", "default")}
+    schema["anyOf"] = [inner, {"type": "null"}]
+
+
+Parameters = Annotated[
+    dict[str, Any],
+    BeforeValidator(lambda value: {} if value is None else value),
+    Field(json_schema_extra=_nullable),
+]
 
 
 class InputTensor(BaseModel):
@@ -52,7 +62,7 @@ class InferRequest(BaseModel):
     parameters: Parameters = Field(default_factory=dict)
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
     outputs: Annotated[list[OutputRequest], BeforeValidator(lambda value: [] if value is None else value)] = Field(
-        default_factory=list, max_length=16
+        default_factory=list, max_length=16, json_schema_extra=_nullable
     )
 
 
@@ -157,7 +167,8 @@ def write_infer(
         values = outputs[output.name]
         datatype = next(name for name, dtype in DTYPES.items() if dtype == values.dtype)
         entry: dict[str, Any] = {"name": output.name, "shape": list(values.shape), "datatype": datatype}
-        if output.parameters.get("binary_data", everything_binary):
+        binary = output.parameters.get("binary_data")
+        if everything_binary if binary is None else binary:
             payload = values.tobytes()
             entry["parameters"] = {"binary_data_size": len(payload)}
             raw.append(payload)

@@ -54,7 +54,8 @@ def body_schema(parameters: type[BaseModel], *, many: bool) -> dict[str, Any]:
     if many:
         properties["images"] = {"type": "array", "items": _BINARY, "description": "instead of `image`: several files"}
         del content["multipart/form-data"]["schema"]["required"]
-        content["application/json"] = {"schema": json_body.inlined(JsonBody)}
+        content["application/json"] = {"schema": (schema := json_body.inlined(JsonBody))}
+        schema["properties"]["parameters"] = json_body.inlined(parameters)
     return {"required": True, "content": content}
 
 

@@ -16,6 +16,7 @@ BAD = {
     "purifier.preset_sweep": ["--data", "x", "--n", "0"],
     "purifier.purification": ["--data", "x", "--steps", "0"],
     "purifier.purify_speed": ["--blocks", "0"],
+    "purifier.samples": ["--data", "x", "--n", "-1"],
     "serving.bulk_memory": ["--n", "0"],
     "serving.faults": ["--files", "0"],
     "serving.http_cost": ["--turns", "0"],
@@ -77,3 +78,25 @@ def test_what_the_system_refuses_is_one_line(
     assert run_command(BenchmarkConfig, measure, script="script.py", arguments=[]) == status
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"script.py: {said}")
+
+
+def test_plot_and_tables_that_cannot_be_made_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, payload: bytes) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    curves, tables = module("reporting.learning_curves"), module("reporting.tables")
+    monkeypatch.setattr(curves, "LOGS", tmp_path)
+    assert curves.main() == 2
+    assert capsys.readouterr().err == f"learning_curves.py: {tmp_path} holds no log (*.jsonl) of a training run\n"
+    page = tmp_path / "page.md"
+    page.write_text("")
+    monkeypatch.setattr(tables, "pages", lambda: [page])
+    monkeypatch.setattr(tables, "all_tables", dict)
+    monkeypatch.setattr(tables, "write_whole", full)
+    assert tables.main() == 2
+    assert capsys.readouterr().err == f"tables.py: {page}: No space left on device; free some space\n"
+    monkeypatch.setattr(tables, "all_tables", lambda: {"speed": "a table"})
+    assert tables.main() == 2
+    assert capsys.readouterr().err == "tables.py: no page has a place for speed\n"

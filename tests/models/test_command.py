@@ -22,10 +22,20 @@ from unperturb.training.state import STATE
             2,
             "prog: a/b: No space left on device; free some space\n",
         ),
-        (OSError(errno.EROFS, "Read-only file system", "a"), 2, "prog: a: Read-only file system; choose a place that"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), 2, "prog: a: Read-only file system; look at its"),
+        (
+            OSError(errno.EADDRINUSE, "Address already in use"),
+            2,
+            "prog: Address already in use; something listens there",
+        ),
+        (
+            OSError(errno.EIO, "Input/output error", "a"),
+            2,
+            "prog: a: Input/output error; its disk or file system fails",
+        ),
         (KeyboardInterrupt(), 130, "\nprog: interrupted; the same command goes on\n"),
     ],
-    ids=["refused", "disk full", "read-only", "Ctrl-C"],
+    ids=["refused", "disk full", "read-only", "port in use", "broken disk", "Ctrl-C"],
 )
 def test_what_stops_a_command_is_one_line_with_the_remedy(
     raised: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]

@@ -2,19 +2,16 @@
 
 import base64
 import json
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
 
 from tests.support.engines import ThreadHandle
-from tests.support.serving import photo, settings, wait_until_ready
+from tests.support.serving import listening, photo, settings, wait_until_ready
 from unperturb.service.http.app import create_app
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -22,17 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 @pytest.fixture(scope="module")
 def address(tiny_folder: Path) -> Iterator[str]:
-    """A real server in a thread."""
-    app = create_app(settings(tiny_folder), handle=ThreadHandle)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not (server.started and app.state.engine.wait_until_ready(0.0)):
-        assert thread.is_alive()
-        time.sleep(0.02)
-    yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+    with listening(tiny_folder) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +66,7 @@ def test_official_client_is_served(address: str, binary: bool, datatype: str) ->
 
 
 def test_client_is_told_what_is_wrong(address: str) -> None:
-    from tritonclient.http import InferenceServerClient, InferInput
+    from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
     from tritonclient.utils import InferenceServerException
 
     with InferenceServerClient(address) as official:
@@ -88,6 +76,14 @@ def test_client_is_told_what_is_wrong(address: str) -> None:
             official.infer("tiny", [tensor])
         with pytest.raises(InferenceServerException, match="'other' is not loaded"):
             official.get_model_metadata("other")
+        images = InferInput("image", [2, 3, 32, 32], "FP32")
+        images.set_data_from_numpy(batch())
+        with pytest.raises(InferenceServerException, match="classification is not offered"):
+            official.infer("tiny", [images], outputs=[InferRequestedOutput("scores", class_count=3)])
+        in_memory = InferRequestedOutput("scores")
+        in_memory.set_shared_memory("region", 24)
+        with pytest.raises(InferenceServerException, match="shared memory is not offered"):
+            official.infer("tiny", [images], outputs=[in_memory])
 
 
 def test_scores_are_those_of_classify(client: TestClient) -> None:
@@ -122,6 +118,8 @@ def test_image_files_are_taken_as_bytes(address: str, client: TestClient, binary
             official.get_model_repository_index()
             assert official.get_model_config("tiny")["max_batch_size"] == 32
             assert official.get_inference_statistics("tiny")["model_stats"][0]["inference_count"] >= 2
+            assert [one["name"] for one in official.get_inference_statistics()["model_stats"]] == ["tiny"]
+            assert official.get_server_metadata()["name"] == "unperturb"
     else:
         data = [base64.b64encode(file).decode() for file in files]
         body = {"inputs": [{"name": "image", "shape": [2, 1], "datatype": "BYTES", "data": [[one] for one in data]}]}
@@ -175,6 +173,7 @@ def request(**changed: Any) -> dict[str, Any]:
         ({**request(), "outputs": [{"name": "scores", "parameters": {"classification": 3}}]}, 400, "not offered"),
         ({**request(), "parameters": {"presett": "fast"}}, 422, "'presett' is not known; 'preset' is"),
         ({**request(), "parameters": {"preset": "nonsense"}}, 422, "parameters.preset"),
+        ({**request(), "parameters": {"model": "other"}}, 422, "'other' is not the model of the path, 'tiny'"),
         (request(data=[[[[0.5] * 3] * 32] * 32]), 400, "nested as [1, 32, 32, 3] under shape [1, 3, 32, 32]"),
         (request(data=[[0.5] * 3072]), 400, "nested as [1, 3072]"),
         (request(data=[7.5] * 3072, datatype="UINT8"), 400, "UINT8 has fractions"),

@@ -1,6 +1,7 @@
 """The command line."""
 
 import json
+import socket
 import subprocess
 import sys
 from io import BytesIO
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from tests.support.serving import photo
 from unperturb.service.cli import app
+from unperturb.service.http.address import taken
 from unperturb.service.keys import digest
 
 run = CliRunner().invoke
@@ -60,9 +62,88 @@ def test_demo_prints_three_predictions_and_writes_a_picture(
     out = tmp_path / "demo.png"
     result = run(app, ["demo", *([str(file)] if given else []), "--out", str(out), "--checkpoint", str(tiny_folder)])
     assert result.exit_code == 0, result.output
-    assert [line.split(":")[0] for line in result.output.splitlines()[:3]] == ["original", "attacked", "purified"]
+    assert [line.split(":")[0] for line in result.stdout.splitlines()[:3]] == ["original", "attacked", "purified"]
+    assert ("chosen" in result.stderr) is not given
     with Image.open(out) as picture:
         assert min(picture.size) > 500
+
+
+LOOK, FOLDER, FILE = "look whether it is spelled right", "a folder stands where a file", "a file stands where a folder"
+
+
+def test_demo_of_the_shipped_checkpoint_shows_a_label_that_is_brought_back(tmp_path: Path) -> None:
+    result = run(app, ["demo", "--out", str(tmp_path / "demo.png"), "--device", "cpu"])
+    labels = [line.split()[1] for line in result.stdout.splitlines()[:3]]
+    assert (labels[0], labels[2]) == ("ship", "ship")
+    assert labels[1] != "ship"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["classify", "no/such.png"], f"no/such.png: No such file or directory; {LOOK}"),
+        (["classify", "{folder}"], f"{{folder}}: Is a directory; {FOLDER}"),
+        (["classify", "/proc/self/mem"], "/proc/self/mem: Input/output error; its disk"),
+        (
+            ["purify", "no/such.png", "--out", "{folder}/a.png"],
+            f"unperturb: no/such.png: No such file or directory; {LOOK}",
+        ),
+        (["purify", "{broken}", "--out", "{folder}/a.png"], "unperturb: {broken}: the image is damaged"),
+        (["purify", "{file}", "--out", "{folder}"], f"unperturb: {{folder}}: Is a directory; {FOLDER}"),
+        (["purify", "{file}", "--out", "{file}/a.png"], f"unperturb: {{file}}/a.png: Not a directory; {FILE}"),
+        (
+            ["demo", "no/such.png", "--out", "{folder}/a.png"],
+            f"unperturb: no/such.png: No such file or directory; {LOOK}",
+        ),
+        (["demo", "{file}", "--out", "{file}/a.png"], f"unperturb: {{file}}/a.png: Not a directory; {FILE}"),
+        (["demo", "{file}", "--out", "{folder}"], f"unperturb: {{folder}}: Is a directory; {FOLDER}"),
+    ],
+)
+def test_file_that_cannot_be_read_or_written_is_one_line_and_leaves_nothing(
+    file: Path,
+    tiny_folder: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(photo()[:80])
+    before = sorted(tmp_path.rglob("*"))
+    names = {"folder": folder, "file": file, "broken": broken}
+    given = [one.format(**names) for one in arguments]
+    result = run(app, [*given, "--checkpoint", str(tiny_folder), "--device", "cpu"])
+    assert result.exit_code in (1, 2)
+    (line,) = capfd.readouterr().err.strip().splitlines() or result.stderr.strip().splitlines()
+    assert line.startswith(message.format(**names))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_address_in_use_is_one_line_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        result = run(app, ["serve", "--port", str(port), "--checkpoint", str(tmp_path / "none"), "--device", "cpu"])
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        (line,) = result.stderr.strip().splitlines()
+        assert line.startswith(f"unperturb: 127.0.0.1:{port}: Address already in use; something listens there already")
+    result = run(app, ["serve", "--port", "0", "--checkpoint", str(tmp_path / "none"), "--device", "cpu"])
+    assert "is neither a folder with a card.json" in result.stderr
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_address_is_taken_at_each_place_that_a_name_stands_for(host: str) -> None:
+    with taken(host, 0) as sockets:
+        assert "127.0.0.1" in [one.getsockname()[0] for one in sockets]
+        place, port = sockets[0].getsockname()[:2]
+        sockets[0].listen()
+        with pytest.raises(OSError, match="Address already in use") as raised, taken(place, port):
+            raise AssertionError("it was given away twice")
+        assert raised.value.filename == f"{place}:{port}"
+    with taken(place, port):
+        assert sockets[0].fileno() == -1
 
 
 @pytest.mark.parametrize(

@@ -92,9 +92,9 @@ def photo(seed: int = 0) -> FilePayload:
     return {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
 
 
-def use_sample(page: Page) -> None:
-    page.get_by_role("button", name="sample").click()
-    expect(page.locator("#name")).to_have_text("the sample drawing")  # it is fetched
+def use_sample(page: Page, name: str = "Sample: restored") -> None:
+    page.get_by_role("button", name=name, exact=True).click()
+    expect(page.locator("#name")).to_have_text(name)  # it is fetched
 
 
 def press_run(page: Page) -> Any:
@@ -179,6 +179,47 @@ def test_sample_without_an_attack_has_one_difference(page: Page) -> None:
     expect(page.locator("circle")).to_have_count(PRESETS["published"].loop.steps)
 
 
+@pytest.mark.parametrize(
+    ("name", "attacked", "fate"),
+    [
+        ("Sample: restored", True, "the purifier brings it back"),
+        ("Sample: not restored", True, "the purifier does not bring it back"),
+        ("Sample: harmed", False, "the purifier alone makes it wrong"),
+    ],
+)
+def test_sample_says_that_it_is_chosen_and_how_often_it_happens(
+    page: Page, name: str, attacked: bool, fate: str
+) -> None:
+    about = page.get_by_role("note")
+    expect(about).to_be_hidden()
+    page.get_by_label("Purifier").select_option("vote")
+    use_sample(page, name)
+    expect(about).to_contain_text("chosen to show this: by the model cifar10-wrn10-2-linf and the purifier default, ")
+    expect(about).to_contain_text(fate)
+    expect(page.get_by_label("Attack it first")).to_be_checked(checked=attacked)
+    expect(page.get_by_label("Purifier")).to_have_value("default")
+    counts = {"n": 1000, "right": 690, "changed": 300, "restored": 110, "unrestored": 190, "harmed": 5}
+    told = {"model": "m", "data": "cifar10", "counts": counts}
+    page.route("**/samples.json", lambda route: route.fulfill(json=told))
+    use_sample(page, name)
+    often = page.locator("#often")
+    expect(often).to_have_text(
+        "The samples are chosen. Of the first 1000 test images of cifar10, 690 are right at first; the attack changes "
+        "300 of them, of which 110 are restored and 190 are not; 5 are harmed."
+    )
+    page.locator("#file").set_input_files(photo())
+    expect(about).to_be_hidden()
+    page.route("**/samples.json", lambda route: route.fulfill(json={**told, "counts": None}))
+    use_sample(page, name)
+    expect(often).to_be_hidden()
+
+
+def test_samples_that_cannot_be_loaded_are_said(page: Page) -> None:
+    page.route("**/samples.json", lambda route: route.abort())
+    page.get_by_role("button", name="Sample: harmed").click()
+    expect(page.get_by_role("status")).to_have_text("The sample could not be loaded.")
+
+
 def test_keyboard_alone_runs_it(page: Page) -> None:
     # subscribed to before the page is loaded again: Chromium may take a while to heed it, and the key would be lost
     page.on("filechooser", lambda chooser: chooser.set_files(photo()))
@@ -187,7 +228,7 @@ def test_keyboard_alone_runs_it(page: Page) -> None:
     assert page.locator("#drop").evaluate("drop => getComputedStyle(drop).outlineStyle") == "solid"
     page.keyboard.press("Enter")
     expect(page.locator("#drop")).to_contain_text("photo.png")
-    for key in ("Tab", "Tab", "Tab", "Tab", "Tab", "Enter"):  # sample, attack, preset, API key, run
+    for key in (*["Tab"] * 7, "Enter"):  # three samples, attack, preset, API key, run
         page.keyboard.press(key)
     expect(page.get_by_role("img", name="The attacked image")).to_be_visible()
     expect(page.get_by_role("button", name="Run")).to_be_focused()
@@ -348,6 +389,9 @@ def test_predictions_are_above_the_fold(page: Page) -> None:
             body[name]["predictions"] = (2 * body[name]["predictions"])[:5]
         route.fulfill(response=answer, json=body)
 
+    counts = dict.fromkeys(("n", "right", "changed", "restored", "unrestored", "harmed"), 1000)
+    told = {"model": "cifar10-wrn10-2-linf", "data": "cifar10", "counts": counts}
+    page.route("**/samples.json", lambda route: route.fulfill(json=told))
     page.route("**/inspect?*", five)
     use_sample(page)
     press_run(page)

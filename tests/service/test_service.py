@@ -96,7 +96,11 @@ def test_version_that_is_not_there_is_said_with_those_that_are(client: TestClien
     for path in ("/v2/models/tiny/versions/2", "/v2/models/tiny/versions/7/ready"):
         answer = client.get(path)
         assert answer.status_code == 404
+        assert answer.headers["content-type"] == "application/json"  # as KServe's protocol has it
         assert "is not there; it has: 1" in answer.json()["error"]
+        by_problem = client.get(path, headers={"accept": "application/problem+json"})
+        assert by_problem.headers["content-type"] == "application/problem+json"
+        assert by_problem.json()["detail"] == answer.json()["error"]
     assert client.post("/v2/models/tiny/versions/2/infer", json={}).status_code == 404
     assert client.get("/v2/models/tiny/versions/1").status_code == 200
 

@@ -1,6 +1,7 @@
 """The shipped checkpoint, on real images where they are at hand."""
 
 import importlib.util
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from tests.support.serving import wait_until_ready
+from unperturb.benchmarks.purifier.samples import ASSETS, SHOWN
 from unperturb.models.checkpoints import store
 from unperturb.service.http.app import create_app
 from unperturb.service.settings import Settings
@@ -42,6 +44,26 @@ def test_images() -> tuple[list[bytes], list[int]]:
         Image.fromarray(image).save(buffer, "PNG")
         files.append(buffer.getvalue())
     return files, labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "attack", "labels"),
+    [
+        ("restored", True, ("ship", "other", "ship")),
+        ("unrestored", True, ("ship", "other", "other")),
+        ("harmed", False, ("ship", None, "other")),
+    ],
+)
+def test_samples_of_the_page_do_what_it_says_of_them(
+    client: TestClient, name: str, attack: bool, labels: tuple[str | None, ...]
+) -> None:
+    payload = (ASSETS / f"{name}.png").read_bytes()
+    answer = client.post(f"/inspect?attack={attack}", files={"image": payload}).json()
+    assert answer["model"]["id"] == json.loads((ASSETS / SHOWN).read_text())["model"]
+    seen = (
+        answer[point] and answer[point]["predictions"][0]["label"] for point in ("original", "attacked", "purified")
+    )
+    assert tuple(label if label in ("ship", None) else "other" for label in seen) == labels
 
 
 def test_it_ships_whole_small_and_with_the_figures_that_it_must_have() -> None:

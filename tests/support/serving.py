@@ -1,11 +1,14 @@
 """A client of the service over a tiny model, and what it sends."""
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -38,6 +41,21 @@ def serving(tiny_folder: Path) -> Iterator[TestClient]:
     ) as opened:
         wait_until_ready(opened)
         yield opened
+
+
+@contextmanager
+def listening(tiny_folder: Path) -> Iterator[str]:
+    """The address of a real server in a thread."""
+    app = create_app(settings(tiny_folder), handle=ThreadHandle)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not (server.started and app.state.engine.wait_until_ready(0.0)):
+        assert thread.is_alive()
+        time.sleep(0.02)
+    yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    server.should_exit = True
+    thread.join(30)
 
 
 def photo(seed: int = 0, size: int = 32) -> bytes:

@@ -15,6 +15,7 @@ from unperturb.models.checkpoints.importing.sources import Source, Triple, open_
 from unperturb.models.checkpoints.importing.weights import fill, read_state, renamed, without_prefix
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
+from unperturb.models.files import read_whole
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.imported import ImportedClassifier, last_linear, network_of
 from unperturb.models.pixels import Preprocessing
@@ -99,7 +100,7 @@ def _state(config: ImportConfig, source: Source) -> tuple[Mapping[str, Tensor] |
     if config.weights is not None and config.pretrained:
         raise ConfigError("weights and pretrained: give one of the two")
     if config.weights is not None:
-        digest = hashlib.sha256(config.weights.read_bytes()).hexdigest() if config.weights.is_file() else ""
+        digest = hashlib.sha256(read_whole(config.weights)).hexdigest() if config.weights.is_file() else ""
         state = read_state(config.weights)
         if config.rename is not None:
             state = renamed(state, config.rename)

@@ -5,9 +5,15 @@ const RAW_TYPES = ["image/png", "image/jpeg", "image/webp"];
 const KEY = "unperturb-api-key"; // in sessionStorage
 const UNSURE = 0.5; // a best score below this is said
 const TIMES = 8; // that differences are amplified
-const [form, drop, file, preview, name, hint, attack, model, knows, preset, access, key, run, status, result] = [
-  "form", "drop", "file", "preview", "name", "hint", "attack", "model", "knows", "preset", "access", "key", "run", "status",
-  "result",
+const SAMPLES = { // whether it is attacked, and what happens to it
+  restored: [true, "the attack changes its label, and the purifier brings it back"],
+  unrestored: [true, "the attack changes its label, and the purifier does not bring it back"],
+  harmed: [false, "its label is right, and the purifier alone makes it wrong"],
+};
+const [form, drop, file, preview, name, hint, about, often, attack, model, knows, preset, access, key, run, status,
+  result] = [
+  "form", "drop", "file", "preview", "name", "hint", "about", "often", "attack", "model", "knows", "preset", "access", "key",
+  "run", "status", "result",
 ].map((id) => document.getElementById(id));
 
 let chosen = null; // the File
@@ -36,9 +42,11 @@ function say(words, kind = "") {
 
 // ---- choosing an image
 
-function choose(one) {
+function choose(one, words = "") {
   running?.abort();
   chosen = one;
+  about.textContent = words;
+  about.hidden = !words;
   URL.revokeObjectURL(preview.src);
   preview.src = URL.createObjectURL(one);
   preview.hidden = false;
@@ -48,14 +56,32 @@ function choose(one) {
   say("");
 }
 
-async function chooseSample() {
+async function chooseSample({ currentTarget: button }) {
+  const kind = button.dataset.sample;
+  const [attacked, fate] = SAMPLES[kind];
   try {
-    const response = await fetch("page/sample.png");
-    if (!response.ok) throw new Error(response.statusText);
-    choose(new File([await response.blob()], "the sample drawing", { type: "image/png" }));
+    const [picture, figures] = await Promise.all([fetch(`page/${kind}.png`), fetch("page/samples.json")]);
+    if (!picture.ok || !figures.ok) throw new Error(picture.statusText);
+    const told = await figures.json();
+    const words = `A part of a drawing, chosen to show this: by the model ${told.model} and the purifier default, ${fate}.`;
+    choose(new File([await picture.blob()], button.textContent, { type: "image/png" }), words);
+    tellCounts(told);
   } catch {
-    say("The sample drawing could not be loaded.", "error");
+    say("The sample could not be loaded.", "error");
+    return;
   }
+  attack.checked = attacked;
+  const usual = preset.querySelector("[value=default]");
+  if (!usual.disabled) preset.value = usual.value;
+}
+
+function tellCounts({ data, counts }) {
+  often.hidden = !counts;
+  if (!counts) return;
+  const { n, right, changed, restored, unrestored, harmed } = counts;
+  often.textContent =
+    `The samples are chosen. Of the first ${n} test images of ${data}, ${right} are right at first; the attack changes ` +
+    `${changed} of them, of which ${restored} are restored and ${unrestored} are not; ${harmed} are harmed.`;
 }
 
 function dropped(event) {
@@ -313,7 +339,7 @@ file.addEventListener("change", () => {
   file.value = ""; // so that the same file can be chosen again
 });
 preview.addEventListener("error", () => (preview.hidden = true));
-document.getElementById("sample").addEventListener("click", chooseSample);
+for (const button of document.querySelectorAll("[data-sample]")) button.addEventListener("click", chooseSample);
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   start();

@@ -59,6 +59,7 @@ NOT_FOUND = problem.responses(404)
 
 
 @router.get("")
+@router.get("/", include_in_schema=False)
 async def server(request: Request) -> dict[str, Any]:
     """Describe this server."""
     return {"name": "unperturb", "version": request.app.version, "extensions": EXTENSIONS}
@@ -78,6 +79,12 @@ async def ready(gateway: GatewayOfApp) -> dict[str, bool]:
     """Say whether requests are served."""
     gateway.engine.require_ready()
     return {"ready": True}
+
+
+@router.get("/models/stats", responses=problem.responses(401), dependencies=[FOR_USERS])
+async def every_stats(gateway: GatewayOfApp) -> dict[str, Any]:
+    """Return how many images each model has answered, as Triton's statistics extension has it."""
+    return {"model_stats": [_statistics(model) for model in gateway.engine.models.by_id.values()]}
 
 
 @router.get("/models/{id}", responses={**NOT_FOUND, **problem.responses(401)}, dependencies=[FOR_USERS])
@@ -126,8 +133,11 @@ async def config(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
 @router.get("/models/{id}/versions/1/stats", include_in_schema=False, dependencies=[FOR_USERS])
 async def stats(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
     """Return how many images a model has answered, as Triton's statistics extension has it."""
-    model = gateway.engine.models.get(id)
-    return {"model_stats": [{"name": model.id, "version": "1", "inference_count": model.answered}]}
+    return {"model_stats": [_statistics(gateway.engine.models.get(id))]}
+
+
+def _statistics(model: Model) -> dict[str, Any]:
+    return {"name": model.id, "version": "1", "inference_count": model.answered}
 
 
 @router.get("/models/{id}/ready", responses={**NOT_FOUND, **problem.responses(503)})
@@ -159,6 +169,8 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
         body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
         asked, given = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
         wanted = json_body.validate(InferParameters, _own(asked.parameters), within=("body", "parameters"))
+        if wanted.model not in (None, id):
+            raise UnprocessableError(f"parameters.model: {wanted.model!r} is not the model of the path, {id!r}")
         preset = ticket.context.preset = wanted.stage(settings.preset)
         model.require(preset)
         _check(asked, given, model, preset=preset, max_images=settings.max_images)
@@ -198,12 +210,15 @@ async def no_such_version(gateway: GatewayOfApp, id: str, version: str) -> None:
 
 
 def _own(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Return the parameters that are this service's; another client's own are ignored, but a slip of the pen is not."""
+    """Return the parameters that are this service's, those that are null as if absent.
+
+    Another client's own are ignored, but a slip of the pen is not.
+    """
     known = InferParameters.model_fields
     for name in parameters.keys() - known.keys():
         if near := difflib.get_close_matches(name, known, n=1, cutoff=0.75):
             raise UnprocessableError(f"parameters: {name!r} is not known; {near[0]!r} is")
-    return {name: value for name, value in parameters.items() if name in known}
+    return {name: value for name, value in parameters.items() if name in known and value is not None}
 
 
 def _check(
@@ -221,3 +236,5 @@ def _check(
             raise MalformedRequestError(f"output {output.name!r} is not one of {', '.join(known)}")
         if output.parameters.get("classification"):
             raise MalformedRequestError(f"output {output.name!r}: classification is not offered; ask for the scores")
+        if output.parameters.get("shared_memory_region") is not None:
+            raise MalformedRequestError(f"output {output.name!r}: shared memory is not offered; it comes in the answer")

@@ -23,7 +23,7 @@ class Purify(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     model: str | None = Field(None, description="id of a loaded model; the default one where none is named")
-    preset: Annotated[str | None, Field(json_schema_extra={"enum": list(PRESETS)})] = Field(
+    preset: Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})] | None = Field(
         None, description="of the purifier; the service's own default where none is named"
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of the purifier's random views")
