@@ -1,9 +1,9 @@
-"""Other people's networks by name, as ImageClassifiers: torchvision's, timm's, transformers', and a factory's.
+"""Other people's networks by name, as ImageClassifiers: torchvision's, timm's, transformers', exported, a factory's.
 
-    torchvision:<name>    timm:<name>    transformers:<model type>    python:<package.module>:<factory>
+    torchvision:<name>    timm:<name>    transformers:<model type>    export:<name>    python:<package.module>:<factory>
 
-The last two of a card: `options` is what the library builds the network from. A factory is code, and is called where
-the environment variable UNPERTURB_ALLOW_CODE names its module (or several between commas).
+`options` is what the library builds the network from, or of an exported one all that it does. A factory is code, and is
+called where the environment variable UNPERTURB_ALLOW_CODE names its module (or several between commas).
 """
 
 import difflib
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
+from unperturb.models.networks.exported import ExportedNetwork
 from unperturb.models.shapes import Float
 
 DANGEROUS = re.compile(
     r"^pretrained|use_pretrained|(checkpoint|weights|name_or)_path|^file|url$|cache_dir|hub|auto_map|trust_remote"
     r"|_implementation|quantization|^token$|custom_load"
 )
-KINDS = ("torchvision", "timm", "transformers", "python")
+KINDS = ("torchvision", "timm", "transformers", "export", "python")
 ALLOW = "UNPERTURB_ALLOW_CODE"
 
 
@@ -47,7 +48,7 @@ class ImportedClassifier(ImageClassifier):
             network.set_submodule(name, nn.Identity())
             features = run(network, probe, architecture)
             fits = features.shape == (2, linear.in_features)
-            if not fits or not torch.allclose(linear(features), expected, rtol=1e-4, atol=1e-4):
+            if not fits or not torch.allclose(linear(features), expected, rtol=1e-4, atol=1e-4, equal_nan=True):
                 raise ConfigError(f"{architecture.name} does not end in its last linear layer, {name}")
         super().__init__(feature_dim=linear.in_features, num_classes=linear.out_features, image_size=size)
         self.register_buffer("mean", torch.tensor(architecture.mean).view(1, 3, 1, 1))
@@ -135,6 +136,8 @@ def _built(architecture: Architecture, *, allowed: bool) -> nn.Module:
             raise ConfigError("transformers' timm_wrapper: import the network as timm:NAME")
         config = transformers.AutoConfig.for_model(**{**architecture.options, "num_labels": classes})
         return _Logits(transformers.AutoModelForImageClassification.from_config(config))
+    if kind == "export":
+        return ExportedNetwork(architecture.options)
     module, _, factory = name.partition(":")
     if not allowed and module not in [part.strip() for part in os.environ.get(ALLOW, "").split(",")]:
         raise CheckpointError(f"{architecture.name} runs code of your own: set {ALLOW}={module} to allow it")

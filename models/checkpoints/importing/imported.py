@@ -16,7 +16,7 @@ from unperturb.models.checkpoints.importing.weights import fill, read_state, ren
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import read_whole
-from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.imported import ImportedClassifier, last_linear, network_of
 from unperturb.models.pixels import Preprocessing
 
@@ -79,9 +79,32 @@ def import_classifier(config: ImportConfig) -> Checkpoint:
         classes=_classes(config, source, classifier.num_classes),
         preprocessing=pictures,
         data={},
-        training={"by": "imported", "source": config.source if ":" in config.source else source.name, **origin},
+        training={"by": "imported", "source": _named(config, source), **origin},
     )
-    return Checkpoint(card, classifier.eval().to(memory_format=torch.channels_last))
+    require_separate(classifier.eval())
+    return Checkpoint(card, classifier.to(memory_format=torch.channels_last))
+
+
+def require_separate(classifier: ImageClassifier) -> None:
+    """Raise ConfigError where an image's scores are not its own, not finite, or give its pixels no gradient."""
+    size, draw = classifier.image_size, torch.Generator().manual_seed(1)
+    x = torch.rand(3, 3, size, size, generator=draw).requires_grad_()
+    features = classifier.features(x)
+    with torch.no_grad():
+        scores = classifier.logits(features)
+        alone = torch.cat([classifier(x[i : i + 1]) for i in (2, 0, 1)])[[1, 2, 0]]
+    if not bool(scores.isfinite().all()):
+        raise ConfigError("the network's scores of random pixels are not finite: are these the right weights?")
+    if not torch.allclose(alone, scores, rtol=1e-3, atol=1e-3 * float(scores.abs().max())):
+        raise ConfigError(
+            "an image's scores depend on the images beside it, or on chance: is a part of the network in training mode?"
+        )
+    some = (features * torch.rand(features.shape, generator=draw)).sum()
+    pixels = torch.autograd.grad(some, x, allow_unused=True)[0] if some.requires_grad else None
+    if pixels is None or not bool(pixels.isfinite().all()) or not bool(pixels.flatten(1).abs().amax(1).gt(0).all()):
+        raise ConfigError(
+            "no gradient passes through the network to an image's pixels, which attacks and purifiers need"
+        )
 
 
 def warnings_of(scores: Tensor) -> list[str]:
@@ -97,8 +120,8 @@ def warnings_of(scores: Tensor) -> list[str]:
 
 def _state(config: ImportConfig, source: Source) -> tuple[Mapping[str, Tensor] | None, dict[str, Any]]:
     """Return the weights, and where they are from; None for a factory that brings its own."""
-    if config.weights is not None and config.pretrained:
-        raise ConfigError("weights and pretrained: give one of the two")
+    if config.weights is not None and (config.pretrained or source.name.startswith("export:")):
+        raise ConfigError("weights: give one of the two, these or the source's own")
     if config.weights is not None:
         digest = hashlib.sha256(read_whole(config.weights)).hexdigest() if config.weights.is_file() else ""
         state = read_state(config.weights)
@@ -107,6 +130,10 @@ def _state(config: ImportConfig, source: Source) -> tuple[Mapping[str, Tensor] |
         return state, {"weights": config.weights.name, "file_sha256": digest}
     if source.name.startswith("python:"):
         return None, {"weights": "the factory's"}
+    if source.name.startswith("export:"):
+        assert source.state is not None
+        digest = hashlib.sha256(Path(config.source.partition(":")[2]).read_bytes()).hexdigest()
+        return source.state(), {"weights": "the program's", "file_sha256": digest}
     named = source.name == config.source
     if source.state is None or (named and not config.pretrained):
         raise ConfigError(f"{config.source}: give --weights FILE, or --pretrained for its own from the network")
@@ -117,11 +144,19 @@ def _pictures(config: ImportConfig, source: Source) -> Preprocessing:
     names = {"size": "image_size", "fit": "fit", "resize": "resize", "interpolation": "interpolation"}
     wanted = {field: getattr(config, name) for field, name in {**names, "antialias": "antialias"}.items()}
     wanted = {field: value for field, value in wanted.items() if value is not None}
+    if source.one_size and wanted.get("size", source.pictures.size) != source.pictures.size:
+        raise ConfigError(f"image_size={wanted['size']}: {source.name} was exported for {source.pictures.size} pixels")
     if "size" in wanted and "resize" not in wanted and source.pictures.resize:  # the share that is cut stays
         wanted["resize"] = round(wanted["size"] * source.pictures.resize / source.pictures.size)
     if wanted.get("fit") == "square":
         wanted["resize"] = 0
     return replace(source.pictures, **wanted)
+
+
+def _named(config: ImportConfig, source: Source) -> str:
+    """Return the source without a folder of this machine."""
+    on_disk = ":" not in config.source or source.name.startswith("export:")
+    return source.name if on_disk else config.source
 
 
 def _classes(config: ImportConfig, source: Source, count: int) -> tuple[str, ...]:

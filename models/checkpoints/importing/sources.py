@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from unperturb.models.cache import cache_folder
+from unperturb.models.checkpoints.importing.program import read_program
 from unperturb.models.checkpoints.importing.weights import read_state
 from unperturb.models.errors import CheckpointError, ConfigError, WeightsUnavailableError
 from unperturb.models.networks.classifier import IMAGENET_MEAN, IMAGENET_STD
@@ -31,7 +32,7 @@ class Source:
     """A classifier as its source describes it.
 
     name, options: of the architecture; classes: as many outputs as it has by itself, or their names; state: its own
-    weights, where it has any and they are wanted
+    weights, where it has any and they are wanted; one_size: it takes no images of another size
     """
 
     name: str
@@ -41,10 +42,11 @@ class Source:
     classes: int | tuple[str, ...]
     options: dict[str, Any]
     state: Callable[[], Mapping[str, Tensor]] | None = None
+    one_size: bool = False
 
 
 def open_source(text: str) -> Source:
-    """Return what is known of `torchvision:…`, `timm:…`, `hf-hub:OWNER/NAME`, `python:module:factory` or a folder.
+    """Return what is known of `torchvision:…`, `timm:…`, `hf-hub:…`, `export:…`, `python:…` or a folder.
 
     Raises ConfigError for what is none of these or not known, WeightsUnavailableError for a hub that cannot be reached.
     """
@@ -55,20 +57,32 @@ def open_source(text: str) -> Source:
         return _timm(name)
     if text.startswith(HUB):
         return _folder(_fetched(text.removeprefix(HUB)), text)
+    if kind == "export" and name:
+        return _exported(Path(name))
     if kind == "python" and name.count(":") == 1:
-        return Source(
-            name=text,
-            pictures=Preprocessing(size=224),
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-            classes=1000,
-            options={},
-        )
+        return _unsaid(text)
     if Path(text).is_dir():
         return _folder(Path(text), text)
     raise ConfigError(
-        f"source {text!r} is none of torchvision:NAME, timm:NAME, hf-hub:OWNER/NAME, python:package.module:factory, "
-        "or a folder with config.json"
+        f"source {text!r} is none of torchvision:NAME, timm:NAME, hf-hub:OWNER/NAME, export:FILE.pt2, "
+        "python:package.module:factory, or a folder with config.json"
+    )
+
+
+def _unsaid(name: str, size: int = 224) -> Source:
+    """Return the source of a network that says nothing of its pictures: pixels in [0, 1] as they are."""
+    pictures = Preprocessing(size=size)
+    return Source(name=name, pictures=pictures, mean=(0.0,) * 3, std=(1.0,) * 3, classes=1000, options={})
+
+
+def _exported(file: Path) -> Source:
+    program = read_program(file)
+    return replace(
+        _unsaid(f"export:{file.stem}", program.size or 224),
+        classes=program.options["linear"][1],
+        options=program.options,
+        state=lambda: program.state,
+        one_size=program.size > 0,
     )
 
 
