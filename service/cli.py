@@ -109,7 +109,8 @@ def import_classifier(
     source: Annotated[
         str,
         typer.Argument(
-            help="torchvision:NAME, timm:NAME, hf-hub:OWNER/NAME, a folder in its layout, or python:module:factory"
+            help="torchvision:NAME, timm:NAME, hf-hub:OWNER/NAME, a folder in its layout, export:FILE.pt2 or "
+            "python:module:factory"
         ),
     ],
     out: Annotated[Path, typer.Option(help="checkpoint folder to write")],
