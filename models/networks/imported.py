@@ -11,7 +11,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -64,7 +64,7 @@ class ImportedClassifier(ImageClassifier):
         return cast(Tensor, self.linear(features))
 
 
-class _Logits(nn.Module):
+class TransformersNetwork(nn.Module):
     """A network of transformers', which answers with an object."""
 
     def __init__(self, network: nn.Module) -> None:
@@ -72,7 +72,29 @@ class _Logits(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the class scores alone."""
         return cast(Tensor, self.network(x).logits)
+
+    def under_its_names(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights by the names that they have here: the library's versions call the same tensors differently.
+
+        What it does not know comes as it is, and what it lacks not at all.
+        """
+        if not state.keys() <= self.network.state_dict().keys():
+            logs, kind = library("transformers.utils.logging"), cast(Any, type(self.network))
+            logs.set_verbosity_error()
+            logs.disable_progress_bar()
+            filled, found = kind.from_pretrained(
+                None,
+                config=self.network.config,
+                state_dict=dict(state),
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            other = {name for name, *_ in found["mismatched_keys"]} | set(found["missing_keys"])
+            known = {name: value for name, value in filled.state_dict().items() if name not in other}
+            state = known | {name: state[name] for name in {*other, *found["unexpected_keys"]} & state.keys()}
+        return {f"network.{name}": value for name, value in state.items()}
 
 
 def is_imported(name: str) -> bool:
@@ -135,7 +157,7 @@ def _built(architecture: Architecture, *, allowed: bool) -> nn.Module:
         if name == "timm_wrapper":
             raise ConfigError("transformers' timm_wrapper: import the network as timm:NAME")
         config = transformers.AutoConfig.for_model(**{**architecture.options, "num_labels": classes})
-        return _Logits(transformers.AutoModelForImageClassification.from_config(config))
+        return TransformersNetwork(transformers.AutoModelForImageClassification.from_config(config))
     if kind == "export":
         return ExportedNetwork(architecture.options)
     module, _, factory = name.partition(":")

@@ -17,7 +17,7 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import read_whole
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
-from unperturb.models.networks.imported import ImportedClassifier, last_linear, network_of
+from unperturb.models.networks.imported import ImportedClassifier, TransformersNetwork, last_linear, network_of
 from unperturb.models.pixels import Preprocessing
 
 
@@ -66,6 +66,8 @@ def import_classifier(config: ImportConfig) -> Checkpoint:
     network = network_of(architecture, allowed=True)
     last = last_linear(network, architecture)
     if state is not None:
+        if isinstance(network, TransformersNetwork):
+            state = network.under_its_names(state)
         found = without_prefix(state, network.state_dict()).get(f"{last}.weight")
         if found is not None and found.ndim == 2 and len(found) != architecture.num_classes:
             architecture = replace(architecture, num_classes=len(found))

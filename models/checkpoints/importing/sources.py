@@ -23,7 +23,7 @@ OWN_NORMALISATION = {
     "googlenet": {"transform_input": True, "init_weights": False},
     "inception_v3": {"transform_input": True, "init_weights": False},
 }
-UNUSED = ("architectures", "_name_or_path", "label2id", "transformers_version", "torch_dtype", "dtype")
+UNUSED = ("_name_or_path", "label2id", "transformers_version", "torch_dtype", "dtype")
 Triple = tuple[float, float, float]
 
 
@@ -195,7 +195,7 @@ def _folder(folder: Path, text: str) -> Source:
         std=_triple(known.get("image_std") or (0.5, 0.5, 0.5)) if normalised else (1.0, 1.0, 1.0),
         classes=tuple(labels[number] for number in sorted(labels)) or int(config.get("num_labels", 2)),
         options=options,
-        state=lambda: {f"network.{name}": value for name, value in state().items()},
+        state=state,
     )
 
 
