@@ -20,9 +20,7 @@ LARGEST = 150e6  # parameters; beyond, the same code at other widths would fill 
 SIZES = {"vit": 224, "maxvit": 224, "inception": 96, "alexnet": 64}  # whose networks take no other, or none smaller
 ODD = {"squeezenet1_0": "no linear layer", "squeezenet1_1": "no linear layer"}
 NAMES = [
-    name
-    for name in zoo.list_models(module=zoo)
-    if zoo.get_model_weights(name).DEFAULT.meta["num_params"] <= LARGEST
+    name for name in zoo.list_models(module=zoo) if zoo.get_model_weights(name).DEFAULT.meta["num_params"] <= LARGEST
 ]
 TIMM = """
     beit_base_patch16_224 cait_xxs24_224 coat_tiny convmixer_768_32 convnext_atto crossvit_tiny_240 davit_tiny
