@@ -166,7 +166,9 @@ def read_weights(file: Path, digest: str, parts: dict[str, nn.Module]) -> None:
     expected = {f"{part}.{key}": v for part, module in parts.items() for key, v in module.state_dict().items()}
     _same_layout(file, expected, tensors)
     for part, module in parts.items():
-        module.load_state_dict({key: tensors[f"{part}.{key}"] for key in module.state_dict()})
+        state = module.state_dict()
+        state.update({key: tensors[f"{part}.{key}"] for key in state})
+        module.load_state_dict(state)  # with its metadata, without which MNASNet takes no weights
 
 
 def read_card(folder: Path) -> Card:

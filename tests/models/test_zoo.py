@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision import models as zoo
 from torchvision.transforms.functional import normalize
 
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.importing.imported import ImportConfig, import_classifier
 from unperturb.models.errors import ConfigError
 
@@ -48,7 +49,17 @@ def network_of(name: str) -> nn.Module:
     for layer in made.modules():
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.05)  # ViT's last one begins at zero, and would hide what comes before
-    return made.eval()
+    return measured(made, size_of(name))
+
+
+def measured(network: nn.Module, size: int) -> nn.Module:
+    """Give batch norms statistics of their own: without, what comes out of deep networks is next to nothing."""
+    for layer in network.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        network.train()(torch.randn(4, 3, size, size))
+    return network.eval()
 
 
 def agrees(source: str, network: nn.Module, tmp_path: Path, *, size: int, given: int | None) -> None:
@@ -66,6 +77,9 @@ def agrees(source: str, network: nn.Module, tmp_path: Path, *, size: int, given:
     assert features.shape == (2, made.classifier.feature_dim)
     assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert len(made.card.classes) == expected.shape[1]
+    store.save(tmp_path / "made", made, half=False)
+    with torch.no_grad():
+        assert torch.equal(store.load(tmp_path / "made").classifier(x), made.classifier(x))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,5 +96,6 @@ def test_torchvisions_classifier_is_imported_or_refused(name: str, tmp_path: Pat
 def test_timms_classifier_is_imported(name: str, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
-    network = timm.create_model(name).eval()
-    agrees(f"timm:{name}", network, tmp_path, size=network.pretrained_cfg["input_size"][-1], given=None)
+    network = timm.create_model(name)
+    size = network.pretrained_cfg["input_size"][-1]
+    agrees(f"timm:{name}", measured(network, size), tmp_path, size=size, given=None)

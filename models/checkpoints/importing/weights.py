@@ -55,7 +55,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
 
 def fill(network: nn.Module, state: Mapping[str, Tensor], *, of: str) -> None:
     """Load the tensors into a network; CheckpointError says which do not fit, how many, and what was expected."""
-    expected = {name: value for name, value in network.state_dict().items()}
+    expected = network.state_dict()
     found = dict(without_prefix(state, expected))
     counters = {name for name in expected if name.endswith("num_batches_tracked")}  # older files have none
     missing = sorted(expected.keys() - found.keys() - counters)
@@ -72,7 +72,8 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], *, of: str) -> None:
     ]
     if faults:
         raise CheckpointError(f"the weights do not fit {of}, which has {len(expected)} tensors: {'; '.join(faults)}")
-    network.load_state_dict(found, strict=False)
+    expected.update(found)
+    network.load_state_dict(expected)  # with its metadata, without which MNASNet takes no weights
 
 
 def renamed(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
