@@ -133,7 +133,7 @@ def in_training(network: nn.Module) -> nn.Module:
         (lambda: Of(before=lambda x: torch.fft.fft2(x).real), {}, "operator 'fft_fft2.default' is not one"),
         (lambda: Of(before=lambda x: x / 0), {}, "not finite"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_network_that_is_no_classifier_of_single_images_is_refused(
     tmp_path: Path, make: Callable[[], nn.Module], options: dict[str, Any], says: str
