@@ -22,6 +22,7 @@ BAD = {
     "serving.http_cost": ["--turns", "0"],
     "serving.load": ["--seconds", "0"],
     "serving.side_by_side": ["--rounds", "0"],
+    "serving.dashboard_queries": ["--seconds", "1"],
 }
 
 
