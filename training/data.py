@@ -5,6 +5,7 @@ A data set is `cifar10` or `cifar100` (torchvision, downloaded where there is a 
 later runs map instead of decoding again.
 """
 
+import difflib
 import hashlib
 import os
 import sys
@@ -50,25 +51,44 @@ class DataSet(NamedTuple):
     digest: str
 
 
-def load(source: str, how: Preprocessing, *, cache: Path | None = None) -> DataSet:
-    """Load a named data set or a folder, each picture as `how` says.
+def load_for(card: Card, source: str, *, cache: Path | None = None) -> DataSet:
+    """Load a data set for a classifier that there is: its pictures and its classes, matched by name, in its order.
+
+    Class folders may lack, and differ between the splits. Raises DataError for one that is no class of the
+    classifier's, and as `load` does.
+    """
+    return load(source, card.pictures, cache=cache, classes=card.classes)
+
+
+def load(
+    source: str, how: Preprocessing, *, cache: Path | None = None, classes: tuple[str, ...] | None = None
+) -> DataSet:
+    """Load a named data set or a folder, each picture as `how` says; its classes are `classes`, or its own, sorted.
 
     Raises DataError naming the file or folder: missing, without classes, a class without images, a file that cannot
     be decoded, classes that differ between the splits.
     """
     if source in ("cifar10", "cifar100"):
-        train, test, classes = _torchvision(source, how.size)
+        train, test, found = _torchvision(source, how.size)
+        classes = classes or found
+        _require_known(found, classes, source)
+        train, test = (_labelled(split, found, classes) for split in (train, test))
     else:
         root = Path(source)
-        classes = _class_names(root / "train")
-        _require_same_classes(root, classes, _class_names(root / "test"))
-        cache = cache or cache_folder("images")
-        train = read_folder(root / "train", classes, how, cache=cache)
-        test = read_folder(root / "test", classes, how, cache=cache)
+        names = {split: _class_names(root / split) for split in ("train", "test")}
+        if classes is None:
+            classes = names["train"]
+            _require_same_classes(root, classes, names["test"])
+        for split, found in names.items():
+            _require_known(found, classes, f"{root / split}")  # before anything is decoded
+        train, test = (
+            _labelled(read_folder(root / split, found, how, cache=cache or cache_folder("images")), found, classes)
+            for split, found in names.items()
+        )
     digest = hashlib.sha256()
-    for split in (train, test):
-        digest.update(np.ascontiguousarray(split.images.numpy()).data)
-        digest.update(split.labels.numpy().tobytes())
+    for part in (train, test):
+        digest.update(np.ascontiguousarray(part.images.numpy()).data)
+        digest.update(part.labels.numpy().tobytes())
     return DataSet(Path(source).name, train, test, classes, digest.hexdigest())
 
 
@@ -182,6 +202,22 @@ def _require_same_classes(root: Path, train: tuple[str, ...], test: tuple[str, .
     raise DataError(f"{root}/train and {root}/test do not have the same class folders: {'; '.join(alone)}{spelled}")
 
 
+def _require_known(found: tuple[str, ...], classes: tuple[str, ...], of: str) -> None:
+    unknown = [name for name in found if name not in classes]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], classes, n=3) or classes[:5]
+        raise DataError(
+            f"{of} has a class {unknown[0]!r} ({len(unknown)} such), which is none of the classifier's {len(classes)}: "
+            f"{', '.join(map(repr, near))} …"
+        )
+
+
+def _labelled(split: Split, found: tuple[str, ...], classes: tuple[str, ...]) -> Split:
+    """Return a split of class folders with the places of their names among `classes` as labels."""
+    place = torch.tensor([classes.index(name) for name in found])
+    return Split(split.images, place[split.labels])
+
+
 def _folded(name: str) -> str:
     return unicodedata.normalize("NFKC", name).casefold().strip()
 
@@ -268,12 +304,6 @@ def first(split: Split, count: int, device: torch.device) -> Split:
     """Return the first `count` images (0 for all) on `device`."""
     count = count or len(split.labels)
     return resident(Split(split.images[:count], split.labels[:count]), device)
-
-
-def require_classes(dataset: DataSet, classes: tuple[str, ...], *, of: str) -> None:
-    """Raise ConfigError where the data set's classes are not those of the classifier `of`."""
-    if dataset.classes != classes:
-        raise ConfigError(f"{dataset.name} has other classes than {of}: {', '.join(dataset.classes[:5])} …")
 
 
 def described(dataset: DataSet, train: Split) -> dict[str, object]:

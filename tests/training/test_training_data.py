@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,12 @@ import torch
 from PIL import Image
 
 from tests.conftest import write_image_folder
+from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import DataError
+from unperturb.models.networks.classifier import Architecture
 from unperturb.models.pixels import Preprocessing
 from unperturb.training.augment import pad_crop_flip
-from unperturb.training.data import hold_out, load
+from unperturb.training.data import hold_out, load, load_for
 
 
 def test_folder_loads_in_sorted_order_with_labels_of_sorted_classes(image_folder: Path, tmp_path: Path) -> None:
@@ -160,3 +163,21 @@ def test_pad_crop_flip_shifts_each_image_on_its_own() -> None:
                     if torch.equal(out[i], crop.flip(2) if flip else crop):
                         found.add((flip, top, left))
     assert len(found) > 45  # of 50 shifts and flips, nearly every one is drawn by some of 200 images
+
+
+def test_class_folders_are_matched_to_a_classifiers_classes_by_name(tmp_path: Path) -> None:
+    root = write_image_folder(tmp_path / "images", train=2, test=1)
+    shutil.rmtree(root / "train" / "blue")  # a folder may lack classes, and the splits may differ
+    shutil.rmtree(root / "test" / "red")
+    classes = ("red", "violet", "green", "blue")
+    architecture = Architecture(name="preact_resnet18", num_classes=4)
+    card = Card(id="x", architecture=architecture, classes=classes, data={}, training={})
+    found = load_for(card, str(root), cache=tmp_path / "cache")
+    assert found.classes == classes
+    assert found.train.labels.tolist() == [2, 0, 2, 0]
+    assert found.test.labels.tolist() == [3, 2]
+    (root / "test" / "gren").mkdir()
+    with pytest.raises(
+        DataError, match=r"test has a class 'gren' \(1 such\), which is none of the classifier's 4: 'green'"
+    ):
+        load_for(card, str(root), cache=tmp_path / "cache")

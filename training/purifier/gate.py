@@ -50,8 +50,7 @@ class GateConfig:
 def set_gates(config: GateConfig) -> None:
     """Measure, and replace the card."""
     loaded = store.load(config.checkpoint, device=config.device)
-    dataset = data.load(config.data, loaded.card.pictures, cache=config.cache)
-    data.require_classes(dataset, loaded.card.classes, of=config.checkpoint)
+    dataset = data.load_for(loaded.card, config.data, cache=config.cache)
     held = data.first(data.kept_back(dataset, loaded.card), config.images, torch.device(config.device))
     gates: dict[str, Any] = {}
     for name, preset in PRESETS.items():

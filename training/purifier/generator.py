@@ -119,8 +119,7 @@ def train_generator(config: GeneratorConfig) -> None:
     base = store.load(config.classifier, device=here.device)
     if base.card.readout.kind == "none":
         raise ConfigError(f"{config.classifier} {MAKE_ONE}")
-    dataset = data.load(config.data, base.card.pictures, cache=config.cache)
-    data.require_classes(dataset, base.card.classes, of=config.classifier)
+    dataset = data.load_for(base.card, config.data, cache=config.cache)
     if dataset.train.images.shape[-1] % 4:
         raise ConfigError(f"images of {dataset.train.images.shape[-1]} pixels: a generator needs a multiple of 4")
     model = NoiseGenerator(width=config.width, epsilon=config.epsilon).to(here.device)

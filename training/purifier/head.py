@@ -122,14 +122,15 @@ def train_head(config: HeadConfig) -> None:
     """Train, choose the epoch on held-out training images, and write OUT/checkpoint: classifier, head and bank."""
     here = world.join(config.device)
     base = store.load(config.classifier, device=here.device)
-    dataset = data.load(config.data, base.card.pictures, cache=config.cache)
-    if len(dataset.classes) != base.classifier.num_classes:
-        raise ConfigError(
-            f"{config.data} has {len(dataset.classes)} classes, {config.classifier} {base.classifier.num_classes}"
-        )
-    if not base.card.weights_sha256:  # of no folder of ours: its classes are only numbered
+    if base.card.weights_sha256:
+        dataset = data.load_for(base.card, config.data, cache=config.cache)
+    else:  # of no folder of ours: its classes are only numbered
+        dataset = data.load(config.data, base.card.pictures, cache=config.cache)
+        if len(dataset.classes) != base.classifier.num_classes:
+            raise ConfigError(
+                f"{config.data} has {len(dataset.classes)} classes, {config.classifier} {base.classifier.num_classes}"
+            )
         base = dataclasses.replace(base, card=dataclasses.replace(base.card, classes=dataset.classes))
-    data.require_classes(dataset, base.card.classes, of=config.classifier)
     torch.manual_seed(config.seed)
     kept, held = data.training_images(dataset.train, config)
     if config.bank_size > len(kept.labels):

@@ -165,8 +165,7 @@ def train_purifier(config: PurifierConfig) -> None:
     """Train, choose the epoch on held-out training images, and write OUT/checkpoint."""
     here = world.join(config.device)
     base = store.load(config.checkpoint, device=here.device)
-    dataset = data.load(config.data, base.card.pictures, cache=config.cache)
-    data.require_classes(dataset, base.card.classes, of=config.checkpoint)
+    dataset = data.load_for(base.card, config.data, cache=config.cache)
     torch.manual_seed(config.seed)
     card = RestorerCard(width=config.width, depth=config.depth, epsilon=config.reach, scale=config.scale, times=1.0)
     model = identity(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
