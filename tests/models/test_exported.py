@@ -71,6 +71,7 @@ def imported(file: Path, **settings: Any) -> store.Checkpoint:
     return import_classifier(ImportConfig(source=f"export:{file}", **settings))
 
 
+@pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")  # torch 2.11, of itself
 @pytest.mark.parametrize("decomposed", [False, True], ids=["exported", "decomposed"])
 @pytest.mark.parametrize("make", [convolutions, attending], ids=["convolutions", "attention"])
 def test_exported_network_gives_its_scores_and_gradients_for_any_number_of_images(
