@@ -9,7 +9,7 @@ from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import tone
 
 DEFAULT, VOTE = "reverse-attack", "vote"
-NAMES = {"none": "no purifier", DEFAULT: "preset `default`", f"{DEFAULT}:fast": "preset `fast`"}
+NAMES = {"none": "no purifier", DEFAULT: "preset `default`", f"{DEFAULT}:fast": "preset `fast`", VOTE: "preset `vote`"}
 VERDICTS = {
     "worse": "it **makes things worse** against an attacker who knows it",
     "better": "it helps, also against an attacker who knows it",
