@@ -64,7 +64,7 @@ class Settings(BaseSettings):
         "the machine has as soon as it is made",
     )
     precision: Precision | Literal["auto"] = Field(
-        default="auto", description="of the backbone in the steps; auto: bfloat16 where the device computes in it"
+        default="float32", description="of the backbone in the steps; auto: bfloat16 where the device computes in it"
     )
 
     api_keys: Keys = Field(default_factory=dict, description="name:sha256 pairs with commas")

@@ -1,5 +1,6 @@
 """The small things that several tests need: a tiny checkpoint, images, an image folder."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from unperturb.models.networks.registry import build
 from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.purifiers.defended import DefendedClassifier
 from unperturb.models.purifiers.reverse_attack import ReverseAttack, ReverseAttackConfig
+
+os.environ.setdefault("UNPERTURB_EXECUTION", "eager")  # of services that tests start: nothing is compiled beside them
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

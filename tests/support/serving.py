@@ -19,11 +19,9 @@ from unperturb.service.http.app import create_app
 from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
 
-PLAIN = {"execution": "eager", "precision": "float32"}
-
 
 def settings(folder: Path, **changed: object) -> Settings:
-    values = {"checkpoint": str(folder), "device": "cpu", "threads": torch.get_num_threads(), **PLAIN, **changed}
+    values = {"checkpoint": str(folder), "device": "cpu", "threads": torch.get_num_threads(), **changed}
     return Settings(**values)  # type: ignore[arg-type]
 
 
