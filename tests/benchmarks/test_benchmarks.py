@@ -125,7 +125,7 @@ def test_sweep_measures_on_images_that_training_kept_back(
     assert rows["restored view itself"]["attacked"]["n"] == 9
     store.save(tmp_path / "head", dataclasses.replace(whole, restorer=None))
     assert preset_sweep.main([*arguments, "--restored"]) == 2
-    assert "has no restorer; train one: unperturb train restorer" in capsys.readouterr().err
+    assert "has no restorer; train one: unperturb train purifier" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])
