@@ -106,7 +106,7 @@ def test_what_cannot_be_purified_is_refused_by_name(tiny_folder: Path) -> None:
         ("classify_and_purify.py", "InfoNCE"),
         ("attack_the_defense.py", "defended: "),
         ("own_purifier.py", "model + Smoother"),
-        ("own_classifier.py", "purify"),
+        ("own_classifier.py", "restorer "),
     ],
 )
 def test_example_runs(program: str, said: str, tmp_path: Path) -> None:
