@@ -28,7 +28,7 @@ def test_import_is_light_and_every_public_name_is_there() -> None:
         unperturb.nonsense  # noqa: B018
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [name for name, one in PRESETS.items() if not one.restores])
 def test_defended_module_gives_what_the_service_answers(preset: str, tiny_folder: Path) -> None:
     how = unperturb.load(tiny_folder).card.pictures
     sent = photo(3)
