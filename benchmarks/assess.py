@@ -24,6 +24,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import option
+from unperturb.models.purifiers.defended import presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 
 SCRIPT = "unperturb assess"
@@ -69,14 +70,14 @@ def assess(config: AssessConfig) -> int:
         raise ConfigError(f"write_card: {config.checkpoint} is no checkpoint's folder of your own")
     subject = store.load(config.checkpoint)
     wanted = config.presets or tuple(name for name, one in PRESETS.items() if one.loop.steps <= MOST_STEPS)
-    headless = [name for name in wanted if PRESETS[name].loop.steps and subject.head is None]
-    if headless and config.presets:
+    lacking = [name for name in wanted if name not in presets_of(subject.card)]
+    headless = [name for name in lacking if PRESETS[name].loop.steps]
+    if lacking and config.presets:
+        part, how = ("head", "head --classifier") if headless else ("restorer to stand alone", "purifier --checkpoint")
         raise ConfigError(
-            f"preset {headless[0]!r}: the checkpoint has no head; unperturb train head --classifier {config.checkpoint}"
+            f"preset {lacking[0]!r}: the checkpoint has no {part}; unperturb train {how} {config.checkpoint}"
         )
-    specs = {name: f"reverse-attack:{name}" for name in wanted if name not in headless}
-    if subject.restorer is not None and not config.presets:
-        specs["restorer"] = "restorer"
+    specs = {name: f"reverse-attack:{name}" for name in wanted if name not in lacking}
     data = load_images(
         "own",
         config.data,

@@ -25,7 +25,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
-from unperturb.models.purifiers.defended import defend
+from unperturb.models.purifiers.defended import defend, presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.training import data
 
@@ -65,8 +65,8 @@ def measure(config: PurificationConfig, loaded: Checkpoint, images: Tensor, labe
     )
     static = {name: correct(loaded.classifier, x, labels) for name, x in made.sets().items()}
     found: dict[str, Any] = {"classifier": {name: results.accuracy(values) for name, values in static.items()}}
-    for preset, purifier in PRESETS.items():
-        defended = defend(loaded, purifier)
+    for preset in presets_of(loaded.card):
+        defended = defend(loaded, PRESETS[preset])
         found[preset] = {}
         for name, x in made.sets().items():
             rows = points.purify_all(defended, x, labels, seed=seed, batch=batch, name=f"{preset}, {name}")
@@ -101,8 +101,8 @@ def time_each(config: PurificationConfig, loaded: Checkpoint, images: Tensor) ->
         "classifier": lambda: loaded.classifier(x),
         "published_procedure": PublishedProcedureRun(fresh, x),
     }
-    for name, purifier in PRESETS.items():
-        defended = defend(loaded, purifier)
+    for name in presets_of(loaded.card):
+        defended = defend(loaded, PRESETS[name])
         runs[name] = lambda defended=defended: defended(x, seed=config.seed)  # type: ignore[misc]
     best: dict[str, float] = {}
     for _ in range(config.repeats):
@@ -116,7 +116,7 @@ def time_each(config: PurificationConfig, loaded: Checkpoint, images: Tensor) ->
     return {
         "batch": config.timed,
         "ms_per_image": best,
-        "times_faster_than_published_procedure": {name: plain / best[name] for name in PRESETS},
+        "times_faster_than_published_procedure": {name: plain / best[name] for name in presets_of(loaded.card)},
     }
 
 

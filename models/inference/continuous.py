@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.purifiers.restored import Restored
 from unperturb.models.purifiers.reverse_attack import ReverseAttack
 from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int
@@ -42,6 +43,10 @@ class Stage:
     loop: ProjectedGradient
     rows: int
     vote: Vote | None = None
+
+    def first(self, x0: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Float[Tensor, "batch 3 h w"]:
+        """Return where the received images begin."""
+        return self.loop.begin(x0, seeds)
 
     def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
         """Return what the loss needs of the received images at every step, computed once; most need nothing."""
@@ -72,6 +77,18 @@ class VoteStage(Stage):
 
     def __init__(self, vote: Vote | None) -> None:
         self.vote = vote
+
+
+class RestoredStage(VoteStage):
+    """No step either: what the restorer makes of an image, and a vote or none."""
+
+    def __init__(self, purifier: Restored, vote: Vote | None) -> None:
+        super().__init__(vote)
+        self.purifier, self.loop = purifier, purifier.loop
+
+    def first(self, x0: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Float[Tensor, "batch 3 h w"]:
+        """Return the restored images."""
+        return self.purifier.descend(x0, seeds=seeds).image
 
 
 class StepResult(NamedTuple):

@@ -29,6 +29,7 @@ DANGEROUS = re.compile(
     r"|_implementation|quantization|^token$|custom_load"
 )
 KINDS = ("torchvision", "timm", "transformers", "export", "python")
+ALONE = "bring one that does by python:package.module:factory"
 ALLOW = "UNPERTURB_ALLOW_CODE"
 
 
@@ -46,10 +47,14 @@ class ImportedClassifier(ImageClassifier):
             name = last_linear(network, architecture)
             linear = cast(nn.Linear, network.get_submodule(name))
             network.set_submodule(name, nn.Identity())
-            features = run(network, probe, architecture)
+            other = ConfigError(f"{architecture.name} does not end in its last linear layer, {name}, alone: {ALONE}")
+            try:
+                features = run(network, probe, architecture)
+            except ConfigError as error:
+                raise other from error
             fits = features.shape == (2, linear.in_features)
             if not fits or not torch.allclose(linear(features), expected, rtol=1e-4, atol=1e-4, equal_nan=True):
-                raise ConfigError(f"{architecture.name} does not end in its last linear layer, {name}")
+                raise other
         super().__init__(feature_dim=linear.in_features, num_classes=linear.out_features, image_size=size)
         self.register_buffer("mean", torch.tensor(architecture.mean).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(architecture.std).view(1, 3, 1, 1))

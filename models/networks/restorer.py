@@ -22,7 +22,8 @@ class RestorerCard:
     """A restorer's shape, and its unit.
 
     epsilon: what an estimate of 1 stands for, in pixel units of [0, 1]; scale: its layers work on images of a side
-    1/scale; times: how many times over an estimate is taken off
+    1/scale; times: how many times over an estimate is taken off; alone: it was trained to stand before the classifier
+    by itself, not for a view of the reverse attack's
     """
 
     width: int
@@ -30,6 +31,12 @@ class RestorerCard:
     epsilon: float
     scale: int = 1
     times: float = 8.0
+    alone: bool = False
+
+    @property
+    def reach(self) -> float:
+        """Return the most that it moves a channel of a pixel."""
+        return min(self.times, REACH) * self.epsilon
 
 
 class Restorer(nn.Module):

@@ -1,5 +1,6 @@
 """A purifier in front of its classifier, as one module: what is served, attacked and measured."""
 
+import dataclasses
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
@@ -10,7 +11,8 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.base import NoPurifier, Purified, Purifier, Trace
-from unperturb.models.purifiers.reverse_attack import ReverseAttack, ReverseAttackConfig
+from unperturb.models.purifiers.restored import restored_of
+from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack, ReverseAttackConfig, preset
 from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int
 
@@ -103,18 +105,44 @@ class DefendedClassifier(nn.Module):
 def defend(
     checkpoint: Checkpoint, config: ReverseAttackConfig, *, seed: int = 0, gradient: Gradient = "bpda"
 ) -> DefendedClassifier:
-    """Return a checkpoint's classifier behind its reverse attack and the vote; CheckpointError where it has no head."""
-    steps = config.loop.steps
-    purifier = reverse_attack_of(checkpoint, config) if steps else NoPurifier(checkpoint.classifier)
-    vote = vote_of(checkpoint.card, config)
+    """Return a checkpoint's classifier behind its reverse attack or restorer, and the vote.
+
+    CheckpointError where it has no head, or no restorer.
+    """
+    purifier, vote = purifier_of(checkpoint, config), vote_of(checkpoint.card, config)
     return DefendedClassifier(checkpoint.classifier, purifier, seed=seed, gradient=gradient, vote=vote)
 
 
+def purifier_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Purifier:
+    """Return the purifier of a preset, without its vote; CheckpointError where the checkpoint lacks its parts."""
+    if config.restores:
+        return restored_of(checkpoint)
+    return reverse_attack_of(checkpoint, config) if config.loop.steps else NoPurifier(checkpoint.classifier)
+
+
+def presets_of(card: Card) -> tuple[str, ...]:
+    """Return the names of the presets that a checkpoint has the parts for."""
+    alone, headless = card.restorer is not None and card.restorer.alone, card.head is None
+    return tuple(
+        name for name, config in PRESETS.items() if (alone if config.restores else not (headless and config.loop.steps))
+    )
+
+
+def preset_of(card: Card, name: str) -> ReverseAttackConfig:
+    """Return a preset as a checkpoint has it: with its own views of the vote, and its restorer's reach."""
+    config = preset(name)
+    loop = config.loop
+    if config.restores and card.restorer is not None:
+        loop = dataclasses.replace(loop, epsilon=card.restorer.reach)
+    return dataclasses.replace(config, loop=loop, vote=vote_of(card, config))
+
+
 def vote_of(card: Card, config: ReverseAttackConfig) -> Vote | None:
-    """Return the vote of a preset: of the checkpoint's own views, where its card names some."""
-    if config.vote is None:
-        return None
-    return card.vote or config.vote.scaled(card.architecture.image_size)
+    """Return the vote of a preset, or of the restorer that was trained for one: of the card's own views where it has
+    some.
+    """
+    vote = config.vote or (Vote() if config.restores and card.restorer_training.get("vote") else None)
+    return vote and (card.vote or vote.scaled(card.architecture.image_size))
 
 
 def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> ReverseAttack:

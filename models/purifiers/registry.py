@@ -11,7 +11,7 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers import reverse_attack
 from unperturb.models.purifiers.base import NoPurifier, Purifier
-from unperturb.models.purifiers.defended import DefendedClassifier, Gradient, reverse_attack_of, vote_of
+from unperturb.models.purifiers.defended import DefendedClassifier, Gradient, purifier_of, vote_of
 from unperturb.models.purifiers.restored import restored_of
 from unperturb.models.purifiers.rivals import ANTI_ADVERSARY_LOOP, HEDGE_LOOP, AntiAdversary, Hedge
 from unperturb.models.purifiers.vote import Vote, parse_shifts
@@ -61,7 +61,7 @@ def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[s
         loop=_changed(config.loop, among(LOOP_KEYS), LOOP_KEYS),
         negatives=_changed(config.negatives, policy, {**NEGATIVES_KEYS, "kind": str}),
     )
-    return reverse_attack_of(checkpoint, changed) if changed.loop.steps else NoPurifier(checkpoint.classifier)
+    return purifier_of(checkpoint, changed)
 
 
 def _rival(

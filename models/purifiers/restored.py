@@ -20,7 +20,8 @@ class Restored(Purifier):
     def __init__(self, classifier: ImageClassifier, restorer: Restorer, *, times: float = 1.0) -> None:
         if not 0 <= times < float("inf"):
             raise ConfigError(f"times={times} must be a number of at least 0")
-        loop = ProjectedGradient(direction="descend", epsilon=REACH * restorer.epsilon, step_size=0.0, steps=0)
+        reach = min(times * restorer.times, REACH) * restorer.epsilon
+        loop = ProjectedGradient(direction="descend", epsilon=reach, step_size=0.0, steps=0)
         super().__init__(classifier, loop)
         self.restorer, self.times = restorer.eval(), times
 
@@ -41,6 +42,6 @@ def restored_of(checkpoint: Checkpoint, *, times: float = 1.0) -> Restored:
     if checkpoint.restorer is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.card.id!r} has no restorer; train one: "
-            "unperturb train restorer --checkpoint FOLDER --data … --out …"
+            "unperturb train purifier --checkpoint FOLDER --data … --out …"
         )
     return Restored(checkpoint.classifier, checkpoint.restorer, times=times)

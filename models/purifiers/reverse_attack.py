@@ -33,6 +33,7 @@ class ReverseAttackConfig:
         With a loop of no steps there is the vote alone, and no head is needed
     restored: how far the restorer goes for the restored view, as a multiple of what it takes off by itself; 0, or a
         checkpoint without a restorer: there is no such view
+    restores: what the restorer makes of an image takes its place, and there are no steps
     """
 
     loop: ProjectedGradient
@@ -42,6 +43,12 @@ class ReverseAttackConfig:
     policy: ViewPolicy | None = None
     restored: float = 0.0
     vote: Vote | None = None
+    restores: bool = False
+
+    @property
+    def changes(self) -> bool:
+        """Return whether it changes an image at all: a vote alone does not."""
+        return self.loop.steps > 0 or self.restores
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
@@ -53,6 +60,8 @@ class ReverseAttackConfig:
             raise ConfigError(f"temperature={self.temperature} must be above 0")
         if self.loop.direction != "descend":
             raise ConfigError(f"direction={self.loop.direction!r}: a reverse attack descends")
+        if self.restores and self.loop.steps:
+            raise ConfigError(f"steps={self.loop.steps}: a restorer in an image's place takes none")
 
 
 MIRRORED = ViewPolicy(
@@ -73,6 +82,9 @@ PRESETS: dict[str, ReverseAttackConfig] = {
     "vote": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=0.0, step_size=0.0, steps=0), views=2, vote=Vote()
     ),
+    "restorer": ReverseAttackConfig(
+        loop=ProjectedGradient(direction="descend", epsilon=0.0, step_size=0.0, steps=0), views=2, restores=True
+    ),  # within what its restorer may do: see `preset_of`
     "published": ReverseAttackConfig(
         loop=ProjectedGradient(
             direction="descend", epsilon=16 / 255, step_size=2 / 255, steps=40, start="uniform", ramp=RAMP

@@ -118,7 +118,7 @@ class BulkWorker:
             return torch.empty(0), []
         x = torch.from_numpy(np.stack([image.pixels for image in images])).to(self.device).float() / 255
         result = self.defended.classify(x, seed=self.job.seed)
-        pixels = to_uint8(result.image, x, epsilon=self.config.loop.epsilon).cpu()
+        pixels = to_uint8(result.image, x, epsilon=self.defended.purifier.loop.epsilon).cpu()
         scores, unpurified = (y.softmax(1).cpu().numpy() for y in (result.logits, result.unpurified_logits))
         trace = {key: (value.T if key == "losses" else value).tolist() for key, value in result.trace._asdict().items()}
         rows = []

@@ -174,7 +174,7 @@ class ContinuousBatch:
             first = []
             for stage, part in _by_stage(slots):
                 x0 = _stack(part, "x0")
-                begun = stage.loop.begin(x0, self._integers(slot.work.seed for slot in part))
+                begun = stage.first(x0, self._integers(slot.work.seed for slot in part))
                 first.append((part, begun, stage.anchor(x0)))
                 self.pass_count += sum(begin_passes(slot.work.stage) for slot in part)
         for slot, label in zip(attacked, labels, strict=True):

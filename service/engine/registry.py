@@ -10,7 +10,8 @@ from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.inference.captured import Execution
-from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.models.purifiers.defended import preset_of, presets_of
+from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttackConfig
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.stages import stages_of
 from unperturb.service.errors import NotFoundError, UnprocessableError
@@ -48,15 +49,21 @@ class Model:
     @property
     def presets(self) -> tuple[str, ...]:
         """Return the presets that the checkpoint has the parts for."""
-        headless = self.card.head is None
-        return tuple(name for name, config in PRESETS.items() if not (headless and config.loop.steps))
+        return presets_of(self.card)
+
+    def preset(self, name: str) -> ReverseAttackConfig:
+        """Return a preset as the checkpoint has it."""
+        return preset_of(self.card, name)
 
     def require(self, preset: str | None) -> None:
         """Raise UnprocessableError for a preset that the checkpoint lacks the parts of."""
         if preset is not None and preset not in self.presets:
+            lacks, how = ("head", "head --classifier")
+            if PRESETS[preset].restores:
+                lacks, how = "restorer to stand alone", "purifier --checkpoint"
             raise UnprocessableError(
-                f"preset: model {self.id!r} has no head, which {preset!r} needs; train one: unperturb train head "
-                f"--classifier CHECKPOINT --data DIR --out OUT; purify=never and preset={','.join(self.presets)} can"
+                f"preset: model {self.id!r} has no {lacks}, which {preset!r} needs; train one: unperturb train {how} "
+                f"CHECKPOINT --data DIR --out OUT; purify=never and preset={','.join(self.presets)} can"
             )
 
     def observe(self, pace: float) -> None:

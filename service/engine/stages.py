@@ -3,10 +3,17 @@
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError
-from unperturb.models.inference.continuous import CrossEntropyAttack, ReverseAttackStage, Stage, VoteStage
+from unperturb.models.inference.continuous import (
+    CrossEntropyAttack,
+    RestoredStage,
+    ReverseAttackStage,
+    Stage,
+    VoteStage,
+)
 from unperturb.models.networks.readout import MAKE_ONE
-from unperturb.models.purifiers.defended import reverse_attack_of, vote_of
-from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttackConfig
+from unperturb.models.purifiers.defended import presets_of, purifier_of, vote_of
+from unperturb.models.purifiers.restored import Restored
+from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack, ReverseAttackConfig
 
 ATTACK = "attack"
 ATTACK_LOOP = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=10, start="uniform")
@@ -14,17 +21,18 @@ BACKWARD = 2  # a pass backward costs about two forward
 
 
 def stages_of(loaded: Checkpoint) -> dict[str, Stage]:
-    """Return every stage of a checkpoint: without a head, those that need none. CheckpointError without a readout."""
+    """Return every stage that a checkpoint has the parts for. CheckpointError without a readout."""
     if loaded.card.readout.kind == "none":
         raise CheckpointError(f"checkpoint {loaded.card.id!r} {MAKE_ONE}")
-    headless = loaded.head is None
-    presets = {name: _stage(loaded, config) for name, config in PRESETS.items() if not (headless and config.loop.steps)}
+    presets = {name: _stage(loaded, PRESETS[name]) for name in presets_of(loaded.card)}
     return {**presets, ATTACK: CrossEntropyAttack(loaded.classifier, ATTACK_LOOP)}
 
 
 def _stage(loaded: Checkpoint, config: ReverseAttackConfig) -> Stage:
-    vote = vote_of(loaded.card, config)
-    return ReverseAttackStage(reverse_attack_of(loaded, config), vote) if config.loop.steps else VoteStage(vote)
+    vote, purifier = vote_of(loaded.card, config), purifier_of(loaded, config)
+    if isinstance(purifier, ReverseAttack):
+        return ReverseAttackStage(purifier, vote)
+    return RestoredStage(purifier, vote) if isinstance(purifier, Restored) else VoteStage(vote)
 
 
 def passes(stage: str | None) -> int:
@@ -43,8 +51,8 @@ def shape(stage: str | None) -> tuple[int, int]:
 
 
 def begin_passes(stage: str | None) -> int:
-    """Return the work before the first step: the restored view, where the checkpoint has a restorer."""
-    return 1 if stage in PRESETS and PRESETS[stage].restored else 0
+    """Return the work before the first step: the restored view or image, where the checkpoint has a restorer."""
+    return 1 if stage in PRESETS and (PRESETS[stage].restored or PRESETS[stage].restores) else 0
 
 
 def step_passes(rows: int) -> int:

@@ -12,9 +12,7 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from unperturb.models.checkpoints.card import Card
-from unperturb.models.purifiers.defended import vote_of
-from unperturb.models.purifiers.reverse_attack import PRESETS, to_uint8
+from unperturb.models.purifiers.reverse_attack import to_uint8
 from unperturb.models.shapes import Float, UInt8
 from unperturb.service.decoding.decode import Decoded
 from unperturb.service.engine.messages import Outcome
@@ -126,13 +124,13 @@ def answer(
     size = model.image_size
     image = None
     if return_image and preset is not None and outcome.image is not None:
-        image = to_png(torch.from_numpy(outcome.image), pixels(decoded), epsilon=PRESETS[preset].loop.epsilon)
+        image = to_png(torch.from_numpy(outcome.image), pixels(decoded), epsilon=model.preset(preset).loop.epsilon)
     return Answer(
         request_id=request_id,
         model=ModelName(id=model.id, digest=card.weights_sha256),
         predictions=predictions,
         unpurified=Unpurified(predictions=unpurified),
-        purification=_purification(outcome, preset, card, changed=changed, image=image),
+        purification=_purification(outcome, preset, model, changed=changed, image=image),
         input=Input(
             width=decoded.width,
             height=decoded.height,
@@ -192,18 +190,17 @@ def _png_chunk(name: bytes, data: bytes) -> bytes:
 
 
 def _purification(
-    outcome: Outcome, preset: str | None, card: Card, *, changed: bool, image: bytes | None
+    outcome: Outcome, preset: str | None, model: Model, *, changed: bool, image: bytes | None
 ) -> Purification:
     if preset is None:
         return Purification(applied=False)
-    config = PRESETS[preset]
-    vote = vote_of(card, config)
+    config = model.preset(preset)
     return Purification(
         applied=outcome.steps > 0 or not config.loop.steps,
         preset=preset,
         steps=outcome.steps,
         views=config.views if config.loop.steps else None,
-        vote=None if vote is None else len(vote),
+        vote=None if config.vote is None else len(config.vote),
         epsilon=config.loop.epsilon,
         loss_before=outcome.loss_before,
         loss_after=outcome.loss_after,

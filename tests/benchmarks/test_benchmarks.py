@@ -14,6 +14,7 @@ from unperturb.benchmarks.reporting import purifier_tables, results, speed_table
 from unperturb.models.checkpoints import store
 from unperturb.models.inference.folding import prepared
 from unperturb.models.pixels import Preprocessing
+from unperturb.models.purifiers.defended import presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.training import data
 from unperturb.training.__main__ import main as train
@@ -75,7 +76,7 @@ def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
     assert record["schema_version"] == results.SCHEMA_VERSION
     assert record["config"]["seed"] == 0
     accuracy = record["results"]["accuracy"]
-    assert set(accuracy) == {"classifier", *PRESETS}
+    assert set(accuracy) == {"classifier", *presets_of(make_checkpoint().card)}
     for cells in accuracy.values():
         for name in ("clean", "attacked", "noise"):
             low, high = cells[name]["interval"]
@@ -125,7 +126,7 @@ def test_sweep_measures_on_images_that_training_kept_back(
     assert rows["restored view itself"]["attacked"]["n"] == 9
     store.save(tmp_path / "head", dataclasses.replace(whole, restorer=None))
     assert preset_sweep.main([*arguments, "--restored"]) == 2
-    assert "has no restorer; train one: unperturb train restorer" in capsys.readouterr().err
+    assert "has no restorer; train one: unperturb train purifier" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])

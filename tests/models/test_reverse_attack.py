@@ -19,7 +19,7 @@ def test_presets_are_what_they_are_named_for() -> None:
     assert (published.views, published.temperature) == (4, 0.2)
     loop = published.loop
     assert (loop.steps, loop.step_size, loop.epsilon, loop.start) == (40, 2 / 255, 16 / 255, "uniform")
-    with pytest.raises(ConfigError, match=r"'best' is not one of default, fast, vote, published"):
+    with pytest.raises(ConfigError, match=r"'best' is not one of default, fast, vote, restorer, published"):
         preset("best")
 
 

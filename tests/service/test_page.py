@@ -411,6 +411,20 @@ def test_model_says_what_it_knows_and_when_it_is_not_sure(page: Page) -> None:
     expect(card(page, "Original").locator(".legend")).to_have_text("its first class \u2003others")
 
 
+def test_what_an_assessment_found_stands_below_the_presets(page: Page) -> None:
+    expect(page.locator("#advice")).to_be_hidden()
+
+    def assessed(route: Route) -> None:
+        answer = route.fetch()
+        figures = {"assessment": {"n": 200, "verdict": "use `vote`: +3.0 (+1.0 to +5.0) points in the worst case"}}
+        route.fulfill(response=answer, json={**answer.json(), "figures": figures})
+
+    page.route("**/models/tiny", assessed)
+    page.reload()
+    told = "Assessed on 200 of its images: use `vote`: +3.0 (+1.0 to +5.0) points in the worst case."
+    expect(page.locator("#advice")).to_have_text(told)
+
+
 def test_purified_picture_can_be_downloaded(page: Page) -> None:
     use_sample(page)
     answer = press_run(page)
@@ -427,7 +441,7 @@ def test_one_of_several_models_is_chosen_with_the_presets_that_it_has(page: Page
         {"id": "bare", "presets": ["vote"], "default": False},
     ]
     page.route("**/models", lambda route: route.fulfill(json=both))
-    page.route("**/models/bare", lambda route: route.fulfill(json={"classes": ["yes", "no"]}))
+    page.route("**/models/bare", lambda route: route.fulfill(json={"classes": ["yes", "no"], "figures": {}}))
     page.reload()
     expect(page.get_by_label("Model")).to_have_value("tiny")
     page.get_by_label("Model").select_option("bare")
@@ -441,12 +455,13 @@ def test_one_of_several_models_is_chosen_with_the_presets_that_it_has(page: Page
 
 
 def test_page_tells_what_the_service_does(page: Page) -> None:
-    def described(steps: int, epsilon: float) -> str:
+    def described(steps: int, epsilon: float, *, restores: bool = False) -> str:
         if not steps:
-            return f"no step, {len(Vote())} views"
+            return "no step, a network of its own" if restores else f"no step, {len(Vote())} views"
         return f"{steps} step{'s' * (steps > 1)}, at most {round(epsilon * 255)}/255"
 
     options = page.get_by_label("Purifier").locator("option")
     assert [one.get_attribute("value") for one in options.all()] == list(PRESETS)
-    expect(options).to_contain_text([described(one.loop.steps, one.loop.epsilon) for one in PRESETS.values()])
+    presets = [described(one.loop.steps, one.loop.epsilon, restores=one.restores) for one in PRESETS.values()]
+    expect(options).to_contain_text(presets)
     expect(page.locator("#attack-hint")).to_contain_text(described(ATTACK_LOOP.steps, ATTACK_LOOP.epsilon))

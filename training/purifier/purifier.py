@@ -167,7 +167,9 @@ def train_purifier(config: PurifierConfig) -> None:
     base = store.load(config.checkpoint, device=here.device)
     dataset = data.load_for(base.card, config.data, cache=config.cache)
     torch.manual_seed(config.seed)
-    card = RestorerCard(width=config.width, depth=config.depth, epsilon=config.reach, scale=config.scale, times=1.0)
+    card = RestorerCard(
+        width=config.width, depth=config.depth, epsilon=config.reach, scale=config.scale, times=1.0, alone=True
+    )
     model = identity(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept, held = data.training_images(dataset.train, config)
     vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from unperturb.models.checkpoints import store
-from unperturb.models.purifiers.defended import DefendedClassifier, defend
+from unperturb.models.purifiers.defended import DefendedClassifier, defend, presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.decoding.decode import decode
 
@@ -24,7 +24,7 @@ class PeerModel:
         loaded = store.load(os.environ.get("PEER_CHECKPOINT", "default"), device=device)
         self.device, self.pictures = device, loaded.card.pictures
         self.defended: dict[str, DefendedClassifier] = {
-            name: defend(loaded, config) for name, config in PRESETS.items()
+            name: defend(loaded, PRESETS[name]) for name in presets_of(loaded.card)
         }
 
     def read(self, request: dict[str, Any]) -> tuple[torch.Tensor, str]:

@@ -10,10 +10,10 @@ const SAMPLES = { // whether it is attacked, and what happens to it
   unrestored: [true, "the attack changes its label, and the purifier does not bring it back"],
   harmed: [false, "its label is right, and the purifier alone makes it wrong"],
 };
-const [form, drop, file, preview, name, hint, about, often, attack, model, knows, preset, access, key, run, status,
-  result] = [
-  "form", "drop", "file", "preview", "name", "hint", "about", "often", "attack", "model", "knows", "preset", "access", "key",
-  "run", "status", "result",
+const [form, drop, file, preview, name, hint, about, often, attack, model, knows, preset, advice, access, key, run,
+  status, result] = [
+  "form", "drop", "file", "preview", "name", "hint", "about", "often", "attack", "model", "knows", "preset", "advice", "access",
+  "key", "run", "status", "result",
 ].map((id) => document.getElementById(id));
 
 let chosen = null; // the File
@@ -117,7 +117,10 @@ async function describeModel() {
   if (preset.selectedOptions[0].disabled) preset.value = presets[0];
   const response = await fetch(`models/${encodeURIComponent(model.value)}`, { headers: authorised() });
   if (!response.ok) return;
-  const { classes } = await response.json();
+  const { classes, figures } = await response.json();
+  const assessed = figures.assessment; // by `unperturb assess --write-card`
+  advice.hidden = !assessed;
+  advice.textContent = assessed ? `Assessed on ${assessed.n} of its images: ${assessed.verdict}.` : "";
   const shown = classes.slice(0, 20).join(", ");
   knows.textContent = `This model knows ${classes.length} classes: ${shown}${classes.length > 20 ? " …" : "."}`;
   knows.hidden = false;

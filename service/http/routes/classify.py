@@ -101,7 +101,7 @@ async def purify(
         upload = await gateway.read_one(ticket)
         query = query.updated(upload)
         preset = RequestContext.of(request.scope).preset = query.preset or default
-        if not PRESETS[preset].loop.steps:
+        if not PRESETS[preset].changes:
             raise UnprocessableError(f"preset: {preset!r} has no steps: it changes no image")
         with gateway.engine.models.use(query.model) as model:
             model.require(preset)
@@ -110,7 +110,7 @@ async def purify(
                 ticket, model, [decoded.pixels], stage=preset, seed=query.seed, wants_image=True
             )
     assert outcome.image is not None
-    epsilon = PRESETS[preset].loop.epsilon
+    epsilon = model.preset(preset).loop.epsilon
     as_png = png16 if query.bits == "16" else partial(to_png, received=pixels(decoded), epsilon=epsilon)
     return Response(
         await asyncio.to_thread(as_png, torch.from_numpy(outcome.image)),
@@ -118,7 +118,7 @@ async def purify(
         headers={
             "x-model-id": model.id,
             "x-purification-linf": f"{outcome.linf:.6f}",
-            "x-loss-before": f"{outcome.loss_before:.6f}",
-            "x-loss-after": f"{outcome.loss_after:.6f}",
+            **({} if outcome.loss_before is None else {"x-loss-before": f"{outcome.loss_before:.6f}"}),
+            **({} if outcome.loss_after is None else {"x-loss-after": f"{outcome.loss_after:.6f}"}),
         },
     )

@@ -14,8 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.routing import Mount
 from torch import Tensor
 
-from unperturb.models.purifiers.defended import vote_of
-from unperturb.models.purifiers.reverse_attack import PRESETS, to_uint8
+from unperturb.models.purifiers.reverse_attack import to_uint8
 from unperturb.models.shapes import UInt8
 from unperturb.service.decoding.decode import Decoded
 from unperturb.service.engine.messages import Outcome
@@ -164,7 +163,8 @@ def _inspection(
     assert outcome.image is not None
     assert outcome.linf is not None
     classes, count = model.card.classes, min(5, len(model.card.classes))
-    epsilon, vote = PRESETS[preset].loop.epsilon, vote_of(model.card, PRESETS[preset])
+    config = model.preset(preset)
+    epsilon, vote = config.loop.epsilon, config.vote
     purified = to_png(torch.from_numpy(outcome.image), image.float() / 255, epsilon=epsilon)
     received = (outcome if attack is None else attack).unpurified_scores
     return Inspection(
