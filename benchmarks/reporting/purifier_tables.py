@@ -138,3 +138,22 @@ def sweep_table(record: dict[str, Any]) -> str:
             spent = f"{cells['ms_per_image']:.0f} " if "ms_per_image" in cells else ""
             rows.append(f"| {name} | {gains[0]} | {gains[1]} | {spent}|")
     return "\n".join(rows)
+
+
+def worst_case_sweep_table(record: dict[str, Any]) -> str:
+    """Candidates judged by their worst case on held-out training images, in points over the bare classifier."""
+    swept = record["results"]["rows"]
+    bare = swept["none"]
+    n = bare["clean"]["n"]
+    rows = [
+        f"| `{record['results']['checkpoint']['id']}`, n = {n:,} held-out training images | clean | transfer | "
+        "worst case | ms per image |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        f"| no purifier | {bare['clean']['accuracy']:.1%} | | {bare['worst']['accuracy']:.1%} | "
+        f"{bare['ms_per_image']:.2f} |",
+    ]
+    for title, cells in swept.items():
+        if title != "none":
+            gains = " | ".join(points(cells[key]["gain"]) for key in ("clean", "transfer", "worst"))
+            rows.append(f"| {title} | {gains} | {cells['ms_per_image']:.2f} |")
+    return "\n".join(rows)

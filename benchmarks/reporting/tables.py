@@ -17,6 +17,7 @@ from unperturb.benchmarks.reporting.purifier_tables import (
     sweep_table,
     threats_table,
     time_table,
+    worst_case_sweep_table,
 )
 from unperturb.benchmarks.reporting.results import FOLDER
 from unperturb.benchmarks.reporting.rows import group_of, load_runs
@@ -34,7 +35,9 @@ from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
 
-SERVICE = {
+SINGLE = {
+    "worst_case_sweep_views": worst_case_sweep_table,
+    "worst_case_sweep_steps": worst_case_sweep_table,
     "load": load_table,
     "load_patient": load_table,
     "side_by_side": side_by_side_table,
@@ -90,7 +93,7 @@ def all_tables() -> dict[str, str]:
         "threats": threats_table(runs),
         "systems": systems_table(FOLDER / "systems" / "small"),
     }
-    for name, make in SERVICE.items():
+    for name, make in SINGLE.items():
         if (file := FOLDER / f"{name}.json").exists():
             tables[file.stem] = make(json.loads(file.read_text()))
     if records := records_in("purify_speed"):

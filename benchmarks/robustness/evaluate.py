@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.reporting.report import Report
 from unperturb.benchmarks.robustness import attacks as registry
-from unperturb.benchmarks.robustness.budgets import BUDGETS
+from unperturb.benchmarks.robustness.budgets import BUDGETS, Budget
 from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.device import open_device
 from unperturb.benchmarks.robustness.estimate import announce
@@ -37,7 +37,7 @@ def evaluate(
     threat: Literal["Linf", "L2"] = "Linf",
     epsilon: float | None = None,
     attacks: str = "all",
-    budget: Literal["fast", "standard", "full"] = "standard",
+    budget: Literal["fast", "standard", "full"] | Budget = "standard",
     seed: int = 0,
     chunk: int = 128,
     classes: tuple[str, ...] | None = None,
@@ -54,20 +54,22 @@ def evaluate(
               preprocessor of ART's; or several of them by name
     epsilon:  in pixel units of [0, 1]; by default 8/255 (Linf) or 0.5 (L2)
     attacks:  all, fast, or names between commas
+    budget:   one of the harness's, or a `Budget` of your own
     store:    folder for what has been computed, so that a stopped call goes on where it was; None: kept nowhere
 
     The plan and its estimated time are printed first. Raises ConfigError or DataError naming what is wrong, before any
     attack.
     """
     images, labels = _checked(images, labels)
-    _refuse_unknown(threat, budget, attacks, chunk)
+    budgets, allowance = ({"own": budget}, "own") if isinstance(budget, Budget) else (BUDGETS, budget)
+    _refuse_unknown(threat, allowance, budgets, attacks, chunk)
     where, threads = open_device(device), torch.get_num_threads()
     subject = ready(subject_of(model, name=name, classes=classes, image_size=images.shape[-1]), where)
     if int(labels.max()) >= subject.classifier.num_classes:
         raise DataError(f"label {int(labels.max())} of a classifier with {subject.classifier.num_classes} classes")
     plan = Plan(
         threat=Threat(norm=NORMS[threat], epsilon=EPSILON[threat] if epsilon is None else epsilon),
-        budget=BUDGETS[budget],
+        budget=budgets[allowance],
         attacks=registry.chosen(attacks),
         seed=seed,
         chunk=chunk,
@@ -80,10 +82,10 @@ def evaluate(
         "classes": list(subject.card.classes),
         "data": {"dataset": dataset, "source": "given", "sha256": digest, "own": True},
         "threat": {"model": threat, "epsilon": plan.threat.epsilon},
-        "budget": {"name": budget, **dataclasses.asdict(plan.budget)},
+        "budget": {"name": allowance, **dataclasses.asdict(plan.budget)},
         "shard": "1/1",
     }
-    config = {"n_examples": len(images), "seed": seed, "device": device, "budget": budget, "attacks": attacks}
+    config = {"n_examples": len(images), "seed": seed, "device": device, "budget": allowance, "attacks": attacks}
     try:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(store or scratch)
@@ -123,9 +125,9 @@ def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return images.float(), labels
 
 
-def _refuse_unknown(threat: str, budget: str, attacks: str, chunk: int) -> None:
+def _refuse_unknown(threat: str, budget: str, budgets: Mapping[str, Budget], attacks: str, chunk: int) -> None:
     """Raise ConfigError with the known names."""
-    for name, value, known in (("threat", threat, NORMS), ("budget", budget, BUDGETS)):
+    for name, value, known in (("threat", threat, NORMS), ("budget", budget, budgets)):
         if value not in known:
             raise ConfigError(f"{name}={value!r} is not one of {', '.join(known)}")
     if not isinstance(attacks, str):

@@ -8,12 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import make_checkpoint, make_config
 from tests.training.test_training import classifier_arguments
-from unperturb.benchmarks.purifier import preset_sweep, purification, purify_speed
+from unperturb.benchmarks.purifier import preset_sweep, purification, purify_speed, worst_case_sweep
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import purifier_tables, results, speed_tables
 from unperturb.models.checkpoints import store
 from unperturb.models.inference.folding import prepared
 from unperturb.models.pixels import Preprocessing
+from unperturb.models.purifiers import registry
 from unperturb.models.purifiers.defended import presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.training import data
@@ -124,9 +125,35 @@ def test_sweep_measures_on_images_that_training_kept_back(
     rows = json.loads(out.read_text())["results"]["rows"]
     assert rows.keys() == {"no purifier", "restored view itself", "default"}
     assert rows["restored view itself"]["attacked"]["n"] == 9
+    judged_by_their_worst_case(arguments, out, monkeypatch)
     store.save(tmp_path / "head", dataclasses.replace(whole, restorer=None))
     assert preset_sweep.main([*arguments, "--restored"]) == 2
     assert "has no restorer; train one: unperturb train purifier" in capsys.readouterr().err
+
+
+def judged_by_their_worst_case(arguments: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {title: worst_case_sweep.STEPS[title] for title in ("the vote alone", "1 soft step of 2/255")}
+    monkeypatch.setitem(worst_case_sweep.SWEEPS, "steps", few)
+    given = [*arguments, "--sweep", "steps", "--iterations", "2", "--store", str(out.parent / "units")]
+    assert worst_case_sweep.main(given) == 0
+    record = json.loads(out.read_text())
+    rows = record["results"]["rows"]
+    assert rows.keys() == {"none", *few}
+    for title in few:
+        assert rows[title]["worst"]["accuracy"] <= rows[title]["clean"]["accuracy"]
+        difference = rows[title]["worst"]["accuracy"] - rows["none"]["worst"]["accuracy"]
+        assert rows[title]["worst"]["gain"]["mean"] == pytest.approx(difference)
+        assert rows[title]["worst"]["gain"]["n"] == rows["none"]["clean"]["n"] == 9
+    table = purifier_tables.worst_case_sweep_table(record).splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == ["no purifier", *few]
+
+
+@pytest.mark.parametrize("spec", [*worst_case_sweep.VIEWS.values(), *worst_case_sweep.STEPS.values()])
+def test_every_candidate_of_the_sweeps_can_be_built(spec: str) -> None:
+    defended = registry.build_defense(spec, make_checkpoint())
+    loop = defended.purifier.loop
+    assert (loop.steps == 0) == spec.startswith("vote")
+    assert loop.steps * loop.step_size <= loop.epsilon + 1e-9
 
 
 @pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])

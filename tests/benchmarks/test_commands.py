@@ -16,6 +16,7 @@ BAD = {
     "purifier.preset_sweep": ["--data", "x", "--n", "0"],
     "purifier.purification": ["--data", "x", "--steps", "0"],
     "purifier.purify_speed": ["--blocks", "0"],
+    "purifier.worst_case_sweep": ["--data", "x", "--iterations", "0"],
     "purifier.samples": ["--data", "x", "--n", "-1"],
     "serving.bulk_memory": ["--n", "0"],
     "serving.faults": ["--files", "0"],
