@@ -26,9 +26,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("preset", list(PRESETS))
-def test_scores_are_the_same_alone_and_in_a_batch(images: torch.Tensor, preset: str) -> None:
-    defended = defend(store.load("default", device="cuda"), PRESETS[preset])
+@pytest.mark.parametrize("checkpoint", ["default", "small"])
+@pytest.mark.parametrize("preset", ["default", "fast", "vote", "published"])
+def test_scores_are_the_same_alone_and_in_a_batch(images: torch.Tensor, preset: str, checkpoint: str) -> None:
+    defended = defend(store.load(checkpoint, device="cuda"), PRESETS[preset])
     x = images.cuda()
     together = defended.classify(x, seed=0).logits.softmax(1)
     alone = torch.cat([defended.classify(one, seed=0).logits.softmax(1) for one in x.split(1)])

@@ -30,6 +30,7 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.training import data
 
 SCRIPT = "benchmarks/purifier/purification.py"
+FOLDER = results.FOLDER / "purification"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class PurificationConfig(BenchmarkConfig):
     batch: int = option("images in a batch", 125)
     timed: int = option("images in the batch that is timed", 64)
     repeats: int = option("times that each timing is taken, in turn; the fastest counts", 3)
-    out: Path = option("result file", results.FOLDER / "purification.json")
+    out: Path | None = option("result file (default: results/purification/<card's id>.json)", None)
     write_card: bool = option("also write the figures on the checkpoint's card", False)
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb)", None)
 
@@ -147,7 +148,8 @@ def measure_purifier(config: PurificationConfig) -> int:
         "accuracy": measure(config, loaded, images, labels),
         "time": time_each(config, loaded, images),
     }
-    results.write(config.out, script=SCRIPT, config=as_json(config), results=found)
+    out = config.out or FOLDER / f"{loaded.card.id}.json"
+    results.write(out, script=SCRIPT, config=as_json(config), results=found)
     if config.write_card:
         folder = store.resolve(config.checkpoint)
         card = store.read_card(folder)

@@ -62,8 +62,9 @@ def headline(runs: list[dict[str, Any]]) -> str:
         )
     clean = c.points(row.clean_gain, row.clean_gain_interval).whole
     lines.append(f"- On **clean** images: {clean} points, n = {c.COUNT.cell(row).text}.")
-    few = f" {c.LEGEND}" if row.few else ""
-    below = f"Points are those over the bare classifier on the same images; in brackets: 95% intervals.{few}"
+    below = f"Points are those over the bare classifier, `{row.model}`, on the same images; in brackets: 95% intervals."
+    if row.few:
+        below += f" {c.LEGEND}"
     return "\n".join([*lines, "", below])
 
 

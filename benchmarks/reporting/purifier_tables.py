@@ -1,6 +1,6 @@
 """The tables of what the purifier is worth and costs, from the result files and the shipped card."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unperturb.benchmarks.reporting import columns as c
@@ -24,27 +24,44 @@ def points(gain: dict[str, Any]) -> str:
     return f"{gain['mean'] * 100:+.1f} ({low * 100:+.1f} to {high * 100:+.1f})"
 
 
-def classifier_table() -> str:
-    """The shipped classifier on the whole test set, from its card."""
-    card = store.read_card(store.resolve("default"))
-    test = card.figures["test"]
-    attack = f"PGD-{test['pgd']['steps']}, L∞ {test['pgd']['epsilon'] * 255:.0f}/255"
+def classifier_table(autoattacked: Mapping[str, dict[str, Any]]) -> str:
+    """The shipped classifiers on the whole test set, from their cards, and under AutoAttack, from runs by card's id."""
     rows = [
-        f"| `{card.id}`, n = {test['n']:,} | accuracy (95% interval) |",
-        "| --- | --- |",
-        f"| clean | {share({'accuracy': test['clean_accuracy'], 'interval': test['clean_interval']})} |",
-        f"| {attack} | {share({'accuracy': test['pgd_accuracy'], 'interval': test['pgd_interval']})} |",
+        "| checkpoint | network | parameters | n | clean (95%) | PGD-20, L∞ 8/255 | AutoAttack, first 1,000 |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
+    for name in store.shipped_names():
+        loaded = store.load(name)
+        card, test = loaded.card, loaded.card.figures["test"]
+        attack = test["pgd"]
+        if (attack["steps"], round(attack["epsilon"] * 255, 3)) != (20, 8):
+            raise ValueError(f"{name}: the card's PGD has {attack['steps']} steps of radius {attack['epsilon']}")
+        millions = sum(p.numel() for p in loaded.classifier.parameters()) / 1e6
+        width = "" if card.architecture.width == 1 else f", width {card.architecture.width:g}"
+        cells = [
+            f"`{name}`",
+            f"`{card.architecture.name}`{width}",
+            f"{millions:.1f} million",
+            f"{test['n']:,}",
+            share({"accuracy": test["clean_accuracy"], "interval": test["clean_interval"]}),
+            share({"accuracy": test["pgd_accuracy"], "interval": test["pgd_interval"]}),
+            share(autoattacked[card.id]) if card.id in autoattacked else "not run yet",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
 def gates_table() -> str:
-    """Return the table of what the shipped checkpoint's gates leave as it is, from its card."""
-    gates = store.read_card(store.resolve("default")).gates
-    n = next(iter(gates.values()))["n"]
-    rows = [f"| n = {n:,} held-out training images | clean left | attacked left (PGD-20) |", "| --- | --- | --- |"]
-    for name, gate in gates.items():
-        rows.append(f"| `purify=auto`, preset `{name}` | {gate['clean_left']:.1%} | {gate['attacked_left']:.1%} |")
+    """Return the table of what the shipped checkpoints' gates leave as it is, from their cards."""
+    cards = {name: store.read_card(store.resolve(name)) for name in store.shipped_names()}
+    (n,) = {gate["n"] for card in cards.values() for gate in card.gates.values()}
+    rows = [
+        f"| n = {n:,} held-out training images | preset | clean left | attacked left (PGD-20) |",
+        "| --- | --- | ---: | ---: |",
+    ]
+    for name, card in cards.items():
+        for preset, gate in card.gates.items():
+            rows.append(f"| `{name}` | `{preset}` | {gate['clean_left']:.1%} | {gate['attacked_left']:.1%} |")
     return "\n".join(rows)
 
 
@@ -53,7 +70,8 @@ def purification_table(record: dict[str, Any]) -> str:
     accuracy = record["results"]["accuracy"]
     n = accuracy["classifier"]["clean"]["n"]
     rows = [
-        f"| n = {n:,} | clean | PGD-{record['config']['steps']} on the classifier | noise of that size |",
+        f"| `{record['results']['checkpoint']['id']}`, n = {n:,} | clean | PGD-{record['config']['steps']} on the "
+        "classifier | noise of that size |",
         "| --- | --- | --- | --- |",
     ]
     for name, cells in accuracy.items():
@@ -87,7 +105,8 @@ def time_table(record: dict[str, Any]) -> str:
         "fast": "preset `fast`",
     }
     rows = [
-        f"| batch of {timed['batch']}, {where(record['machine'])} | ms per image | times faster |",
+        f"| `{record['results']['checkpoint']['id']}`, batch of {timed['batch']}, {where(record['machine'])} | "
+        "ms per image | times faster |",
         "| --- | --- | --- |",
     ]
     for name, title in titles.items():

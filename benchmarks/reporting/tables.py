@@ -62,9 +62,23 @@ def records_in(folder: str) -> dict[Path, dict[str, Any]]:
 
 
 def robustness_runs() -> list[dict[str, Any]]:
-    """Return the harness's runs of the shipped checkpoint, under every threat."""
-    shipped = store.read_card(store.resolve("default")).id
-    return [run for run in load_runs(ROBUSTNESS) if run["results"]["model"]["spec"] == shipped]
+    """Return the harness's runs under every threat of the shipped checkpoint that the pages are about: the first whose
+    purifiers were judged.
+    """
+    runs = load_runs(ROBUSTNESS)
+
+    def of(card_id: str) -> list[dict[str, Any]]:
+        return [run for run in runs if run["results"]["model"]["spec"] == card_id]
+
+    ids = [store.read_card(store.resolve(name)).id for name in store.shipped_names()]
+    judged = (of(one) for one in ids)
+    return next((found for found in judged if any(run["results"]["purifies"] for run in in_main_ball(found))), [])
+
+
+def autoattacked() -> dict[str, dict[str, Any]]:
+    """Return what AutoAttack leaves of each classifier without a purifier, in the main ball, by the card's id."""
+    bare = [run["results"] for run in in_main_ball(load_runs(ROBUSTNESS)) if not run["results"]["purifies"]]
+    return {found["model"]["spec"]: found["figures"]["attacks"]["autoattack"]["alone"] for found in bare}
 
 
 def in_main_ball(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,7 +88,7 @@ def in_main_ball(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def all_tables() -> dict[str, str]:
     """Return every table by name, made from the result files, the shipped card and the service's settings."""
-    measured = json.loads((FOLDER / "purification.json").read_text())
+    measured = list(records_in("purification").values())
     swept = json.loads((FOLDER / "preset_sweep.json").read_text())
     runs = robustness_runs()
     main_runs = in_main_ball(runs)
@@ -83,10 +97,10 @@ def all_tables() -> dict[str, str]:
         "headline": headline(main_runs),
         "main": main_table(main_runs),
         "picture": picture_line(json.loads((FOLDER / "brought_back.json").read_text())),
-        "classifier": classifier_table(),
+        "classifier": classifier_table(autoattacked()),
         "gates": gates_table(),
-        "purification": purification_table(measured),
-        "time": time_table(measured),
+        "purification": "\n\n".join(map(purification_table, measured)),
+        "time": "\n\n".join(map(time_table, measured)),
         "sweep": sweep_table(swept),
         "sweep_restored": sweep_table(json.loads((FOLDER / "preset_sweep_restored.json").read_text())),
         "robustness": robustness_table(main_runs),

@@ -48,12 +48,18 @@ class Checkpoint:
     restorer: Restorer | None = None
 
 
+def shipped_names() -> tuple[str, ...]:
+    """Return the names of the checkpoints that come with the package, `default` first."""
+    names = (file.parent.name for file in PRETRAINED.glob(f"*/{CARD}"))
+    return tuple(sorted(names, key=lambda name: (name != "default", name)))
+
+
 def resolve(name: str | os.PathLike[str]) -> Path:
     """Return the folder of a shipped checkpoint's name, or of a path."""
     for folder in (Path(name), PRETRAINED / name):
         if (folder / CARD).is_file():
             return folder
-    shipped = ", ".join(sorted(p.parent.name for p in PRETRAINED.glob(f"*/{CARD}"))) or "none"
+    shipped = ", ".join(shipped_names()) or "none"
     raise CheckpointError(f"{os.fspath(name)!r} is neither a folder with a {CARD} nor a shipped checkpoint ({shipped})")
 
 

@@ -167,7 +167,7 @@ def test_every_place_of_the_pages_is_filled_from_the_shipped_checkpoints_runs(
 
 
 def test_counts_are_those_of_the_attacks_own_points() -> None:
-    loaded = store.load("default")
+    loaded = store.load("small")
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         labels = loaded.classifier(images.float() / 255).argmax(1)
@@ -206,7 +206,7 @@ def test_picture_is_of_the_first_image_that_the_demo_brings_back_too(
         yield from lines[float(x.max())]
 
     monkeypatch.setattr(picture, "run_demo", run_demo)
-    loaded = store.load("default")
+    loaded = store.load("small")
     defended = defend(loaded, preset("default"))
     images = torch.tensor([0, 0, 255], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 32, 32)
     assert picture.draw(CONFIG, defended, loaded, images, [1, 2, 0]) == 2

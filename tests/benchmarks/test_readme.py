@@ -131,7 +131,7 @@ def recipe(number: int) -> dict[str, Any]:
 def test_recipe_of_a_purifier_works_from_its_spec(monkeypatch: pytest.MonkeyPatch) -> None:
     names = recipe(0)
     monkeypatch.setitem(registry.REGISTRY, "sharpen", registry._rival(names["Sharpen"], "sharpen", names["LOOP"]))
-    purifier = registry.build_purifier("sharpen:steps=2", store.load("default"))
+    purifier = registry.build_purifier("sharpen:steps=2", store.load("small"))
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     purified = purifier(images, seeds=torch.arange(2))
     assert purified.trace.losses.shape == (2, 2)
@@ -139,12 +139,12 @@ def test_recipe_of_a_purifier_works_from_its_spec(monkeypatch: pytest.MonkeyPatc
 
 
 def test_recipe_of_an_attack_stays_in_the_ball() -> None:
-    classifier = store.load("default").classifier
+    classifier = store.load("small").classifier
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     scene = Scene(
         x=images,
         labels=torch.zeros(2, dtype=torch.int64),
-        defended=DefendedClassifier(classifier, registry.build_purifier("none", store.load("default"))),
+        defended=DefendedClassifier(classifier, registry.build_purifier("none", store.load("small"))),
         threat=Threat(norm="linf", epsilon=8 / 255),
         budget=BUDGETS["fast"],
         seeds=torch.arange(2),
@@ -155,7 +155,7 @@ def test_recipe_of_an_attack_stays_in_the_ball() -> None:
 
 
 def test_recipe_of_a_training_method_has_a_gradient() -> None:
-    method, classifier = recipe(2)["noise"], store.load("default").classifier.requires_grad_(True)
+    method, classifier = recipe(2)["noise"], store.load("small").classifier.requires_grad_(True)
     batch = SupervisedBatch(torch.rand(2, 3, 32, 32), torch.tensor([0, 1]), torch.arange(2), torch.arange(2))
     attack = ProjectedGradient(direction="ascend", epsilon=8 / 255, step_size=2 / 255, steps=1)
     crafted = method.craft(classifier, batch, attack)

@@ -37,7 +37,7 @@ def test_each_kind_is_counted_among_those_that_are_right() -> None:
 
 
 def test_images_go_the_way_of_the_page() -> None:
-    loaded = store.load("default")
+    loaded = store.load("small")
     defended = defend(loaded, preset("default"))
     images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -75,4 +75,4 @@ def test_drawing_without_such_a_part_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(samples, "STRIDE", 64)
     config = SamplesConfig(data="nowhere", n=0, device="cpu")
     with pytest.raises(ConfigError, match="no part of the drawing is restored or unrestored or harmed"):
-        samples.choose(config, defend(store.load("default"), preset("default")))
+        samples.choose(config, defend(store.load("small"), preset("default")))

@@ -90,8 +90,9 @@ def test_card_with_a_bad_gate_is_refused(gates: object, tiny_folder: Path, tmp_p
         store.load(tmp_path / "bad")
 
 
-def test_shipped_checkpoint_has_a_gate_for_every_preset_with_steps() -> None:
-    card = store.read_card(store.resolve("default"))
+@pytest.mark.parametrize("checkpoint", store.shipped_names())
+def test_shipped_checkpoint_has_a_gate_for_every_preset_with_steps(checkpoint: str) -> None:
+    card = store.read_card(store.resolve(checkpoint))
     for name in WITH_STEPS:
         assert 0 < gate_of(card, name) < 20
         assert card.gates[name]["n"] == 1000

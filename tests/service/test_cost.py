@@ -50,7 +50,7 @@ def test_another_models_images_cost_batches_of_their_own() -> None:
 
 
 def test_one_step_that_hung_does_not_change_the_pace_for_long() -> None:
-    model = Model(1, "a", "a", read_card(resolve("default")))
+    model = Model(1, "a", "a", read_card(resolve("small")))
     model.observe(1e6)
     assert 1 < model.pace < 2
     for _ in range(100):

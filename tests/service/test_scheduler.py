@@ -40,7 +40,7 @@ def clock() -> Clock:
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return Model(1, "a", "a", read_card(resolve("default")))
+    return Model(1, "a", "a", read_card(resolve("small")))
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def request_of(model: Model) -> Request:
 @pytest.fixture
 def timed() -> Model:
     """A model of 0.01 s a pass forward, whatever the batch."""
-    return Model(1, "a", "a", read_card(resolve("default")), cost=Cost(per_pass_s=0.01))
+    return Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.01))
 
 
 def of(
