@@ -1,11 +1,13 @@
 """`python benchmarks/reporting/learning_curves.py`: the shipped classifiers' learning curves, from their runs' logs.
 
-A log is a run's log.jsonl, in benchmarks/results/training under the run's name. Accuracies are of held-out training
-images, by which the epoch was chosen.
+A log is a run's log.jsonl, in benchmarks/results/training under the run's name; those of runs that went on from it
+(`--resume-from`) follow in the same file, and a dotted line is where. Accuracies are of held-out training images, by
+which the epoch was chosen.
 """
 
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +36,14 @@ def learning_curves(logs: dict[str, list[dict[str, Any]]], theme: Theme = LIGHT)
         plt, figure, axes = open_figure(4.2 * len(logs), 3.6, rows=1, columns=len(logs))
         for panel, (name, epochs) in zip(axes.flat if len(logs) > 1 else [axes], logs.items(), strict=True):
             for colour, (key, label) in zip(theme.colours, SHOWN.items(), strict=False):
-                points = [(one["epoch"], 100 * one[key]) for one in epochs if key in one]
+                points = [(place, 100 * one[key]) for place, one in enumerate(epochs, 1) if key in one]
                 if points:
                     panel.plot(*zip(*points, strict=True), color=colour, marker=".", label=label)
                     last = points[-1]
                     panel.annotate(f"{last[1]:.0f}%", last, xytext=(4, 4), textcoords="offset points", color=colour)
+            for place, (before, after) in enumerate(pairwise(epochs), 1):
+                if before.get("lr") == 0 and after.get("lr"):  # a run ends at a rate of 0
+                    panel.axvline(place + 0.5, color=theme.soft, linestyle=":")
             panel.set_title(name)
             panel.set_xlabel("epoch")
             panel.set_ylim(0, 100)

@@ -96,7 +96,7 @@ def test_the_user_is_that_of_the_image() -> None:
 
 
 def test_service_links_are_off_since_they_would_set_the_port(built: dict[str, list[Manifest]]) -> None:
-    predictor = the("InferenceService", standing(), "cifar10-wrn10-2-linf")["spec"]["predictor"]
+    predictor = the("InferenceService", standing(), "cifar10-half")["spec"]["predictor"]
     specs = [spec for one in [*built["cpu"], *standing()] for spec in pod_specs(one) if one["kind"] != "ServingRuntime"]
     assert len(specs) == 3
     assert all(spec["enableServiceLinks"] is False for spec in (*specs, predictor))
@@ -214,7 +214,7 @@ def test_components_change_the_deployment(built: dict[str, list[Manifest]]) -> N
 
 def test_kserve_asks_for_the_runtime_that_is_there() -> None:
     runtime = the("ServingRuntime", standing())
-    predictor = the("InferenceService", standing(), "cifar10-wrn10-2-linf")["spec"]["predictor"]
+    predictor = the("InferenceService", standing(), "cifar10-half")["spec"]["predictor"]
     assert predictor["model"]["runtime"] == runtime["metadata"]["name"]
     formats = [{k: one[k] for k in ("name", "version")} for one in runtime["spec"]["supportedModelFormats"]]
     assert predictor["model"]["modelFormat"] in formats

@@ -1,6 +1,7 @@
 """The web page, in a headless Chromium against the running app."""
 
 import base64
+import json
 import re
 import shutil
 import threading
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect, sync_playwright
 
+from unperturb.benchmarks.purifier.samples import ASSETS, SHOWN
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
 from unperturb.service.engine.stages import ATTACK_LOOP
@@ -194,7 +196,8 @@ def test_sample_says_that_it_is_chosen_and_how_often_it_happens(
     expect(about).to_be_hidden()
     page.get_by_label("Purifier").select_option("vote")
     use_sample(page, name)
-    expect(about).to_contain_text("chosen to show this: by the model cifar10-wrn10-2-linf and the purifier default, ")
+    model = json.loads((ASSETS / SHOWN).read_text())["model"]
+    expect(about).to_contain_text(f"chosen to show this: by the model {model} and the purifier default, ")
     expect(about).to_contain_text(fate)
     expect(page.get_by_label("Attack it first")).to_be_checked(checked=attacked)
     expect(page.get_by_label("Purifier")).to_have_value("default")
