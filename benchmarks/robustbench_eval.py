@@ -28,6 +28,7 @@ from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, described_model, load_subject, ready
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.benchmarks.robustness.workers import share
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.benchmark_classes import class_names
@@ -222,7 +223,7 @@ def _described(
 ) -> dict[str, Any]:
     spec = model if not model.startswith(PREFIX) else subject.card.architecture.name
     return {
-        "model": described_model(subject, subject.card.id if model == "default" else spec),
+        "model": described_model(subject, subject.card.id if model in store.shipped_names() else spec),
         "classes": list(subject.card.classes),
         "data": {
             "dataset": config.dataset,
