@@ -66,7 +66,7 @@ def purify_all(
     for x, y in tqdm(list(zip(images.split(batch), labels.split(batch), strict=True)), desc=name, leave=False):
         with torch.no_grad():
             purified = defended.purify(x, seed=seed)
-            rows.correct.extend(defended.classifier(purified.image).argmax(1).eq(y).tolist())
+            rows.correct.extend(defended.scores(purified.image).argmax(1).eq(y).tolist())
         rows.loss_before.extend(purified.trace.loss_before.tolist())
         rows.loss_after.extend(purified.trace.loss_after.tolist())
     return rows

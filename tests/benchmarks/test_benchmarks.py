@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import make_checkpoint, make_config
 from tests.training.test_training import classifier_arguments
-from unperturb.benchmarks.purifier import preset_sweep, purification, purify_speed, worst_case_sweep
+from unperturb.benchmarks.purifier import points, preset_sweep, purification, purify_speed, worst_case_sweep
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import purifier_tables, results, speed_tables
 from unperturb.models.checkpoints import store
@@ -17,6 +17,7 @@ from unperturb.models.pixels import Preprocessing
 from unperturb.models.purifiers import registry
 from unperturb.models.purifiers.defended import presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.models.purifiers.vote import Vote
 from unperturb.training import data
 from unperturb.training.__main__ import main as train
 
@@ -129,6 +130,16 @@ def test_sweep_measures_on_images_that_training_kept_back(
     store.save(tmp_path / "head", dataclasses.replace(whole, restorer=None))
     assert preset_sweep.main([*arguments, "--restored"]) == 2
     assert "has no restorer; train one: unperturb train purifier" in capsys.readouterr().err
+
+
+def test_purified_images_are_judged_by_the_whole_defense_its_vote_among_it(
+    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    defended = registry.build_defense("vote:shifts=4", make_checkpoint())
+    monkeypatch.setattr(Vote, "scores", lambda vote, classifier, x: -classifier(x))
+    labels = (-defended.classifier(images)).argmax(1)
+    rows = points.purify_all(defended, images, labels, seed=0, batch=4, name="vote")
+    assert rows.correct == [True] * len(images)
 
 
 def judged_by_their_worst_case(arguments: list[str], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,10 +91,10 @@ def test_it_ships_whole_with_the_figures_that_it_must_have(checkpoint: str) -> N
     assert test["clean_accuracy"] >= clean
     assert test["pgd_accuracy"] >= pgd
     measured = loaded.card.figures["purification"]
-    for preset in ("default", "fast"):
+    for preset, most_lost in (("default", 0.01), ("fast", 0.015)):
         assert measured[preset]["attacked"]["n"] == 1000
         assert measured[preset]["attacked"]["gain"]["mean"] >= 0.05
-        assert measured[preset]["clean"]["gain"]["mean"] >= -0.01
+        assert measured[preset]["clean"]["gain"]["mean"] >= -most_lost
     for name in ("clean", "attacked"):  # what `fast` must keep to be that
         assert measured["fast"][name]["accuracy"] >= measured["published"][name]["accuracy"] - 0.005
 
