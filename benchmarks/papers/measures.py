@@ -12,7 +12,8 @@ from torch import Tensor
 from unperturb.benchmarks.papers.plan import Scale
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.robustbench_eval import EvaluationConfig, run_all
-from unperturb.benchmarks.robustness.attacks.controls import signs
+from unperturb.benchmarks.robustness.attacks.controls import NOISE_STREAM, signs
+from unperturb.models import philox
 from unperturb.models.accuracy import correct
 from unperturb.models.attacks.instance import DISTANCES, away_from
 from unperturb.models.attacks.pgd import pgd
@@ -33,10 +34,13 @@ CHUNK = 250
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint folder, the folder of the training run (its log), the data and its source, scale and device."""
+    """A checkpoint folder, the folder of the training run (its log), the checkpoint that it goes on from, the data and
+    its source, scale and device.
+    """
 
     folder: Path
     run: Path
+    base: Path | None
     dataset: data.DataSet
     source: str
     scale: Scale
@@ -170,18 +174,33 @@ def overfitting(subject: Subject) -> dict[str, Any]:
 
 
 def generator(subject: Subject) -> dict[str, Any]:
-    """Accuracy as it is, under the generator's noise and under random noise of that size; the classifier's digests."""
+    """Measure accuracy as it is, under the generator's noise, and under random noise of that size: signs, and uniform.
+
+    Also what the generator gains over each, paired by image, and whether the classifier's digest is what it was.
+    """
+    assert subject.base is not None
     made, card = load_generator(subject.folder, device=subject.device)
-    classifier = store.load(str(card.training["classifier"]), device=subject.device).classifier
+    classifier = store.load(subject.base, device=subject.device).classifier
     right: dict[str, list[bool]] = {}
     for x, labels, numbers in subject.test():
         with torch.no_grad():
             attacked = made(x)
-        shown = {"clean": x, "noise": signs(x, numbers, epsilon=made.epsilon), "generator": attacked}
+        draws = philox.uniform(numbers, 0, NOISE_STREAM, x[0].numel()).view_as(x)
+        shown = {
+            "clean": x,
+            "noise": signs(x, numbers, epsilon=made.epsilon),
+            "uniform": (x + made.epsilon * (2 * draws - 1)).clamp(0, 1),
+            "generator": attacked,
+        }
         for name, images in shown.items():
             right.setdefault(name, []).extend(correct(classifier, images, labels))
     same = card.classifier_sha256[0] == card.classifier_sha256[1] == digest_of(classifier)
-    return {**{name: results.accuracy(values) for name, values in right.items()}, "classifier_unchanged": same}
+    others = [name for name in right if name != "generator"]
+    return {
+        **{name: results.accuracy(values) for name, values in right.items()},
+        "less_than": {name: results.gain(right["generator"], right[name]) for name in others},
+        "classifier_unchanged": same,
+    }
 
 
 def harness(subject: Subject) -> dict[str, Any]:

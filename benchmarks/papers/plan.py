@@ -15,6 +15,7 @@ class Arm:
     """One training command.
 
     needs:    the arm whose checkpoint of the same seed is given to it, as --encoder or --classifier
+    imported: whether it goes on from the campaign's imported checkpoint, given to it as --classifier
     measures: names in benchmarks/papers/measures.py
     seeds:    how many, from 0
     """
@@ -22,6 +23,7 @@ class Arm:
     command: str
     options: Options
     needs: str | None = None
+    imported: bool = False
     measures: tuple[str, ...] = ("test",)
     seeds: int = 3
 
@@ -40,6 +42,7 @@ class Scale:
     labels: Options  # S4L
     generator: Options
     frozen: Options  # the classifier that the generator attacks
+    fine_tuned: Options  # the same of an imported network
     head: Options
     harness: Options
     test_images: int
@@ -115,6 +118,17 @@ SCALES: dict[str, Scale] = {
             "label-smoothing": "0",
             "held-out": "250",
         },
+        fine_tuned={
+            "images": "20000",
+            "epochs": "4",
+            "batch-size": "64",
+            "optimizer": "adam",
+            "lr": "1e-3",
+            "weight-decay": "0",
+            "ema": "0.99",
+            "pad": "8",
+            "precision": "bfloat16",
+        },
         head={
             "classifier": "default",
             "images": "5000",
@@ -151,6 +165,7 @@ SCALES: dict[str, Scale] = {
         labels={"arch": "preact_resnet18", "labelled": "0.1", "method": "natural"},
         generator={"epochs": "10"},
         frozen={"epochs": "100"},
+        fine_tuned={"epochs": "20", "optimizer": "adam", "lr": "1e-3", "weight-decay": "0", "pad": "8"},
         head={"classifier": "default", "epochs": "20"},
         harness={"n-examples": "1000", "budget": "standard"},
         test_images=0,
@@ -267,6 +282,18 @@ def _add_readouts(plan: Building) -> None:
         needs="efficientnet-dense",
         measures=("generator",),
         seeds=5,  # they differ much
+    )
+    plan.made["imported"] = Arm(
+        command="classifier",
+        options={**plan.scale.fine_tuned, **plan.tested, "method": "natural"},
+        imported=True,
+        seeds=1,
+    )
+    plan.made["imported-generator"] = Arm(
+        command="generator",
+        options={**plan.scale.generator, **plan.tested, "epochs": "10"},  # the poster's
+        needs="imported",
+        measures=("generator",),
     )
     for name, more in (("head-plain", {}), ("head-robust", {"adversarial": ""})):
         plan.made[name] = Arm(command="head", options={**plan.scale.head, **more}, measures=("harness",))

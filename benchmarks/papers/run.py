@@ -23,6 +23,7 @@ from unperturb.benchmarks.papers.measures import MEASURES, Subject
 from unperturb.benchmarks.papers.plan import SCALES, Arm, ScaleName, arms
 from unperturb.benchmarks.reporting import results
 from unperturb.models import provenance
+from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import CARD
 from unperturb.models.errors import ConfigError, UnperturbError
 from unperturb.models.options import as_json, option
@@ -30,9 +31,10 @@ from unperturb.models.pixels import Preprocessing
 from unperturb.training import data
 
 NAMES_IT = {"head": "classifier", "generator": "classifier"}  # how a command calls the checkpoint that it needs
-IMAGE_SIZE = 32
+PICTURES = Preprocessing(size=32)
 MADE = {"generator": "generator"}  # the folder that a command writes, where it is not "checkpoint"
 
+UNTOLD = ("data", "transfer_data", "imported", "runs", "arm")  # which are places, or told otherwise
 SCRIPT = "benchmarks/papers/run.py"
 
 
@@ -43,6 +45,7 @@ class PapersConfig:
     data: str = option("cifar10, or a folder with train/<class>/* and test/<class>/*", "cifar10")
     transfer_data: str = option("cifar100, or such a folder, to which encoders are transferred", "cifar100")
     scale: ScaleName = option("small: minutes an arm on a CPU core; full: a GPU", "small")
+    imported: str = option("checkpoint (unperturb import) for the arms imported…, not run without it", "")
     arm: tuple[str, ...] = option("an arm's name, or the beginning of several; may be repeated (default: all)", ())
     seeds: int = option("at most so many seeds of each arm", 3)
     jobs: int = option("arms at a time", 1)
@@ -59,6 +62,8 @@ class PapersConfig:
         for start in self.arm:
             if not any(name.startswith(start) for name in known):
                 raise ConfigError(f"arm {start!r} is not one of {', '.join(known)}")
+            if start.startswith("imported") and not self.imported:
+                raise ConfigError(f"arm {start!r} goes on from a checkpoint that has seen images: give --imported")
 
 
 class Campaign:
@@ -66,11 +71,16 @@ class Campaign:
 
     def __init__(self, config: PapersConfig) -> None:
         self.config, self.arms = config, arms(SCALES[config.scale])
-        self.wanted = [name for name in self.arms if not config.arm or name.startswith(config.arm)]
-        sources = [config.data]
-        if any("data" in options for name in self.wanted for options in self.chain(name).values()):
-            sources.append(config.transfer_data)
-        self.datasets = {source: data.load(source, Preprocessing(size=IMAGE_SIZE)) for source in sources}
+        self.imported = store.read_card(store.resolve(config.imported)) if config.imported else None
+        self.wanted = [
+            name
+            for name in self.arms
+            if (not config.arm or name.startswith(config.arm)) and (self.imported or not self.needs_imported(name))
+        ]
+        self.datasets: dict[str, data.DataSet] = {}
+        for name in self.wanted:
+            for needed in self.chain(name):
+                self.dataset(needed)  # all are read before anything runs
         self.lock = threading.Lock()
 
     def run(self) -> list[str]:
@@ -141,6 +151,10 @@ class Campaign:
         """Return the arm's command and options, and those of the arms that it needs."""
         arm = self.arms[name]
         own = {"command": arm.command, **arm.options}
+        if arm.imported and self.imported:
+            network = self.imported.architecture
+            own |= {"imported": f"{network.name}, {network.image_size} pixels"}
+            own |= {"imported_sha256": self.imported.weights_sha256}
         return {name: own} if arm.needs is None else {**self.chain(arm.needs), name: own}
 
     def _one(self, name: str, seed: int) -> None:
@@ -156,6 +170,7 @@ class Campaign:
         subject = Subject(
             trained / MADE.get(arm.command, "checkpoint"),
             trained,
+            None if needed is None else self.folder(*needed) / "checkpoint",
             self.dataset(name),
             self.config.data,
             SCALES[self.config.scale],
@@ -176,8 +191,18 @@ class Campaign:
         print(f"{name}, seed {seed}: done", flush=True)
 
     def dataset(self, name: str) -> data.DataSet:
-        """Return what the arm is trained and measured on."""
-        return self.datasets[self.config.transfer_data if "data" in self.arms[name].options else self.config.data]
+        """Return what the arm is trained and measured on, in the pictures that its network takes."""
+        source = self.config.transfer_data if "data" in self.arms[name].options else self.config.data
+        how = self.imported.pictures if self.imported and self.needs_imported(name) else PICTURES
+        key = f"{source} {how}"
+        if key not in self.datasets:
+            self.datasets[key] = data.load(source, how)
+        return self.datasets[key]
+
+    def needs_imported(self, name: str) -> bool:
+        """Return whether the arm, or one that it needs, goes on from the imported checkpoint."""
+        arm = self.arms[name]
+        return arm.imported or (arm.needs is not None and self.needs_imported(arm.needs))
 
     def folder(self, name: str, seed: int) -> Path:
         """Return where an arm's run is: another place for other options or data."""
@@ -192,6 +217,8 @@ class Campaign:
         options = {**arm.options, "data": self.config.transfer_data if "data" in arm.options else self.config.data}
         if (needed := self.needed_by(name, seed)) is not None:
             options[NAMES_IT.get(arm.command, "encoder")] = str(self.folder(*needed) / "checkpoint")
+        if arm.imported:
+            options["classifier"] = self.config.imported
         options |= {"seed": str(seed), "out": str(run), "device": self.config.device}
         command = [sys.executable, "-m", "unperturb.training", arm.command]
         for key, value in options.items():
@@ -206,7 +233,7 @@ class Campaign:
 
     def _record(self, name: str, seed: int, found: dict[str, Any]) -> None:
         """Add the seed to the arm's file; what other options made is dropped."""
-        settings = {k: v for k, v in as_json(self.config).items() if k not in ("data", "transfer_data", "runs", "arm")}
+        settings = {k: v for k, v in as_json(self.config).items() if k not in UNTOLD}
         with self.lock:
             seeds = {**self._before(name), str(seed): found}
             results.write(

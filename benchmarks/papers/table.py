@@ -135,16 +135,32 @@ def _instance(found: Found) -> SystemRow:
     return SystemRow("label-free instance attack", measured, "simclr-instance", shows)
 
 
-def _generator(found: Found) -> SystemRow:
-    clean, noise, attacked = (found.values("generator", "generator", name) for name in ("clean", "noise", "generator"))
-    same = all(found.values("generator", "generator", "classifier_unchanged").values())
+def _taken(found: Found, arm: str) -> tuple[str, str]:
+    """Return a generator's accuracies, and what they show."""
+    clean, noise, attacked = (found.values(arm, "generator", name) for name in ("clean", "noise", "generator"))
+    same = all(found.values(arm, "generator", "classifier_unchanged").values())
     drop, more = gain(clean, attacked), gain(noise, attacked)
-    measured = f"EfficientNet-B0, dense layers: {spread(clean)}, noise {spread(noise)}, generator {spread(attacked)}"
+    measured = f"{spread(clean)}, noise {spread(noise)}, generator {spread(attacked)}"
     shows = (
         f"takes ≥ 5 points ({drop}): {verdict(drop, least=5)}; more than noise ({more}): {verdict(more)}; "
         f"the classifier's digest is {'the same' if same else '**another**'} afterwards"
     )
-    return SystemRow("contrastive attack generator", measured, "generator", shows)
+    return measured, shows
+
+
+def _generator(found: Found) -> SystemRow:
+    measured, shows = _taken(found, "generator")
+    return SystemRow("contrastive attack generator", f"EfficientNet-B0, dense layers: {measured}", "generator", shows)
+
+
+def _imported_generator(found: Found) -> SystemRow:
+    arm = "imported-generator"
+    measured, shows = _taken(found, arm)
+    uniform = spread(found.values(arm, "generator", "uniform"))
+    network = found.arms[arm]["options"]["imported"].get("imported", "")
+    return SystemRow(
+        "the same on a network that has seen images", f"{network}: {measured}; uniform noise {uniform}", arm, shows
+    )
 
 
 def _neighbours(found: Found) -> SystemRow:
@@ -254,6 +270,7 @@ ROWS: dict[str, Callable[[Found], SystemRow]] = {
     "RoCL": _rocl,
     "label-free instance attack": _instance,
     "contrastive attack generator": _generator,
+    "the same on a network that has seen images": _imported_generator,
     "kNN and self-supervised adversarial training": _neighbours,
     "false-negative removal": _false_negatives,
     "DeACL": _deacl,

@@ -110,10 +110,15 @@ def is_imported(name: str) -> bool:
 def build_imported(architecture: Architecture) -> ImportedClassifier:
     """Return the network of a card's architecture, with fresh weights.
 
+    Where it has other classes than a factory or a program makes (it was fine-tuned), its last layer is a new one.
     Raises ConfigError for a name that its library does not know, a library that is not installed, or a network that
     does not end in a linear layer; CheckpointError for a factory whose module is not allowed to run.
     """
-    return ImportedClassifier(architecture, network_of(architecture))
+    made = ImportedClassifier(architecture, network_of(architecture))
+    if made.num_classes != architecture.num_classes:
+        made.num_classes = architecture.num_classes
+        made.linear = nn.Linear(made.feature_dim, made.num_classes)
+    return made
 
 
 def network_of(architecture: Architecture, *, allowed: bool = False) -> nn.Module:

@@ -19,6 +19,7 @@ from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store
+from unperturb.models.networks.imported import ALLOW
 from unperturb.models.purifiers import registry
 from unperturb.models.purifiers.defended import DefendedClassifier
 from unperturb.service.cli import app
@@ -117,6 +118,30 @@ def test_files_that_it_names_exist(page: str) -> None:
             assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS[page]):
         assert (ROOT / page).parent.joinpath(path).is_file(), path
+
+
+REFUSED = [
+    [cell.strip() for cell in row.strip("| ").split(" | ")]
+    for row in TEXTS["docs/importing.md"].partition("## What is refused")[2].splitlines()[4:]
+]
+
+
+@pytest.mark.parametrize("place", range(len(REFUSED)))
+def test_refusal_is_one_that_the_test_named_beside_it_looks_for(place: int) -> None:
+    _, answer, _ = REFUSED[place]
+    named = next(test for *_, test in reversed(REFUSED[: place + 1]) if test != "same").strip("`")
+    file, _, function = named.partition("::")
+    source = (ROOT / file).read_text().replace("{ALLOW}", ALLOW)
+    assert f"def {function}(" in source
+    strings = re.findall(r'"([^"\n]+)"', source)
+    looked_for = {part.strip() for text in strings for part in re.split(r"\.\*|\|", text.replace("\\", ""))}
+    assert [part for part in looked_for if len(part) >= 7 and re.search("[ =]", part) and part in answer], answer
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_tests_that_it_names_exist(page: str) -> None:
+    for file, function in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", TEXTS[page]):
+        assert not function or f"def {function}(" in (ROOT / file).read_text(), function
 
 
 EXAMPLES = ("models/purifiers/sharpen.py", "benchmarks/load.py")  # what a newcomer writes; where a script was

@@ -1,17 +1,24 @@
 """The runner of the systems: every arm at a tiny scale, resumed, and the README's table of it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.conftest import SMALL, make_checkpoint
 from unperturb.benchmarks.papers import plan as systems_plan
 from unperturb.benchmarks.papers import run as systems
 from unperturb.benchmarks.papers import table as systems_table
 from unperturb.benchmarks.papers.measures import MEASURES, Subject
 from unperturb.benchmarks.papers.plan import SCALES, Scale, arms
+from unperturb.models.accuracy import correct
+from unperturb.models.checkpoints import store
+from unperturb.models.networks.generator import load as load_generator
+from unperturb.models.pixels import Preprocessing
+from unperturb.training import data
 from unperturb.training.data import DataSet, Split
 
 NO = torch.zeros(0, dtype=torch.int64)
@@ -28,6 +35,7 @@ TINY = Scale(
     labels={"arch": "wide_resnet_10_1", "batch-size": "6", "held-out": "9", "labelled": "0.34", "method": "natural"},
     generator={"epochs": "1", "batch-size": "21", "held-out": "9", "width": "8"},
     frozen={**NET, "epochs": "1"},
+    fine_tuned={"epochs": "2", "batch-size": "21", "held-out": "9", "lr": "0.05"},
     head={
         "classifier": "default",
         "epochs": "1",
@@ -103,6 +111,43 @@ def test_finished_seed_is_not_run_again_and_other_options_are(
 
 
 @pytest.mark.usefixtures("tiny")
+def test_generator_of_an_imported_network_is_measured_beside_noise_in_that_networks_pictures(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_checkpoint(head=False, architecture=replace(SMALL, image_size=16))
+    known = replace(base.card, classes=("cat", "dog", "hamster"))
+    store.save(tmp_path / "base", replace(base, card=known))
+    wanted = arguments(image_folder, tmp_path, "--arm", "imported")
+    assert systems.main(wanted) == 2
+    assert "give --imported" in capsys.readouterr().err
+    assert systems.main([*wanted, "--imported", str(tmp_path / "base")]) == 0
+    found = results_of(tmp_path)
+    assert found.keys() == {"imported", "imported-generator"}
+    (run,) = (tmp_path / "runs" / "small").glob("imported-generator-*/0")
+    (tuned,) = (tmp_path / "runs" / "small").glob("imported-[!g]*/0/checkpoint")
+    tuned_card = store.read_card(tuned)
+    assert tuned_card.pictures == Preprocessing(size=16)
+    assert tuned_card.training["classifier_sha256"] == store.read_card(tmp_path / "base").weights_sha256
+    whole = found["imported-generator"]["results"]
+    assert whole["options"]["imported"]["imported_sha256"] == tuned_card.training["classifier_sha256"]
+    figures = whole["seeds"]["0"]["figures"]["generator"]
+    assert figures["classifier_unchanged"] is True
+    assert {name: figures[name]["n"] for name in ("clean", "noise", "uniform", "generator")} == dict.fromkeys(
+        ("clean", "noise", "uniform", "generator"), 18
+    )
+    test = data.load(str(image_folder), Preprocessing(size=16), cache=tmp_path).test
+    x, labels = test.images.float() / 255, test.labels
+    attacked = load_generator(run / "generator")[0](x)
+    classifier = store.load(tuned).classifier
+    right = [correct(classifier, seen, labels) for seen in (x, attacked)]
+    assert [figures[name]["accuracy"] for name in ("clean", "generator")] == [sum(one) / 18 for one in right]
+    lost = figures["less_than"]["clean"]
+    assert abs(lost["mean"] - (sum(right[1]) - sum(right[0])) / 18) < 1e-9
+    assert lost["interval"][0] < lost["mean"] < lost["interval"][1]
+    assert str(tmp_path) not in json.dumps(found)
+
+
+@pytest.mark.usefixtures("tiny")
 def test_failed_training_is_said_with_its_reason(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +198,8 @@ def test_every_arm_runs_and_every_system_has_its_row(
 ) -> None:
     scale = Scale(**{**vars(TINY), "head": {**TINY.head, "classifier": str(tiny_folder)}})
     monkeypatch.setitem(SCALES, "small", scale)
-    assert systems.main(arguments(image_folder, tmp_path, "--jobs", "2")) == 0
+    more = ("--jobs", "2", "--imported", str(tiny_folder))
+    assert systems.main(arguments(image_folder, tmp_path, *more)) == 0
     assert results_of(tmp_path).keys() == systems_plan.arms(scale).keys()
     table = systems_table.systems_table(tmp_path / "results" / "small")
     assert "not run yet" not in table
@@ -169,7 +215,7 @@ def write_log(folder: Path, robust: list[float]) -> None:
 def test_overfitting_is_the_best_less_the_last_of_a_smoothed_curve(tmp_path: Path) -> None:
     write_log(tmp_path / "run", [0.1, 0.2, 0.3, 0.4, 0.2, 0.1, 0.0])
     device, nothing = torch.device("cpu"), DataSet("none", *(2 * (Split(torch.zeros(0, 3, 8, 8).byte(), NO),)), (), "")
-    subject = Subject(tmp_path, tmp_path / "run", nothing, "x", TINY, device)
+    subject = Subject(tmp_path, tmp_path / "run", None, nothing, "x", TINY, device)
     found = MEASURES["overfitting"](subject)
     assert abs(found["best"] - 0.3) < 1e-9  # the mean of three epochs
     assert found["best_epoch"] == 4 or found["best_epoch"] == 5

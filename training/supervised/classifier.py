@@ -1,6 +1,10 @@
-"""`unperturb train classifier`: an image data set -> a checkpoint with a (robust) classifier."""
+"""`unperturb train classifier`: an image data set -> a checkpoint with a (robust) classifier.
 
-from dataclasses import dataclass
+It begins with fresh weights, or goes on from a checkpoint, such as an imported one (fine-tuning).
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +22,7 @@ from unperturb.models.networks.classifier import (
     Architecture,
     ImageClassifier,
 )
+from unperturb.models.networks.readout import attach
 from unperturb.models.networks.registry import TORCHVISION, build
 from unperturb.models.options import option
 from unperturb.models.pixels import Preprocessing
@@ -31,11 +36,14 @@ from unperturb.training.supervised.semi_supervised import SemiSupervisedTask
 from unperturb.training.supervised.weight_perturbation import at_worst_weights
 from unperturb.training.world import World
 
+FRESH = ("arch", "width", "activation", "image_size", "pretrained")  # options that a checkpoint's card answers
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
     """Train a classifier: natural, PGD, N-FGSM or TRADES."""
 
+    classifier: str | None = option("checkpoint to go on from, of any classes, in place of a fresh network", None)
     arch: str = option("architecture (see models/networks/registry.py)", "preact_resnet18")
     width: float = option("factor on preact_resnet18's channels", 1.0)
     activation: str = option("relu, silu, gelu, softplus, or native: as published", "native")
@@ -50,6 +58,10 @@ class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
         super().__post_init__()
+        fresh = {name: getattr(self, name) for name in FRESH if getattr(self, name) != getattr(type(self), name)}
+        if self.classifier is not None and fresh:
+            given = ", ".join(f"{name}={value!r}" for name, value in fresh.items())
+            raise ConfigError(f"{given}: of a fresh network; the card of {self.classifier} says what it is")
         if not (0 < self.labelled <= 1 and self.self_supervised_weight >= 0 and self.weight_perturbation >= 0):
             raise ConfigError(
                 f"labelled={self.labelled}, self_supervised_weight={self.self_supervised_weight}, "
@@ -102,9 +114,17 @@ class ClassifierTask(SupervisedTask):
         )
 
 
-def train_classifier(config: ClassifierConfig) -> None:
-    """Train, choose the epoch on held-out training images, write OUT/checkpoint, and test that once."""
-    here = world.join(config.device)
+class Beginning(NamedTuple):
+    """What a training begins with: the images, the network, its card so far, the digests of what it is made of."""
+
+    dataset: data.DataSet
+    model: ImageClassifier
+    card: Card
+    made_of: dict[str, str]
+
+
+def _fresh(config: ClassifierConfig, here: World) -> Beginning:
+    """Return a network with weights of the seed, or torchvision's, for the data set's classes."""
     dataset = data.load(config.data, Preprocessing(size=config.image_size), cache=config.cache)
     large = config.arch in TORCHVISION
     architecture = Architecture(
@@ -118,6 +138,35 @@ def train_classifier(config: ClassifierConfig) -> None:
     )
     torch.manual_seed(config.seed)
     model = build(architecture, pretrained=config.pretrained).to(here.device)
+    card = Card(id=config.id, architecture=architecture, classes=dataset.classes, data={}, training={})
+    return Beginning(dataset, model, card, {"data": dataset.digest})
+
+
+def _from_checkpoint(name: str, config: ClassifierConfig, here: World) -> Beginning:
+    """Return a checkpoint's network and the pictures as it takes them; for other classes its last layer is new."""
+    base = store.load(name, device=here.device)
+    dataset = data.load(config.data, base.card.pictures, cache=config.cache)
+    torch.manual_seed(config.seed)
+    model, classes = base.classifier.requires_grad_(True), len(dataset.classes)
+    if base.card.classes != dataset.classes or base.card.readout.kind != "linear":
+        attach(model, nn.Linear(model.feature_dim, classes).to(here.device))
+        model.num_classes = classes
+    card = Card(
+        id=config.id,
+        architecture=replace(base.card.architecture, num_classes=classes),
+        classes=dataset.classes,
+        preprocessing=base.card.preprocessing,
+        data={},
+        training={"classifier_sha256": base.card.weights_sha256, "classifier_training": base.card.training},
+    )
+    return Beginning(dataset, model, card, {"data": dataset.digest, "checkpoint": base.card.weights_sha256})
+
+
+def train_classifier(config: ClassifierConfig) -> None:
+    """Train, choose the epoch on held-out training images, write OUT/checkpoint, and test that once."""
+    here = world.join(config.device)
+    begun = _fresh(config, here) if config.classifier is None else _from_checkpoint(config.classifier, config, here)
+    dataset, model = begun.dataset, begun.model
     kept, held = data.training_images(dataset.train, config)
     labelled = max(1, round(config.labelled * len(kept.labels)))
     if config.labelled < 1:  # those whose labels are used come first
@@ -132,16 +181,19 @@ def train_classifier(config: ClassifierConfig) -> None:
         task = SemiSupervisedTask(
             supervised, model, config, here, labelled=labelled, weight=config.self_supervised_weight
         )
-    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest}, collapsed=supervised.collapsed)
+    fitted = loop.fit(task, config, here, made_of=begun.made_of, collapsed=supervised.collapsed)
     if here.rank == 0:
         classifier = fitted.model.backbone if isinstance(fitted.model, Encoder) else fitted.model
         assert isinstance(classifier, ImageClassifier)
-        card = Card(
-            id=config.id,
-            architecture=architecture,
-            classes=dataset.classes,
+        card = replace(
+            begun.card,
             data={**data.described(dataset, kept), "held_out_of_train": config.held_out, "labelled": labelled},
-            training={**options.comparable(config), "chosen_epoch": fitted.epoch, "at_that_epoch": fitted.figures},
+            training={
+                **options.comparable(config),
+                "chosen_epoch": fitted.epoch,
+                "at_that_epoch": fitted.figures,
+                **begun.card.training,
+            },
         )
         out = config.out / "checkpoint"
         store.save(out, Checkpoint(card, classifier))
