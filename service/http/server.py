@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
         """Return whether to end; uvicorn asks ten times a second."""
         now = time.monotonic()
         if now >= self.drains_at:
-            self.engine.drain()
+            self.engine.lifecycle.drain()
             if not self.server_state.tasks or now >= self.ends_at:
                 self.should_exit = True
         return bool(self.failed) or await super().on_tick(counter)
@@ -97,8 +97,8 @@ class Server(uvicorn.Server):
         if self.ends_at < math.inf:
             self.should_exit = self.force_exit = True
             return
-        wait_s = self.drain_s if sig == signal.SIGTERM and self.engine.not_ready is None else 0.0
-        self.engine.leave()
+        wait_s = self.drain_s if sig == signal.SIGTERM and self.engine.lifecycle.not_ready is None else 0.0
+        self.engine.lifecycle.leave()
         now = time.monotonic()
         self.drains_at, self.ends_at = now + wait_s, now + self.grace_s
 

@@ -71,4 +71,4 @@ def test_job_that_breaks_a_step_fails_alone(
     first, guilty, last = asyncio.run(run())
     assert isinstance(guilty, RuntimeError)
     assert len(first) == len(last) == 1
-    assert engine.failure is None
+    assert engine.lifecycle.failure is None

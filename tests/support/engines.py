@@ -57,7 +57,7 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
         engine = Engine(str(tiny_folder), workers=[config] * workers, admission=admission, **settings)
         made.append(engine)
         engine.start()
-        assert engine.wait_until_ready(60.0) or engine.failure is not None
+        assert engine.lifecycle.wait_until_ready(60.0) or engine.lifecycle.failure is not None
         return engine
 
     yield make
@@ -87,7 +87,7 @@ async def submit(
     **options: Any,
 ) -> list[Outcome]:
     with engine.models.use(model) as used:
-        return await engine.submit(
+        return await engine.dispatcher.submit(
             used, images, stage=stage, seeds=[seed] * len(images), deadline=time.monotonic() + timeout_s, **options
         )
 
