@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.support.engines import Pixels, close, one, submit, uint8
-from unperturb.service.engine.batching import ContinuousBatch, Slot
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
+from unperturb.service.engine.slot import Slot
 from unperturb.service.engine.stages import ATTACK
 from unperturb.service.errors import UnprocessableError
 

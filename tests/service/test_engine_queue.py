@@ -10,9 +10,10 @@ import torch
 
 from tests.support.engines import hold_steps, submit, uint8
 from unperturb.models.purifiers.reverse_attack import PRESETS
-from unperturb.service.engine.batching import ContinuousBatch, Slot
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.slot import Slot
 from unperturb.service.engine.stages import passes
 from unperturb.service.errors import DeadlineError, NotReadyError
 

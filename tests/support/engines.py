@@ -18,10 +18,11 @@ from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints import store
 from unperturb.models.inference.captured import Execution
 from unperturb.service.engine.admission import Admission
-from unperturb.service.engine.batching import ContinuousBatch, Slot
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import Outcome, WorkerConfig
+from unperturb.service.engine.slot import Slot
 from unperturb.service.engine.worker import work
 from unperturb.service.telemetry.metrics import Metrics
 
