@@ -14,7 +14,7 @@ from unperturb.models.accuracy import wilson
 from unperturb.models.files import write_whole
 
 SCHEMA_VERSION = 2
-PLACES = ("out", "cache")  # where files lie on one machine: no part of a result
+PLACES = ("out", "cache", "against")  # where files lie on one machine: no part of a result
 FOLDER = Path(__file__).resolve().parents[1] / "results"
 
 

@@ -78,8 +78,8 @@ def measure(config: HttpCostConfig) -> dict[str, Any]:
     files = open_loop.photos(64, seed=config.seed)
     engine = make_engine(settings, Metrics())
     engine.start()
-    if not engine.wait_until_ready(WARM_UP_S):
-        raise ConfigError(f"the engine has not warmed up: {engine.failure}")
+    if not engine.lifecycle.wait_until_ready(WARM_UP_S):
+        raise ConfigError(f"the engine has not warmed up: {engine.lifecycle.failure}")
     alone: list[float] = []
     served: list[float] = []
     with (
@@ -115,7 +115,7 @@ async def through_engine(engine: Engine, files: list[bytes], config: HttpCostCon
             while time.perf_counter() - started < config.seconds:
                 deadline = time.monotonic() + open_loop.REQUEST_TIMEOUT_S
                 image = pixels[(number + done) % len(pixels)]
-                await engine.submit(model, [image], stage=config.preset, seeds=[0], deadline=deadline)
+                await engine.dispatcher.submit(model, [image], stage=config.preset, seeds=[0], deadline=deadline)
                 done += 1
 
         await asyncio.gather(*(client(number) for number in range(clients)))

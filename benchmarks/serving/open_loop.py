@@ -137,13 +137,19 @@ async def post(session: aiohttp.ClientSession, url: str, request: Prepared, at: 
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], *, port: int, ready: str, log: Path, environment: dict[str, str] | None = None
+    command: Sequence[str],
+    *,
+    port: int,
+    ready: str,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    folder: Path = ROOT,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a server in a process of its own, from when `ready` answers 200; ended by SIGTERM."""
+    """Run a server in a process of its own, in that folder, from when `ready` answers 200; ended by SIGTERM."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            cwd=ROOT,
+            cwd=folder,
             stdout=output,
             stderr=output,
             env={**os.environ, **PLAIN, **(environment or {})},

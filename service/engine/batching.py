@@ -2,59 +2,21 @@
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints.store import Checkpoint
-from unperturb.models.inference.captured import Execution, Stepper, bucket
+from unperturb.models.inference.captured import Execution, Stepper
 from unperturb.models.inference.continuous import Slots, Stage, features_of
-from unperturb.service.engine.cost import Cost, Timing
 from unperturb.service.engine.messages import Outcome, Work
+from unperturb.service.engine.slot import Slot, SlotResult, by_stage, stack, stack_if_there
 from unperturb.service.engine.stages import ATTACK, begin_passes, finish_passes, stages_of, step_passes
 from unperturb.service.errors import UnprocessableError
 
 log = logging.getLogger("unperturb.engine")
-
-
-@dataclass(eq=False)
-class Slot:
-    """Hold an image in progress: as received and as it is, the steps done, and the loss before each."""
-
-    work: Work
-    stage: Stage | None
-    x0: Tensor
-    x: Tensor
-    began_at: float
-    label: int = 0
-    anchor: Tensor | None = None
-    step: int = 0
-    velocity: Tensor | None = None
-    losses: list[Tensor] = field(default_factory=list)
-    halted: bool = False
-
-    @property
-    def loop(self) -> ProjectedGradient:
-        """Return the loop of its stage, with its own gate."""
-        assert self.stage is not None
-        return self.stage.loop if self.work.gate is None else replace(self.stage.loop, gate=self.work.gate)
-
-    @property
-    def finished(self) -> bool:
-        """Return whether its last step is done."""
-        return self.stage is None or self.halted or self.step >= self.stage.loop.steps
-
-
-class SlotResult(NamedTuple):
-    """Say what came of an image that has left its slot."""
-
-    id: int
-    result: Outcome | Exception
 
 
 class ContinuousBatch:
@@ -98,47 +60,6 @@ class ContinuousBatch:
         self.free(slot.work.id for slot in finished)
         return ended + outcomes
 
-    @property
-    def warm_up_pieces(self) -> int:
-        """Return how many times a warm-up yields."""
-        return 1 + len(self.stages)
-
-    def warm_up(self, size: int, pieces: int) -> Generator[int, None, Timing]:
-        """Put `size` black images through a step and the end of every stage; yield `pieces` after each stage.
-
-        Returns what that took; raises what went wrong.
-        """
-        black = np.zeros((3, self.image_size, self.image_size), dtype=np.uint8)
-        seconds, batches, passes = 0.0, self.batch_count, self.pass_count
-        for stage in (None, *self.stages):
-            if stage is not None and self.stages[stage].loop.steps:
-                self.stepper.prepare(self.stages[stage], size)
-            started = time.monotonic()
-            ended = self.admit(Work(-i, 0, black, stage, 0, False, started) for i in range(size))
-            ended += self.advance()
-            for slot in self.slots:  # not all of its steps: they are alike
-                slot.step = slot.stage.loop.steps if slot.stage else 0
-            for _, result in (*ended, *self.advance()):
-                if isinstance(result, Exception):
-                    raise result
-            seconds += time.monotonic() - started
-            yield pieces
-        return Timing(self.batch_count - batches, self.pass_count - passes, seconds)
-
-    def warmed(self, slots: int) -> Generator[int, None, Cost]:
-        """Warm up for every size up to `slots` images, and measure what they cost; yields how many pieces there are."""
-        sizes = {1, slots}
-        if self.stepper.execution != "eager":  # made once for each size
-            sizes |= {bucket(n) for n in range(1, slots)}
-        timed = (slots, 1, 1)  # measured when all is warm
-        pieces = (len(sizes) + len(timed)) * self.warm_up_pieces
-        timings = []
-        for size in (*sorted(sizes), *timed):
-            timings.append((yield from self.warm_up(size, pieces)))
-        large, *small = timings[-len(timed) :]
-        fastest = min(small, key=lambda timing: timing.seconds)
-        return Cost.fit(fastest, large, together=self.stepper.together)
-
     def _slot(self, work: Work) -> Slot:
         image = torch.from_numpy(work.image).to(self.device)
         image = image.float() / 255 if image.dtype == torch.uint8 else image
@@ -172,8 +93,8 @@ class ContinuousBatch:
             if attacked:
                 labels = self.classifier(torch.stack([slot.x0 for slot in attacked])).argmax(1).tolist()
             first = []
-            for stage, part in _by_stage(slots):
-                x0 = _stack(part, "x0")
+            for stage, part in by_stage(slots):
+                x0 = stack(part, "x0")
                 begun = stage.first(x0, self._integers(slot.work.seed for slot in part))
                 first.append((part, begun, stage.anchor(x0)))
                 self.pass_count += sum(begin_passes(slot.work.stage) for slot in part)
@@ -184,7 +105,7 @@ class ContinuousBatch:
                 slot.x, slot.anchor = images[i], None if anchors is None else anchors[i]
 
     def _step(self, slots: list[Slot]) -> None:
-        parts = _by_stage(slots)
+        parts = by_stage(slots)
         states = [(stage, self._state(part)) for stage, part in parts]
         stepped = self.stepper.step(states)
         self.batch_count += 1 if self.stepper.together else len(parts)
@@ -202,14 +123,14 @@ class ContinuousBatch:
     def _finish(self, slots: list[Slot]) -> list[SlotResult]:
         """Put images through the classifier again: losses before and after on new views, both classifications."""
         started = time.monotonic()
-        parts = _by_stage(slots)
+        parts = by_stage(slots)
         staged = [slot for _, part in parts for slot in part]
         ordered = staged + [slot for slot in slots if slot.stage is None]
         with torch.no_grad():
             measured = [(stage, self._at_end(stage, part)) for stage, part in parts if stage.rows]
             twice = [row for stage, state in measured for row in _before_and_after(stage, state)]
-            seen = [stage.seen(_stack(part, "x")) for stage, part in parts]
-            features = features_of(self.classifier, [*twice, _stack(ordered, "x0"), *seen])
+            seen = [stage.seen(stack(part, "x")) for stage, part in parts]
+            features = features_of(self.classifier, [*twice, stack(ordered, "x0"), *seen])
             self.batch_count += 1
             self.pass_count += sum(finish_passes(slot.work.stage) for slot in slots)
             received, *logits = (self.classifier.logits(part).float() for part in features[len(twice) :])
@@ -221,7 +142,7 @@ class ContinuousBatch:
                 for (stage, state), pair in zip(measured, pairs, strict=True)
                 for both in zip(*(stage.loss_of(state, part).tolist() for part in pair), strict=True)
             ]
-            linf = (_stack(staged, "x") - _stack(staged, "x0")).abs().amax((1, 2, 3)).tolist() if staged else []
+            linf = (stack(staged, "x") - stack(staged, "x0")).abs().amax((1, 2, 3)).tolist() if staged else []
         purified = np.concatenate([*scored, unpurified[len(staged) :]])
         of_slot = iter(losses)
         now = time.monotonic()
@@ -254,27 +175,17 @@ class ContinuousBatch:
 
     def _state(self, slots: list[Slot]) -> Slots:
         return Slots(
-            x0=_stack(slots, "x0"),
-            x=_stack(slots, "x"),
-            velocity=_stack_if_there(slots, "velocity"),
+            x0=stack(slots, "x0"),
+            x=stack(slots, "x"),
+            velocity=stack_if_there(slots, "velocity"),
             seeds=self._integers(slot.work.seed for slot in slots),
             steps=self._integers(slot.step for slot in slots),
             labels=self._integers(slot.label for slot in slots),
-            anchors=_stack_if_there(slots, "anchor"),
+            anchors=stack_if_there(slots, "anchor"),
         )
 
     def _integers(self, values: Iterable[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int64).to(self.device)
-
-
-def _by_stage(slots: list[Slot]) -> list[tuple[Stage, list[Slot]]]:
-    """Group the slots that have a stage with those of the same stage and state."""
-    parts: dict[tuple[int, bool], tuple[Stage, list[Slot]]] = {}
-    for slot in slots:
-        if slot.stage is not None:
-            key = id(slot.stage), slot.velocity is None
-            parts.setdefault(key, (slot.stage, []))[1].append(slot)
-    return list(parts.values())
 
 
 def _before_and_after(stage: Stage, state: Slots) -> tuple[Tensor, Tensor]:
@@ -282,14 +193,6 @@ def _before_and_after(stage: Stage, state: Slots) -> tuple[Tensor, Tensor]:
     twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
     before, after = stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
     return before, after
-
-
-def _stack(slots: list[Slot], name: str) -> Tensor:
-    return torch.stack([getattr(slot, name) for slot in slots])
-
-
-def _stack_if_there(slots: list[Slot], name: str) -> Tensor | None:
-    return None if getattr(slots[0], name) is None else _stack(slots, name)
 
 
 def _if_finite(outcome: Outcome) -> Outcome | Exception:

@@ -14,6 +14,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.inference.folding import prepared
 from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.messages import WorkerConfig
+from unperturb.service.engine.warm_up import warmed
 from unperturb.service.telemetry import logs
 
 
@@ -28,7 +29,7 @@ def precompile(name: str, config: WorkerConfig) -> None:
     loaded = prepared(store.load(name, device=config.device), precision=config.precision)
     batch = ContinuousBatch(loaded, torch.device(config.device), execution=config.execution)
     parent = os.getppid()
-    for _ in batch.warmed(config.slots):
+    for _ in warmed(batch, config.slots):
         if os.getppid() != parent:
             return
 

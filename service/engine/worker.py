@@ -24,7 +24,7 @@ from unperturb.models.errors import CheckpointError
 from unperturb.models.inference.captured import Execution
 from unperturb.models.inference.folding import prepared
 from unperturb.service.engine import precompile
-from unperturb.service.engine.batching import ContinuousBatch, SlotResult
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.messages import (
     Cancel,
@@ -38,6 +38,8 @@ from unperturb.service.engine.messages import (
     Work,
     WorkerConfig,
 )
+from unperturb.service.engine.slot import SlotResult
+from unperturb.service.engine.warm_up import warmed
 from unperturb.service.telemetry import logs
 
 log = logging.getLogger("unperturb.worker")
@@ -131,7 +133,7 @@ class _Worker:
                 raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
             ready = prepared(loaded, precision=self.config.precision)
             batch = ContinuousBatch(ready, self.device, execution=self.config.execution)
-            cost = yield from batch.warmed(self.config.slots)
+            cost = yield from warmed(batch, self.config.slots)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -152,7 +154,7 @@ class _Worker:
             if execution == "compiled":
                 yield from self._precompiled(name)
             batch = ContinuousBatch(ready, self.device, execution=execution)
-            pieces = batch.warmed(self.config.slots)
+            pieces = warmed(batch, self.config.slots)
             while True:
                 try:
                     next(pieces)

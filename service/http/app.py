@@ -13,8 +13,9 @@ from fastapi.responses import RedirectResponse
 from fastapi_offline import FastAPIOffline
 
 from unperturb.service.engine.admission import Admission
-from unperturb.service.engine.engine import Engine, EngineState
+from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
+from unperturb.service.engine.lifecycle import EngineState
 from unperturb.service.engine.messages import WorkerConfig
 from unperturb.service.http import problem
 from unperturb.service.http.gateway import Gateway
@@ -92,7 +93,7 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await gateway.decoders.start()
         engine.start()
-        while warm_first and engine.state is EngineState.WARMING_UP:
+        while warm_first and engine.lifecycle.state is EngineState.WARMING_UP:
             await asyncio.sleep(0.1)
         yield
         await asyncio.to_thread(engine.stop, settings.grace_s)
@@ -106,7 +107,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.engine, app.state.gateway = engine, gateway
-    app.add_middleware(Observe, metrics=metrics, tracing=tracer, ending=lambda: engine.ending)
+    app.add_middleware(Observe, metrics=metrics, tracing=tracer, ending=lambda: engine.lifecycle.ending)
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     problem.install(app)

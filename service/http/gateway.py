@@ -80,7 +80,7 @@ class Gateway:
         models = self.engine.models
         model = models.by_id.get(id or models.default_id) if target else None
         context.model = model.id if model is not None else None
-        self.engine.refuse_if_full(model, stage, client)
+        self.engine.dispatcher.refuse_if_full(model, stage, client)
         with self.limits.hold(client, 1):
             yield Ticket(request, context, client, deadline, started)
 
@@ -134,9 +134,9 @@ class Gateway:
         begun: bool = False,
         gate: float | None = None,
     ) -> list[Outcome]:
-        """Run images through the engine, each with the seed; `begun` and `gate` are those of Engine.submit."""
+        """Run images through the engine, each with the seed; `begun` and `gate` are those of Dispatcher.submit."""
         ticket.context.model = model.id
-        work = self.engine.submit(
+        work = self.engine.dispatcher.submit(
             model,
             images,
             stage=stage,

@@ -1,4 +1,4 @@
-"""Uvicorn, with what it leaves to a proxy: slow heads are cut off, and SIGTERM loses no request.
+"""Uvicorn with limits for each connection (`protocol`), and a SIGTERM that loses no request.
 
 Then /readyz is 503 at once, while requests are still taken for `drain_s`, until every balancer has noticed; after that
 new ones get 503, those in progress are finished, and the process ends with status 0. Every answer meanwhile closes its
@@ -19,10 +19,10 @@ from wsgiref.simple_server import WSGIServer
 import uvicorn
 from fastapi import FastAPI
 from prometheus_client import start_http_server
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from unperturb.service.engine.engine import Engine
 from unperturb.service.http.gateway import Gateway
+from unperturb.service.http.protocol import Protocol
 from unperturb.service.settings import Settings
 
 LAST_S = 2  # for the answers to what is refused at the end of the grace period
@@ -36,7 +36,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, settings: Settings, failed: list[str]) -> None:
-        class Protocol(_Protocol):
+        class LimitedProtocol(Protocol):
             header_timeout_s, write_timeout_s = settings.header_timeout_s, settings.upload_timeout_s
             max_connections = settings.max_connections
 
@@ -45,7 +45,9 @@ class Server(uvicorn.Server):
                 app,
                 host=settings.host,
                 port=settings.port,
-                http=Protocol,
+                http=LimitedProtocol,
+                ws="none",
+                loop="uvloop",
                 log_config=None,
                 access_log=False,
                 server_header=False,
@@ -75,7 +77,7 @@ class Server(uvicorn.Server):
         """Return whether to end; uvicorn asks ten times a second."""
         now = time.monotonic()
         if now >= self.drains_at:
-            self.engine.drain()
+            self.engine.lifecycle.drain()
             if not self.server_state.tasks or now >= self.ends_at:
                 self.should_exit = True
         return bool(self.failed) or await super().on_tick(counter)
@@ -95,8 +97,8 @@ class Server(uvicorn.Server):
         if self.ends_at < math.inf:
             self.should_exit = self.force_exit = True
             return
-        wait_s = self.drain_s if sig == signal.SIGTERM and self.engine.not_ready is None else 0.0
-        self.engine.leave()
+        wait_s = self.drain_s if sig == signal.SIGTERM and self.engine.lifecycle.not_ready is None else 0.0
+        self.engine.lifecycle.leave()
         now = time.monotonic()
         self.drains_at, self.ends_at = now + wait_s, now + self.grace_s
 
@@ -112,63 +114,3 @@ class Server(uvicorn.Server):
         finally:
             for sig, handler in before.items():
                 signal.signal(sig, handler)
-
-
-class _Protocol(H11Protocol):
-    """HTTP/1.1 with limits that uvicorn leaves to a proxy.
-
-    It closes a connection whose request's head (the first one's or a later one's) does not arrive in time, or whose
-    client does not read its answer, and accepts no more than `max_connections`.
-    """
-
-    header_timeout_s: float
-    write_timeout_s: float
-    max_connections: int
-    _head_timer: asyncio.TimerHandle | None = None
-    _write_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > self.max_connections:
-            transport.abort()
-            return
-        self._expect_head()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._write_timer = self.loop.call_later(self.write_timeout_s, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._in_request():
-            self._forget()
-        else:
-            self._expect_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._forget()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
-        super().connection_lost(exc)
-
-    def _in_request(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
-
-    def _expect_head(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.header_timeout_s, self._head_is_late)
-
-    def _forget(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _head_is_late(self) -> None:
-        self._head_timer = None
-        if not self._in_request() and not self.transport.is_closing():
-            self.transport.close()

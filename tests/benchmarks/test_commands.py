@@ -21,6 +21,7 @@ BAD = {
     "serving.bulk_memory": ["--n", "0"],
     "serving.faults": ["--files", "0"],
     "serving.http_cost": ["--turns", "0"],
+    "serving.request_cpu": ["--turns", "0"],
     "serving.load": ["--seconds", "0"],
     "serving.side_by_side": ["--rounds", "0"],
     "serving.dashboard_queries": ["--seconds", "1"],

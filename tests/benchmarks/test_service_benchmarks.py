@@ -13,7 +13,7 @@ from aiohttp import web
 from PIL import Image
 
 from unperturb.benchmarks.reporting import speed_tables
-from unperturb.benchmarks.serving import faults, hostile, http_cost, load, open_loop, side_by_side, watch
+from unperturb.benchmarks.serving import faults, hostile, http_cost, load, open_loop, request_cpu, side_by_side, watch
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
 from unperturb.models.errors import ConfigError
 
@@ -146,3 +146,24 @@ def test_service_is_compared_with_its_engine_at_saturation(tiny_folder: Path, tm
 def test_results_of_the_service_beside_its_engine_are_named_by_how_both_ran() -> None:
     one = http_cost.HttpCostConfig(device="cpu,cpu", preset="fast", precision="bfloat16")
     assert one.file.name == "fast_cpu_cpu_eager_bfloat16.json"
+
+
+def test_cpu_time_of_a_request_is_told_apart_by_process_and_checkout(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cpu.json"
+    options = {
+        "checkpoint": tiny_folder,
+        "requests": 40,
+        "turns": 2,
+        "clients": 4,
+        "against": open_loop.ROOT,
+        "out": out,
+    }
+    assert request_cpu.main([part for name, value in options.items() for part in (f"--{name}", str(value))]) == 0
+    record = json.loads(out.read_text())
+    assert list(record["results"]) == ["this", "against"]
+    for bodies in record["results"].values():
+        assert list(bodies) == ["raw", "form"]
+        for kinds in bodies.values():
+            assert list(kinds) == ["server", "worker", "decoders"]
+            assert len(kinds["server"]["ms"]) == 2
+            assert 0 < kinds["server"]["median_ms"] < 1000

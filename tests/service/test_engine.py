@@ -108,7 +108,7 @@ def test_images_go_on_while_faster_steps_are_made_and_new_ones_take_them(
         assert close(outcome.scores, answers[0].scores, 1e-4)
         assert close(outcome.image, torch.from_numpy(answers[0].image), 1e-3)
     assert before > 0
-    assert engine.failure is None
+    assert engine.lifecycle.failure is None
     assert not engine.in_slots
 
 
@@ -126,7 +126,7 @@ def test_faster_steps_that_cannot_be_made_leave_all_as_it_was(
     wait_until(lambda: "captured steps of" in caplog.text)
     assert len(asyncio.run(submit(engine, uint8(images)[:3]))) == 3
     assert engine.models.get(None).execution == "eager"
-    assert engine.failure is None
+    assert engine.lifecycle.failure is None
 
 
 def test_process_that_compiles_makes_every_step_of_a_checkpoint(

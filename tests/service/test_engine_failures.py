@@ -10,8 +10,9 @@ import torch
 
 from tests.support.engines import hold_steps, one, submit, uint8, wait_until
 from unperturb.service.engine.batching import ContinuousBatch
-from unperturb.service.engine.engine import Engine, EngineState
+from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
+from unperturb.service.engine.lifecycle import EngineState
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.errors import NotReadyError
 
@@ -33,9 +34,9 @@ def test_failed_device_answers_everybody_and_ends_readiness(
 
     for result in asyncio.run(run()):
         assert isinstance(result, NotReadyError)
-    assert engine.failure == "worker cpu: AcceleratorError"
-    assert engine.not_ready is not None
-    wait_until(lambda: reasons == [engine.failure])
+    assert engine.lifecycle.failure == "worker cpu: AcceleratorError"
+    assert engine.lifecycle.not_ready is not None
+    wait_until(lambda: reasons == [engine.lifecycle.failure])
     with pytest.raises(NotReadyError, match="must be restarted"):
         one(engine, pixels[0])
 
@@ -78,10 +79,10 @@ def test_stopping_finishes_what_is_here_and_takes_no_more(engines: Callable[...,
         task = asyncio.create_task(submit(engine, pixels))
         await asyncio.sleep(0.02)
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop, 60.0))
-        while engine.state is not EngineState.DRAINING:
+        while engine.lifecycle.state is not EngineState.DRAINING:
             await asyncio.sleep(0.001)
         with pytest.raises(NotReadyError, match="stopping"):
-            engine.refuse_if_full(None, "default")
+            engine.dispatcher.refuse_if_full(None, "default")
         found = await task
         await stopping
         return found

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from tests.support.engines import Pixels, close, one, submit, uint8
-from unperturb.service.engine.batching import ContinuousBatch, Slot
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
+from unperturb.service.engine.slot import Slot
 from unperturb.service.engine.stages import ATTACK
 from unperturb.service.errors import UnprocessableError
 
@@ -71,4 +72,4 @@ def test_job_that_breaks_a_step_fails_alone(
     first, guilty, last = asyncio.run(run())
     assert isinstance(guilty, RuntimeError)
     assert len(first) == len(last) == 1
-    assert engine.failure is None
+    assert engine.lifecycle.failure is None

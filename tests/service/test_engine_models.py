@@ -15,7 +15,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.inference.captured import Stepper
 from unperturb.models.inference.continuous import Stage
-from unperturb.service.engine import engine as engine_module
+from unperturb.service.engine import loading
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.errors import NotFoundError, NotReadyError
@@ -34,7 +34,9 @@ def test_replaced_model_finishes_what_began_on_it(
         with engine.models.use(None) as old:  # a request that has begun, and still decodes
             await asyncio.to_thread(engine.add, new, None)
             assert said == []
-            outcomes = await engine.submit(old, pixels[:1], stage="default", seeds=[0], deadline=time.monotonic() + 60)
+            outcomes = await engine.dispatcher.submit(
+                old, pixels[:1], stage="default", seeds=[0], deadline=time.monotonic() + 60
+            )
         (after,) = await submit(engine, pixels[:1])
         return outcomes[0], after
 
@@ -71,7 +73,7 @@ def test_checkpoint_that_does_not_run_is_refused_and_the_others_are_served(
     engine = engines(slots=2)
     with pytest.raises(CheckpointError, match="does not run"):
         engine.add(str(tmp_path), "broken")
-    assert engine.failure is None
+    assert engine.lifecycle.failure is None
     assert list(engine.models.by_id) == ["tiny"]
     assert one(engine, uint8(images)[0]).loss_before is not None
 
@@ -100,7 +102,7 @@ def test_loading_may_take_long_as_long_as_it_goes_on(
 ) -> None:
     reasons: list[str] = []
     engine = engines(slots=1, on_failure=reasons.append)
-    monkeypatch.setattr(engine_module, "LOAD_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(loading, "LOAD_TIMEOUT_S", 1.0)
     prepare = Stepper.prepare
 
     def slowly(stepper: Stepper, stage: Stage, count: int) -> None:

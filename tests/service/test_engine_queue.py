@@ -10,9 +10,10 @@ import torch
 
 from tests.support.engines import hold_steps, submit, uint8
 from unperturb.models.purifiers.reverse_attack import PRESETS
-from unperturb.service.engine.batching import ContinuousBatch, Slot
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.slot import Slot
 from unperturb.service.engine.stages import passes
 from unperturb.service.errors import DeadlineError, NotReadyError
 
@@ -75,8 +76,8 @@ def test_patience_is_in_multiples_of_a_newcomers_own_time(
         with pytest.raises(NotReadyError, match="at most"):
             await submit(engine, [pixels[0]])
         with pytest.raises(NotReadyError, match="at most"):
-            engine.refuse_if_full(engine.models.get(None), "default")
-        engine.refuse_if_full(None, "default")  # who does not say yet what it is
+            engine.dispatcher.refuse_if_full(engine.models.get(None), "default")
+        engine.dispatcher.refuse_if_full(None, "default")  # who does not say yet what it is
         waiting.append(asyncio.create_task(submit(engine, [pixels[0]], "published")))  # its own time is longer
         await asyncio.sleep(0.02)
         go.set()

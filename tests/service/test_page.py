@@ -50,7 +50,7 @@ def address(tiny_folder: Path) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        assert app.state.engine.wait_until_ready(60.0)
+        assert app.state.engine.lifecycle.wait_until_ready(60.0)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}/"
     finally:

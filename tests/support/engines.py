@@ -18,10 +18,11 @@ from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints import store
 from unperturb.models.inference.captured import Execution
 from unperturb.service.engine.admission import Admission
-from unperturb.service.engine.batching import ContinuousBatch, Slot
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.messages import Outcome, WorkerConfig
+from unperturb.service.engine.slot import Slot
 from unperturb.service.engine.worker import work
 from unperturb.service.telemetry.metrics import Metrics
 
@@ -57,7 +58,7 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
         engine = Engine(str(tiny_folder), workers=[config] * workers, admission=admission, **settings)
         made.append(engine)
         engine.start()
-        assert engine.wait_until_ready(60.0) or engine.failure is not None
+        assert engine.lifecycle.wait_until_ready(60.0) or engine.lifecycle.failure is not None
         return engine
 
     yield make
@@ -87,7 +88,7 @@ async def submit(
     **options: Any,
 ) -> list[Outcome]:
     with engine.models.use(model) as used:
-        return await engine.submit(
+        return await engine.dispatcher.submit(
             used, images, stage=stage, seeds=[seed] * len(images), deadline=time.monotonic() + timeout_s, **options
         )
 

@@ -27,7 +27,7 @@ def settings(folder: Path, **changed: object) -> Settings:
 
 def wait_until_ready(client: TestClient) -> None:
     engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
-    assert engine.wait_until_ready(120.0)
+    assert engine.lifecycle.wait_until_ready(120.0)
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def listening(tiny_folder: Path) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not (server.started and app.state.engine.wait_until_ready(0.0)):
+    while not (server.started and app.state.engine.lifecycle.wait_until_ready(0.0)):
         assert thread.is_alive()
         time.sleep(0.02)
     yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"

@@ -20,7 +20,7 @@ TEXT: dict[int | str, dict[str, Any]] = {
 @router.get("/healthz", responses=UNAVAILABLE)
 async def healthz(gateway: GatewayOfApp) -> dict[str, str]:
     """Say whether the process can serve, now or after its warm-up; 503 when it must be restarted."""
-    gateway.engine.require_alive()
+    gateway.engine.lifecycle.require_alive()
     return {"status": "alive"}
 
 
@@ -28,7 +28,7 @@ async def healthz(gateway: GatewayOfApp) -> dict[str, str]:
 @router.get("/readyz", responses=UNAVAILABLE)
 async def readyz(gateway: GatewayOfApp) -> dict[str, str]:
     """Say whether requests are served; 503 before the warm-up, when stopping, and after a failure."""
-    gateway.engine.require_ready()
+    gateway.engine.lifecycle.require_ready()
     return {"status": "ready"}
 
 

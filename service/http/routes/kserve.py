@@ -69,7 +69,7 @@ async def server(request: Request) -> dict[str, Any]:
 @router.get("/health/live", responses=problem.responses(503))
 async def live(gateway: GatewayOfApp) -> dict[str, bool]:
     """Say whether the process can still serve."""
-    gateway.engine.require_alive()
+    gateway.engine.lifecycle.require_alive()
     return {"live": True}
 
 
@@ -77,7 +77,7 @@ async def live(gateway: GatewayOfApp) -> dict[str, bool]:
 @router.get("/health/ready", responses=problem.responses(503))
 async def ready(gateway: GatewayOfApp) -> dict[str, bool]:
     """Say whether requests are served."""
-    gateway.engine.require_ready()
+    gateway.engine.lifecycle.require_ready()
     return {"ready": True}
 
 
@@ -113,7 +113,7 @@ async def metadata(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
 @router.post("/repository/index", responses=problem.responses(401), dependencies=[FOR_USERS])
 async def index(gateway: GatewayOfApp) -> list[dict[str, str]]:
     """List the models, as Triton's model repository extension has it."""
-    state = "READY" if gateway.engine.not_ready is None else "UNAVAILABLE"
+    state = "READY" if gateway.engine.lifecycle.not_ready is None else "UNAVAILABLE"
     return [{"name": id, "version": "1", "state": state, "reason": ""} for id in gateway.engine.models.by_id]
 
 
@@ -145,7 +145,7 @@ def _statistics(model: Model) -> dict[str, Any]:
 async def model_ready(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
     """Say whether requests to this model are served."""
     model = gateway.engine.models.get(id)
-    gateway.engine.require_ready()
+    gateway.engine.lifecycle.require_ready()
     return {"name": model.id, "ready": True}
 
 

@@ -1,0 +1,70 @@
+"""One connection's limits of time, which uvicorn leaves to a proxy, and how many connections there may be."""
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+class TimedConnection(HttpToolsProtocol):
+    """Close a connection that is slow, or one too many.
+
+    header_timeout_s: in which a request's head, the first one's or a later one's, has to arrive
+    write_timeout_s: in which a client has to read its answer
+    max_connections: past which one is closed at once
+    """
+
+    header_timeout_s: float
+    write_timeout_s: float
+    max_connections: int
+    _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin a connection, and wait for its first head."""
+        super().connection_made(transport)
+        if len(self.connections) > self.max_connections:
+            transport.abort()
+            return
+        self._expect_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End a connection, and what waits for it."""
+        self._forget_head()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Wait for the client to read its answer."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Wait no more: the client has read."""
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+
+    def _in_request(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _time_head(self) -> None:
+        """Wait for a head where no request is in progress."""
+        if self._in_request():
+            self._forget_head()
+        else:
+            self._expect_head()
+
+    def _expect_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.header_timeout_s, self._head_is_late)
+
+    def _forget_head(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        if not self._in_request() and not self.transport.is_closing():
+            self.transport.close()
