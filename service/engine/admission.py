@@ -1,6 +1,7 @@
 """Let one more request in, or refuse it: by how many images wait, and by the time that others add to its own."""
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 from unperturb.service.engine.registry import Model
@@ -53,8 +54,9 @@ def _added_s(scheduler: Scheduler, model: Model | None, stage: str | None, clien
     """Estimate the seconds that those before it add to a newcomer: all they take, where it finds no free slot."""
     cost_s = 0.0 if model is None else model.alone_s(stage)
     full = all(worker.free_slots(stage) <= 0 for worker in scheduler.workers)
+    alike = Counter((request.model, request.work.stage) for request in scheduler.ahead_of(client, cost_s))
     seconds = (
-        request.model.added_s(request.work.stage, request.work.stage if full else stage, model or request.model)
-        for request in scheduler.ahead_of(client, cost_s)
+        count * other.added_s(its_stage, its_stage if full else stage, model or other)
+        for (other, its_stage), count in alike.items()
     )
     return sum(seconds) / len(scheduler.workers)

@@ -86,10 +86,20 @@ class Schedule(NamedTuple):
     late: list[ImageRequest]
 
 
+def steps_left(request: ImageRequest) -> int:
+    """Return how many steps an image has to take."""
+    return max(0, shape(request.work.stage)[0] - request.step)
+
+
 def left_s(request: ImageRequest, step_s: float) -> float:
     """Estimate the seconds until an image that has a slot is answered, at so many for a step."""
-    steps = max(0, shape(request.work.stage)[0] - request.step)
-    return steps * step_s + request.model.end_s(request.work.stage)
+    return steps_left(request) * step_s + request.model.end_s(request.work.stage)
+
+
+def is_made_late(request: ImageRequest, step_s: float, slower_s: float, *, now: float) -> bool:
+    """Return whether an image keeps its deadline at `step_s` for a step, and misses it at `slower_s`."""
+    steps, left = steps_left(request), request.deadline - now - request.model.end_s(request.work.stage)
+    return steps * step_s <= left < steps * slower_s
 
 
 class Scheduler:
@@ -152,10 +162,7 @@ class Scheduler:
             slower_s = step_s + worker.slower_s(request)
             if worker.running and now + left_s(request, slower_s) > request.deadline:
                 late.append(request)
-            elif not any(
-                now + left_s(other, step_s) <= other.deadline < now + left_s(other, slower_s)
-                for other in worker.staged.values()
-            ):
+            elif not any(is_made_late(other, step_s, slower_s, now=now) for other in worker.staged.values()):
                 self._end_silence(worker)
                 worker.images(request.work.stage)[request.work.id] = request
                 given.append((index, request))

@@ -1,6 +1,7 @@
 """One connection's limits of time, which uvicorn leaves to a proxy, and how many connections there may be."""
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -19,7 +20,7 @@ class TimedConnection(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - uvloop's is no asyncio.Transport
         """Begin a connection, and wait for its first head."""
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
