@@ -244,7 +244,7 @@ def test_unexpected_error_shows_no_exception_text(client: TestClient, monkeypatc
         raise RuntimeError("secret path /etc/passwd")
 
     with monkeypatch.context() as patch:
-        patch.setattr(client.app.state.engine, "submit", fail)  # type: ignore[attr-defined]
+        patch.setattr(client.app.state.engine.dispatcher, "submit", fail)  # type: ignore[attr-defined]
         answer = client.post("/classify", files={"image": photo()})
     assert answer.status_code == 500
     assert "secret" not in answer.text
