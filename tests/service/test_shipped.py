@@ -91,7 +91,7 @@ def test_it_ships_whole_with_the_figures_that_it_must_have(checkpoint: str) -> N
     assert test["clean_accuracy"] >= clean
     assert test["pgd_accuracy"] >= pgd
     measured = loaded.card.figures["purification"]
-    for preset, most_lost in (("default", 0.01), ("fast", 0.015)):
+    for preset, most_lost in (("default", 0.01), ("fast", 0.015 if checkpoint == "default" else 0.01)):
         assert measured[preset]["attacked"]["n"] == 1000
         assert measured[preset]["attacked"]["gain"]["mean"] >= 0.05
         assert measured[preset]["clean"]["gain"]["mean"] >= -most_lost
