@@ -22,7 +22,8 @@ from unperturb.models.options import as_json, option
 from unperturb.training import data
 
 SCRIPT = "benchmarks/purifier/worst_case_sweep.py"
-ATTACKS = "autoattack,apgd-ce,apgd-t,transfer"
+UNKNOWN = "autoattack,transfer"  # the bare classifier's adversarial images alone
+KNOWN = "autoattack,apgd-ce,apgd-t,transfer"
 
 VIEWS = {
     "image and mirror image": "vote:shifts=0",
@@ -52,15 +53,27 @@ STEPS = {
     "1 sign step of 2/255": _step("2/255", kind="sign"),
     "1 soft step of 2/255, no vote": _step("2/255", vote="none"),
 }
-SWEEPS = {"views": VIEWS, "steps": STEPS}
+TRANSFER = {
+    "the vote alone": "vote",
+    "5 sign steps of 2/255": _step("2/255", steps=5, kind="sign", vote="none"),
+    "5 sign steps of 2/255, vote": _step("2/255", steps=5, kind="sign"),
+    "1 sign step of 6/255": _step("6/255", kind="sign", vote="none"),
+    "1 sign step of 6/255, vote": _step("6/255", kind="sign"),
+    "1 sign step of 8/255, vote": _step("8/255", kind="sign"),
+    "2 sign steps of 4/255, vote": _step("4/255", steps=2, kind="sign"),
+    "5 soft steps of 4/255, vote": _step("4/255", steps=5),
+    "the restorer alone": "restorer",
+    "the restorer, vote": "restorer:vote=2",
+}
+SWEEPS = {"views": VIEWS, "steps": STEPS, "transfer": TRANSFER}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorstCaseConfig(BenchmarkConfig):
-    """Sweep the vote's views, or the steps before it, on held-out training images."""
+    """Sweep the vote's views, or the steps before it, on held-out training images; `transfer` stops at transfer."""
 
     data: str = option("the data set that the checkpoint was trained on")
-    sweep: Literal["views", "steps"] = option("which candidates", "views")
+    sweep: Literal["views", "steps", "transfer"] = option("which candidates", "views")
     n: int = option("held-out training images", 500)
     epsilon: float = option("attack radius, L-infinity", 8 / 255)
     iterations: int = option("of every APGD, on the bare classifier and through the candidates", 30)
@@ -95,7 +108,7 @@ def sweep(config: WorstCaseConfig) -> int:
         held_out.labels[: config.n],
         purifier=candidates,
         epsilon=config.epsilon,
-        attacks=ATTACKS,
+        attacks=UNKNOWN if config.sweep == "transfer" else KNOWN,
         budget=budget,
         seed=config.seed,
         name=loaded.card.id,

@@ -157,14 +157,27 @@ def judged_by_their_worst_case(arguments: list[str], out: Path, monkeypatch: pyt
         assert rows[title]["worst"]["gain"]["n"] == rows["none"]["clean"]["n"] == 9
     table = purifier_tables.worst_case_sweep_table(record).splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == ["no purifier", *few]
+    unknown = {title: worst_case_sweep.TRANSFER[title] for title in ("the vote alone", "1 sign step of 6/255, vote")}
+    monkeypatch.setitem(worst_case_sweep.SWEEPS, "transfer", unknown)
+    assert worst_case_sweep.main(["transfer" if word == "steps" else word for word in given]) == 0
+    record = json.loads(out.read_text())
+    table = purifier_tables.worst_case_sweep_table(record).splitlines()
+    assert {line.count("|") for line in table} == {5}  # no column of a worst case that was not looked for
+    for title in unknown:
+        row = record["results"]["rows"][title]
+        assert row["transfer"]["accuracy"] == row["worst"]["accuracy"]
 
 
-@pytest.mark.parametrize("spec", [*worst_case_sweep.VIEWS.values(), *worst_case_sweep.STEPS.values()])
+SWEPT = [spec for candidates in worst_case_sweep.SWEEPS.values() for spec in candidates.values()]
+
+
+@pytest.mark.parametrize("spec", SWEPT)
 def test_every_candidate_of_the_sweeps_can_be_built(spec: str) -> None:
     defended = registry.build_defense(spec, make_checkpoint())
     loop = defended.purifier.loop
-    assert (loop.steps == 0) == spec.startswith("vote")
-    assert loop.steps * loop.step_size <= loop.epsilon + 1e-9
+    assert (loop.steps == 0) == (not spec.startswith("reverse-attack"))
+    if spec not in worst_case_sweep.TRANSFER.values():
+        assert loop.steps * loop.step_size <= loop.epsilon + 1e-9
 
 
 @pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])
