@@ -1,15 +1,14 @@
-"""Make the first page's figures: the headline, the one table, and how often what the picture shows happens."""
+"""Make the first page's figures: the headline, and how often what the picture shows happens."""
 
 from typing import Any
 
 from unperturb.benchmarks.reporting import columns as c
-from unperturb.benchmarks.reporting.purifier_tables import points, with_remarks
+from unperturb.benchmarks.reporting.purifier_tables import points
 from unperturb.benchmarks.reporting.results import gain
 from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import tone
 
 DEFAULT, VOTE = "reverse-attack", "vote"
-NAMES = {"none": "no purifier", DEFAULT: "preset `default`", f"{DEFAULT}:fast": "preset `fast`", VOTE: "preset `vote`"}
 VERDICTS = {
     "worse": "it **makes things worse** against an attacker who knows it",
     "better": "it helps, also against an attacker who knows it",
@@ -76,19 +75,6 @@ def transfer_gain(run: dict[str, Any]) -> dict[str, Any] | None:
         return None
     after, before = ([bool(value) for value in values] for values in (purified["transfer"], bare["autoattack"]))
     return gain(after, before)
-
-
-def _unknown(row: Row) -> c.Cell:
-    """Return what AutoAttack on the bare classifier leaves: through the purifier, or without one."""
-    return c.percent(row.static if row.transfer is None else row.transfer)
-
-
-def main_table(runs: list[dict[str, Any]]) -> str:
-    """Return the first page's table: the bare classifier, two presets and the vote, the hardest attack first."""
-    rows = [row for name, (_, row) in by_purifier(runs).items() if name in NAMES or is_vote(name)]
-    transfer = c.Column("AutoAttack, purifier unknown, %", _unknown)
-    name = c.Column("purifier", lambda row: c.Cell(NAMES.get(row.purifier, f"`{row.purifier}`")), number=False)
-    return with_remarks((name, c.GAIN, c.COUNT, c.WORST, c.CLEAN, transfer, c.TIME), rows)
 
 
 def picture_line(record: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unperturb.benchmarks.papers.table import systems_table
-from unperturb.benchmarks.reporting.first_page import headline, main_table, picture_line
+from unperturb.benchmarks.reporting.first_page import headline, picture_line
 from unperturb.benchmarks.reporting.plots import all_plots
 from unperturb.benchmarks.reporting.purifier_tables import (
     classifier_table,
@@ -30,6 +30,7 @@ from unperturb.benchmarks.reporting.service_tables import (
 )
 from unperturb.benchmarks.reporting.settings_table import settings_table
 from unperturb.benchmarks.reporting.speed_tables import http_table, speed_plot, speed_table
+from unperturb.benchmarks.reporting.when import when_table
 from unperturb.models import command
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
@@ -45,7 +46,7 @@ SINGLE = {
     "bulk_memory": bulk_line,
     "serving/dashboard_queries": dashboard_queries_table,
 }
-ROBUSTNESS = FOLDER / "robustness"
+ROBUSTNESS, QUERIED = FOLDER / "robustness", FOLDER / "queries"
 EPSILON = 8 / 255  # of the page's main table
 PLOTS = {"Accuracy left after each attack": "every-attack.png"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +96,7 @@ def all_tables() -> dict[str, str]:
     tables = {
         "settings": settings_table(),
         "headline": headline(main_runs),
-        "main": main_table(main_runs),
+        "when": when_table(main_runs, runs, load_runs(QUERIED) if QUERIED.is_dir() else []),
         "picture": picture_line(json.loads((FOLDER / "brought_back.json").read_text())),
         "classifier": classifier_table(autoattacked()),
         "gates": gates_table(),

@@ -13,9 +13,10 @@ from tests.support.records import NO_SIGNS, Outcomes, averaged_record, in_order,
 from unperturb.benchmarks.purifier import picture
 from unperturb.benchmarks.reporting import tables
 from unperturb.benchmarks.reporting.columns import LEGEND
-from unperturb.benchmarks.reporting.first_page import headline, main_table
+from unperturb.benchmarks.reporting.first_page import headline
 from unperturb.benchmarks.reporting.purifier_tables import robustness_table, threats_table
 from unperturb.benchmarks.reporting.results import gain
+from unperturb.benchmarks.reporting.when import when_table
 from unperturb.models.attacks.pgd import pgd
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
@@ -88,23 +89,25 @@ def test_headline_refuses_two_runs_of_one_purifier_and_none_of_the_default() -> 
         headline([record(BARE)])
 
 
-def test_main_table_has_the_presets_and_the_vote_alone() -> None:
-    runs = [record(BARE, ms=0.5), record(KNOWN, BARE, ms=14)]
-    runs += [record(HELPED, BARE, purifier=name) for name in ("reverse-attack:fast", "vote:views=8", "hedge")]
-    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in main_table(runs).splitlines()]
-    assert [row[0] for row in rows[2:]] == ["no purifier", "preset `default`", "preset `fast`", "`vote:views=8`"]
-    none, default = rows[2:4]
-    assert none[1] == ""
-    assert none[2:] == ["1,200", "50.0 (47.2 to 52.8)", "75.0", "50.0", "0.50"]
-    assert default[1].startswith("-20.0 (")
-    assert default[3].startswith("30.0 (")
-    assert default[4:] == ["70.0 (-5.0)", "60.0", "14.00"]
-
-
-def test_main_table_shows_a_transfer_that_leaves_nothing_as_zero() -> None:
-    none_left = in_order({"clean": 300, "transfer": 900}, N)
-    (row,) = (line for line in main_table([record(none_left, BARE)]).splitlines() if "default" in line)
-    assert row.split(" | ")[5] == "0.0"
+def test_table_of_what_helps_when_has_every_purifier_and_says_what_was_not_run() -> None:
+    main = [record(BARE), record(KNOWN, BARE), record(HELPED, BARE, purifier="reverse-attack:published")]
+    main.append(record(HELPED, BARE, purifier="vote"))
+    corrupted = averaged_record({"clean": [1, 1], "fog-1": [1, 1]}, {"clean": [1, 1], "fog-1": [1, 0]})
+    asked = record(HELPED, BARE, purifier="vote")
+    elses = record(KNOWN, BARE, purifier="vote")
+    elses["results"]["model"]["spec"] = "another"
+    lines = when_table(main, [*main, corrupted], [asked, elses]).splitlines()
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    assert [row[0] for row in rows] == ["preset `default`", "preset `published`", "`vote`"]
+    default, published, vote = (dict(zip(head, row, strict=True)) for row in rows)
+    assert default["knows everything"].startswith("-20.0 (")
+    assert default["attacker does not know of it"].startswith("+10.0 (")
+    assert default["15 corruptions"].startswith("+50.0 (")
+    assert default["clean images"].startswith("-5.0 (")
+    assert default["n"] == "1,200"
+    assert published["15 corruptions"] == published["sends queries alone"] == "not run"
+    assert vote["sends queries alone"] == vote["knows everything"]
+    assert vote["Gaussian noise"] == "not run"
 
 
 def test_robustness_table_has_every_purifier_its_signs_and_what_was_not_run() -> None:
