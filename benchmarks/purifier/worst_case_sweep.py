@@ -45,9 +45,13 @@ def _step(step_size: str, *, steps: int = 1, kind: str = "soft", vote: str = "2"
     return f"reverse-attack:default,step={kind},steps={steps},step_size={step_size},vote={vote}"
 
 
-STEPS = {
+REACH = {
     "the vote alone": "vote",
     **{f"1 soft step of {size}": _step(size) for size in ("1/510", "1/255", "2/255", "4/255", "8/255")},
+}
+STEPS = {
+    "the vote alone": "vote",
+    "1 soft step of 2/255": _step("2/255"),
     "2 soft steps of 1/255": _step("1/255", steps=2),
     "5 soft steps of 2/1275": _step("2/1275", steps=5),
     "1 sign step of 2/255": _step("2/255", kind="sign"),
@@ -65,15 +69,15 @@ TRANSFER = {
     "the restorer alone": "restorer",
     "the restorer, vote": "restorer:vote=2",
 }
-SWEEPS = {"views": VIEWS, "steps": STEPS, "transfer": TRANSFER}
+SWEEPS = {"views": VIEWS, "reach": REACH, "steps": STEPS, "transfer": TRANSFER}
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorstCaseConfig(BenchmarkConfig):
-    """Sweep the vote's views, or the steps before it, on held-out training images; `transfer` stops at transfer."""
+    """Sweep the vote's views, or the reach or kind of steps before it, on held-out images; `transfer` stops there."""
 
     data: str = option("the data set that the checkpoint was trained on")
-    sweep: Literal["views", "steps", "transfer"] = option("which candidates", "views")
+    sweep: Literal["views", "reach", "steps", "transfer"] = option("which candidates", "views")
     n: int = option("held-out training images", 500)
     epsilon: float = option("attack radius, L-infinity", 8 / 255)
     iterations: int = option("of every APGD, on the bare classifier and through the candidates", 30)

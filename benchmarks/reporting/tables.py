@@ -37,8 +37,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
 
 SINGLE = {
-    "worst_case_sweep_views": worst_case_sweep_table,
-    "worst_case_sweep_steps": worst_case_sweep_table,
+    **{f"worst_case_sweep_{sweep}": worst_case_sweep_table for sweep in ("views", "reach", "steps", "transfer")},
     "load": load_table,
     "load_patient": load_table,
     "side_by_side": side_by_side_table,
