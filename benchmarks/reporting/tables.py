@@ -19,6 +19,7 @@ from unperturb.benchmarks.reporting.purifier_tables import (
     time_table,
     worst_case_sweep_table,
 )
+from unperturb.benchmarks.reporting.reach_plot import reach_plot
 from unperturb.benchmarks.reporting.results import FOLDER
 from unperturb.benchmarks.reporting.rows import group_of, load_runs
 from unperturb.benchmarks.reporting.service_tables import (
@@ -46,6 +47,7 @@ SINGLE = {
     "serving/dashboard_queries": dashboard_queries_table,
 }
 ROBUSTNESS, QUERIED = FOLDER / "robustness", FOLDER / "queries"
+REACH = Path("worst_case_sweep_reach.json")
 EPSILON = 8 / 255  # of the page's main table
 PLOTS = {"Accuracy left after each attack": "every-attack.png"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,6 +148,7 @@ def write_tables() -> None:
     for title, png in all_plots(in_main_ball(robustness_runs())).items():
         if title in PLOTS:
             write_whole(FOLDER / PLOTS[title], png)
+    write_whole(FOLDER / REACH.with_suffix(".png"), reach_plot(json.loads((FOLDER / REACH).read_text())))
     for file, record in records_in("purify_speed").items():
         write_whole(file.with_suffix(".png"), speed_plot(record))
     print(f"wrote {len(tables)} tables into {len(texts)} pages", file=sys.stderr)
