@@ -14,7 +14,7 @@ from torch import Tensor
 
 import unperturb
 
-EPSILON, ITERATIONS, PRESET = 8 / 255, 10, "fast"
+EPSILON, ITERATIONS, PRESET = 8 / 255, 10, "default"
 
 
 def main(file: str = "") -> None:

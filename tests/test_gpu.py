@@ -27,7 +27,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("checkpoint", ["default", "small"])
-@pytest.mark.parametrize("preset", ["default", "fast", "vote", "published"])
+@pytest.mark.parametrize("preset", ["default", "transfer", "vote", "published"])
 def test_scores_are_the_same_alone_and_in_a_batch(images: torch.Tensor, preset: str, checkpoint: str) -> None:
     defended = defend(store.load(checkpoint, device="cuda"), PRESETS[preset])
     x = images.cuda()

@@ -53,13 +53,13 @@ def test_full_gradient_goes_through_the_steps_and_the_others_do_not(images: torc
     gradients = {}
     for gradient in ("full", "bpda"):
         x = images[:2].clone().requires_grad_()
-        model = unperturb.defend(tiny, preset="fast", gradient=gradient)
+        model = unperturb.defend(tiny, preset="transfer", gradient=gradient)
         (gradients[gradient],) = torch.autograd.grad(model(x).square().sum(), x)
         assert gradients[gradient].isfinite().all()
     assert not torch.allclose(gradients["full"], gradients["bpda"])
     x = images[:2].clone().requires_grad_()
-    assert not unperturb.defend(tiny, preset="fast", gradient="none")(x).requires_grad
-    scores = [unperturb.defend(tiny, preset="fast", gradient=g)(images[:2]) for g in ("full", "bpda", "none")]
+    assert not unperturb.defend(tiny, preset="transfer", gradient="none")(x).requires_grad
+    scores = [unperturb.defend(tiny, preset="transfer", gradient=g)(images[:2]) for g in ("full", "bpda", "none")]
     assert torch.equal(scores[0], scores[1])
     assert torch.equal(scores[0], scores[2])
 

@@ -102,7 +102,8 @@ def time_table(record: dict[str, Any]) -> str:
         "published_procedure": "published procedure, plain",
         "published": "preset `published`",
         "default": "preset `default`",
-        "fast": "preset `fast`",
+        "transfer": "preset `transfer`",
+        "vote": "preset `vote`",
     }
     rows = [
         f"| `{record['results']['checkpoint']['id']}`, batch of {timed['batch']}, {where(record['machine'])} | "

@@ -102,7 +102,7 @@ def answering(condition: str) -> str:
 def load(config: DashboardQueriesConfig, url: str) -> list[Sent]:
     """Offer images by three presets, some of them damaged: below capacity, then over it, so that some are refused."""
     photos = open_loop.photos(64, seed=config.seed)
-    paths = ("/classify", "/classify", "/classify?preset=fast", "/classify?preset=vote")
+    paths = ("/classify", "/classify", "/classify?preset=transfer", "/classify?preset=vote")
     requests = [Prepared(paths[i % len(paths)], file) for i, file in enumerate(photos)]
     full = asyncio.run(open_loop.saturate(url, requests, clients=16, seconds=5.0, seed=config.seed))
     capacity = sum(one.status == 200 for one in full) / 5.0

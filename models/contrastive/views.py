@@ -26,12 +26,14 @@ class ViewPolicy:
     """Ranges and probabilities of the views.
 
     crop_area, crop_ratio: ranges of the crop's share of the image and of its width / height
+    alternate: every second view is a mirror image and the others are not, instead of `flip` at random
     brightness, contrast, saturation: factors in [1 - value, 1 + value]; hue: shift in [-value, value] turns
     """
 
     crop_area: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    alternate: bool = False
     brightness: float = 0.8
     contrast: float = 0.8
     saturation: float = 0.8
@@ -103,7 +105,9 @@ def draw(
         left=u[3] * (1 - width),
         height=height,
         width=width,
-        flip=u[4] < policy.flip,
+        flip=(torch.as_tensor(view, device=seeds.device) % 2 == 1).expand(len(seeds))
+        if policy.alternate
+        else u[4] < policy.flip,
         brightness=factor(u[5], policy.brightness),
         contrast=factor(u[6], policy.contrast),
         saturation=factor(u[7], policy.saturation),
@@ -135,7 +139,7 @@ def apply(x: Float[Tensor, "batch 3 h w"], view: ViewParameters, policy: ViewPol
         view = ViewParameters(*(p if p.dtype == torch.bool else p.to(x.dtype) for p in view))
         if policy.crops:
             x = resized_crop(x, view)
-        elif policy.flip:
+        elif policy.flip or policy.alternate:
             x = torch.where(view.flip[:, None, None, None], x.flip(3), x)
         return color(x, view) if policy.colors else x
 

@@ -7,7 +7,7 @@ embedding, the anchor, stays as it is, and the others are drawn towards it. Othe
 negatives are a stored bank instead of the other images of the batch, so that an image's result is its own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from unperturb.models.shapes import Float, Int, UInt8
 class ReverseAttackConfig:
     """The purifier's parameters; epsilon and step_size are in `loop`, in pixel units of [0, 1].
 
-    policy: of the views; None: SimCLR's, or beside a restored view, mirrored alone
+    policy: of the views; None: SimCLR's, or beside a restored view, mirrored at random alone
     vote: of the classifier on the purified image, its shifts for images of 32 pixels; None: it sees the image alone.
         With a loop of no steps there is the vote alone, and no head is needed
     restored: how far the restorer goes for the restored view, as a multiple of what it takes off by itself; 0, or a
@@ -67,15 +67,18 @@ class ReverseAttackConfig:
 MIRRORED = ViewPolicy(
     crop_area=(1.0, 1.0), crop_ratio=(1.0, 1.0), brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, grayscale=0.0
 )  # a restored view shows what is at each pixel; crops and colours hide it
+PAIR = replace(MIRRORED, alternate=True)  # the image and its mirror image: nothing is drawn
 
 PRESETS: dict[str, ReverseAttackConfig] = {
     "default": ReverseAttackConfig(
-        loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP),
+        loop=ProjectedGradient(direction="descend", epsilon=2 / 255, step_size=2 / 255, steps=1, step="soft"),
         views=2,
+        policy=PAIR,
         restored=1.0,
+        vote=Vote(),
     ),
-    "fast": ReverseAttackConfig(
-        loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=6 / 255, steps=1, ramp=RAMP),
+    "transfer": ReverseAttackConfig(
+        loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP),
         views=2,
         restored=1.0,
     ),

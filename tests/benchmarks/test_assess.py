@@ -31,14 +31,14 @@ def judged(name: str, gain: float, *, clean: float = 0.0, transfer: float = 0.0)
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
-        ([judged("default", 0.05), judged("vote", 0.03), judged("fast", -0.1)], "use `default`: +5.0 ("),
+        ([judged("default", 0.05), judged("vote", 0.03), judged("transfer", -0.1)], "use `default`: +5.0 ("),
         ([judged("default", 0.05, clean=-0.1), judged("vote", 0.03)], "use `vote`"),
         (
             [judged("default", -0.05), judged("vote", 0.005, transfer=0.1)],
             "use `vote` against attackers",
         ),
-        ([judged("default", -0.05), judged("fast", -0.2)], "don't purify: every preset makes this model worse"),
-        ([judged("default", 0.005), judged("fast", -0.2)], "don't purify: no preset makes a difference"),
+        ([judged("default", -0.05), judged("transfer", -0.2)], "don't purify: every preset makes this model worse"),
+        ([judged("default", 0.005), judged("transfer", -0.2)], "don't purify: no preset makes a difference"),
         ([], "nothing was measured"),
     ],
     ids=["best", "clean loss", "unaware", "worse", "even", "none"],
@@ -61,14 +61,14 @@ def test_each_preset_is_measured_and_written_onto_the_card(
     assert "images=-1" in capsys.readouterr().err
     assert assess.main(["default", *arguments(folder, image_folder, tmp_path / "out", "--write-card")[1:]]) == 2
     assert "no checkpoint's folder of your own" in capsys.readouterr().err
-    presets = ("--presets", "fast", "--presets", "vote")
+    presets = ("--presets", "transfer", "--presets", "vote")
     assert assess.main(arguments(folder, image_folder, tmp_path / "out", *presets, "--write-card")) == 0
     said = capsys.readouterr().out
-    assert [line.split()[0] for line in said.splitlines() if line[:5].strip() in ("none", "fast", "vote")]
+    assert [line.split()[0] for line in said.splitlines() if line[:8].strip() in ("none", "transfer", "vote")]
     assert (tmp_path / "out" / "report.html").is_file()
     card = store.load(folder).card
     found = card.figures["assessment"]
-    assert set(found["presets"]) == {"none", "fast", "vote"}
+    assert set(found["presets"]) == {"none", "transfer", "vote"}
     assert found["verdict"] == said.splitlines()[-1]
     assert found["n"] == 6
     assert str(tmp_path) not in json.dumps(found)
@@ -80,7 +80,7 @@ def test_checkpoint_without_a_head_is_assessed_by_what_needs_none(
     store.save(tmp_path / "bare", make_checkpoint(head=False))
     assert assess.main(arguments(tmp_path / "bare", image_folder, tmp_path / "out")) == 0
     said = capsys.readouterr().out
-    assert "not measured, for want of a head: default, fast" in said
+    assert "not measured, for want of a head: default, transfer" in said
     assert assess.main(arguments(tmp_path / "bare", image_folder, tmp_path / "out", "--presets", "default")) == 2
     assert "unperturb train head" in capsys.readouterr().err
     assert assess.main(arguments(tmp_path / "bare", image_folder, tmp_path / "out", "--presets", "best")) == 2

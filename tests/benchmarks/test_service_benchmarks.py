@@ -144,8 +144,8 @@ def test_service_is_compared_with_its_engine_at_saturation(tiny_folder: Path, tm
 
 
 def test_results_of_the_service_beside_its_engine_are_named_by_how_both_ran() -> None:
-    one = http_cost.HttpCostConfig(device="cpu,cpu", preset="fast", precision="bfloat16")
-    assert one.file.name == "fast_cpu_cpu_eager_bfloat16.json"
+    one = http_cost.HttpCostConfig(device="cpu,cpu", preset="vote", precision="bfloat16")
+    assert one.file.name == "vote_cpu_cpu_eager_bfloat16.json"
 
 
 def test_cpu_time_of_a_request_is_told_apart_by_process_and_checkout(tiny_folder: Path, tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_reverse_attack_takes_views_and_temperature() -> None:
     [
         ("bleach", "bleach"),
         ("none:steps=1", "steps"),
-        ("hedge:fast", "fast"),
+        ("hedge:transfer", "transfer"),
         ("hedge:views=2", "views"),
         ("hedge:steps=1.5", "whole number"),
         ("hedge:epsilon=x", "epsilon"),

@@ -11,6 +11,7 @@ from tests.conftest import make_checkpoint, make_config, make_defended
 from unperturb.models.contrastive.loss import NegativePolicy
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.head import NegativesBank
+from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack, ReverseAttackConfig, preset, to_uint8
 
 
@@ -19,7 +20,10 @@ def test_presets_are_what_they_are_named_for() -> None:
     assert (published.views, published.temperature) == (4, 0.2)
     loop = published.loop
     assert (loop.steps, loop.step_size, loop.epsilon, loop.start) == (40, 2 / 255, 16 / 255, "uniform")
-    with pytest.raises(ConfigError, match=r"'best' is not one of default, fast, vote, restorer, published"):
+    for name in ("default", "transfer"):
+        loop = preset(name).loop
+        assert loop.steps * loop.step_size >= loop.epsilon
+    with pytest.raises(ConfigError, match=r"'best' is not one of default, transfer, vote, restorer, published"):
         preset("best")
 
 
@@ -55,6 +59,20 @@ def test_result_depends_on_the_seed(images: torch.Tensor) -> None:
     defended = make_defended()
     assert torch.equal(defended.purify(images, seed=1).image, defended.purify(images, seed=1).image)
     assert not torch.equal(defended.purify(images, seed=1).image, defended.purify(images, seed=2).image)
+
+
+@pytest.mark.parametrize("restorer", [True, False], ids=["with a restorer", "without"])
+def test_default_draws_nothing_and_moves_an_image_softly(images: torch.Tensor, restorer: bool) -> None:
+    made = make_checkpoint()
+    made = made if restorer else dataclasses.replace(made, restorer=None)
+    defended = defend(made, preset("default"))
+    one, other = (defended.classify(images, seed=seed) for seed in (1, 2))
+    assert torch.equal(one.image, other.image)
+    assert torch.equal(one.logits, other.logits)
+    moved = (one.image - images).abs()
+    assert 0 < float(moved.max()) <= 2 / 255 + 1e-6
+    inside = (images > 2 / 255) & (images < 1 - 2 / 255)
+    assert moved[inside].unique().numel() > 100  # soft: not every pixel by the same
 
 
 @pytest.mark.parametrize("batchmate", [float("nan"), float("inf"), 1e30])

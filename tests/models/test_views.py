@@ -16,7 +16,7 @@ from unperturb.models.contrastive.views import (
     shift_hue,
 )
 from unperturb.models.errors import ConfigError
-from unperturb.models.purifiers.reverse_attack import MIRRORED
+from unperturb.models.purifiers.reverse_attack import MIRRORED, PAIR
 
 PLAIN = dict(
     crop_area=(1.0, 1.0),
@@ -104,6 +104,16 @@ def test_each_colour_operation_matches_kornia(images: torch.Tensor) -> None:
     assert torch.allclose(shift_hue(images, turns), hue, atol=1e-4)
     gray = kornia.color.rgb_to_grayscale(images)
     assert torch.allclose(luma(images), gray, atol=1e-5)
+
+
+def test_alternating_views_are_the_image_and_its_mirror_image_whatever_the_seed(images: torch.Tensor) -> None:
+    seeds = torch.arange(8)
+    views = make_views(images, seeds=seeds, step=torch.full((8,), 3), views=3, policy=PAIR)
+    assert torch.equal(views, torch.stack((images, images.flip(3), images), dim=1))
+    assert not draw(PAIR, seeds, 3, 0).flip.any()
+    assert draw(PAIR, seeds, 3, 1).flip.shape == (8,)
+    cropped = dataclasses.replace(ViewPolicy(), alternate=True)
+    assert draw(cropped, seeds, 0, torch.arange(8)).flip.tolist() == [False, True] * 4
 
 
 def test_gradient_of_a_whole_view_matches_finite_differences() -> None:

@@ -52,21 +52,18 @@ def test_specification_names_a_vote_alone_or_behind_a_purifier() -> None:
     assert isinstance(both.purifier, ReverseAttack)
     assert both.purifier.loop.steps == 2
     assert both.vote == Vote(shifts=((0, 0), (1, 1)), mirrored=False)
-    assert build_defense("reverse-attack", checkpoint).vote is None
+    assert build_defense("reverse-attack:transfer", checkpoint).vote is None
 
 
-def test_presets_own_vote_is_left_out_by_name_and_scaled_to_the_images(
-    images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_presets_own_vote_is_left_out_by_name_and_scaled_to_the_images() -> None:
     checkpoint = make_checkpoint()
-    monkeypatch.setitem(PRESETS, "voted", replace(PRESETS["default"], vote=Vote()))
-    assert build_defense("reverse-attack:voted", checkpoint).vote == Vote()
-    assert build_defense("reverse-attack:voted,vote=none", checkpoint).vote is None
-    assert build_defense("reverse-attack:voted,vote=1", checkpoint).vote == Vote(shifts=((-1, -1), (1, 1)))
+    assert build_defense("reverse-attack:default", checkpoint).vote == Vote()
+    assert build_defense("reverse-attack:default,vote=none", checkpoint).vote is None
+    assert build_defense("reverse-attack:default,vote=1", checkpoint).vote == Vote(shifts=((-1, -1), (1, 1)))
     own = Vote(shifts=((0, 1),), mirrored=False)
     carded = replace(checkpoint, card=replace(checkpoint.card, vote=own))
-    assert defend(carded, PRESETS["voted"]).vote == own
-    assert defend(carded, PRESETS["default"]).vote is None
+    assert defend(carded, PRESETS["default"]).vote == own
+    assert defend(carded, PRESETS["transfer"]).vote is None
     assert Vote(shifts=((0, 0), (-2, 1))).scaled(224).shifts == ((0, 0), (-14, 7))
     assert Vote(shifts=((2, 2),)).scaled(1056).shifts == ((66, 66),)
     with pytest.raises(ConfigError, match="34 views; at most 32"):
@@ -108,7 +105,7 @@ def test_shifts_are_read_as_they_are_spelled(text: str, shifts: tuple[tuple[int,
         ("vote:shifts=1025", "1024"),
         ("vote:mirrored=maybe", "maybe"),
         ("vote:steps=2", "steps"),
-        ("vote:fast", "fast"),
+        ("vote:published", "published"),
         ("reverse-attack:vote=x", "x"),
         ("ballot", "vote"),
     ],

@@ -171,7 +171,7 @@ def request(**changed: Any) -> dict[str, Any]:
         ({**request(), "outputs": [{"name": "logits"}]}, 400, "'logits' is not one of"),
         ({**request(), "outputs": [{"name": "scores"}] * 2}, 400, "asked for twice"),
         ({**request(), "outputs": [{"name": "scores", "parameters": {"classification": 3}}]}, 400, "not offered"),
-        ({**request(), "parameters": {"presett": "fast"}}, 422, "'presett' is not known; 'preset' is"),
+        ({**request(), "parameters": {"presett": "vote"}}, 422, "'presett' is not known; 'preset' is"),
         ({**request(), "parameters": {"preset": "nonsense"}}, 422, "parameters.preset"),
         ({**request(), "parameters": {"model": "other"}}, 422, "'other' is not the model of the path, 'tiny'"),
         (request(data=[[[[0.5] * 3] * 32] * 32]), 400, "nested as [1, 32, 32, 3] under shape [1, 3, 32, 32]"),

@@ -29,7 +29,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     folder = tmp_path_factory.mktemp("observed")
     card = store.save(folder, make_checkpoint())
     gate = {"loss": 9.0, "weights_sha256": card.weights_sha256, **CLEAN}
-    store.write_card(folder, dataclasses.replace(card, gates={"fast": gate}))
+    store.write_card(folder, dataclasses.replace(card, gates={"transfer": gate}))
     with TestClient(create_app(settings(folder), handle=ThreadHandle)) as opened:
         wait_until_ready(opened)
         yield opened
@@ -78,15 +78,15 @@ def test_metrics_say_what_runs_and_how_much_of_the_machine_it_takes(client: Test
 
 
 def test_drift_is_the_latest_losses_distance_from_the_clean_mean_in_clean_deviations(client: TestClient) -> None:
-    name = 'unperturb_loss_drift{model="tiny",preset="fast"}'
+    name = 'unperturb_loss_drift{model="tiny",preset="transfer"}'
     losses: list[float] = []
     for i in range(drift.ENOUGH):
         assert name not in client.get("/metrics").text
-        body = client.post("/inspect?preset=fast&attack=false", files={"image": photo(i)}).json()
+        body = client.post("/inspect?preset=transfer&attack=false", files={"image": photo(i)}).json()
         losses.append(body["losses"][0])
     expected = (sum(losses) / len(losses) - CLEAN["clean_mean"]) / CLEAN["clean_std"]
     assert value(client, name) == pytest.approx(expected, abs=1e-3)
-    client.post("/classify?preset=fast&seed=1", files={"image": photo()})  # other views: not comparable
+    client.post("/classify?preset=transfer&seed=1", files={"image": photo()})  # other views: not comparable
     client.post("/classify?preset=published", files={"image": photo()})  # no clean loss on the card
     assert value(client, name) == pytest.approx(expected, abs=1e-3)
 

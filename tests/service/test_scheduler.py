@@ -218,7 +218,7 @@ def test_client_that_was_away_has_no_claim_to_what_it_did_not_ask_for(timed: Mod
 def test_clients_that_always_wait_get_equal_work_within_one_image_of_each(timed: Model) -> None:
     """Golestani 1994, theorem 1: two backlogged clients differ by at most the sum of their largest costs."""
     generator = random.Random(0)
-    costs = {stage: timed.alone_s(stage) for stage in ("fast", "default", "published")}
+    costs = {stage: timed.alone_s(stage) for stage in ("vote", "default", "published")}
     for _ in range(50):
         queue, served = FairQueue(), {"a": 0.0, "b": 0.0}
         arrivals = [client for client in served for _ in range(60)]

@@ -256,7 +256,7 @@ def test_health_readiness_card_and_docs(client: TestClient, tiny_folder: Path) -
     assert client.get("/healthz").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
     card = json.loads((tiny_folder / store.CARD).read_text())
-    assert client.get("/model").json() == {**card, "presets": ["default", "fast", "vote", "published"]}
+    assert client.get("/model").json() == {**card, "presets": ["default", "transfer", "vote", "published"]}
     assert client.get("/docs").status_code == 200
     operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
     kinds = {"multipart/form-data", "application/json", "image/png", "image/jpeg", "image/webp"}
