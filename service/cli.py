@@ -33,7 +33,7 @@ app = typer.Typer(
 Files = Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP")]
 CheckpointOption = Annotated[str, typer.Option(help="a shipped checkpoint's name, or a folder")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-PresetOption = Annotated[str, typer.Option(help="default, fast, vote or published")]
+PresetOption = Annotated[str, typer.Option(help="default, vote, transfer, restorer or published")]
 SeedOption = Annotated[int, typer.Option(min=0, help="of the random views")]
 
 

@@ -42,7 +42,7 @@ VIEWS = {
 
 def _step(step_size: str, *, steps: int = 1, kind: str = "soft", vote: str = "2") -> str:
     """Return the specification of reverse steps before a vote."""
-    return f"reverse-attack:default,step={kind},steps={steps},step_size={step_size},vote={vote}"
+    return f"reverse-attack:transfer,step={kind},steps={steps},step_size={step_size},vote={vote}"
 
 
 REACH = {

@@ -49,7 +49,7 @@ def evaluate(
     """Attack a classifier, alone and behind purifiers, on the same images under the same budget.
 
     model:    maps images in [0, 1] to class scores; a module of yours, or a checkpoint of `unperturb.load`
-    purifier: None; a specification (`reverse-attack:fast`, `vote:shifts=2`, `package.module:Class:key=value`); an
+    purifier: None; a specification (`reverse-attack:transfer`, `vote:shifts=2`, `package.module:Class:key=value`); an
               object of the protocol in `unperturb.benchmarks.robustness.foreign`, a module from images to images, or a
               preprocessor of ART's; or several of them by name
     epsilon:  in pixel units of [0, 1]; by default 8/255 (Linf) or 0.5 (L2)

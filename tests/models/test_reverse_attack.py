@@ -20,9 +20,8 @@ def test_presets_are_what_they_are_named_for() -> None:
     assert (published.views, published.temperature) == (4, 0.2)
     loop = published.loop
     assert (loop.steps, loop.step_size, loop.epsilon, loop.start) == (40, 2 / 255, 16 / 255, "uniform")
-    for name in ("default", "transfer"):
-        loop = preset(name).loop
-        assert loop.steps * loop.step_size >= loop.epsilon
+    small, large = preset("default").loop, preset("transfer").loop
+    assert small.steps * small.step_size <= small.epsilon < large.step_size * large.steps
     with pytest.raises(ConfigError, match=r"'best' is not one of default, transfer, vote, restorer, published"):
         preset("best")
 
@@ -70,7 +69,7 @@ def test_default_draws_nothing_and_moves_an_image_softly(images: torch.Tensor, r
     assert torch.equal(one.image, other.image)
     assert torch.equal(one.logits, other.logits)
     moved = (one.image - images).abs()
-    assert 0 < float(moved.max()) <= 2 / 255 + 1e-6
+    assert 0 < float(moved.max()) <= 0.5 / 255 + 1e-6
     inside = (images > 2 / 255) & (images < 1 - 2 / 255)
     assert moved[inside].unique().numel() > 100  # soft: not every pixel by the same
 

@@ -52,7 +52,7 @@ def test_specification_names_a_vote_alone_or_behind_a_purifier() -> None:
     assert isinstance(both.purifier, ReverseAttack)
     assert both.purifier.loop.steps == 2
     assert both.vote == Vote(shifts=((0, 0), (1, 1)), mirrored=False)
-    assert build_defense("reverse-attack:transfer", checkpoint).vote is None
+    assert build_defense("reverse-attack:published", checkpoint).vote is None
 
 
 def test_presets_own_vote_is_left_out_by_name_and_scaled_to_the_images() -> None:
@@ -63,7 +63,7 @@ def test_presets_own_vote_is_left_out_by_name_and_scaled_to_the_images() -> None
     own = Vote(shifts=((0, 1),), mirrored=False)
     carded = replace(checkpoint, card=replace(checkpoint.card, vote=own))
     assert defend(carded, PRESETS["default"]).vote == own
-    assert defend(carded, PRESETS["transfer"]).vote is None
+    assert defend(carded, PRESETS["published"]).vote is None
     assert Vote(shifts=((0, 0), (-2, 1))).scaled(224).shifts == ((0, 0), (-14, 7))
     assert Vote(shifts=((2, 2),)).scaled(1056).shifts == ((66, 66),)
     with pytest.raises(ConfigError, match="34 views; at most 32"):
