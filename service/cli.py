@@ -275,7 +275,7 @@ def demo(
     file: Annotated[Path | None, typer.Argument(help="default: a part of the shipped drawing, chosen")] = None,
     out: Annotated[Path, typer.Option(help="picture to write")] = Path("demo.png"),
     checkpoint: CheckpointOption = "default",
-    preset: PresetOption = "default",
+    preset: PresetOption = "transfer",
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:

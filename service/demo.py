@@ -20,6 +20,7 @@ from unperturb.service.http.answer import top
 SAMPLE = Path(__file__).parent / "assets" / "sample.png"
 CHOSEN = SAMPLE.parent / "page" / "restored.png"  # a part of it; benchmarks/purifier/samples.py chooses
 EPSILON = 8 / 255
+PRESET = "transfer"  # the attack that is shown does not know of the purifier
 AMPLIFIED = 8  # how much stronger a perturbation is shown than it is
 
 
@@ -47,11 +48,19 @@ def run_demo(
         (best,) = top(logits[0].detach().softmax(0).cpu().numpy(), card.classes, 1)
         answers.append(f"{name}: {best.label} {best.score:.0%}")
         yield answers[-1]
-    _draw(x, attacked, result.image, result.trace.losses[:, 0], answers, out)
+    losses = (float(loss) for loss in (result.trace.loss_before, result.trace.loss_after))
+    _draw(x, attacked, result.image, tuple(losses), answers, out)
     yield f"wrote {out}"
 
 
-def _draw(original: Tensor, attacked: Tensor, purified: Tensor, losses: Tensor, answers: list[str], out: Path) -> None:
+def _draw(
+    original: Tensor,
+    attacked: Tensor,
+    purified: Tensor,
+    losses: tuple[float, ...],
+    answers: list[str],
+    out: Path,
+) -> None:
     from matplotlib import pyplot as plt
 
     def pixels(image: Tensor) -> NDArray[np.float32]:
@@ -70,11 +79,13 @@ def _draw(original: Tensor, attacked: Tensor, purified: Tensor, losses: Tensor, 
         panel.imshow(image, interpolation="nearest")
         panel.set_title(title, fontsize=11)
         panel.set_axis_off()
-    curve = panels[1, 2]
-    curve.plot(range(1, len(losses) + 1), losses.tolist(), marker="o", color="#1f6feb")
-    curve.set_title("InfoNCE loss before each step", fontsize=11)
-    curve.set_xlabel("step (each with views of its own)")
-    curve.spines[["top", "right"]].set_visible(False)
+    bars = panels[1, 2]
+    drawn_bars = bars.barh(("purified", "attacked"), losses[::-1], height=0.5, color=("#1f6feb", "#8b949e"))
+    bars.bar_label(drawn_bars, fmt="%.2f", padding=3)
+    bars.set_xlim(0, 1.2 * max(losses))
+    bars.set_title("InfoNCE loss, on views that no step used", fontsize=11)
+    bars.spines[["top", "right", "bottom"]].set_visible(False)
+    bars.set_xticks([])
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
     plt.close(figure)

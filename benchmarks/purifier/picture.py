@@ -28,7 +28,7 @@ from unperturb.models.pixels import Preprocessing, to_rgb, to_size
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.reverse_attack import preset
 from unperturb.models.shapes import UInt8
-from unperturb.service.demo import EPSILON, SAMPLE, run_demo
+from unperturb.service.demo import EPSILON, PRESET, SAMPLE, run_demo
 from unperturb.training import data
 
 PGD_STEPS = 20
@@ -131,7 +131,7 @@ def draw_picture(config: PictureConfig) -> int:
     loaded = store.load(config.checkpoint, device=config.device)
     dataset = data.load(config.data, loaded.card.pictures, cache=config.cache)
     images, labels = (t[: config.n].to(config.device) for t in dataset.test)
-    defended = defend(loaded, preset("default"))
+    defended = defend(loaded, preset(PRESET))
     counts, _ = count(config, defended, images, labels)
     with Image.open(SAMPLE) as drawing:
         places, cut = squares(to_rgb(drawing), loaded.card.pictures)

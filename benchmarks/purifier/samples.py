@@ -31,7 +31,7 @@ from unperturb.models.pixels import to_rgb
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.reverse_attack import preset, to_uint8
 from unperturb.models.shapes import Float, Int, UInt8
-from unperturb.service.demo import EPSILON, SAMPLE
+from unperturb.service.demo import EPSILON, PRESET, SAMPLE
 from unperturb.service.engine.stages import ATTACK_LOOP
 from unperturb.training import data
 
@@ -153,7 +153,7 @@ def write_page(folder: Path, chosen: dict[str, Square], shown: dict[str, Any]) -
 def make_samples(config: SamplesConfig) -> int:
     """Choose, count, and write the samples and the result file."""
     loaded = store.load(config.checkpoint, device=config.device)
-    defended = defend(loaded, preset("default"))
+    defended = defend(loaded, preset(PRESET))
     shown: dict[str, Any] = {"model": loaded.card.id, "data": None, "counts": None}
     if config.n:
         dataset = data.load(config.data, loaded.card.pictures, cache=config.cache)

@@ -1,5 +1,6 @@
 """The figures of the first page: the headline, and the picture that is chosen for it."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from unperturb.benchmarks.reporting.columns import LEGEND
 from unperturb.benchmarks.reporting.first_page import headline
 from unperturb.benchmarks.reporting.purifier_tables import robustness_table, threats_table
 from unperturb.benchmarks.reporting.results import gain
+from unperturb.benchmarks.reporting.rows import load_runs
 from unperturb.benchmarks.reporting.when import when_table
+from unperturb.benchmarks.robustness.identity import describe
 from unperturb.models.attacks.pgd import pgd
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.pixels import Preprocessing
 from unperturb.models.purifiers.defended import defend
+from unperturb.models.purifiers.registry import build_defense
 from unperturb.models.purifiers.reverse_attack import preset
 from unperturb.service.demo import EPSILON
 
@@ -167,6 +171,18 @@ def test_every_place_of_the_pages_is_filled_from_the_shipped_checkpoints_runs(
     assert {name for text in texts for name in tables.places(text)} == set(made)
     for text in texts:
         tables.render(text, made)
+
+
+def test_every_run_of_a_shipped_checkpoint_is_of_what_its_specification_means_today() -> None:
+    """A preset that changes takes its figures with it: they are measured again, or named by their parameters."""
+    shipped = {store.read_card(store.resolve(name)).id: name for name in store.shipped_names()}
+    for run in load_runs(tables.ROBUSTNESS):
+        found = run["results"]
+        built = describe(build_defense(found["purifier_spec"], store.load(shipped[found["model"]["spec"]])))
+        then = found["purifier"]
+        assert built["kind"] == then["kind"], found["purifier_spec"]
+        assert json.loads(json.dumps(built["vote"])) == then["vote"], found["purifier_spec"]
+        assert {name: built["loop"][name] for name in then["loop"]} == then["loop"], found["purifier_spec"]
 
 
 def test_counts_are_those_of_the_attacks_own_points() -> None:

@@ -197,10 +197,10 @@ def test_sample_says_that_it_is_chosen_and_how_often_it_happens(
     page.get_by_label("Purifier").select_option("vote")
     use_sample(page, name)
     model = json.loads((ASSETS / SHOWN).read_text())["model"]
-    expect(about).to_contain_text(f"chosen to show this: by the model {model} and the purifier default, ")
+    expect(about).to_contain_text(f"chosen to show this: by the model {model} and the purifier transfer, ")
     expect(about).to_contain_text(fate)
     expect(page.get_by_label("Attack it first")).to_be_checked(checked=attacked)
-    expect(page.get_by_label("Purifier")).to_have_value("default")
+    expect(page.get_by_label("Purifier")).to_have_value("transfer")
     counts = {"n": 1000, "right": 690, "changed": 300, "restored": 110, "unrestored": 190, "harmed": 5}
     told = {"model": "m", "data": "cifar10", "counts": counts}
     page.route("**/samples.json", lambda route: route.fulfill(json=told))

@@ -68,7 +68,7 @@ def test_samples_of_the_page_do_what_it_says_of_them(
     client: TestClient, name: str, attack: bool, labels: tuple[str | None, ...]
 ) -> None:
     payload = (ASSETS / f"{name}.png").read_bytes()
-    answer = client.post(f"/inspect?attack={attack}", files={"image": payload}).json()
+    answer = client.post(f"/inspect?attack={attack}&preset=transfer", files={"image": payload}).json()
     assert answer["model"]["id"] == json.loads((ASSETS / SHOWN).read_text())["model"]
     seen = (
         answer[point] and answer[point]["predictions"][0]["label"] for point in ("original", "attacked", "purified")

@@ -63,7 +63,7 @@ async function chooseSample({ currentTarget: button }) {
     const [picture, figures] = await Promise.all([fetch(`page/${kind}.png`), fetch("page/samples.json")]);
     if (!picture.ok || !figures.ok) throw new Error(picture.statusText);
     const told = await figures.json();
-    const words = `A part of a drawing, chosen to show this: by the model ${told.model} and the purifier default, ${fate}.`;
+    const words = `A part of a drawing, chosen to show this: by the model ${told.model} and the purifier transfer, ${fate}.`;
     choose(new File([await picture.blob()], button.textContent, { type: "image/png" }), words);
     tellCounts(told);
   } catch {
@@ -71,7 +71,7 @@ async function chooseSample({ currentTarget: button }) {
     return;
   }
   attack.checked = attacked;
-  const usual = preset.querySelector("[value=default]");
+  const usual = preset.querySelector("[value=transfer]");
   if (!usual.disabled) preset.value = usual.value;
 }
 
