@@ -67,8 +67,9 @@ def test_full_gradient_goes_through_the_steps_and_the_others_do_not(images: torc
 def test_purified_images_are_near_and_seeded(images: torch.Tensor) -> None:
     tiny = make_checkpoint()
     purified, trace = unperturb.purify(tiny, images, preset="default", seed=1)
-    assert float((purified - images).abs().max()) <= 8 / 255 + 1e-6
-    assert trace.losses.shape == (5, 8)
+    loop = PRESETS["default"].loop
+    assert float((purified - images).abs().max()) <= loop.epsilon + 1e-6
+    assert trace.losses.shape == (loop.steps, 8)
     assert torch.equal(purified, unperturb.purify(tiny, images, seed=1).image)
 
 

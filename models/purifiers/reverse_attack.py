@@ -71,12 +71,12 @@ PAIR = replace(MIRRORED, alternate=True)  # the image and its mirror image: noth
 
 PRESETS: dict[str, ReverseAttackConfig] = {
     "default": ReverseAttackConfig(
-        loop=ProjectedGradient(direction="descend", epsilon=0.5 / 255, step_size=0.5 / 255, steps=1, step="soft"),
+        loop=ProjectedGradient(direction="descend", epsilon=1 / 255, step_size=1 / 255, steps=1, step="soft"),
         views=2,
         policy=PAIR,
         restored=1.0,
         vote=Vote(),
-    ),  # the smallest step that was tried: a larger one helps whoever steers it (docs/results/presets.md)
+    ),  # the smallest step that 8 bits can hold: a larger one helps whoever steers it (docs/results/presets.md)
     "transfer": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=6 / 255, steps=1, ramp=RAMP),
         views=2,

@@ -69,7 +69,7 @@ def test_default_draws_nothing_and_moves_an_image_softly(images: torch.Tensor, r
     assert torch.equal(one.image, other.image)
     assert torch.equal(one.logits, other.logits)
     moved = (one.image - images).abs()
-    assert 0 < float(moved.max()) <= 0.5 / 255 + 1e-6
+    assert 0 < float(moved.max()) <= 1 / 255 + 1e-6
     inside = (images > 2 / 255) & (images < 1 - 2 / 255)
     assert moved[inside].unique().numel() > 100  # soft: not every pixel by the same
 
