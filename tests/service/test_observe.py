@@ -15,6 +15,7 @@ from tests.support.engines import ThreadHandle
 from tests.support.serving import photo, settings, wait_until_ready
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
+from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.http.app import create_app
 from unperturb.service.telemetry import drift, tracing
 from unperturb.service.telemetry.logs import JsonLines, Text
@@ -62,8 +63,9 @@ def test_metrics_count_what_happened(client: TestClient) -> None:
     assert added["requests"] == 1
     assert added["refused"] == 1
     assert added["images"] == added["waits"] == added["linf"] == added["drops"] == 3
-    assert added["steps"] == 15  # three images, five steps
-    assert added["batches"] >= 5
+    steps = PRESETS["default"].loop.steps
+    assert added["steps"] == 3 * steps
+    assert added["batches"] >= steps
     assert value(client, "unperturb_queue_length") == value(client, "unperturb_slots_in_use") == 0
     assert client.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from unperturb.models.checkpoints.store import read_card, resolve
+from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.fair_queue import FairQueue
@@ -21,6 +22,7 @@ from unperturb.service.errors import NotReadyError
 BLACK = np.zeros((3, 8, 8), dtype=np.uint8)
 OUTCOME = Outcome(np.ones(2, dtype=np.float32), np.ones(2, dtype=np.float32))
 Request = Callable[..., ImageRequest]
+STAGE = "published"  # of many steps
 
 
 class Clock:
@@ -54,9 +56,7 @@ def timed() -> Model:
     return Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.01))
 
 
-def of(
-    model: Model, id: int, stage: str | None = "default", client: str = "", deadline: float = math.inf
-) -> ImageRequest:
+def of(model: Model, id: int, stage: str | None = STAGE, client: str = "", deadline: float = math.inf) -> ImageRequest:
     work = Work(id, model.number, BLACK, stage, 0, False, 0.0)
     return ImageRequest(work, model, lambda _: None, client, deadline)
 
@@ -84,13 +84,13 @@ def test_images_without_steps_do_not_take_the_slots_of_those_with(request_of: Re
     scheduler.add(request_of(i, None) for i in range(2))
     scheduler.schedule()
     assert worker.free_slots(None) == 0
-    assert worker.free_slots("default") == 2
-    scheduler.add(request_of(i, "default") for i in range(2, 4))
+    assert worker.free_slots(STAGE) == 2
+    scheduler.add(request_of(i, STAGE) for i in range(2, 4))
     scheduler.schedule()
-    assert worker.free_slots("default") == 0
+    assert worker.free_slots(STAGE) == 0
     scheduler.update(0, report(0, 2))
     assert worker.free_slots(None) == 1
-    assert worker.free_slots("default") == 1
+    assert worker.free_slots(STAGE) == 1
 
 
 def test_image_without_steps_does_not_wait_behind_those_with(request_of: Request) -> None:
@@ -184,15 +184,15 @@ def test_loading_may_last_as_long_as_it_goes_on(request_of: Request, model: Mode
 
 
 def test_admission_counts_free_slots_before_the_queue(request_of: Request) -> None:
-    scheduler, admission = Scheduler([2]), Admission(1, 1.0, "default")
-    admission.check_queue_length(scheduler, stage="default", images=3)
+    scheduler, admission = Scheduler([2]), Admission(1, 1.0, STAGE)
+    admission.check_queue_length(scheduler, stage=STAGE, images=3)
     with pytest.raises(NotReadyError, match="0 images are waiting, and at most 1 may"):
-        admission.check_queue_length(scheduler, stage="default", images=4)
+        admission.check_queue_length(scheduler, stage=STAGE, images=4)
     scheduler.add(request_of(id) for id in range(3))
     scheduler.schedule()
     admission.check_queue_length(scheduler, stage=None, images=1)
     with pytest.raises(NotReadyError, match="1 images are waiting"):
-        admission.check_queue_length(scheduler, stage="default", images=1)
+        admission.check_queue_length(scheduler, stage=STAGE, images=1)
 
 
 def test_client_with_few_images_does_not_wait_behind_all_of_one_with_many(timed: Model) -> None:
@@ -233,7 +233,7 @@ def test_clients_that_always_wait_get_equal_work_within_one_image_of_each(timed:
 
 
 def test_image_that_would_be_late_gets_no_slot_unless_the_worker_is_idle(timed: Model, clock: Clock) -> None:
-    alone_s = timed.alone_s("default")
+    alone_s = timed.alone_s(STAGE)
     scheduler = Scheduler([4], clock=clock)
     hopeless = of(timed, 0, deadline=0.5 * alone_s)
     scheduler.add([hopeless])
@@ -245,21 +245,21 @@ def test_image_that_would_be_late_gets_no_slot_unless_the_worker_is_idle(timed: 
 
 
 def test_newcomer_waits_while_it_would_make_another_late(timed: Model, clock: Clock) -> None:
-    alone_s = timed.alone_s("default")
+    alone_s = timed.alone_s(STAGE)
     scheduler = Scheduler([4], clock=clock)
     tight, newcomer = of(timed, 0, deadline=1.2 * alone_s), of(timed, 1)
     scheduler.add([tight, newcomer])
     assert scheduler.schedule() == ([(0, tight)], [])
-    for _ in range(4):  # of five steps
+    for _ in range(PRESETS[STAGE].loop.steps - 1):
         scheduler.update(0, report())
     assert scheduler.schedule() == ([(0, newcomer)], [])  # one step together is in time
 
 
 def test_admission_counts_only_what_goes_before_the_newcomer(timed: Model) -> None:
-    scheduler, admission = Scheduler([1]), Admission(100, 5.0, "default")
+    scheduler, admission = Scheduler([1]), Admission(100, 5.0, STAGE)
     scheduler.add(of(timed, id, client="many") for id in range(20))
     scheduler.schedule()
-    check = partial(admission.check_added_time, scheduler, model=timed, stage="default", left_s=30.0)
+    check = partial(admission.check_added_time, scheduler, model=timed, stage=STAGE, left_s=30.0)
     with pytest.raises(NotReadyError, match="images in progress would take about"):
         check(client="many")
     check(client="few")
