@@ -81,7 +81,7 @@ cases = {
     "pixels are needed in": lambda: unperturb.purify(tiny, torch.full((1, 3, 32, 32), float("nan"))),
     "[batch, 3, height, width], are needed": lambda: unperturb.purify(tiny, torch.zeros(3, 32, 32)),
     "torch.uint8": lambda: unperturb.defend(tiny)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),
-    "default, fast, vote, restorer, published": lambda: unperturb.defend(tiny, preset="nonsense"),
+    "default, vote, transfer, restorer, published": lambda: unperturb.defend(tiny, preset="nonsense"),
     "full, bpda, none": lambda: unperturb.defend(tiny, gradient="nonsense"),
 }
 for message, call in cases.items():

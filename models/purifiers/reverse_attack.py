@@ -77,14 +77,14 @@ PRESETS: dict[str, ReverseAttackConfig] = {
         restored=1.0,
         vote=Vote(),
     ),  # the smallest step that 8 bits can hold: a larger one helps whoever steers it (docs/results/presets.md)
+    "vote": ReverseAttackConfig(
+        loop=ProjectedGradient(direction="descend", epsilon=0.0, step_size=0.0, steps=0), views=2, vote=Vote()
+    ),
     "transfer": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=6 / 255, steps=1, ramp=RAMP),
         views=2,
         restored=1.0,
         vote=Vote(),
-    ),
-    "vote": ReverseAttackConfig(
-        loop=ProjectedGradient(direction="descend", epsilon=0.0, step_size=0.0, steps=0), views=2, vote=Vote()
     ),
     "restorer": ReverseAttackConfig(
         loop=ProjectedGradient(direction="descend", epsilon=0.0, step_size=0.0, steps=0), views=2, restores=True

@@ -57,12 +57,14 @@ def classify(client: TestClient, query: str) -> dict[str, Any]:
     return body
 
 
-def test_image_within_the_gate_is_left_as_it_is(gated: TestClient) -> None:
+def test_image_within_the_gate_is_left_as_it_is_and_voted_on(gated: TestClient) -> None:
     body = classify(gated, "purify=auto")
     assert body["purification"]["applied"] is False
     assert body["purification"]["steps"] == 0
     assert body["purification"]["linf"] == 0
-    assert body["predictions"] == body["unpurified"]["predictions"]
+    voted = classify(gated, "preset=vote")
+    assert [one["label"] for one in body["predictions"]] == [one["label"] for one in voted["predictions"]]
+    assert body["predictions"][0]["score"] == pytest.approx(voted["predictions"][0]["score"], abs=1e-4)
     assert classify(gated, "purify=always")["purification"]["applied"] is True
 
 
