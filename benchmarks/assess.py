@@ -9,19 +9,16 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import torch
 
 from unperturb.benchmarks.command import run_command
+from unperturb.benchmarks.reporting.assessment import Judged, assessment, judged_presets, points_of
 from unperturb.benchmarks.reporting.columns import GAIN, points
-from unperturb.benchmarks.reporting.first_page import transfer_gain
-from unperturb.benchmarks.reporting.rows import Row, measured_row
-from unperturb.benchmarks.reporting.sections import tone
 from unperturb.benchmarks.robustness.data import load_images
 from unperturb.benchmarks.robustness.evaluate import evaluate
 from unperturb.models.checkpoints import store
-from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import option
 from unperturb.models.purifiers.defended import presets_of
@@ -29,7 +26,6 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 
 SCRIPT = "unperturb assess"
 MOST_STEPS = 10  # of a preset that is measured unasked: the full gradient goes through every one
-CLEAN_LOSS = 0.02  # of clean accuracy, from which on a preset is not advised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +51,6 @@ class AssessConfig:
         for name in self.presets:
             if name not in PRESETS:
                 raise ConfigError(f"preset {name!r} is not one of {', '.join(PRESETS)}")
-
-
-class Judged(NamedTuple):
-    """A row of the report, and the paired gain on the bare classifier's adversarial images."""
-
-    row: Row
-    transfer: dict[str, Any] | None
 
 
 def assess(config: AssessConfig) -> int:
@@ -102,16 +91,17 @@ def assess(config: AssessConfig) -> int:
         device=config.device,
     )
     report.save(config.out)
-    judged = [Judged(measured_row(run), transfer_gain(run)) for run in report.runs]
-    advice = verdict([one for one in judged if one.row.gain is not None])
+    judged = judged_presets(report.runs)
+    found = assessment(judged, data=config.data.stem, seed=config.seed)
     for line in lines_of(judged):
         print(line)
     print(f"the whole report: {config.out / 'report.html'}")
     if headless:
         print(f"not measured, for want of a head: {', '.join(headless)}")
     if config.write_card:
-        _write(config, subject, judged, advice)
-    print(advice)
+        card = dataclasses.replace(subject.card, figures={**subject.card.figures, "assessment": found})
+        store.write_card(store.resolve(config.checkpoint), card)
+    print(found["verdict"])
     return 0
 
 
@@ -125,60 +115,6 @@ def lines_of(judged: list[Judged]) -> list[str]:
             cells = [points(row.clean_gain, row.clean_gain_interval).whole, points_of(transfer), GAIN.cell(row).whole]
         lines.append(f"{row.purifier:12} {cells[0]:>24} {cells[1]:>24} {cells[2]:>26} {time:>9}")
     return [*lines, f"n = {judged[0].row.n}; the first line in percent, the others in points against it, 95% intervals"]
-
-
-def points_of(gain: dict[str, Any] | None) -> str:
-    """Return a paired gain in points, with its interval."""
-    return "" if gain is None else points(gain["mean"], tuple(gain["interval"])).whole
-
-
-def verdict(judged: list[Judged]) -> str:
-    """Return the advice: the preset of the largest worst-case gain beyond doubt, or one that helps only against those
-    who do not know of it, or none.
-    """
-    if not judged:
-        return "nothing was measured: train a head, or take --presets vote"
-    harmless = [one for one in judged if (one.row.clean_gain or 0.0) >= -CLEAN_LOSS]
-    better = [one.row for one in harmless if tone(one.row) == "better"]
-    if better:
-        best = max(better, key=lambda row: row.gain or 0.0)
-        return f"use `{best.purifier}`: {GAIN.cell(best).whole} points in the worst case"
-    unaware = [one for one in harmless if tone(one.row) == "even" and one.transfer and one.transfer["interval"][0] > 0]
-    if unaware:
-        row, transfer = max(unaware, key=lambda one: one.transfer["mean"] if one.transfer else 0.0)
-        return (
-            f"use `{row.purifier}` against attackers who do not know of it: {points_of(transfer)} points; against "
-            "those who do it makes no difference that can be told"
-        )
-    if all(tone(one.row) == "worse" or one not in harmless for one in judged):
-        return "don't purify: every preset makes this model worse, on clean images or against an attacker who knows it"
-    return "don't purify: no preset makes a difference that can be told on these images; more images may tell"
-
-
-def _write(config: AssessConfig, subject: Checkpoint, judged: list[Judged], advice: str) -> None:
-    figures: dict[str, Any] = {
-        row.purifier: {
-            "worst_case": row.worst,
-            "gain": row.gain,
-            "gain_interval": row.gain_interval,
-            "clean": row.clean,
-            "clean_gain": row.clean_gain,
-            "transfer_gain": transfer,
-            "ms_per_image": row.ms_per_image,
-        }
-        for row, transfer in judged
-    }
-    found = {
-        "n": judged[0].row.n,
-        "seed": config.seed,
-        "epsilon": config.epsilon,
-        "budget": config.budget,
-        "data": config.data.stem,
-        "presets": figures,
-        "verdict": advice,
-    }
-    card = dataclasses.replace(subject.card, figures={**subject.card.figures, "assessment": found})
-    store.write_card(store.resolve(config.checkpoint), card)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,10 +3,12 @@
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from unperturb.benchmarks.papers.table import systems_table
+from unperturb.benchmarks.reporting.assessment import assessment, judged_presets
 from unperturb.benchmarks.reporting.first_page import headline, picture_line
 from unperturb.benchmarks.reporting.plots import all_plots
 from unperturb.benchmarks.reporting.purifier_tables import (
@@ -83,6 +85,18 @@ def autoattacked() -> dict[str, dict[str, Any]]:
     return {found["model"]["spec"]: found["figures"]["attacks"]["autoattack"]["alone"] for found in bare}
 
 
+def assess_shipped() -> dict[str, dict[str, Any]]:
+    """Return the `assessment` of each shipped checkpoint before which a preset was judged in the main ball, by name."""
+    runs, found = in_main_ball(load_runs(ROBUSTNESS)), {}
+    for name in store.shipped_names():
+        own = [run for run in runs if run["results"]["model"]["spec"] == store.read_card(store.resolve(name)).id]
+        judged = judged_presets(own)
+        if any(one.row.gain is not None for one in judged):
+            config = own[0]["config"]
+            found[name] = assessment(judged, data=config["dataset"], seed=config["seed"])
+    return found
+
+
 def in_main_ball(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the runs in the L∞ ball that the classifier was trained for."""
     return [run for run in runs if group_of(run).threat == "Linf" and abs(group_of(run).epsilon - EPSILON) < 1e-9]
@@ -138,13 +152,19 @@ def render(text: str, tables: dict[str, str]) -> str:
 
 
 def write_tables() -> None:
-    """Write the tables into their pages, and the plots beside their results; ConfigError for one without a page."""
+    """Write the tables into their pages, the plots beside their results, and onto the shipped cards what was judged.
+
+    ConfigError for a table without a page.
+    """
     tables = all_tables()
     texts = {page: page.read_text() for page in pages()}
     if homeless := set(tables).difference(*map(places, texts.values())):
         raise ConfigError(f"no page has a place for {', '.join(sorted(homeless))}")
     for page, text in texts.items():
         write_whole(page, render(text, tables).encode())
+    for name, found in assess_shipped().items():
+        card = store.read_card(store.resolve(name))
+        store.write_card(store.resolve(name), replace(card, figures={**card.figures, "assessment": found}))
     for title, png in all_plots(in_main_ball(robustness_runs())).items():
         if title in PLOTS:
             write_whole(FOLDER / PLOTS[title], png)

@@ -17,6 +17,7 @@ from unperturb.models.shapes import Float, UInt8
 from unperturb.service.decoding.decode import Decoded
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
+from unperturb.service.http.worth import Worth, worth_of
 
 
 class ModelName(BaseModel):
@@ -56,6 +57,7 @@ class Purification(BaseModel):
     loss_after: float | None = Field(None, description="InfoNCE of the purified image, on the same views")
     linf: float | None = Field(None, description="largest change of a channel of a pixel")
     changed_label: bool | None = None
+    worth: Worth | None = Field(None, description="null where the preset was not judged before this model")
     image: str | None = Field(None, description="the purified image as base64 PNG, where asked for")
 
 
@@ -206,5 +208,6 @@ def _purification(
         loss_after=outcome.loss_after,
         linf=outcome.linf,
         changed_label=changed,
+        worth=worth_of(model.card.figures, preset),
         image=base64.b64encode(image).decode() if image is not None else None,
     )

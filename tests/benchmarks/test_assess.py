@@ -5,7 +5,7 @@ import pytest
 
 from tests.conftest import make_checkpoint
 from unperturb.benchmarks import assess
-from unperturb.benchmarks.assess import Judged
+from unperturb.benchmarks.reporting.assessment import Judged, verdict
 from unperturb.benchmarks.reporting.rows import Group, Row
 from unperturb.models.checkpoints import store
 
@@ -44,7 +44,7 @@ def judged(name: str, gain: float, *, clean: float = 0.0, transfer: float = 0.0)
     ids=["best", "clean loss", "unaware", "worse", "even", "none"],
 )
 def test_verdict_follows_the_worst_case(rows: list[Judged], says: str) -> None:
-    assert assess.verdict(rows).startswith(says)
+    assert verdict(rows).startswith(says)
 
 
 def arguments(folder: Path, images: Path, out: Path, *more: str) -> list[str]:

@@ -256,7 +256,7 @@ def test_health_readiness_card_and_docs(client: TestClient, tiny_folder: Path) -
     assert client.get("/healthz").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
     card = json.loads((tiny_folder / store.CARD).read_text())
-    assert client.get("/model").json() == {**card, "presets": ["default", "transfer", "vote", "published"]}
+    assert client.get("/model").json() == {**card, "presets": ["default", "vote", "transfer", "published"]}
     assert client.get("/docs").status_code == 200
     operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
     kinds = {"multipart/form-data", "application/json", "image/png", "image/jpeg", "image/webp"}
@@ -371,3 +371,19 @@ def test_encoder_without_a_classifier_is_not_served(tmp_path: Path) -> None:
     store.save(tmp_path / "encoder", with_readout(CARDS["none"]))
     with pytest.raises(CheckpointError, match="unperturb train linear --encoder"):
         create_app(settings(tmp_path / "encoder"))
+
+
+def test_answer_says_what_the_preset_is_worth_before_this_model(tmp_path: Path) -> None:
+    loaded = make_checkpoint()
+    gains = {"gain": -0.02, "gain_interval": [-0.04, 0.0], "clean_gain": None, "clean_gain_interval": None}
+    found = {"n": 300, "budget": "fast", "presets": {"vote": gains | {"transfer_gain": None}}, "verdict": ""}
+    card = store.save(tmp_path, loaded)
+    store.write_card(tmp_path, dataclasses.replace(card, figures={**card.figures, "assessment": found}))
+    with serving(tmp_path) as client:
+        worths = [
+            client.post(f"/classify?preset={preset}", files={"image": photo()}).json()["purification"]["worth"]
+            for preset in ("vote", "default")
+        ]
+    knows = {"mean": -0.02, "interval": [-0.04, 0.0]}
+    expected = {"n": 300, "budget": "fast", "knows_everything": knows, "does_not_know": None, "clean": None}
+    assert worths == [expected, None]

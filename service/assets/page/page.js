@@ -18,6 +18,7 @@ const [form, drop, file, preview, name, hint, about, often, attack, model, knows
 
 let chosen = null; // the File
 let running = null; // the AbortController of the request in progress
+let assessed = null; // what the model's card says that the presets are worth
 
 // ---- elements, numbers and words
 
@@ -73,6 +74,7 @@ async function chooseSample({ currentTarget: button }) {
   attack.checked = attacked;
   const usual = preset.querySelector("[value=transfer]");
   if (!usual.disabled) preset.value = usual.value;
+  advise();
 }
 
 function tellCounts({ data, counts }) {
@@ -118,12 +120,29 @@ async function describeModel() {
   const response = await fetch(`models/${encodeURIComponent(model.value)}`, { headers: authorised() });
   if (!response.ok) return;
   const { classes, figures } = await response.json();
-  const assessed = figures.assessment; // by `unperturb assess --write-card`
-  advice.hidden = !assessed;
-  advice.textContent = assessed ? `Assessed on ${assessed.n} of its images: ${assessed.verdict}.` : "";
+  assessed = figures.assessment; // by `unperturb assess --write-card`, or the harness
+  advise();
   const shown = classes.slice(0, 20).join(", ");
   knows.textContent = `This model knows ${classes.length} classes: ${shown}${classes.length > 20 ? " …" : "."}`;
   knows.hidden = false;
+}
+
+function advise() {
+  advice.hidden = !assessed;
+  if (!assessed) return;
+  const found = assessed.presets[preset.value];
+  const gains = found && [
+    points(found.gain, found.gain_interval, "against who knows it"),
+    points(found.transfer_gain?.mean, found.transfer_gain?.interval, "against who does not"),
+    points(found.clean_gain, found.clean_gain_interval, "on clean images"),
+  ].filter(Boolean).join(", ");
+  const own = gains ? `Points gained by ${preset.value}: ${gains}` : `${capital(preset.value)} was not judged`;
+  advice.textContent = `Assessed on ${assessed.n} of its images: ${assessed.verdict}. ${own}.`;
+}
+
+function points(mean, interval, against) {
+  const signed = (share) => `${share < 0 ? "" : "+"}${(100 * share).toFixed(1)}`;
+  return Number.isFinite(mean) && interval && `${signed(mean)} (${interval.map(signed).join(" to ")}) ${against}`;
 }
 
 // ---- the request
@@ -277,7 +296,16 @@ function difference(after, before, to, from) {
 function losses(answer) {
   const { losses: values, loss_before: before, loss_after: after } = answer;
   const words = `${before.toFixed(2)} before and ${after.toFixed(2)} after all steps, on views that no step used.`;
-  return card("InfoNCE loss", "loss", curve(values), html("p", {}, words));
+  return card("InfoNCE loss", "loss", values.length > 1 ? curve(values) : twoBars(before, after), html("p", {}, words));
+}
+
+function twoBars(before, after) {
+  const most = Math.max(before, after);
+  return html("ol", { class: "bars" }, ...Object.entries({ before, after }).map(([name, value]) => {
+    const bar = html("i");
+    bar.style.width = percent(Math.max(0, value) / (most || 1));
+    return html("li", {}, html("span", {}, name), html("div", { class: "bar" }, bar), html("b", {}, value.toFixed(2)));
+  }));
 }
 
 function curve(values) {
@@ -336,6 +364,7 @@ key.value = sessionStorage.getItem(KEY) ?? "";
 key.addEventListener("input", () => sessionStorage.setItem(KEY, key.value.trim()));
 key.addEventListener("change", listModels);
 model.addEventListener("change", describeModel);
+preset.addEventListener("change", advise);
 listModels();
 file.addEventListener("change", () => {
   if (file.files[0]) choose(file.files[0]);
