@@ -1,6 +1,6 @@
 """`python benchmarks/purifier/picture.py --data DIR`: how often the purifier brings a label back, and such an image.
 
-On the first n test images, by the preset `default` and PGD-20 on the classifier alone: how many labels the attack
+On the first n test images, by the preset `transfer` and PGD-20 on the classifier alone: how many labels the attack
 changes, how many of these the purifier brings back, and how many right ones it spoils. What is drawn is no image of
 the data, but a square cut from the shipped drawing of a ship: of all squares whose label is brought back the one of
 which the classifier is surest, both wrongly when attacked and rightly when purified. It is a chosen image.
