@@ -83,7 +83,7 @@ def _draw(
     drawn_bars = bars.barh(("purified", "attacked"), losses[::-1], height=0.5, color=("#1f6feb", "#8b949e"))
     bars.bar_label(drawn_bars, fmt="%.2f", padding=3)
     bars.set_xlim(0, 1.2 * max(losses))
-    bars.set_title("InfoNCE loss, on views that no step used", fontsize=11)
+    bars.set_title("InfoNCE loss", fontsize=11)
     bars.spines[["top", "right", "bottom"]].set_visible(False)
     bars.set_xticks([])
     drawn = BytesIO()

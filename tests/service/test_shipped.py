@@ -91,7 +91,7 @@ def test_it_ships_whole_with_the_figures_that_it_must_have(checkpoint: str) -> N
     assert test["clean_accuracy"] >= clean
     assert test["pgd_accuracy"] >= pgd
     measured = loaded.card.figures["purification"]
-    for preset, most_lost in (("default", 0.005), ("transfer", 0.01)):
+    for preset, most_lost in (("default", 0.005), ("transfer", 0.02)):
         assert measured[preset]["attacked"]["n"] == 1000
         assert measured[preset]["attacked"]["gain"]["mean"] >= 0.05
         assert measured[preset]["clean"]["gain"]["mean"] >= -most_lost
