@@ -91,8 +91,8 @@ def assess(config: AssessConfig) -> int:
         device=config.device,
     )
     report.save(config.out)
-    judged = judged_presets(report.runs)
-    found = assessment(judged, data=config.data.stem, seed=config.seed)
+    judged = judged_presets(report.runs, wanted)
+    found = assessment(judged, data=config.data.stem, seed=config.seed, weights_sha256=subject.card.weights_sha256)
     for line in lines_of(judged):
         print(line)
     print(f"the whole report: {config.out / 'report.html'}")

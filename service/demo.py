@@ -80,12 +80,15 @@ def _draw(
         panel.set_title(title, fontsize=11)
         panel.set_axis_off()
     bars = panels[1, 2]
-    drawn_bars = bars.barh(("purified", "attacked"), losses[::-1], height=0.5, color=("#1f6feb", "#8b949e"))
-    bars.bar_label(drawn_bars, fmt="%.2f", padding=3)
-    bars.set_xlim(0, 1.2 * max(losses))
-    bars.set_title("InfoNCE loss", fontsize=11)
-    bars.spines[["top", "right", "bottom"]].set_visible(False)
-    bars.set_xticks([])
+    if any(losses):
+        drawn_bars = bars.barh(("purified", "attacked"), losses[::-1], height=0.5, color=("#1f6feb", "#8b949e"))
+        bars.bar_label(drawn_bars, fmt="%.2f", padding=3)
+        bars.set_xlim(0, 1.2 * max(losses))
+        bars.set_title("InfoNCE loss", fontsize=11)
+        bars.spines[["top", "right", "bottom"]].set_visible(False)
+        bars.set_xticks([])
+    else:  # a preset without steps has none
+        bars.set_axis_off()
     drawn = BytesIO()
     figure.savefig(drawn, format="png", dpi=110)
     plt.close(figure)

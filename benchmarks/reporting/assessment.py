@@ -1,13 +1,14 @@
 """Make a card's `assessment` of the harness's runs: what each preset is worth there, and the advice."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import dataclasses
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from unperturb.benchmarks.reporting.columns import GAIN, points
 from unperturb.benchmarks.reporting.first_page import DEFAULT, transfer_gain
 from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import tone
+from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import PRESETS
 
 CLEAN_LOSS = 0.02  # of clean accuracy, from which on a preset is not advised
@@ -20,11 +21,18 @@ class Judged(NamedTuple):
     transfer: dict[str, Any] | None
 
 
-def judged_presets(runs: Sequence[dict[str, Any]]) -> list[Judged]:
-    """Return the bare classifier and the presets among one classifier's runs, each named as a preset is."""
+def judged_presets(runs: Sequence[dict[str, Any]], presets: Collection[str]) -> list[Judged]:
+    """Return the bare classifier and those presets among one classifier's runs, each named as a preset is.
+
+    ValueError for two runs of one, or runs of different images or budgets.
+    """
     rows = [(run, measured_row(run)) for run in runs]
-    named = [(run, replace(row, purifier=preset_of(row.purifier))) for run, row in rows]
-    return [Judged(row, transfer_gain(run)) for run, row in named if row.purifier in ("none", *PRESETS)]
+    named = [(run, dataclasses.replace(row, purifier=preset_of(row.purifier))) for run, row in rows]
+    judged = [Judged(row, transfer_gain(run)) for run, row in named if row.purifier in ("none", *presets)]
+    names = [one.row.purifier for one in judged]
+    if len(set(names)) < len(names) or len({(one.row.n, one.row.budget) for one in judged}) > 1:
+        raise ValueError(f"runs of {', '.join(names)}: one of each is needed, of the same images and budget")
+    return judged
 
 
 def preset_of(specification: str) -> str:
@@ -33,8 +41,11 @@ def preset_of(specification: str) -> str:
     return name or "default" if kind == DEFAULT else specification
 
 
-def assessment(judged: Sequence[Judged], *, data: str, seed: int) -> dict[str, Any]:
-    """Return what stands on the card; gains are shares of the images, paired, with 95% intervals."""
+def assessment(judged: Sequence[Judged], *, data: str, seed: int, weights_sha256: str) -> dict[str, Any]:
+    """Return what stands on the card; gains are shares of the images, paired, with 95% intervals.
+
+    It holds for those weights, and each preset's figures for the parameters that stand with them.
+    """
     rows = [one.row for one in judged]
     return {
         "n": rows[0].n,
@@ -42,17 +53,20 @@ def assessment(judged: Sequence[Judged], *, data: str, seed: int) -> dict[str, A
         "epsilon": rows[0].group.epsilon,
         "budget": rows[0].budget,
         "data": data,
+        "weights_sha256": weights_sha256,
         "presets": {
             row.purifier: {
                 "worst_case": row.worst,
                 "gain": row.gain,
                 "gain_interval": row.gain_interval,
+                "gain_at_most": row.gain_at_most,
                 "attacks": row.attacks,
                 "clean": row.clean,
                 "clean_gain": row.clean_gain,
                 "clean_gain_interval": row.clean_gain_interval,
                 "transfer_gain": transfer,
                 "ms_per_image": row.ms_per_image,
+                "parameters": parameters(PRESETS[row.purifier]) if row.purifier in PRESETS else None,
             }
             for row, transfer in judged
         },

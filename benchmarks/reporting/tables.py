@@ -38,6 +38,7 @@ from unperturb.models import command
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
+from unperturb.models.purifiers.defended import presets_of
 
 SINGLE = {
     **{f"worst_case_sweep_{sweep}": worst_case_sweep_table for sweep in ("views", "reach", "steps", "transfer")},
@@ -89,11 +90,14 @@ def assess_shipped() -> dict[str, dict[str, Any]]:
     """Return the `assessment` of each shipped checkpoint before which a preset was judged in the main ball, by name."""
     runs, found = in_main_ball(load_runs(ROBUSTNESS)), {}
     for name in store.shipped_names():
-        own = [run for run in runs if run["results"]["model"]["spec"] == store.read_card(store.resolve(name)).id]
-        judged = judged_presets(own)
+        card = store.read_card(store.resolve(name))
+        own = [run for run in runs if run["results"]["model"]["spec"] == card.id]
+        judged = judged_presets(own, presets_of(card))
         if any(one.row.gain is not None for one in judged):
             config = own[0]["config"]
-            found[name] = assessment(judged, data=config["dataset"], seed=config["seed"])
+            found[name] = assessment(
+                judged, data=config["dataset"], seed=config["seed"], weights_sha256=card.weights_sha256
+            )
     return found
 
 

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from unperturb.benchmarks.reporting import columns as c
+from unperturb.benchmarks.reporting.assessment import preset_of
 from unperturb.benchmarks.reporting.first_page import DEFAULT, transfer_gain
 from unperturb.benchmarks.reporting.purifier_tables import with_remarks
 from unperturb.benchmarks.reporting.rows import AVERAGED, Row, measured_row
+from unperturb.models.purifiers.reverse_attack import PRESETS
 
 NOT_RUN = c.Cell("not run")
 QUERIES = "queries"
@@ -18,7 +20,12 @@ def when_table(main: list[dict[str, Any]], runs: list[dict[str, Any]], queried: 
     main: one classifier's runs in one ball; runs: its runs under every threat; queried: anybody's, of attacks that see
     scores or labels alone
     """
-    attacked = {row.purifier: (run, row) for run in main if (row := measured_row(run)).gain is not None}
+    rows = [(run, measured_row(run)) for run in main]
+    attacked = {
+        row.purifier: (run, row)
+        for run, row in rows
+        if row.gain is not None and (not row.purifier.startswith(f"{DEFAULT}:") or preset_of(row.purifier) in PRESETS)
+    }  # no changed preset
     others = {(row.group.threat, row.purifier): row for row in map(measured_row, runs) if row.group.threat in AVERAGED}
     models = {row.model for _, row in attacked.values()}
     others |= {(QUERIES, row.purifier): row for row in map(measured_row, queried) if row.model in models}

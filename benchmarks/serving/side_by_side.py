@@ -19,7 +19,7 @@ from unperturb.benchmarks.serving import open_loop
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
-from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.stages import passes
 
 Servers = dict[str, dict[str, list[dict[str, Any]]]]  # by name, by load, a summary for each round
 PEERS = "unperturb.benchmarks.serving.peers"
@@ -77,13 +77,8 @@ def servers(config: SideBySideConfig, port: int) -> dict[str, tuple[list[str], s
 
 
 def work(preset: str) -> float:
-    """Return what an image costs, in images of the preset `default`: its rows forward and (twice that) backward."""
-
-    def rows(name: str) -> int:
-        config = PRESETS[name]
-        return 3 * config.loop.steps * config.views + 2 * config.views + 2
-
-    return rows(preset) / rows("default")
+    """Return what an image costs, in images of the preset `default`: the passes of the engine's own account."""
+    return passes(preset) / passes("default")
 
 
 def figures(sent: list[Sent], config: SideBySideConfig) -> dict[str, Any]:

@@ -56,6 +56,10 @@ def _reverse_attack(checkpoint: Checkpoint, words: list[str], changes: Mapping[s
     if "negatives" in policy:
         policy["kind"] = policy.pop("negatives")
     changed: reverse_attack.ReverseAttackConfig = _changed(config, among(REVERSE_ATTACK_KEYS), REVERSE_ATTACK_KEYS)
+    if changed.policy == reverse_attack.PAIR and changed.views > 2:
+        raise ConfigError(
+            f"views={changed.views}: {name} has an image and its mirror image, and a third is one of them"
+        )
     changed = dataclasses.replace(
         changed,
         loop=_changed(config.loop, among(LOOP_KEYS), LOOP_KEYS),

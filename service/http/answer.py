@@ -208,6 +208,6 @@ def _purification(
         loss_after=outcome.loss_after,
         linf=outcome.linf,
         changed_label=changed,
-        worth=worth_of(model.card.figures, preset),
+        worth=worth_of(model.card.figures, preset, weights_sha256=model.card.weights_sha256),
         image=base64.b64encode(image).decode() if image is not None else None,
     )

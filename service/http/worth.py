@@ -2,14 +2,20 @@
 
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
+
+from unperturb.models.purifiers.parameters import parameters
+from unperturb.models.purifiers.reverse_attack import PRESETS
+
+Interval = tuple[float, float]
 
 
 class Gain(BaseModel):
-    """A share of images, paired with the bare classifier's, and its 95% interval."""
+    """A share of images in [-1, 1], paired with the bare classifier's, and its 95% interval."""
 
     mean: float
-    interval: tuple[float, float]
+    interval: Interval
+    at_most: bool = Field(False, description="not every attack was run through the purifier: it is this or less")
 
 
 class Worth(BaseModel):
@@ -25,22 +31,44 @@ class Worth(BaseModel):
     clean: Gain | None
 
 
-def worth_of(figures: dict[str, Any], preset: str) -> Worth | None:
-    """Return what a card says of a preset, or None."""
-    assessed = figures.get("assessment", {})
-    found = assessed.get("presets", {}).get(preset)
-    if found is None:
+class _Judged(BaseModel):
+    parameters: dict[str, Any] | None = None
+    gain: float | None
+    gain_interval: Interval | None
+    gain_at_most: bool = False
+    transfer_gain: Gain | None
+    clean_gain: float | None
+    clean_gain_interval: Interval | None
+
+
+class _Assessment(BaseModel):
+    n: int
+    budget: str
+    weights_sha256: str
+    presets: dict[str, _Judged]
+
+
+def worth_of(figures: dict[str, Any], preset: str, *, weights_sha256: str) -> Worth | None:
+    """Return what a card's figures say of a preset.
+
+    None where they say nothing, or it was judged with other weights or parameters, or they are not of the form that
+    `assess` writes.
+    """
+    try:
+        assessed = _Assessment.model_validate(figures.get("assessment"))
+    except ValidationError:
+        return None
+    found = assessed.presets.get(preset)
+    if found is None or assessed.weights_sha256 != weights_sha256 or found.parameters != parameters(PRESETS[preset]):
         return None
 
-    def gain(name: str) -> Gain | None:
-        value, interval = found.get(name), found.get(f"{name}_interval")
-        return None if value is None or interval is None else Gain(mean=value, interval=interval)
+    def gain(mean: float | None, interval: Interval | None, *, at_most: bool = False) -> Gain | None:
+        return None if mean is None or interval is None else Gain(mean=mean, interval=interval, at_most=at_most)
 
-    transfer = found.get("transfer_gain")
     return Worth(
-        n=assessed["n"],
-        budget=assessed["budget"],
-        knows_everything=gain("gain"),
-        does_not_know=None if transfer is None else Gain(mean=transfer["mean"], interval=transfer["interval"]),
-        clean=gain("clean_gain"),
+        n=assessed.n,
+        budget=assessed.budget,
+        knows_everything=gain(found.gain, found.gain_interval, at_most=found.gain_at_most),
+        does_not_know=found.transfer_gain,
+        clean=gain(found.clean_gain, found.clean_gain_interval),
     )

@@ -64,7 +64,7 @@ def test_each_preset_is_measured_and_written_onto_the_card(
     presets = ("--presets", "transfer", "--presets", "vote")
     assert assess.main(arguments(folder, image_folder, tmp_path / "out", *presets, "--write-card")) == 0
     said = capsys.readouterr().out
-    assert [line.split()[0] for line in said.splitlines() if line[:8].strip() in ("none", "transfer", "vote")]
+    assert {line.split()[0] for line in said.splitlines() if line} >= {"none", "transfer", "vote"}
     assert (tmp_path / "out" / "report.html").is_file()
     card = store.load(folder).card
     found = card.figures["assessment"]

@@ -28,6 +28,7 @@ from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.registry import build_defense
 from unperturb.models.purifiers.reverse_attack import preset
 from unperturb.service.demo import EPSILON
+from unperturb.service.http.worth import worth_of
 
 CONFIG = picture.PictureConfig(data="nowhere", n=6, batch=4, device="cpu")
 
@@ -183,6 +184,25 @@ def test_every_run_of_a_shipped_checkpoint_is_of_what_its_specification_means_to
         assert built["kind"] == then["kind"], found["purifier_spec"]
         assert json.loads(json.dumps(built["vote"])) == then["vote"], found["purifier_spec"]
         assert {name: built["loop"][name] for name in then["loop"]} == then["loop"], found["purifier_spec"]
+        if config := then.get("config"):
+            today = json.loads(json.dumps(built["config"]))
+            assert {name: today[name] for name in config} == config, found["purifier_spec"]
+
+
+def test_shipped_cards_say_what_the_harness_found() -> None:
+    assessed = tables.assess_shipped()
+    assert assessed
+    for name in store.shipped_names():
+        card = store.read_card(store.resolve(name))
+        assert card.figures.get("assessment") == json.loads(json.dumps(assessed.get(name)))
+    for name, found in assessed.items():
+        card = store.read_card(store.resolve(name))
+        worth = worth_of(card.figures, "vote", weights_sha256=card.weights_sha256)
+        assert worth is not None
+        assert (worth.n, worth.knows_everything.mean if worth.knows_everything else None) == (
+            found["n"],
+            found["presets"]["vote"]["gain"],
+        )
 
 
 def test_counts_are_those_of_the_attacks_own_points() -> None:

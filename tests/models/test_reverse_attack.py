@@ -22,7 +22,7 @@ def test_presets_are_what_they_are_named_for() -> None:
     assert (loop.steps, loop.step_size, loop.epsilon, loop.start) == (40, 2 / 255, 16 / 255, "uniform")
     small, large = preset("default").loop, preset("transfer").loop
     assert small.steps * small.step_size <= small.epsilon < large.step_size * large.steps
-    with pytest.raises(ConfigError, match=r"'best' is not one of default, transfer, vote, restorer, published"):
+    with pytest.raises(ConfigError, match=r"'best' is not one of default, vote, transfer, restorer, published"):
         preset("best")
 
 

@@ -150,7 +150,7 @@ def test_address_is_taken_at_each_place_that_a_name_stands_for(host: str) -> Non
     ("arguments", "message"),
     [
         (["--checkpoint", "no/such"], "no/such"),
-        (["--preset", "best"], "'best' is not one of default, transfer, vote, restorer, published"),
+        (["--preset", "best"], "'best' is not one of default, vote, transfer, restorer, published"),
         (["--device", "tpu"], "tpu"),
     ],
 )

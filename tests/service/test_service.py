@@ -25,9 +25,11 @@ from tests.support.serving import photo, serving, settings
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import CheckpointError
 from unperturb.models.purifiers.defended import defend
+from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
 from unperturb.service.http.app import create_app
+from unperturb.service.http.worth import worth_of
 from unperturb.service.settings import Settings
 
 
@@ -376,14 +378,22 @@ def test_encoder_without_a_classifier_is_not_served(tmp_path: Path) -> None:
 def test_answer_says_what_the_preset_is_worth_before_this_model(tmp_path: Path) -> None:
     loaded = make_checkpoint()
     gains = {"gain": -0.02, "gain_interval": [-0.04, 0.0], "clean_gain": None, "clean_gain_interval": None}
-    found = {"n": 300, "budget": "fast", "presets": {"vote": gains | {"transfer_gain": None}}, "verdict": ""}
+    vote = gains | {"gain_at_most": True, "transfer_gain": None, "parameters": parameters(PRESETS["vote"])}
+    changed = vote | {"parameters": parameters(PRESETS["transfer"])}
     card = store.save(tmp_path, loaded)
+    presets = {"vote": vote, "published": changed}
+    found = {"n": 300, "budget": "fast", "weights_sha256": card.weights_sha256, "presets": presets, "verdict": ""}
     store.write_card(tmp_path, dataclasses.replace(card, figures={**card.figures, "assessment": found}))
     with serving(tmp_path) as client:
         worths = [
             client.post(f"/classify?preset={preset}", files={"image": photo()}).json()["purification"]["worth"]
-            for preset in ("vote", "default")
+            for preset in ("vote", "default", "published")
         ]
-    knows = {"mean": -0.02, "interval": [-0.04, 0.0]}
+    knows = {"mean": -0.02, "interval": [-0.04, 0.0], "at_most": True}
     expected = {"n": 300, "budget": "fast", "knows_everything": knows, "does_not_know": None, "clean": None}
-    assert worths == [expected, None]
+    assert worths == [expected, None, None]
+
+
+@pytest.mark.parametrize("found", [None, {}, {"n": 3, "presets": None}, {"presets": {"vote": {}}}, "old"])
+def test_card_with_an_assessment_of_another_form_says_nothing(found: object) -> None:
+    assert worth_of({"assessment": found}, "vote", weights_sha256="0") is None

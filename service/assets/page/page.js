@@ -117,6 +117,8 @@ async function describeModel() {
   const { presets } = models.find(({ id }) => id === model.value);
   for (const option of preset.options) option.disabled = !presets.includes(option.value);
   if (preset.selectedOptions[0].disabled) preset.value = presets[0];
+  assessed = null;
+  advise();
   const response = await fetch(`models/${encodeURIComponent(model.value)}`, { headers: authorised() });
   if (!response.ok) return;
   const { classes, figures } = await response.json();
@@ -130,9 +132,9 @@ async function describeModel() {
 function advise() {
   advice.hidden = !assessed;
   if (!assessed) return;
-  const found = assessed.presets[preset.value];
+  const found = assessed.presets?.[preset.value];
   const gains = found && [
-    points(found.gain, found.gain_interval, "against who knows it"),
+    points(found.gain, found.gain_interval, "against who knows it", found.gain_at_most),
     points(found.transfer_gain?.mean, found.transfer_gain?.interval, "against who does not"),
     points(found.clean_gain, found.clean_gain_interval, "on clean images"),
   ].filter(Boolean).join(", ");
@@ -140,9 +142,9 @@ function advise() {
   advice.textContent = `Assessed on ${assessed.n} of its images: ${assessed.verdict}. ${own}.`;
 }
 
-function points(mean, interval, against) {
+function points(mean, interval, against, atMost = false) {
   const signed = (share) => `${share < 0 ? "" : "+"}${(100 * share).toFixed(1)}`;
-  return Number.isFinite(mean) && interval && `${signed(mean)} (${interval.map(signed).join(" to ")}) ${against}`;
+  return Number.isFinite(mean) && interval && `${atMost ? "\u2264 " : ""}${signed(mean)} (${interval.map(signed).join(" to ")}) ${against}`;
 }
 
 // ---- the request
@@ -295,7 +297,7 @@ function difference(after, before, to, from) {
 
 function losses(answer) {
   const { losses: values, loss_before: before, loss_after: after } = answer;
-  const words = `${before.toFixed(2)} before and ${after.toFixed(2)} after all steps, on views that no step used.`;
+  const words = `${before.toFixed(2)} before and ${after.toFixed(2)} after all steps.`;
   return card("InfoNCE loss", "loss", values.length > 1 ? curve(values) : twoBars(before, after), html("p", {}, words));
 }
 

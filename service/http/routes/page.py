@@ -62,7 +62,7 @@ class Inspection(BaseModel):
     linf: float
     losses: list[float] = Field(description="InfoNCE before each step, each on views of its own")
     loss_before: float | None = Field(
-        description="InfoNCE of the image before purification, on views that no step used; null where there is no step"
+        description="InfoNCE before purification, on new views where the preset draws them; null without steps"
     )
     loss_after: float | None = Field(description="and after it, on the same views")
     vote: int | None = Field(description="views whose scores are averaged; null: the image alone is classified")
