@@ -118,7 +118,7 @@ def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
         Restorer(RestorerCard(width=4, depth=2, epsilon=8.0))
     with pytest.raises(ConfigError, match="restored=-1"):
         build_purifier("reverse-attack:restored=-1", made)
-    purifier = build_purifier("reverse-attack:restored=4", made)
+    purifier = build_purifier("reverse-attack:transfer,restored=4", made)
     assert isinstance(purifier, ReverseAttack)
     assert (purifier.config.restored, purifier.policy) == (4, MIRRORED)
 
