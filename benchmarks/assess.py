@@ -37,7 +37,10 @@ class AssessConfig:
     images: int = option("test images, random ones; 0 for all", 200)
     presets: tuple[str, ...] = option("may be repeated; default: those of at most 10 steps", ())
     epsilon: float = option("radius of the attacks, L-infinity", 8 / 255)
-    budget: Literal["fast", "standard"] = option("of the attacks; fast: minutes on a CPU", "fast")
+    budget: Literal["fast", "standard"] = option(
+        "of the attacks; fast: minutes on a CPU, but what is gained in the worst case is then only known from above",
+        "fast",
+    )
     seed: int = option("of the choice of images, and of the attacks", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     out: Path = option("folder for the report, and for what has been computed", Path("assessment"))
@@ -91,8 +94,8 @@ def assess(config: AssessConfig) -> int:
         device=config.device,
     )
     report.save(config.out)
-    judged = judged_presets(report.runs, wanted)
-    found = assessment(judged, data=config.data.stem, seed=config.seed, weights_sha256=subject.card.weights_sha256)
+    judged = judged_presets(report.runs, subject.card, wanted)
+    found = assessment(judged, subject.card, data=config.data.stem, seed=config.seed)
     for line in lines_of(judged):
         print(line)
     print(f"the whole report: {config.out / 'report.html'}")

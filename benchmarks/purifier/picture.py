@@ -1,9 +1,9 @@
 """`python benchmarks/purifier/picture.py --data DIR`: how often the purifier brings a label back, and such an image.
 
 On the first n test images, by the preset `transfer` and PGD-20 on the classifier alone: how many labels the attack
-changes, how many of these the purifier brings back, and how many right ones it spoils. What is drawn is no image of
-the data, but a square cut from the shipped drawing of a ship: of all squares whose label is brought back the one of
-which the classifier is surest, both wrongly when attacked and rightly when purified. It is a chosen image.
+changes, how many of these the purifier brings back, and how many right ones it spoils, attacked and not. What is drawn
+is no image of the data, but a square cut from the shipped drawing of a ship: of all squares whose label is brought back
+the one of which the classifier is surest, both wrongly when attacked and rightly when purified. It is a chosen image.
 """
 
 import sys
@@ -75,8 +75,7 @@ def count(
     made = points.make_points(
         defended.classifier, images, labels, epsilon=EPSILON, steps=PGD_STEPS, seed=config.seed, batch=config.batch
     )
-    with torch.no_grad():
-        clean = torch.cat([defended.classifier(x).argmax(1) for x in made.clean.split(config.batch)])
+    clean, untouched = (found.argmax(1) for found in scores(defended, made.clean.split(config.batch), config.seed))
     attacked, purified = scores(defended, made.attacked.split(config.batch), config.seed)
     right = clean == labels
     changed = right & (attacked.argmax(1) != labels)
@@ -89,6 +88,7 @@ def count(
         "changed_by_attack": int(changed.sum()),
         "brought_back": int(back.sum()),
         "spoiled": int(spoiled.sum()),
+        "spoiled_clean": int((right & (untouched != labels)).sum()),
     }
     return counts, sure.argsort(descending=True)[: counts["brought_back"]].tolist()
 
@@ -138,7 +138,7 @@ def draw_picture(config: PictureConfig) -> int:
     ship = torch.full((len(cut),), loaded.card.classes.index("ship"), device=config.device)
     of_drawing, chosen = count(config, defended, cut.to(config.device), ship)
     drawn = places[draw(config, defended, loaded, cut.to(config.device), chosen)]
-    found = {**counts, "drawing": {**of_drawing, "drawn": drawn._asdict()}}
+    found = {"preset": PRESET, **counts, "drawing": {**of_drawing, "drawn": drawn._asdict()}}
     results.write(config.out, script=SCRIPT, config={**as_json(config), "data": dataset.name}, results=found)
     print(found)
     return 0

@@ -1,7 +1,7 @@
 """`python benchmarks/purifier/worst_case_sweep.py --data DIR`: candidates for the presets, judged by their worst case.
 
 On held-out training images, so that the test images stay untouched until a preset is chosen: what each candidate gains
-over the bare classifier on clean images, on the bare classifier's adversarial images (transfer), and in the worst case
+over the bare classifier on clean images, on images attacked without knowing of it (transfer), and in the worst case
 over APGD's cross-entropy and targeted losses through the whole defense, its full gradient, and transfer.
 """
 
@@ -14,8 +14,10 @@ from typing import Any, Literal
 from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.reporting.first_page import transfer_gain
+from unperturb.benchmarks.reporting.results import accuracy
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.evaluate import evaluate
+from unperturb.benchmarks.robustness.figures import withstands_unknowing
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
@@ -140,11 +142,11 @@ def sweep(config: WorstCaseConfig) -> int:
 def row_of(run: dict[str, Any]) -> dict[str, Any]:
     """Return a run's accuracies, each with what it gains over the bare classifier on the same images."""
     found = run["results"]
-    figures = found["figures"]
+    figures, withstanding = found["figures"], withstands_unknowing(found["outcomes"])
     row: dict[str, Any] = {
         "clean": dict(figures["clean"]),
-        "worst": dict(figures["worst_case"]),
-        "transfer": dict(figures["attacks"].get("transfer", {}).get("alone", {})),
+        "worst": {**figures["worst_case"], "weaker": figures["weaker"]},
+        "transfer": {} if withstanding is None else accuracy(withstanding),
         "ms_per_image": found["timings"]["ms_per_image"]["defended"],
     }
     gains = {"clean": figures["clean_gain"], "worst": figures["gain"]}

@@ -1,6 +1,7 @@
 """Make a card's `assessment` of the harness's runs: what each preset is worth there, and the advice."""
 
 import dataclasses
+import json
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +9,10 @@ from unperturb.benchmarks.reporting.columns import GAIN, points
 from unperturb.benchmarks.reporting.first_page import DEFAULT, transfer_gain
 from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import tone
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.purifiers.defended import preset_of as of_card
 from unperturb.models.purifiers.parameters import parameters
-from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.models.purifiers.reverse_attack import ReverseAttackConfig
 
 CLEAN_LOSS = 0.02  # of clean accuracy, from which on a preset is not advised
 
@@ -21,18 +24,32 @@ class Judged(NamedTuple):
     transfer: dict[str, Any] | None
 
 
-def judged_presets(runs: Sequence[dict[str, Any]], presets: Collection[str]) -> list[Judged]:
-    """Return the bare classifier and those presets among one classifier's runs, each named as a preset is.
+def judged_presets(runs: Sequence[dict[str, Any]], card: Card, presets: Collection[str]) -> list[Judged]:
+    """Return the bare classifier and those presets among the runs of a checkpoint, each named as a preset is.
 
-    ValueError for two runs of one, or runs of different images or budgets.
+    Left out: runs of other weights, and of a preset whose parameters were others. ValueError for two runs of one, or
+    runs of different images, balls or budgets.
     """
-    rows = [(run, measured_row(run)) for run in runs]
-    named = [(run, dataclasses.replace(row, purifier=preset_of(row.purifier))) for run, row in rows]
-    judged = [Judged(row, transfer_gain(run)) for run, row in named if row.purifier in ("none", *presets)]
+    chosen = []
+    for run in runs:
+        name = preset_of(run["results"]["purifier_spec"])
+        same = run["results"]["model"]["weights_sha256"] == card.weights_sha256
+        if same and (name == "none" or (name in presets and _ran_as(run, of_card(card, name)))):
+            chosen.append((run, dataclasses.replace(measured_row(run), purifier=name)))
+    judged = [Judged(row, transfer_gain(run)) for run, row in chosen]
     names = [one.row.purifier for one in judged]
-    if len(set(names)) < len(names) or len({(one.row.n, one.row.budget) for one in judged}) > 1:
-        raise ValueError(f"runs of {', '.join(names)}: one of each is needed, of the same images and budget")
+    kinds = {(run["results"]["data"]["sha256"], row.n, row.group, row.budget) for run, row in chosen}
+    if len(set(names)) < len(names) or len(kinds) > 1:
+        raise ValueError(f"runs of {', '.join(names)}: one of each is needed, of the same images, ball and budget")
     return judged
+
+
+def _ran_as(run: dict[str, Any], config: ReverseAttackConfig) -> bool:
+    """Return whether a run's purifier had the parameters of a preset as the checkpoint has it."""
+    ran, wanted = run["results"]["purifier"], parameters(config)
+    own = {**ran.get("config", {}), "vote": ran["vote"]}  # the vote is the defense's, not only its steps'
+    own = json.loads(json.dumps(own))  # a run that was not read from a file has tuples
+    return own == wanted if config.loop.steps else own["vote"] == wanted["vote"]
 
 
 def preset_of(specification: str) -> str:
@@ -41,10 +58,10 @@ def preset_of(specification: str) -> str:
     return name or "default" if kind == DEFAULT else specification
 
 
-def assessment(judged: Sequence[Judged], *, data: str, seed: int, weights_sha256: str) -> dict[str, Any]:
+def assessment(judged: Sequence[Judged], card: Card, *, data: str, seed: int) -> dict[str, Any]:
     """Return what stands on the card; gains are shares of the images, paired, with 95% intervals.
 
-    It holds for those weights, and each preset's figures for the parameters that stand with them.
+    It holds for the card's weights, and each preset's figures for the parameters that stand with them.
     """
     rows = [one.row for one in judged]
     return {
@@ -53,7 +70,7 @@ def assessment(judged: Sequence[Judged], *, data: str, seed: int, weights_sha256
         "epsilon": rows[0].group.epsilon,
         "budget": rows[0].budget,
         "data": data,
-        "weights_sha256": weights_sha256,
+        "weights_sha256": card.weights_sha256,
         "presets": {
             row.purifier: {
                 "worst_case": row.worst,
@@ -66,7 +83,7 @@ def assessment(judged: Sequence[Judged], *, data: str, seed: int, weights_sha256
                 "clean_gain_interval": row.clean_gain_interval,
                 "transfer_gain": transfer,
                 "ms_per_image": row.ms_per_image,
-                "parameters": parameters(PRESETS[row.purifier]) if row.purifier in PRESETS else None,
+                "parameters": None if row.gain is None else parameters(of_card(card, row.purifier)),
             }
             for row, transfer in judged
         },
@@ -85,13 +102,20 @@ def verdict(judged: Sequence[Judged]) -> str:
     if better:
         best = max(better, key=lambda row: row.gain or 0.0)
         return f"use `{best.purifier}`: {GAIN.cell(best).whole} points in the worst case"
-    unaware = [one for one in harmless if tone(one.row) == "even" and one.transfer and one.transfer["interval"][0] > 0]
+    unaware = [
+        one
+        for one in harmless
+        if tone(one.row) in ("even", "unjudged") and one.transfer and one.transfer["interval"][0] > 0
+    ]
     if unaware:
         row, transfer = max(unaware, key=lambda one: one.transfer["mean"] if one.transfer else 0.0)
+        known = "is not judged" if tone(row) == "unjudged" else "makes no difference that can be told"
         return (
             f"use `{row.purifier}` against attackers who do not know of it: {points_of(transfer)} points; against "
-            "those who do it makes no difference that can be told"
+            f"those who do it {known}"
         )
+    if any(tone(one.row) == "unjudged" for one in harmless):
+        return "not judged: a longer budget may tell whether a preset helps this model"
     if all(tone(one.row) == "worse" or one not in harmless for one in judged):
         return "don't purify: every preset makes this model worse, on clean images or against an attacker who knows it"
     return "don't purify: no preset makes a difference that can be told on these images; more images may tell"

@@ -16,8 +16,8 @@ NOTES = {
     "AutoAttack, or a lower figure of an adaptive attack that others published.",
     "clean": "accuracy on images that nobody attacked; in brackets the points that the purifier gains there.",
     "bare": "the same of the classifier without its purifier.",
-    "transfer": "the images that AutoAttack made against the bare classifier, purified: an attacker who does not know "
-    "of the purifier.",
+    "transfer": "the images that AutoAttack made against the bare classifier, and the same moved on to where that is "
+    "wrong by most, purified: an attacker who does not know of the purifier.",
     "draws": "the hardest points of each image, sent again under fresh seeds: the mean, and an image counting as "
     "broken that any of the seeds broke.",
     "attacks": "how many the worst case is over, and their budget; more of either can only lower it.",
@@ -62,14 +62,19 @@ def points(gain: float | None, interval: Interval | None = None) -> Cell:
     return Cell(f"{100 * gain:+.1f}", f"({_ends(interval, '+')})" if interval else "", gain)
 
 
+def at_most(gain: float | None, interval: Interval | None) -> Cell:
+    """Return an upper bound of a difference in points; the interval's upper end beside it."""
+    cell = points(gain, interval)
+    return cell._replace(text=f"≤ {cell.text}", detail=f"(to {100 * interval[1]:+.1f})" if interval else "")
+
+
 def _ends(interval: Interval, sign: str = "") -> str:
     return " to ".join(f"{100 * end:{sign}.1f}" for end in interval)
 
 
 def _gain(row: Row) -> Cell:
-    """Return the gain; marked where it could only be lower."""
-    cell = points(row.gain, row.gain_interval)
-    return cell._replace(text=f"≤ {cell.text}") if row.gain_at_most else cell
+    """Return the gain; where it could only be lower, marked, and without an end below."""
+    return (at_most if row.gain_at_most else points)(row.gain, row.gain_interval)
 
 
 def _count(row: Row) -> Cell:
@@ -113,8 +118,7 @@ def remarks(row: Row) -> list[str]:
     """Return what speaks against a row's figures: signs of masked gradients, and attacks that were not run."""
     said = [f"gradients may be masked: {sentence}" for sentence in row.warnings]
     said += row.notes
-    if row.gain_at_most:
-        said.append("AutoAttack was not run through the defense, only on the bare classifier: the gain is at most this")
+    said += [f"{reason}: the gain is at most this" for reason in row.weaker]
     return said + [f"{attack} could not be run: {reason}" for attack, reason in row.could_not_run]
 
 

@@ -7,6 +7,8 @@ from unperturb.benchmarks.reporting.purifier_tables import points
 from unperturb.benchmarks.reporting.results import gain
 from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import tone
+from unperturb.benchmarks.robustness.attacks import AUTOATTACK
+from unperturb.benchmarks.robustness.figures import withstands_unknowing
 
 DEFAULT, VOTE = "reverse-attack", "vote"
 VERDICTS = {
@@ -56,7 +58,8 @@ def headline(runs: list[dict[str, Any]]) -> str:
         )
     if transferred := transfer_gain(run):
         lines.append(
-            f"- The attacker **does not know** it (AutoAttack's images, made against the bare classifier): "
+            "- The attacker **does not know** it (AutoAttack's images of the bare classifier, and the same moved on to "
+            "where that is wrong by most): "
             f"**{points(transferred)} points**, n = {c.COUNT.cell(row).text}."
         )
     clean = c.points(row.clean_gain, row.clean_gain_interval).whole
@@ -68,13 +71,12 @@ def headline(runs: list[dict[str, Any]]) -> str:
 
 
 def transfer_gain(run: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what the purifier gains on AutoAttack's images of the bare classifier, paired; None where not measured."""
+    """Return what the purifier gains on images attacked without knowing of it, paired; None where not measured."""
     found = run["results"]
-    purified, bare = found["outcomes"], found["bare_outcomes"]
-    if "transfer" not in purified or "autoattack" not in bare:
+    after, bare = withstands_unknowing(found["outcomes"]), found["bare_outcomes"]
+    if after is None or AUTOATTACK not in bare:
         return None
-    after, before = ([bool(value) for value in values] for values in (purified["transfer"], bare["autoattack"]))
-    return gain(after, before)
+    return gain(after, [bool(value) for value in bare[AUTOATTACK]])
 
 
 def picture_line(record: dict[str, Any]) -> str:
@@ -83,11 +85,11 @@ def picture_line(record: dict[str, Any]) -> str:
     drawing = found["drawing"]
     return (
         f"Part of a drawing that comes with the service, **chosen** among {drawing['n']:,} parts: the attack changes "
-        f"the label of {drawing['changed_by_attack']} of the {drawing['right']} that are called a ship, and the "
-        f"purifier brings {drawing['brought_back']} back. On the first {found['n']:,} CIFAR-10 test images the "
-        f"classifier has "
-        f"{found['right']} right; the attack (PGD-20, L∞ 8/255, made without knowing of the purifier) changes {again} "
-        f"of these labels, and the purifier brings {found['brought_back']} of them back, "
-        f"{found['brought_back'] / again:.0%}; {found['spoiled']} that withstood the attack it spoils "
+        f"the label of {drawing['changed_by_attack']} of the {drawing['right']} that are called a ship, and the preset "
+        f"`{found['preset']}`, which is for attackers who do not know of it, brings {drawing['brought_back']} back. On "
+        f"the first {found['n']:,} CIFAR-10 test images {found['right']} are right; the attack (PGD-20, L∞ 8/255, "
+        f"made without knowing of the purifier) changes {again} of these labels, and `{found['preset']}` "
+        f"brings {found['brought_back']} of them back, {found['brought_back'] / again:.0%}; of those that withstand it "
+        f"`{found['preset']}` spoils {found['spoiled']}, of the right ones that nobody attacked {found['spoiled_clean']} "
         f"(`{record['script']}`)."
     )

@@ -6,7 +6,7 @@ from typing import Any
 from unperturb.benchmarks.reporting.drawing import LIGHT, open_figure, png
 
 TITLE = "1 soft step of "
-DRAWN = {"transfer": "attacker does not know of it", "worst": "attacker knows it", "clean": "clean images"}
+DRAWN = {"transfer": "attacker does not know of it", "worst": "attacker knows it, at most", "clean": "clean images"}
 
 
 def reach_plot(record: dict[str, Any]) -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unperturb.benchmarks.reporting.results import SCHEMA_VERSION
-from unperturb.benchmarks.robustness.figures import merge
+from unperturb.benchmarks.robustness.figures import NO_AUTOATTACK, merge, withstands_unknowing
 from unperturb.models.errors import DataError
 
 SCRIPT = "benchmarks/robustbench_eval.py"
@@ -41,7 +41,8 @@ class Row:
     bare:      the same of the classifier without its purifier, on the same images
     gain:      worst less bare, paired by image; `clean_gain` that of clean images
     static:    AutoAttack on the classifier alone; a published row's `worst` may be a lower figure of others
-    attacks:   how many the worst case is over
+    weaker:    why the attacks were less than a judge's, so that the gain is at most this
+    attacks:   how many the worst case is over, without the control
     """
 
     group: Group
@@ -55,7 +56,7 @@ class Row:
     bare: float | None = None
     gain: float | None = None
     gain_interval: Interval | None = None
-    gain_at_most: bool = False
+    weaker: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     clean_gain: float | None = None
     clean_gain_interval: Interval | None = None
@@ -74,6 +75,11 @@ class Row:
     def source(self) -> str:
         """Return where the figures are from."""
         return "measured" if self.measured else "published"
+
+    @property
+    def gain_at_most(self) -> bool:
+        """Return whether stronger attacks could lower the gain."""
+        return bool(self.weaker)
 
     @property
     def few(self) -> bool:
@@ -148,7 +154,7 @@ def measured_row(run: dict[str, Any]) -> Row:
     figures, averaged = found["figures"], group.threat in AVERAGED
     measure, over = ("corruptions_mean", ()) if averaged else ("worst_case", figures["worst_case_over"])
     bare, again = figures["bare"], figures.get("resubmitted")
-    static, transfer = (figures["attacks"].get(name, {}).get("alone") for name in ("autoattack", "transfer"))
+    static, transferred = figures["attacks"].get("autoattack", {}).get("alone"), withstands_unknowing(found["outcomes"])
     gain, clean_gain = (figures[name] or {} for name in ("gain", "clean_gain"))
     return Row(
         group=group,
@@ -162,21 +168,25 @@ def measured_row(run: dict[str, Any]) -> Row:
         bare=_accuracy(bare[measure]) if bare else None,
         gain=gain.get("mean"),
         gain_interval=_interval(gain),
-        gain_at_most=figures.get("gain_at_most", False),
+        weaker=_weaker(figures),
         notes=tuple(found.get("notes", ())),
         clean_gain=clean_gain.get("mean"),
         clean_gain_interval=_interval(clean_gain),
-        transfer=_accuracy(transfer) if transfer else None,
+        transfer=sum(transferred) / len(transferred) if transferred else None,
         static=_accuracy(static) if static else None,
         mean_of_draws=again["mean"] if again else None,
         worst_of_draws=again["worst_of_draws"]["accuracy"] if again else None,
-        attacks=len([name for name in over if name != "clean"]),
+        attacks=len([name for name in over if name not in ("clean", "noise")]),
         budget="" if averaged else found["budget"]["name"],
         ms_per_image=found["timings"].get("ms_per_image", {}).get("defended"),
         warnings=tuple(figures.get("signs", {}).get("warnings", ())),
         could_not_run=tuple(found.get("could_not_run", {}).items()),
         remark="generated corruptions" if group.threat == "corruptions" and found["corruptions"] == "generated" else "",
     )
+
+
+def _weaker(figures: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(figures.get("weaker", [NO_AUTOATTACK] * figures.get("gain_at_most", False)))  # as it once was
 
 
 def _accuracy(cell: dict[str, Any] | float) -> float:

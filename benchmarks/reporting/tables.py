@@ -92,12 +92,10 @@ def assess_shipped() -> dict[str, dict[str, Any]]:
     for name in store.shipped_names():
         card = store.read_card(store.resolve(name))
         own = [run for run in runs if run["results"]["model"]["spec"] == card.id]
-        judged = judged_presets(own, presets_of(card))
+        judged = judged_presets(own, card, presets_of(card))
         if any(one.row.gain is not None for one in judged):
             config = own[0]["config"]
-            found[name] = assessment(
-                judged, data=config["dataset"], seed=config["seed"], weights_sha256=card.weights_sha256
-            )
+            found[name] = assessment(judged, card, data=config["dataset"], seed=config["seed"])
     return found
 
 

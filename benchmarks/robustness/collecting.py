@@ -14,8 +14,13 @@ LARGER_PREFIX, PARTS_PREFIX = "larger:", "parts:"  # of units that are no attack
 Collected = dict[str, list[Unit]]
 
 
-def results_of(collected: Collected, bare: Collected | None, chunks: list[Tensor]) -> dict[str, Any]:
-    """Return what came out, image by image, the figures, and what it took; `bare` are the bare classifier's units."""
+def results_of(
+    collected: Collected, bare: Collected | None, chunks: list[Tensor], *, weaker: list[str]
+) -> dict[str, Any]:
+    """Return what came out, image by image, the figures, and what it took.
+
+    bare: the bare classifier's units; weaker: why the attacks are less than a judge's
+    """
     again = collected.get(RESUBMITTED)
     results: dict[str, Any] = {
         "indices": torch.cat(chunks).tolist(),
@@ -23,6 +28,7 @@ def results_of(collected: Collected, bare: Collected | None, chunks: list[Tensor
         "bare_outcomes": None if bare is None else _outcomes(_of_row(bare)),
         "larger_epsilon": _outcomes(_among(collected, LARGER_PREFIX)),
         "autoattack_parts": _outcomes(_among(collected, PARTS_PREFIX)),
+        "weaker": weaker,
         "resubmitted": None if again is None else torch.cat([unit.right for unit in again], dim=1).int().tolist(),
     }
     taken = {name: units for name, units in collected.items() if not name.startswith(PARTS_PREFIX)}  # in the whole's

@@ -28,6 +28,7 @@ from unperturb.benchmarks.robustness.attacks import (
 from unperturb.benchmarks.robustness.attacks.adaptive import FRESH
 from unperturb.benchmarks.robustness.attacks.autoattack import LEAST_CLASSES
 from unperturb.benchmarks.robustness.attacks.scene import Scene
+from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.collecting import LARGER_PREFIX, PARTS_PREFIX, RESUBMITTED, results_of
 from unperturb.benchmarks.robustness.counting import CountingClassifier
 from unperturb.benchmarks.robustness.data import EvaluationSet
@@ -78,7 +79,7 @@ class Evaluation:
         self.could_not_run = {name: REASONS[need] for name, need in lacks.items() if need in REASONS}
         few = self.counting.num_classes < LEAST_CLASSES and {AUTOATTACK, DEFENDED_AUTOATTACK}.intersection(self.names)
         self.notes = [f"with {self.counting.num_classes} classes AutoAttack's apgd-t was left out"] if few else []
-        self.notes += self._limits()
+        self.weaker = self._weaker()
         self._last: dict[int, dict[str, Unit]] = {}
         self.units, self.identity = Units(folder), Identity(defended, plan.generator, seed=plan.seed)
 
@@ -101,14 +102,19 @@ class Evaluation:
                 f"{self.title}: the classifier returns probabilities; scores before the softmax are needed"
             )
 
-    def _limits(self) -> list[str]:
-        """Return what keeps the full gradient from being that of the whole defense."""
+    def _weaker(self) -> list[str]:
+        """Return why the attacks are less than a judge's: then the gain is at most what they leave."""
         purifier, allowed = self.defended.purifier, self.plan.budget.unrolled_steps
+        found = []
         if purifier.stopped_after(allowed).loop.steps < purifier.loop.steps:
-            return [f"the full gradient goes through the first {allowed} of {purifier.loop.steps} steps"]
+            found.append(f"the full gradient goes through the first {allowed} of {purifier.loop.steps} steps")
         if isinstance(purifier, AnyPurifier) and not purifier.has_gradient:
-            return ["no gradient comes through the purifier: apgd-ce and AutoAttack's gradient attacks say nothing"]
-        return []
+            found.append(
+                "no gradient comes through the purifier: apgd-ce and AutoAttack's gradient attacks say nothing"
+            )
+        if self.purifies and self.plan.budget == BUDGETS["fast"]:
+            found.append("the attacks of budget `fast` are too short to be a judge")
+        return found
 
     def _is_randomised(self) -> bool:
         x = self.data.images[: self.plan.chunk][:16].to(self.device)
@@ -129,7 +135,7 @@ class Evaluation:
                             unit = unit._replace(points=unit.points[:0])
                         into.setdefault(name, []).append(unit)
                 bar.update()
-        found = results_of(collected, bare if self.bare else None, chunks)
+        found = results_of(collected, bare if self.bare else None, chunks, weaker=self.weaker)
         counted = {name: units[0] for name, units in collected.items() if name in found["outcomes"]}
         first = chunks[0]
         shown = show(

@@ -1,5 +1,6 @@
 """From per-image outcomes to figures: the paired gain, the worst case, signs of masked gradients; shards to a whole."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from unperturb.benchmarks.reporting.results import accuracy, gain
@@ -9,11 +10,12 @@ from unperturb.benchmarks.robustness.attacks import (
     DEFENDED_AUTOATTACK,
     GRADIENT,
     QUERYING,
-    TRANSFER,
     TWICE,
+    UNKNOWING,
 )
 
 CLEAN = "clean"
+NO_AUTOATTACK = "AutoAttack was not run through the defense, only on the bare classifier"
 Outcomes = dict[str, list[int | None]]  # 1: withstands, 0: broken, None: was broken already, and not attacked
 
 # How far a figure may be off before the report says so.
@@ -25,6 +27,12 @@ def survivors(outcomes: Outcomes) -> list[bool]:
     return [0 not in row for row in zip(*outcomes.values(), strict=True)]
 
 
+def withstands_unknowing(outcomes: Outcomes) -> list[bool] | None:
+    """Return per image whether it withstands an attacker who does not know of the defense; None where not attacked."""
+    rows = [outcomes[name] for name in UNKNOWING if name in outcomes]
+    return [all(row) for row in zip(*rows, strict=True)] if len(rows) == len(UNKNOWING) else None
+
+
 def summarise(
     outcomes: Outcomes,
     *,
@@ -32,6 +40,7 @@ def summarise(
     resubmitted: list[list[int]] | None,
     larger: dict[str, list[int | None]],
     by_part: dict[str, list[int | None]],
+    weaker: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the figures of a row.
 
@@ -39,6 +48,7 @@ def summarise(
     resubmitted: one row per fresh seed, of the hardest point of each image
     larger: outcomes at larger epsilons, by their factor
     by_part: outcomes of AutoAttack's parts on the defense
+    weaker: why the attacks are less than a judge's; the gain is then at most what they leave
     """
     left = survivors(outcomes)
     found: dict[str, Any] = {
@@ -48,7 +58,7 @@ def summarise(
         "attacks": _attacks(outcomes),
         "bare": None,
         "gain": None,
-        "gain_at_most": False,
+        "weaker": list(weaker),
         "clean_gain": None,
         "resubmitted": _resubmitted(resubmitted),
         "signs": _signs(outcomes, left, larger, by_part),
@@ -61,7 +71,8 @@ def summarise(
             "over": [name for name in bare if name != CLEAN],
         }
         found["gain"] = gain(left, bare_left)
-        found["gain_at_most"] = AUTOATTACK in bare and DEFENDED_AUTOATTACK not in outcomes  # it was attacked with less
+        if AUTOATTACK in bare and DEFENDED_AUTOATTACK not in outcomes:
+            found["weaker"].append(NO_AUTOATTACK)
         found["clean_gain"] = gain(*([bool(value) for value in row[CLEAN]] for row in (outcomes, bare)))
     return found
 
@@ -116,9 +127,10 @@ def _signs(outcomes: Outcomes, left: list[bool], larger: Outcomes, by_part: Outc
     if signs["epsilon"] and (share := signs["epsilon"][-1]["accuracy"]["accuracy"]) > NOT_NEAR_ZERO:
         times = signs["epsilon"][-1]["times"]
         warnings.append(f"{share:.1%} withstand {times} times the epsilon: a figure that should be near 0")
-    if once is not None and TRANSFER in outcomes:
+    transferred = withstands_unknowing(outcomes)
+    if once is not None and transferred is not None:
         stronger = [bool(value) and outcomes.get(TWICE, once)[i] != 0 for i, value in enumerate(once)]
-        broken = sum(a and not b for a, b in zip(stronger, outcomes[TRANSFER], strict=True))
+        broken = sum(a and not b for a, b in zip(stronger, transferred, strict=True))
         signs["transfer_beyond_gradient"] = {"broken": broken, "n": n}
         if broken / n > BEYOND_GRADIENT:
             warnings.append(f"transferred images break {broken} of {n} that the full gradient does not")
@@ -217,6 +229,7 @@ def figures_of(results: dict[str, Any]) -> dict[str, Any]:
         resubmitted=results["resubmitted"],
         larger=results["larger_epsilon"],
         by_part=results["autoattack_parts"],
+        weaker=results.get("weaker", ()),
     )
 
 

@@ -57,7 +57,9 @@ class Purification(BaseModel):
     loss_after: float | None = Field(None, description="InfoNCE of the purified image, on the same views")
     linf: float | None = Field(None, description="largest change of a channel of a pixel")
     changed_label: bool | None = None
-    worth: Worth | None = Field(None, description="null where the preset was not judged before this model")
+    worth: Worth | None = Field(
+        None, description="null where the preset, without a gate, was not judged before this model"
+    )
     image: str | None = Field(None, description="the purified image as base64 PNG, where asked for")
 
 
@@ -113,6 +115,7 @@ def answer(
     *,
     request_id: str,
     preset: str | None,
+    gated: bool,
     top_k: int,
     return_image: bool,
     decode_ms: float,
@@ -132,7 +135,7 @@ def answer(
         model=ModelName(id=model.id, digest=card.weights_sha256),
         predictions=predictions,
         unpurified=Unpurified(predictions=unpurified),
-        purification=_purification(outcome, preset, model, changed=changed, image=image),
+        purification=_purification(outcome, preset, model, gated=gated, changed=changed, image=image),
         input=Input(
             width=decoded.width,
             height=decoded.height,
@@ -192,7 +195,7 @@ def _png_chunk(name: bytes, data: bytes) -> bytes:
 
 
 def _purification(
-    outcome: Outcome, preset: str | None, model: Model, *, changed: bool, image: bytes | None
+    outcome: Outcome, preset: str | None, model: Model, *, gated: bool, changed: bool, image: bytes | None
 ) -> Purification:
     if preset is None:
         return Purification(applied=False)
@@ -208,6 +211,6 @@ def _purification(
         loss_after=outcome.loss_after,
         linf=outcome.linf,
         changed_label=changed,
-        worth=worth_of(model.card.figures, preset, weights_sha256=model.card.weights_sha256),
+        worth=None if gated else worth_of(model.card, preset),
         image=base64.b64encode(image).decode() if image is not None else None,
     )

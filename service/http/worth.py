@@ -4,8 +4,9 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.purifiers.defended import preset_of
 from unperturb.models.purifiers.parameters import parameters
-from unperturb.models.purifiers.reverse_attack import PRESETS
 
 Interval = tuple[float, float]
 
@@ -25,6 +26,7 @@ class Worth(BaseModel):
     """
 
     n: int
+    epsilon: float = Field(description="radius of the attacks, L-infinity, in units of [0, 1]")
     budget: str = Field(description="of the attacks: fast, standard or full")
     knows_everything: Gain | None = Field(description="the worst case of attacks that know the purifier")
     does_not_know: Gain | None = Field(description="images attacked without knowing of it")
@@ -43,23 +45,33 @@ class _Judged(BaseModel):
 
 class _Assessment(BaseModel):
     n: int
+    epsilon: float
     budget: str
     weights_sha256: str
     presets: dict[str, _Judged]
+    verdict: str
 
 
-def worth_of(figures: dict[str, Any], preset: str, *, weights_sha256: str) -> Worth | None:
-    """Return what a card's figures say of a preset.
-
-    None where they say nothing, or it was judged with other weights or parameters, or they are not of the form that
-    `assess` writes.
-    """
+def _assessment(card: Card) -> _Assessment | None:
+    """Return what stands on a card; None for nothing, of other weights, or not of the form that `assess` writes."""
     try:
-        assessed = _Assessment.model_validate(figures.get("assessment"))
+        found = _Assessment.model_validate(card.figures.get("assessment"))
     except ValidationError:
         return None
-    found = assessed.presets.get(preset)
-    if found is None or assessed.weights_sha256 != weights_sha256 or found.parameters != parameters(PRESETS[preset]):
+    return found if found.weights_sha256 == card.weights_sha256 else None
+
+
+def advice_of(card: Card) -> str | None:
+    """Return the verdict of a card's assessment, None where there is none of its weights."""
+    assessed = _assessment(card)
+    return assessed.verdict if assessed else None
+
+
+def worth_of(card: Card, preset: str) -> Worth | None:
+    """Return what a card says of a preset; None where that was not judged, or with other weights or parameters."""
+    assessed = _assessment(card)
+    found = assessed and assessed.presets.get(preset)
+    if not assessed or not found or found.parameters != parameters(preset_of(card, preset)):
         return None
 
     def gain(mean: float | None, interval: Interval | None, *, at_most: bool = False) -> Gain | None:
@@ -67,6 +79,7 @@ def worth_of(figures: dict[str, Any], preset: str, *, weights_sha256: str) -> Wo
 
     return Worth(
         n=assessed.n,
+        epsilon=assessed.epsilon,
         budget=assessed.budget,
         knows_everything=gain(found.gain, found.gain_interval, at_most=found.gain_at_most),
         does_not_know=found.transfer_gain,

@@ -35,9 +35,9 @@ CONFIG = picture.PictureConfig(data="nowhere", n=6, batch=4, device="cpu")
 
 N = 1200
 BARE = in_order({"clean": 300, "apgd-ce": 250, "autoattack": 50}, N)  # 600 of 1,200 are left
-KNOWN = in_order({"clean": 360, "transfer": 120, "intermediate": 360}, N)  # 360 are left
-HELPED = in_order({"clean": 300, "transfer": 60, "intermediate": 120}, N)  # 720 are left
-EVEN = in_order({"clean": 300, "transfer": 0, "intermediate": 301}, N)  # 599 are left
+KNOWN = in_order({"clean": 360, "transfer": 100, "transfer-further": 20, "intermediate": 360}, N)  # 360 are left
+HELPED = in_order({"clean": 300, "transfer": 0, "transfer-further": 60, "intermediate": 120}, N)  # 720 are left
+EVEN = in_order({"clean": 300, "transfer": 0, "transfer-further": 0, "intermediate": 301}, N)  # 599 are left
 
 
 def lines_of(*runs: dict[str, Any]) -> list[str]:
@@ -50,7 +50,7 @@ def test_headline_is_the_paired_gain_of_the_default_and_says_that_it_makes_thing
     low, high = (100 * end for end in paired["interval"])
     assert f"**-20.0 ({low:+.1f} to {high:+.1f}) points**, n = 1,200" in known
     assert "makes things worse" in known
-    assert "the worst of 2 attacks, budget `fast`" in known
+    assert "the worst of 3 attacks, budget `fast`" in known
     assert "50.0% of the images withstand without it, 30.0% with it" in known
     assert "**+10.0 (+8.3 to +11.7) points**" in unknown  # 720 withstand AutoAttack's images, 600 do without it
     assert clean.startswith("- On **clean** images: -5.0 (-")
@@ -83,7 +83,7 @@ def test_headline_marks_few_images() -> None:
 
 
 def test_headline_without_transfer_says_nothing_of_it() -> None:
-    without = {name: values for name, values in KNOWN.items() if name != "transfer"}
+    without = {name: values for name, values in KNOWN.items() if name != "transfer-further"}
     assert not any("does not know" in line for line in lines_of(record(without, BARE)))
 
 
@@ -198,7 +198,7 @@ def test_shipped_cards_say_what_the_harness_found() -> None:
         assert card.figures.get("assessment") == json.loads(json.dumps(assessed.get(name)))
     for name, found in assessed.items():
         card = store.read_card(store.resolve(name))
-        worth = worth_of(card.figures, "vote", weights_sha256=card.weights_sha256)
+        worth = worth_of(card, "vote")
         assert worth is not None
         assert (worth.n, worth.knows_everything.mean if worth.knows_everything else None) == (
             found["n"],

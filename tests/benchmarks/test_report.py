@@ -20,8 +20,8 @@ from unperturb.models.errors import DataError
 
 N = 20
 BARE = in_order({"clean": 4, "apgd-ce": 5, "autoattack": 1}, N)  # 10 of 20 are left
-WORSE = in_order({"clean": 4, "apgd-ce": 3, "transfer": 1, "intermediate": 8}, N)  # 4 are left
-BETTER = in_order({"clean": 4, "apgd-ce": 0, "transfer": 0, "intermediate": 0}, N)  # 16 are left
+WORSE = in_order({"clean": 4, "apgd-ce": 3, "transfer": 1, "transfer-further": 0, "intermediate": 8}, N)  # 4 are left
+BETTER = in_order({"clean": 4, "apgd-ce": 0, "transfer": 0, "transfer-further": 0, "intermediate": 0}, N)  # 16 are left
 SIGN = "twice the iterations break 6 images more & 5% | of <b>all</b>"
 SIGNS = {
     "twice_the_iterations": {"once": accuracy([True] * 6 + [False] * 14), "twice": accuracy([False] * N)},
@@ -91,7 +91,7 @@ def test_row_has_the_gain_before_all_and_every_figure_of_the_record() -> None:
     assert (row.worst, row.bare, row.clean, row.clean_gain, row.transfer) == (0.2, 0.5, 0.8, 0.0, 0.6)
     assert row.interval == tuple(accuracy([True] * 4 + [False] * 16)["interval"])
     assert (row.mean_of_draws, row.worst_of_draws) == (0.25, 0.2)
-    assert (row.attacks, row.budget, row.n, row.ms_per_image, row.few) == (3, "fast", N, 3.5, True)
+    assert (row.attacks, row.budget, row.n, row.ms_per_image, row.few) == (4, "fast", N, 3.5, True)
     assert row.warnings == (SIGN,)
     assert row.could_not_run == (("square", "no 8_bit & no images"),)
 

@@ -423,22 +423,22 @@ def test_what_an_assessment_found_stands_below_the_presets(page: Page) -> None:
     def assessed(route: Route) -> None:
         answer = route.fetch()
         default = {
-            "gain": -0.031,
-            "gain_interval": [-0.05, -0.012],
-            "gain_at_most": True,
-            "transfer_gain": {"mean": 0.087, "interval": [0.06, 0.114]},
-            "clean_gain": None,
-            "clean_gain_interval": None,
+            "n": 200,
+            "epsilon": 8 / 255,
+            "budget": "standard",
+            "knows_everything": {"mean": -0.031, "interval": [-0.05, -0.012], "at_most": True},
+            "does_not_know": {"mean": 0.087, "interval": [0.06, 0.114], "at_most": False},
+            "clean": None,
         }
-        verdict = "use `vote`: +3.0 (+1.0 to +5.0) points in the worst case"
-        figures = {"assessment": {"n": 200, "verdict": verdict, "presets": {"default": default}}}
-        route.fulfill(response=answer, json={**answer.json(), "figures": figures})
+        advice = "use `vote`: +3.0 (+1.0 to +5.0) points in the worst case"
+        route.fulfill(response=answer, json={**answer.json(), "worth": {"default": default}, "advice": advice})
 
     page.route("**/models/tiny", assessed)
     page.reload()
-    told = "Assessed on 200 of its images: use `vote`: +3.0 (+1.0 to +5.0) points in the worst case."
-    gained = "\u2264 -3.1 (-5.0 to -1.2) against who knows it, +8.7 (+6.0 to +11.4) against who does not"
-    expect(page.locator("#advice")).to_have_text(f"{told} Points gained by default: {gained}.")
+    told = "Assessed: use `vote`: +3.0 (+1.0 to +5.0) points in the worst case."
+    gained = "\u2264 -3.1 (to -1.2) against who knows it, +8.7 (+6.0 to +11.4) against who does not"
+    judged = "(200 images, attacks of up to 8/255, budget standard)"
+    expect(page.locator("#advice")).to_have_text(f"{told} Points gained by default {judged}: {gained}.")
     page.get_by_label("Purifier").select_option("vote")
     expect(page.locator("#advice")).to_have_text(f"{told} Vote was not judged.")
 

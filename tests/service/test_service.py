@@ -29,7 +29,7 @@ from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
 from unperturb.service.http.app import create_app
-from unperturb.service.http.worth import worth_of
+from unperturb.service.http.worth import advice_of, worth_of
 from unperturb.service.settings import Settings
 
 
@@ -382,18 +382,31 @@ def test_answer_says_what_the_preset_is_worth_before_this_model(tmp_path: Path) 
     changed = vote | {"parameters": parameters(PRESETS["transfer"])}
     card = store.save(tmp_path, loaded)
     presets = {"vote": vote, "published": changed}
-    found = {"n": 300, "budget": "fast", "weights_sha256": card.weights_sha256, "presets": presets, "verdict": ""}
+    found = {"n": 300, "epsilon": 8 / 255, "budget": "fast", "presets": presets, "verdict": "use `vote`"}
+    found["weights_sha256"] = card.weights_sha256
     store.write_card(tmp_path, dataclasses.replace(card, figures={**card.figures, "assessment": found}))
     with serving(tmp_path) as client:
         worths = [
             client.post(f"/classify?preset={preset}", files={"image": photo()}).json()["purification"]["worth"]
             for preset in ("vote", "default", "published")
         ]
+        shown = client.get("/model").json()
     knows = {"mean": -0.02, "interval": [-0.04, 0.0], "at_most": True}
-    expected = {"n": 300, "budget": "fast", "knows_everything": knows, "does_not_know": None, "clean": None}
+    expected = {
+        "n": 300,
+        "epsilon": 8 / 255,
+        "budget": "fast",
+        "knows_everything": knows,
+        "does_not_know": None,
+        "clean": None,
+    }
     assert worths == [expected, None, None]
+    assert shown["worth"] == {"vote": expected}
+    assert shown["advice"] == "use `vote`"
 
 
 @pytest.mark.parametrize("found", [None, {}, {"n": 3, "presets": None}, {"presets": {"vote": {}}}, "old"])
 def test_card_with_an_assessment_of_another_form_says_nothing(found: object) -> None:
-    assert worth_of({"assessment": found}, "vote", weights_sha256="0") is None
+    card = dataclasses.replace(make_checkpoint().card, figures={"assessment": found})
+    assert worth_of(card, "vote") is None
+    assert advice_of(card) is None

@@ -15,7 +15,7 @@ from unperturb.benchmarks.reporting.rows import SCRIPT
 Outcomes = Mapping[str, Sequence[int | None]]
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-ALONE = ("clean", "noise", "apgd-ce", "transfer", "autoattack")  # run on every image that is right
+ALONE = ("clean", "noise", "apgd-ce", "transfer", "transfer-further", "autoattack")  # run on every image that is right
 NO_SIGNS: dict[str, Any] = {
     "twice_the_iterations": None,
     "epsilon": [],

@@ -123,7 +123,7 @@ def train_generator(config: GeneratorConfig) -> None:
     if dataset.train.images.shape[-1] % 4:
         raise ConfigError(f"images of {dataset.train.images.shape[-1]} pixels: a generator needs a multiple of 4")
     model = NoiseGenerator(width=config.width, epsilon=config.epsilon).to(here.device)
-    kept, held = data.training_images(dataset.train, config)
+    kept, held = data.training_images_for(base.card, dataset, config)
     before = digest_of(base.classifier)
     task = GeneratorTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device), here

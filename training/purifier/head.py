@@ -132,7 +132,7 @@ def train_head(config: HeadConfig) -> None:
             )
         base = dataclasses.replace(base, card=dataclasses.replace(base.card, classes=dataset.classes))
     torch.manual_seed(config.seed)
-    kept, held = data.training_images(dataset.train, config)
+    kept, held = data.training_images_for(base.card, dataset, config)
     if config.bank_size > len(kept.labels):
         raise ConfigError(f"bank_size={config.bank_size} is over the {len(kept.labels)} training images")
     head = ProjectionHead(

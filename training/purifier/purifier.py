@@ -171,17 +171,17 @@ def train_purifier(config: PurifierConfig) -> None:
         width=config.width, depth=config.depth, epsilon=config.reach, scale=config.scale, times=1.0, alone=True
     )
     model = identity(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kept, held = data.training_images(dataset.train, config)
+    kept, held = data.training_images_for(base.card, dataset, config)
     vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None
     task = PurifierTask(config, prepared(base).classifier, vote, model, data.resident(kept, here.device))
     task.held = data.resident(held, here.device)
     with options.autocast(config, here.device):
-        bare = measure(task.classifier, task.held, epsilon=config.epsilon, steps=10)
+        bare = measure(Whole(model, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)  # the identity
     fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
     if here.rank == 0:
         out = save_with_restorer(config, base, card, fitted, data_sha256=dataset.digest, held_out_bare=bare)
         print(
-            f"{out}: on {bare['n']} held-out images, with the restorer (without): "
+            f"{out}: on {bare['n']} held-out images, with the restorer (without{', the vote alone' * config.vote}): "
             f"clean {fitted.figures['held_out_clean_accuracy']:.1%} ({bare['clean_accuracy']:.1%}), "
             f"PGD-10 {fitted.figures['held_out_pgd_accuracy']:.1%} ({bare['pgd_accuracy']:.1%})"
         )

@@ -119,7 +119,7 @@ def train_restorer(config: RestorerConfig) -> None:
     torch.manual_seed(config.seed)
     card = RestorerCard(width=config.width, depth=config.depth, epsilon=config.epsilon)
     model = Restorer(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kept, held = data.training_images(dataset.train, config)
+    kept, held = data.training_images_for(base.card, dataset, config)
     task = RestorerTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device)
     )

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from unperturb.benchmarks.robustness.attacks import adaptive, black_box, controls, label_free
+from unperturb.benchmarks.robustness.attacks import adaptive, black_box, controls, label_free, transfer
 from unperturb.benchmarks.robustness.attacks import autoattack as aa
 from unperturb.benchmarks.robustness.attacks.scene import Scene
 from unperturb.benchmarks.robustness.budgets import Budget
@@ -60,18 +60,13 @@ class Attack:
         return sys.modules[function.__module__]
 
 
-AUTOATTACK, TRANSFER, DEFENDED_AUTOATTACK = "autoattack", "transfer", "defended-autoattack"
+AUTOATTACK, DEFENDED_AUTOATTACK = "autoattack", "defended-autoattack"
+TRANSFER, FURTHER = UNKNOWING = ("transfer", "transfer-further")
 GRADIENT, TWICE, GENERATOR = "apgd-ce", "apgd-ce-twice", "generator"
 QUERYING = ("square", "rays")  # attacks without a gradient; so is AutoAttack's part of the first name
 FRESH_ATTACKS = ("bpda-apgd-ce-fresh", "bpda-apgd-dlr-fresh", "apgd-ce-fresh")
 APGD = ("apgd_steps", "restarts")
 ADAPTIVE = ("adaptive_steps", "restarts")
-
-
-def transferred(scene: Scene) -> Tensor:
-    """Return the bare classifier's adversarial images, to be judged behind the defense."""
-    assert scene.known is not None
-    return scene.known
 
 
 def _autoattack_queries(budget: Budget) -> Queries:
@@ -105,7 +100,7 @@ ATTACKS: dict[str, Attack] = {
         (*APGD, "unrolled_steps"),
         GRADIENT,
     ),
-    TRANSFER: Attack(transferred, lambda b: Queries(none=1), on="right", needs=("defense",)),
+    TRANSFER: Attack(transfer.transferred, lambda b: Queries(none=1), on="right", needs=("defense",)),
     "bpda-apgd-ce": _of_purifier(
         adaptive.bpda_apgd_ce, lambda b: Queries(bpda=b.restarts * (b.apgd_steps + 1), none=b.restarts), APGD
     ),
@@ -151,9 +146,8 @@ ATTACKS: dict[str, Attack] = {
     DEFENDED_AUTOATTACK: _standard(("defense",), "left"),
     "rays": Attack(black_box.rays, lambda b: Queries(none=b.rays_queries), ("rays_queries",)),
 }
-NAMES = tuple(ATTACKS)
-# Run where they are named; `all` is what the headline is of.
-ATTACKS |= {
+NAMES = (*ATTACKS, FURTHER)
+ATTACKS |= {  # Run where they are named; `all` is what the headline is of.
     "apgd-t": Attack(
         adaptive.apgd_t,
         lambda b: Queries(full=b.targets * b.restarts * (b.apgd_steps + 1), none=b.targets * b.restarts + 1),
@@ -170,9 +164,13 @@ ATTACKS |= {
         for distance in DISTANCES
     },
     GENERATOR: Attack(label_free.generated, lambda b: Queries(), on="right"),
+    # Last, so that what it breaks is not taken from those who know more.
+    FURTHER: Attack(
+        transfer.transferred_further, lambda b: Queries(none=1), ("apgd_steps",), on="right", needs=("defense",)
+    ),
 }
 KNOWN = tuple(ATTACKS)
-FAST = (AUTOATTACK, "noise", GRADIENT, TRANSFER, "bpda-apgd-ce", "bpda-apgd-dlr", DEFENDED_AUTOATTACK)
+FAST = (AUTOATTACK, "noise", GRADIENT, TRANSFER, "bpda-apgd-ce", "bpda-apgd-dlr", DEFENDED_AUTOATTACK, FURTHER)
 
 
 def chosen(text: str) -> tuple[str, ...]:
@@ -182,6 +180,7 @@ def chosen(text: str) -> tuple[str, ...]:
     if unknown or not wanted:
         raise ConfigError(f"attacks={text!r}: choose all, fast, or names of {', '.join(KNOWN)}")
     needed = set(wanted)
+    needed |= set(UNKNOWING) if needed.intersection(UNKNOWING) else set()
     needed |= {AUTOATTACK} if {TRANSFER, DEFENDED_AUTOATTACK} & needed else set()
     needed |= {GRADIENT} if TWICE in wanted else set()
     return tuple(name for name in KNOWN if name in needed)

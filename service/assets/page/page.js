@@ -18,7 +18,7 @@ const [form, drop, file, preview, name, hint, about, often, attack, model, knows
 
 let chosen = null; // the File
 let running = null; // the AbortController of the request in progress
-let assessed = null; // what the model's card says that the presets are worth
+let assessed = null; // the model's card, which says what its presets are worth
 
 // ---- elements, numbers and words
 
@@ -121,8 +121,8 @@ async function describeModel() {
   advise();
   const response = await fetch(`models/${encodeURIComponent(model.value)}`, { headers: authorised() });
   if (!response.ok) return;
-  const { classes, figures } = await response.json();
-  assessed = figures.assessment; // by `unperturb assess --write-card`, or the harness
+  const { classes, worth, advice: verdict } = await response.json();
+  assessed = verdict && { worth, verdict }; // by `unperturb assess --write-card`, or the harness
   advise();
   const shown = classes.slice(0, 20).join(", ");
   knows.textContent = `This model knows ${classes.length} classes: ${shown}${classes.length > 20 ? " …" : "."}`;
@@ -132,19 +132,22 @@ async function describeModel() {
 function advise() {
   advice.hidden = !assessed;
   if (!assessed) return;
-  const found = assessed.presets?.[preset.value];
+  const found = assessed.worth[preset.value];
   const gains = found && [
-    points(found.gain, found.gain_interval, "against who knows it", found.gain_at_most),
-    points(found.transfer_gain?.mean, found.transfer_gain?.interval, "against who does not"),
-    points(found.clean_gain, found.clean_gain_interval, "on clean images"),
+    points(found.knows_everything, "against who knows it"),
+    points(found.does_not_know, "against who does not"),
+    points(found.clean, "on clean images"),
   ].filter(Boolean).join(", ");
-  const own = gains ? `Points gained by ${preset.value}: ${gains}` : `${capital(preset.value)} was not judged`;
-  advice.textContent = `Assessed on ${assessed.n} of its images: ${assessed.verdict}. ${own}.`;
+  const judged = found && ` (${found.n} images, attacks of up to ${(255 * found.epsilon).toFixed(1).replace(".0", "")}/255, budget ${found.budget})`;
+  const own = gains ? `Points gained by ${preset.value}${judged}: ${gains}` : `${capital(preset.value)} was not judged`;
+  advice.textContent = `Assessed: ${assessed.verdict}. ${own}.`;
 }
 
-function points(mean, interval, against, atMost = false) {
+function points(gain, against) {
   const signed = (share) => `${share < 0 ? "" : "+"}${(100 * share).toFixed(1)}`;
-  return Number.isFinite(mean) && interval && `${atMost ? "\u2264 " : ""}${signed(mean)} (${interval.map(signed).join(" to ")}) ${against}`;
+  if (!gain) return "";
+  const [low, high] = gain.interval.map(signed);
+  return `${gain.at_most ? `\u2264 ${signed(gain.mean)} (to ${high})` : `${signed(gain.mean)} (${low} to ${high})`} ${against}`;
 }
 
 // ---- the request

@@ -69,6 +69,7 @@ async def classify(
             model=model,
             request_id=ticket.context.request_id,
             preset=preset,
+            gated=gate is not None,
             top_k=top_k,
             return_image=wanted.return_image,
             decode_ms=decode_ms,

@@ -1,0 +1,31 @@
+"""Attacks on the bare classifier alone: what an attacker can do who does not know of the defense."""
+
+from torch import Tensor
+
+from unperturb.benchmarks.robustness.attacks.apgd import apgd
+from unperturb.benchmarks.robustness.attacks.scene import Judged, Scene
+from unperturb.models.shapes import Float
+
+
+def transferred(scene: Scene) -> Float[Tensor, "n 3 h w"]:
+    """Return AutoAttack's images of the bare classifier, to be judged behind the defense.
+
+    AutoAttack ends where an image is just broken, and leaves it as it was where it fails or had nothing to do.
+    """
+    assert scene.known is not None
+    return scene.known
+
+
+def transferred_further(scene: Scene) -> Float[Tensor, "n 3 h w"]:
+    """Return these images moved on to where the bare classifier is wrong by most: APGD on its margin, not ended early.
+
+    So every image is attacked, also one that AutoAttack leaves as it was.
+    """
+    assert scene.known is not None
+
+    def objective(x: Tensor, rows: Tensor) -> Judged:
+        logits, own = scene.classifier(x).float(), scene.labels[rows, None]
+        others = logits.scatter(1, own, float("-inf")).amax(1)
+        return Judged(others - logits.gather(1, own)[:, 0], None)
+
+    return apgd(scene, objective, steps=scene.budget.apgd_steps, start=scene.known)
