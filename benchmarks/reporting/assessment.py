@@ -49,7 +49,7 @@ def _ran_as(run: dict[str, Any], config: ReverseAttackConfig) -> bool:
     ran, wanted = run["results"]["purifier"], parameters(config)
     own = {**ran.get("config", {}), "vote": ran["vote"]}  # the vote is the defense's, not only its steps'
     own = json.loads(json.dumps(own))  # a run that was not read from a file has tuples
-    return own == wanted if config.loop.steps else own["vote"] == wanted["vote"]
+    return bool(own == wanted if config.loop.steps else own["vote"] == wanted["vote"])
 
 
 def preset_of(specification: str) -> str:

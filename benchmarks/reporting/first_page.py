@@ -90,6 +90,6 @@ def picture_line(record: dict[str, Any]) -> str:
         f"the first {found['n']:,} CIFAR-10 test images {found['right']} are right; the attack (PGD-20, L∞ 8/255, "
         f"made without knowing of the purifier) changes {again} of these labels, and `{found['preset']}` "
         f"brings {found['brought_back']} of them back, {found['brought_back'] / again:.0%}; of those that withstand it "
-        f"`{found['preset']}` spoils {found['spoiled']}, of the right ones that nobody attacked {found['spoiled_clean']} "
-        f"(`{record['script']}`)."
+        f"`{found['preset']}` spoils {found['spoiled']}, and of the right ones that nobody attacked "
+        f"{found['spoiled_clean']} (`{record['script']}`)."
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unperturb.benchmarks.reporting.results import SCHEMA_VERSION
-from unperturb.benchmarks.robustness.figures import NO_AUTOATTACK, merge, withstands_unknowing
+from unperturb.benchmarks.robustness.figures import NO_AUTOATTACK, joined, merge, withstands_unknowing
 from unperturb.models.errors import DataError
 
 SCRIPT = "benchmarks/robustbench_eval.py"
@@ -19,6 +19,7 @@ LEADERBOARD = Path(__file__).resolve().parent / "leaderboard.csv"
 LEADERBOARD_SOURCE = "RobustBench model_info cards, table of 2026-11-21"
 THREATS, FIRST = ("Linf", "L2", "corruptions", "noise"), ("none", "reverse-attack", "vote")  # in the order of tables
 AVERAGED = ("corruptions", "noise")  # no worst case: the mean over kinds and sizes
+ROW = ("model", "purifier_spec", "purifier", "data", "threat", "budget", "corruptions")  # equal in the runs of a row
 FEW = 1000  # images; a row of fewer is marked
 
 Interval = tuple[float, float]
@@ -88,7 +89,7 @@ class Row:
 
 
 def load_runs(folder: Path) -> list[dict[str, Any]]:
-    """Return every run in the folder, its shards merged, in the order of `ordered`.
+    """Return every row in the folder, its shards merged and its runs joined, in the order of `ordered`.
 
     Raises DataError naming a file that is no result, of another schema, or one of shards that do not make a whole.
     """
@@ -105,7 +106,24 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
         parts[str(file.parent), name, shard.rpartition("-")[2]].append((file, record))
     if not parts:
         raise DataError(f"{folder} holds no result of {SCRIPT}")
-    return ordered([_whole(shards) for shards in parts.values()])
+    return ordered(_rows([_whole(shards) for shards in parts.values()]))
+
+
+def _rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of runs: those of one row by different attacks are taken together."""
+    same: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        found = run["results"]
+        row = [run["config"]["seed"], found["indices"], *(found.get(name) for name in ROW)]
+        same.setdefault(json.dumps(row, sort_keys=True), []).append(run)
+    return [_joined(several) if len(several) > 1 else several[0] for several in same.values()]
+
+
+def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    first, *_ = runs = sorted(runs, key=lambda run: -len(run["results"]["outcomes"]))
+    return (
+        first if group_of(first).threat in AVERAGED else {**first, "results": joined([run["results"] for run in runs])}
+    )
 
 
 def check_schema(record: dict[str, Any], name: str) -> None:

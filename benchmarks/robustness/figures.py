@@ -221,6 +221,36 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the results of one row over the attacks of all its runs, which were of the same images.
+
+    An image is broken where any of them says so. What is shown and timed is the first run's.
+    """
+
+    def worst(key: str) -> Outcomes | None:
+        if runs[0][key] is None:
+            return None
+        found: Outcomes = {}
+        for run in runs:
+            for name, values in run[key].items():
+                before = found.get(name, [None] * len(values))
+                pairs = zip(before, values, strict=True)
+                found[name] = [min((one for one in pair if one is not None), default=None) for pair in pairs]
+        return found
+
+    seconds = {name: spent for run in runs[::-1] for name, spent in run["timings"]["seconds"].items()}
+    whole: dict[str, Any] = {**runs[0], **{key: worst(key) for key in PER_IMAGE}}
+    lacking = {name: reason for run in runs for name, reason in run["could_not_run"].items()}
+    whole |= {
+        "could_not_run": {name: reason for name, reason in lacking.items() if name not in whole["outcomes"]},
+        "notes": sorted({note for run in runs for note in run["notes"]}),
+        "passes_per_image": {name: one for run in runs[::-1] for name, one in run["passes_per_image"].items()},
+        "resubmitted": next((run["resubmitted"] for run in runs if run["resubmitted"] is not None), None),
+        "timings": {**runs[0]["timings"], "seconds": seconds},
+    }
+    return {**whole, "figures": figures_of(whole)}
+
+
 def figures_of(results: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of a record's per-image results."""
     return summarise(

@@ -46,7 +46,7 @@ class Identity:
             "versions": provenance.versions(),
             "device": next((parameter.device.type for parameter in classifier.parameters()), "cpu"),
             "classifier": fingerprint(classifier),
-            "classifier_code": code_digest(_modules_of([defended.classifier]), without=OTHERS),
+            "classifier_code": code_digest(_modules_of(defended.classifier.modules()), without=OTHERS),
             "defense": fingerprint((defended.purifier, defended.vote), skip=NOT_OF_DEFENSE),
             "defense_code": code_digest(_code_of_defense(defended)),
             "defended_code": code_digest([type(defended).__module__, JUDGE], without=(PROJECT,)),
@@ -131,10 +131,11 @@ def _code_of_defense(defended: DefendedClassifier) -> list[str]:
     modules = {type(own).__module__, type(purifier).__module__}
     if defended.vote is not None:
         modules.add(type(defended.vote).__module__)
-    return sorted(modules | set(_modules_of([own] if isinstance(own, nn.Module) else [])))
+    parts = set(own.modules()) - set(defended.classifier.modules()) if isinstance(own, nn.Module) else ()
+    return sorted(modules | set(_modules_of(parts)))
 
 
-def _modules_of(networks: Iterable[nn.Module]) -> list[str]:
-    """Return the names of the Python modules that networks are written in, but for libraries'."""
-    names = {type(part).__module__ for network in networks for part in network.modules()}
+def _modules_of(parts: Iterable[nn.Module]) -> list[str]:
+    """Return the names of the Python modules that parts of networks are written in, but for libraries'."""
+    names = {type(part).__module__ for part in parts}
     return sorted(name for name in names if name.partition(".")[0] not in LIBRARIES)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.records import averaged_record, in_order, record, write
+from tests.support.records import Outcomes, averaged_record, in_order, record, write
 from unperturb.benchmarks.reporting import report, rows
 from unperturb.benchmarks.reporting.columns import LEGEND
 from unperturb.benchmarks.reporting.report import Report
@@ -319,6 +319,22 @@ def test_shards_are_merged_to_one_row(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(rows, "merge", lambda parts: parts[0])
     with pytest.raises(DataError, match="shards of 20 images hold 10"):
         load_runs(tmp_path)
+
+
+def test_runs_of_one_row_by_different_attacks_are_taken_together(tmp_path: Path) -> None:
+    known: Outcomes = {"clean": [1, 1, 1, 0], "apgd-ce": [1, 1, 0, None]}
+    asked: Outcomes = {"clean": [1, 1, 1, 0], "square": [0, 1, 1, None], "defended-autoattack": [None, 1, 1, None]}
+    write(
+        tmp_path, "known", record(known, {"clean": [1] * 4, "apgd-ce": [1, 1, 1, 0]}, could_not_run={"square": "why"})
+    )
+    write(tmp_path, "asked", record(asked, {"clean": [1] * 4, "autoattack": [0, 1, 1, 1]}))
+    write(tmp_path, "other", record(known, {"clean": [1] * 4}, purifier="vote"))
+    rows_found = [measured_row(run) for run in load_runs(tmp_path)]
+    joint, vote = rows_found
+    assert (joint.purifier, joint.worst, joint.bare, joint.attacks) == ("reverse-attack", 0.25, 0.5, 3)
+    assert joint.gain == pytest.approx(-0.25)
+    assert (joint.could_not_run, joint.weaker) == ((), ())
+    assert (vote.purifier, vote.worst) == ("vote", 0.5)
 
 
 def test_outcomes_of_shards_are_put_in_the_order_of_the_images(tmp_path: Path) -> None:
