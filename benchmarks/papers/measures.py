@@ -224,7 +224,7 @@ def harness(subject: Subject) -> dict[str, Any]:
         "0",
     ]
     if Path(subject.source).exists():
-        arguments += ["--data", subject.source]
+        arguments += ["--data", subject.source, "--dataset", subject.dataset.name]
     for key, value in subject.scale.harness.items():
         arguments += [f"--{key}", value]
     (file,) = run_all(parse(EvaluationConfig, arguments, program="benchmarks/robustbench_eval.py"))

@@ -127,7 +127,6 @@ SCALES: dict[str, Scale] = {
             "weight-decay": "0",
             "ema": "0.99",
             "pad": "8",
-            "precision": "bfloat16",
         },
         head={
             "classifier": "default",
@@ -294,6 +293,7 @@ def _add_readouts(plan: Building) -> None:
         options={**plan.scale.generator, **plan.tested, "epochs": "10"},  # the poster's
         needs="imported",
         measures=("generator",),
+        seeds=5,
     )
     for name, more in (("head-plain", {}), ("head-robust", {"adversarial": ""})):
         plan.made[name] = Arm(command="head", options={**plan.scale.head, **more}, measures=("harness",))

@@ -156,11 +156,18 @@ def _generator(found: Found) -> SystemRow:
 def _imported_generator(found: Found) -> SystemRow:
     arm = "imported-generator"
     measured, shows = _taken(found, arm)
-    uniform = spread(found.values(arm, "generator", "uniform"))
+    uniform, attacked = (found.values(arm, "generator", name) for name in ("uniform", "generator"))
     network = found.arms[arm]["options"]["imported"].get("imported", "")
-    return SystemRow(
-        "the same on a network that has seen images", f"{network}: {measured}; uniform noise {uniform}", arm, shows
+    measured = f"{network}, fine-tuned: {measured}; uniform noise {spread(uniform)}"
+    more = gain(uniform, attacked)
+    seeds = found.arms[arm]["seeds"].values()
+    least = max((seed["figures"]["generator"]["less_than"]["uniform"] for seed in seeds), key=lambda one: one["mean"])
+    low, high = (f"{100 * bound:+.1f}" for bound in least["interval"])
+    shows += (
+        f"; more than uniform noise ({more}): {verdict(more)}; the weakest generator less uniform noise, by image "
+        f"(n = {least['n']:,}): {100 * least['mean']:+.1f} ({low} to {high})"
     )
+    return SystemRow("the same on a network that has seen images", measured, arm, shows)
 
 
 def _neighbours(found: Found) -> SystemRow:

@@ -230,8 +230,9 @@ class Figures(dict[str, Any]):
         self.value = value
 
     def __missing__(self, key: str) -> Any:
-        nested = key == "training" or key.startswith("bank")
-        return Figures(self.value) if nested else {"accuracy": self.value, "n": 7}
+        nested = key in ("training", "less_than") or key.startswith("bank")
+        paired = {"mean": -self.value, "interval": [-0.9, -0.1]}
+        return Figures(self.value) if nested else {"accuracy": self.value, "n": 7, **paired}
 
 
 def test_every_system_has_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,6 +260,9 @@ def test_every_system_has_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (row,) = [row for row in rows if row.startswith("| RoCL")]
     assert "3 seeds; 5,000 images, 20 epochs, 2 min; 1 CPU thread" in row
     assert "the direction, not the size" in row
+    (row,) = [row for row in rows if row.startswith("| the same on a network")]
+    place = list(plan).index("imported-generator")
+    assert f"by image (n = 7): -{place}.0 (-90.0 to -10.0)" in row  # the least of five
     del found.arms["relu"]
     (row,) = [row for row in systems_table.systems_table(tmp_path).splitlines() if "smooth" in row]
     assert row == "| smooth activations | not run yet: relu | | |"
