@@ -23,9 +23,9 @@ def main(image: Path = SAMPLE, out: Path = Path("purified.png")) -> None:
         received = to_image(to_size(to_rgb(opened), checkpoint.card.pictures))[None].float() / 255
 
     purified, trace = unperturb.purify(checkpoint, received)
-    for name, pixels in (("as it came", received), ("purified", purified)):
+    for name, model in (("as it came", checkpoint.classifier), ("purified", unperturb.defend(checkpoint))):
         with torch.no_grad():
-            probabilities = checkpoint.classifier(pixels)[0].softmax(0)
+            probabilities = model(received)[0].softmax(0)
         likeliest = [f"{checkpoint.card.classes[i]} {probabilities[i]:.1%}" for i in probabilities.topk(3).indices]
         print(f"{name:>11}: {', '.join(likeliest)}")
     print(f"InfoNCE {float(trace.loss_before[0]):.3f} -> {float(trace.loss_after[0]):.3f}")

@@ -1,6 +1,7 @@
 """Every setting of the service, from `UNPERTURB_…` environment variables, checked at start."""
 
 import ipaddress
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,12 +17,14 @@ Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Keys = Annotated[dict[str, str], NoDecode]
 MAX_BATCH = {"cpu": 16, "cuda": 64}
+PREFIX = "UNPERTURB_"
+ELSEWHERE = {f"{PREFIX}{name}" for name in ("CACHE", "DATA", "ALLOW_CODE", "REPLICAS")}  # read by other parts
 
 
 class Settings(BaseSettings):
     """UNPERTURB_PORT=9000 sets `port`, and so on; an unknown value is refused at start."""
 
-    model_config = SettingsConfigDict(env_prefix="UNPERTURB_", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
     host: str = Field(default="127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8000, description="port; 0: any that is free")
@@ -176,6 +179,12 @@ class Settings(BaseSettings):
     def slots(self) -> int:
         """Return how many images may be in progress on one device."""
         return self.max_batch or MAX_BATCH[self.devices[0].type]
+
+
+def unknown(environment: Mapping[str, str]) -> list[str]:
+    """Return the names of an environment that begin as a setting does, and are none."""
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | ELSEWHERE
+    return sorted(name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in known)
 
 
 def is_loopback(host: str) -> bool:

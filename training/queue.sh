@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
-# The classifiers that are to ship beside `default` and `small`, one after another; about eight hours on two cores:
+# The classifiers that are to ship beside `default`, `small` and `cifar10-natural`, one after another; about eight hours on two cores:
 #   nohup nice training/queue.sh RUNS CIFAR10 CIFAR100 >> queue.log 2>&1 &
 # RUNS is a folder for the runs, the others image folders. A run that was ended goes on from its state; finished ones
 # are skipped. One without a state goes on from its averaged weights in training/unfinished, where there are some.
-# cifar10-natural is trained, with head, restorer and gates, in training/unfinished: clean 91.1%, PGD-20 0.1% of the test
-# images. It lacks the figures of its purification.
 # PYTHON chooses the interpreter.
 set -euo pipefail
 runs=$1 cifar10=$2 cifar100=$3

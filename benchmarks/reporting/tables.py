@@ -1,5 +1,6 @@
 """`python benchmarks/reporting/tables.py`: the tables of the pages, from result files, card and settings."""
 
+import argparse
 import json
 import re
 import sys
@@ -176,8 +177,9 @@ def write_tables() -> None:
     print(f"wrote {len(tables)} tables into {len(texts)} pages", file=sys.stderr)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the command; return the exit status of `models.command.run`."""
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
     return command.run("tables.py", write_tables)
 
 

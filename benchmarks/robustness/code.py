@@ -24,7 +24,7 @@ def code_digest(modules: Iterable[str], *, without: tuple[str, ...] = ()) -> str
         if _file(module) is None:
             digest.update(uuid.uuid4().bytes)
         else:
-            names |= _closure(module, without)
+            names |= modules_behind(module, without)
     for name in sorted(names):
         digest.update(name.encode())
         digest.update(_source(name))
@@ -32,7 +32,8 @@ def code_digest(modules: Iterable[str], *, without: tuple[str, ...] = ()) -> str
 
 
 @cache
-def _closure(module: str, without: tuple[str, ...]) -> frozenset[str]:
+def modules_behind(module: str, without: tuple[str, ...] = ()) -> frozenset[str]:
+    """Return the names of a module and of those that it imports, of its own project or beside it."""
     found, waiting = {module}, [module]
     while waiting:
         name = waiting.pop()

@@ -127,10 +127,10 @@ def _signs(outcomes: Outcomes, left: list[bool], larger: Outcomes, by_part: Outc
     if signs["epsilon"] and (share := signs["epsilon"][-1]["accuracy"]["accuracy"]) > NOT_NEAR_ZERO:
         times = signs["epsilon"][-1]["times"]
         warnings.append(f"{share:.1%} withstand {times} times the epsilon: a figure that should be near 0")
-    transferred = withstands_unknowing(outcomes)
-    if once is not None and transferred is not None:
+    transferred = [outcomes[name] for name in UNKNOWING if name in outcomes]
+    if once is not None and transferred:
         stronger = [bool(value) and outcomes.get(TWICE, once)[i] != 0 for i, value in enumerate(once)]
-        broken = sum(a and not b for a, b in zip(stronger, transferred, strict=True))
+        broken = sum(a and not all(b) for a, *b in zip(stronger, *transferred, strict=True))
         signs["transfer_beyond_gradient"] = {"broken": broken, "n": n}
         if broken / n > BEYOND_GRADIENT:
             warnings.append(f"transferred images break {broken} of {n} that the full gradient does not")

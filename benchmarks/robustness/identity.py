@@ -48,7 +48,7 @@ class Identity:
             "classifier": fingerprint(classifier),
             "classifier_code": code_digest(_modules_of(defended.classifier.modules()), without=OTHERS),
             "defense": fingerprint((defended.purifier, defended.vote), skip=NOT_OF_DEFENSE),
-            "defense_code": code_digest(_code_of_defense(defended)),
+            "defense_code": code_digest(modules_of_defense(defended)),
             "defended_code": code_digest([type(defended).__module__, JUDGE], without=(PROJECT,)),
         }
         self._generator = None if generator is None else fingerprint(generator)
@@ -125,7 +125,8 @@ def missing(names: Iterable[str], defended: DefendedClassifier, *, randomised: b
     return {**found, AUTOATTACK: None} if has["defense"] else found
 
 
-def _code_of_defense(defended: DefendedClassifier) -> list[str]:
+def modules_of_defense(defended: DefendedClassifier) -> list[str]:
+    """Return the names of the Python modules that a defense is written in; those of its classifier are another's."""
     purifier = defended.purifier
     own = purifier.purifier if isinstance(purifier, AnyPurifier) else purifier
     modules = {type(own).__module__, type(purifier).__module__}

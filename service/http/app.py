@@ -1,6 +1,7 @@
 """The FastAPI app: `create_app(settings)`."""
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,9 +22,11 @@ from unperturb.service.http import problem
 from unperturb.service.http.gateway import Gateway
 from unperturb.service.http.observe import Observe
 from unperturb.service.http.routes import classify, health, kserve, models, page
-from unperturb.service.settings import Settings
+from unperturb.service.settings import Settings, unknown
 from unperturb.service.telemetry import tracing
 from unperturb.service.telemetry.metrics import Metrics
+
+log = logging.getLogger("unperturb.service")
 
 
 def make_engine(
@@ -71,6 +74,8 @@ def create_app(
     handle hosts a worker; warm_first ends the app's start-up only after the warm-up, for a router that asks no /readyz.
     """
     settings = settings or Settings()
+    if strange := unknown(os.environ):
+        log.warning("no such setting, and not heeded: %s", ", ".join(strange))
     tracer = tracing.set_up()
     metrics = Metrics(served=lambda: engine.models.by_id)
     engine = make_engine(settings, metrics, on_failure=on_failure, handle=handle)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.conftest import SMALL, make_checkpoint, make_defended
 from unperturb.benchmarks.robustness import attacks
-from unperturb.benchmarks.robustness.attacks import adaptive, black_box, controls, label_free
+from unperturb.benchmarks.robustness.attacks import adaptive, black_box, controls, label_free, transfer
 from unperturb.benchmarks.robustness.attacks.apgd import apgd, checkpoints
 from unperturb.benchmarks.robustness.attacks.autoattack import PARTS, run_part
 from unperturb.benchmarks.robustness.attacks.scene import Judged, Scene, cross_entropy_loss, dlr_loss
@@ -240,7 +240,7 @@ def test_every_attack_stays_in_the_ball_and_changes_no_weight(images: Tensor, na
     assert all(torch.equal(value, before[key]) for key, value in scene.defended.state_dict().items())
 
 
-@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name not in ("noise", "transfer")])
+@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name not in ("noise", *attacks.UNKNOWING)])
 def test_every_attack_does_the_same_twice(images: Tensor, name: str) -> None:
     scene = tiny_scene(images, THREATS[0])
     for run in attacks.ATTACKS[name].runs.values():
@@ -361,7 +361,33 @@ def test_unknown_attack_is_refused_with_the_names(text: str) -> None:
         attacks.chosen(text)
 
 
+@pytest.mark.parametrize("threat", THREATS, ids=lambda threat: threat.norm)
+def test_images_moved_on_are_wrong_by_more_before_the_bare_classifier_and_are_its_own(
+    images: Tensor, threat: Threat
+) -> None:
+    scene = tiny_scene(images, threat)
+    classifier = scene.classifier
+    scene = replace(scene, known=scene.project(scene.x + 0.01 * torch.randn_like(scene.x)))
+
+    def wrong_by(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits = classifier(x).double()
+        own = logits.gather(1, scene.labels[:, None])[:, 0]
+        found: Tensor = logits.scatter(1, scene.labels[:, None], float("-inf")).amax(1) - own
+        return found
+
+    assert scene.known is not None
+    assert torch.equal(transfer.transferred(scene), scene.known)
+    moved = transfer.transferred_further(scene)
+    assert (wrong_by(moved) >= wrong_by(scene.known) - 1e-6).all()
+    assert (wrong_by(moved) > wrong_by(scene.known)).any()
+    assert torch.allclose(scene.project(moved), moved, atol=1e-6)
+    assert torch.equal(moved, transfer.transferred_further(scene))
+    undefended = DefendedClassifier(classifier, NoPurifier(classifier))
+    assert torch.equal(moved, transfer.transferred_further(scene.against(undefended)))  # it knows of no defense
+
+
 def test_transfer_brings_autoattack_with_it_and_twice_the_attack_that_it_doubles() -> None:
-    assert attacks.chosen("transfer") == ("autoattack", "transfer")
+    assert attacks.chosen("transfer") == ("autoattack", "transfer", "transfer-further")
     assert attacks.chosen("apgd-ce-twice") == ("apgd-ce", "apgd-ce-twice")
     assert cross_entropy_loss(torch.zeros(1, 2), torch.tensor([0])).item() == pytest.approx(0.6931, abs=1e-4)

@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    code._closure.cache_clear()
+    code.modules_behind.cache_clear()
     code._origin.cache_clear()
     code._source.cache_clear()
 
@@ -68,7 +68,7 @@ def test_code_without_a_file_is_never_taken_for_the_same(monkeypatch: pytest.Mon
 
 
 def files(modules: list[str], without: tuple[str, ...] = ()) -> set[str]:
-    return {name for module in modules for name in code._closure(module, without)}
+    return {name for module in modules for name in code.modules_behind(module, without)}
 
 
 def test_attack_and_purifier_depend_on_their_own_code_alone() -> None:

@@ -98,8 +98,8 @@ def test_plot_and_tables_that_cannot_be_made_are_one_line(
     monkeypatch.setattr(tables, "pages", lambda: [page])
     monkeypatch.setattr(tables, "all_tables", dict)
     monkeypatch.setattr(tables, "write_whole", full)
-    assert tables.main() == 2
+    assert tables.main([]) == 2
     assert capsys.readouterr().err == f"tables.py: {page}: No space left on device; free some space\n"
     monkeypatch.setattr(tables, "all_tables", lambda: {"speed": "a table"})
-    assert tables.main() == 2
+    assert tables.main([]) == 2
     assert capsys.readouterr().err == "tables.py: no page has a place for speed\n"

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 import unperturb.benchmarks as benchmarks
 from tests.support import broken_defenses
+from unperturb.benchmarks.robustness.code import modules_behind
 from unperturb.benchmarks.robustness.fingerprint import fingerprint
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
-from unperturb.benchmarks.robustness.subjects import _values, ready, subject_of
+from unperturb.benchmarks.robustness.identity import modules_of_defense
+from unperturb.benchmarks.robustness.subjects import _values, defense_of, ready, subject_of
+from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.networks.classifier import ImageClassifier
 
@@ -135,7 +138,7 @@ def test_stored_units_are_used_again_and_another_purifier_leaves_those_of_the_ba
     assert set(tmp_path.rglob("*.npz")) == before
     quick(net, Levels(8), store=tmp_path)
     names = {file.name.split("-0000")[0] for file in set(tmp_path.rglob("*.npz")) - before}
-    assert names == {"clean", "apgd-ce", "transfer", "bpda-apgd-ce", "apgd-ce-x2", "apgd-ce-x4"}
+    assert names == {"clean", "apgd-ce", "transfer", "transfer-further", "bpda-apgd-ce", "apgd-ce-x2", "apgd-ce-x4"}
 
 
 @pytest.mark.parametrize(
@@ -197,7 +200,7 @@ def test_purifier_and_model_in_a_folder_of_ones_own_run_through_every_attack_tha
     (file,) = (tmp_path / "out").glob("*.json")
     found = json.loads(file.read_text())["results"]
     applies = ["noise", "apgd-ce", "apgd-ce-twice", "transfer", "bpda-apgd-ce", "bpda-apgd-dlr", "batchmate"]
-    assert list(found["outcomes"]) == ["clean", *applies, "defended-autoattack", "rays"]
+    assert list(found["outcomes"]) == ["clean", *applies, "defended-autoattack", "rays", "transfer-further"]
     assert set(found["could_not_run"]) == {"intermediate", "bpda-contrastive"}
     assert found["purifier"]["strength"] == 0.3
     assert str(tmp_path) not in file.read_text()
@@ -297,7 +300,7 @@ def test_purifier_without_a_gradient_is_attacked_by_all_and_its_row_says_so(
 ) -> None:
     report = quick(net, purifier, n=4, attacks="autoattack,batchmate,defended-autoattack")
     found = report.records[1]["results"]
-    assert "no gradient comes through" in found["notes"][0]
+    assert "no gradient comes through" in found["figures"]["weaker"][0]
     assert "no gradient comes through" in report.to_markdown()
     assert {"batchmate", "defended-autoattack"} <= found["outcomes"].keys()
 
@@ -360,3 +363,15 @@ def test_batch_norm_of_another_kind_keeps_what_it_does() -> None:
     model, x = Net().eval(), torch.rand(4, 3, 8, 8)
     subject = subject_of(model, name="net", classes=None, image_size=8)
     assert torch.allclose(ready(subject, torch.device("cpu")).classifier(x), model(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["small", "default"])
+def test_code_of_a_purifier_is_no_part_of_what_the_bare_classifiers_work_is_found_by(name: str) -> None:
+    subject = ready(store.load(name), torch.device("cpu"))
+    edited = "unperturb.models.purifiers.reverse_attack"
+
+    def behind(spec: str) -> set[str]:
+        return {one for module in modules_of_defense(defense_of(spec, subject)) for one in modules_behind(module)}
+
+    assert edited in behind("reverse-attack")
+    assert edited not in behind("none") | behind("vote")

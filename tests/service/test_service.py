@@ -258,7 +258,12 @@ def test_health_readiness_card_and_docs(client: TestClient, tiny_folder: Path) -
     assert client.get("/healthz").json() == {"status": "alive"}
     assert client.get("/readyz").json() == {"status": "ready"}
     card = json.loads((tiny_folder / store.CARD).read_text())
-    assert client.get("/model").json() == {**card, "presets": ["default", "vote", "transfer", "published"]}
+    assert client.get("/model").json() == {
+        **card,
+        "presets": ["default", "vote", "transfer", "published"],
+        "worth": {},
+        "advice": None,
+    }
     assert client.get("/docs").status_code == 200
     operation = client.get("/openapi.json").json()["paths"]["/classify"]["post"]
     kinds = {"multipart/form-data", "application/json", "image/png", "image/jpeg", "image/webp"}
@@ -329,6 +334,19 @@ def test_execution_is_chosen_by_what_the_machine_has(
 def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNPERTURB_MAX_BODY_BYTES", "123")
     assert Settings().max_body_bytes == 123
+
+
+def test_name_that_is_no_setting_is_told_in_the_log(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("UNPERTURB_PRESETT", "vote")
+    monkeypatch.setenv("UNPERTURB_CACHE", str(tiny_folder))  # another part's
+    monkeypatch.setenv("UNPERTURB_MAX_IMAGES", "7")
+    with caplog.at_level("WARNING", logger="unperturb.service"):
+        create_app(settings(tiny_folder), handle=ThreadHandle)
+    assert [record.getMessage() for record in caplog.records if record.name == "unperturb.service"] == [
+        "no such setting, and not heeded: UNPERTURB_PRESETT"
+    ]
 
 
 def test_missing_checkpoint_is_refused_before_serving() -> None:

@@ -117,7 +117,7 @@ def test_purifier_is_trained_and_the_classifier_is_not(
     ]
     assert main(arguments) == 0
     said, log = capsys.readouterr().out, read_log(tmp_path / "run")
-    assert "on 9 held-out images, with the restorer (without)" in said
+    assert "on 9 held-out images, with the restorer (without, the vote alone)" in said
     made, before = store.load(tmp_path / "run" / "checkpoint"), store.load(tmp_path / "base")
     assert made.card.restorer == RestorerCard(width=16, depth=2, epsilon=60 / 255, scale=2, times=1.0, alone=True)
     assert made.card.restorer_training["held_out_bare"]["n"] == 9
