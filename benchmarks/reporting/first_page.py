@@ -15,7 +15,7 @@ VERDICTS = {
     "worse": "it **makes things worse** against an attacker who knows it",
     "better": "it helps, also against an attacker who knows it",
     "even": "no difference can be told",
-    "unjudged": "it was attacked with less than the bare classifier, and is not judged",
+    "unjudged": "it was attacked with less than the bare classifier, so that this is an upper bound",
 }
 
 
@@ -47,7 +47,7 @@ def headline(runs: list[dict[str, Any]]) -> str:
     known = c.GAIN.cell(row).whole
     lines = [
         f"- The attacker **knows** the purifier (the worst of {row.attacks} attacks, budget `{row.budget}`): "
-        f"**{known} points**, n = {c.COUNT.cell(row).text}, and so {VERDICTS[tone(row)]}. "
+        f"**{known} points**, n = {c.COUNT.cell(row).text}; {VERDICTS[tone(row)]}. "
         f"{c.percent(row.bare).text}% of the images withstand without it, {c.percent(row.worst).text}% with it."
     ]
     for _, vote in (pair for name, pair in found.items() if is_vote(name)):
