@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -7,13 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import write_image_folder
+from tests.conftest import make_checkpoint, write_image_folder
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import DataError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.pixels import Preprocessing
 from unperturb.training.augment import pad_crop_flip
-from unperturb.training.data import hold_out, load, load_for
+from unperturb.training.data import at_once, hold_out, load, load_for, training_images_for
+from unperturb.training.purifier.restorer import RestorerConfig
 
 
 def test_folder_loads_in_sorted_order_with_labels_of_sorted_classes(image_folder: Path, tmp_path: Path) -> None:
@@ -148,6 +150,29 @@ def test_held_out_images_are_not_trained_on(image_folder: Path, tmp_path: Path) 
     assert not any(image.numpy().tobytes() in seen for image in held.images)
     with pytest.raises(DataError, match="hold out 72 of 72"):
         hold_out(split, 72, seed=0)
+
+
+@pytest.mark.parametrize(("side", "count"), [(32, 250), (64, 250), (224, 20), (2048, 1)])
+def test_few_large_images_are_attacked_at_once(side: int, count: int) -> None:
+    assert at_once(torch.zeros(2, 3, side, side, dtype=torch.uint8)) == count
+
+
+def test_new_part_says_which_held_out_images_the_classifier_was_trained_on(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
+    card = make_checkpoint().card
+    known = {"sha256": dataset.digest, "held_out_of_train": 10}
+    own = dataclasses.replace(card, data=known, training={**card.training, "seed": 0})
+    capsys.readouterr()
+    unknown = dataclasses.replace(card, data={})
+    for given, seed, says in ((own, 0, ""), (own, 1, "was trained on"), (unknown, 0, "not known")):
+        config = RestorerConfig(checkpoint="x", data="x", out=tmp_path, held_out=10, seed=seed)
+        kept, held = training_images_for(given, dataset, config)
+        assert (len(kept.labels), len(held.labels)) == (62, 10)
+        said = capsys.readouterr().err
+        assert says in said
+        assert bool(said) == bool(says)
 
 
 def test_pad_crop_flip_shifts_each_image_on_its_own() -> None:

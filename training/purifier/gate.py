@@ -24,7 +24,6 @@ from unperturb.models.options import option
 from unperturb.models.purifiers.defended import reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack
 from unperturb.training import data
-from unperturb.training.contrastive.encoder import BATCH
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +85,7 @@ def first_losses(purifier: ReverseAttack, held: data.Split, *, epsilon: float) -
     clean: list[Tensor] = []
     attacked: list[Tensor] = []
     numbers = torch.arange(len(held.labels), device=held.labels.device)
-    for some in numbers.split(BATCH):
+    for some in numbers.split(data.at_once(held.images)):
         x = held.images[some].float() / 255
         moved = pgd(
             purifier.classifier, x, held.labels[some], epsilon=epsilon, step_size=epsilon / 4, steps=20, seeds=some

@@ -22,7 +22,6 @@ from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.options import option
 from unperturb.training import data, loop, options, seeds, world
-from unperturb.training.contrastive.encoder import BATCH
 from unperturb.training.options import RunConfig
 
 
@@ -66,7 +65,7 @@ class RestorerTask:
         """Attack every image of a split; return them as float16."""
         made = []
         numbers = torch.arange(len(split.labels), device=split.labels.device)
-        for some in tqdm(numbers.split(BATCH), desc="attacking", disable=None, leave=False):
+        for some in tqdm(numbers.split(data.at_once(split.images)), desc="attacking", disable=None, leave=False):
             moved = pgd(
                 classifier,
                 split.images[some].float() / 255,
@@ -96,7 +95,7 @@ class RestorerTask:
         errors, signs = [], []
         with torch.no_grad(), evaluating(averaged), options.autocast(self.config, self.held.images.device):
             numbers = torch.arange(len(self.held.labels), device=self.held.images.device)
-            for some in numbers.split(BATCH):
+            for some in numbers.split(data.at_once(self.held.images)):
                 noise = self.attacked_held[some].float()
                 found = averaged(self.held.images[some].float() / 255 + noise).float()
                 errors.append(F.mse_loss(found, noise / self.config.epsilon, reduction="none").mean((1, 2, 3)))

@@ -112,7 +112,7 @@ class SupervisedTask:
         return apart and best - score >= self.config.collapse
 
 
-def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int, batch: int = 250) -> dict[str, Any]:
+def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int) -> dict[str, Any]:
     """Measure clean and PGD accuracy (random start, steps of a quarter of epsilon) on a split, with 95% intervals.
 
     With no steps, clean accuracy alone.
@@ -120,7 +120,7 @@ def measure(model: nn.Module, split: data.Split, *, epsilon: float, steps: int, 
     model.eval()
     clean: list[bool] = []
     robust: list[bool] = []
-    for indices in torch.arange(len(split.labels)).split(batch):
+    for indices in torch.arange(len(split.labels)).split(data.at_once(split.images)):
         x, labels = split.images[indices].float() / 255, split.labels[indices]
         clean += correct(model, x, labels)
         if not steps:
