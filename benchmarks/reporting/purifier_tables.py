@@ -27,8 +27,8 @@ def points(gain: dict[str, Any]) -> str:
 def classifier_table(autoattacked: Mapping[str, dict[str, Any]]) -> str:
     """The shipped classifiers on the whole test set, from their cards, and under AutoAttack, from runs by card's id."""
     rows = [
-        "| checkpoint | network | parameters | n | clean (95%) | PGD-20, L∞ 8/255 | AutoAttack, first 1,000 |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| checkpoint | id | network | parameters | n | clean (95%) | PGD-20, L∞ 8/255 | AutoAttack, first 1,000 |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in store.shipped_names():
         loaded = store.load(name)
@@ -40,6 +40,7 @@ def classifier_table(autoattacked: Mapping[str, dict[str, Any]]) -> str:
         width = "" if card.architecture.width == 1 else f", width {card.architecture.width:g}"
         cells = [
             f"`{name}`",
+            f"`{card.id}`",
             f"`{card.architecture.name}`{width}",
             f"{millions:.1f} million",
             f"{test['n']:,}",
