@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting.assessment import Judged, assessment, judged_presets, points_of
@@ -25,6 +26,7 @@ from unperturb.models.purifiers.defended import presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 
 SCRIPT = "unperturb assess"
+PIXELS_AT_ONCE = 1 << 18  # 5 images of 224 pixels: the full gradient keeps every layer of every view
 MOST_STEPS = 10  # of a preset that is measured unasked: the full gradient goes through every one
 
 
@@ -92,6 +94,7 @@ def assess(config: AssessConfig) -> int:
         dataset=config.data.stem,
         store=config.out,
         device=config.device,
+        chunk=chunk_of(data.images),
     )
     report.save(config.out)
     judged = judged_presets(report.runs, subject.card, wanted)
@@ -106,6 +109,11 @@ def assess(config: AssessConfig) -> int:
         store.write_card(store.resolve(config.checkpoint), card)
     print(found["verdict"])
     return 0
+
+
+def chunk_of(images: Tensor) -> int:
+    """Return how many images [n, 3, h, w] are attacked at once."""
+    return max(1, min(128, PIXELS_AT_ONCE // images[0, 0].numel()))
 
 
 def lines_of(judged: list[Judged]) -> list[str]:

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import make_checkpoint
 from unperturb.benchmarks import assess
@@ -45,6 +46,11 @@ def judged(name: str, gain: float, *, clean: float = 0.0, transfer: float = 0.0)
 )
 def test_verdict_follows_the_worst_case(rows: list[Judged], says: str) -> None:
     assert verdict(rows).startswith(says)
+
+
+@pytest.mark.parametrize(("side", "count"), [(32, 128), (224, 5), (1024, 1)])
+def test_few_large_images_are_attacked_at_once(side: int, count: int) -> None:
+    assert assess.chunk_of(torch.zeros(2, 3, side, side)) == count
 
 
 def arguments(folder: Path, images: Path, out: Path, *more: str) -> list[str]:
