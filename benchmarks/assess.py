@@ -24,6 +24,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.options import option
 from unperturb.models.purifiers.defended import presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.training.data import at_once
 
 SCRIPT = "unperturb assess"
 PIXELS_AT_ONCE = 1 << 18  # 5 images of 224 pixels: the full gradient keeps every layer of every view
@@ -113,7 +114,7 @@ def assess(config: AssessConfig) -> int:
 
 def chunk_of(images: Tensor) -> int:
     """Return how many images [n, 3, h, w] are attacked at once."""
-    return max(1, min(128, PIXELS_AT_ONCE // images[0, 0].numel()))
+    return at_once(images, most=128, pixels=PIXELS_AT_ONCE)
 
 
 def lines_of(judged: list[Judged]) -> list[str]:

@@ -326,9 +326,9 @@ def first(split: Split, count: int, device: torch.device) -> Split:
     return resident(Split(split.images[:count], split.labels[:count]), device)
 
 
-def at_once(images: UInt8[Tensor, "n 3 h w"]) -> int:
+def at_once(images: Tensor, *, most: int = 250, pixels: int = 1 << 20) -> int:
     """Return how many images of this size are attacked at once: each takes memory at every layer, so few large ones."""
-    return max(1, min(250, (1 << 20) // images[0, 0].numel())) if len(images) else 1
+    return max(1, min(most, pixels // images[0, 0].numel())) if len(images) else 1
 
 
 def described(dataset: DataSet, train: Split) -> dict[str, object]:
