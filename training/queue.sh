@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The classifiers that are to ship beside `default`, `small` and `cifar10-natural`, one after another; about eight hours on two cores:
+# The classifiers that are to ship beside `default`, `small` and `cifar10-natural`, one after another, each with its head,
+# restorer and gates; about eight hours on two cores:
 #   nohup nice training/queue.sh RUNS CIFAR10 CIFAR100 >> queue.log 2>&1 &
 # RUNS is a folder for the runs, the others image folders. A run that was ended goes on from its state; finished ones
 # are skipped. One without a state goes on from its averaged weights in training/unfinished, where there are some.
@@ -23,7 +24,24 @@ train() { # NAME DATA EPOCHS, then options
     --arch preact_resnet18 --activation silu --precision bfloat16 "$@" 2> "$runs/$name.err"
 }
 
+finish() { # NAME DATA: head, restorer and gates; what ships is $runs/$name-restorer/checkpoint
+  local name=$1 data=$2 card=$runs/$1-restorer/checkpoint/card.json
+  test -f "$card" && grep -q clean_left "$card" && return
+  echo "$(date -u +%FT%TZ) $name: head, restorer, gates"
+  {
+    test -f "$runs/$name-head/checkpoint/card.json" ||
+      "${PYTHON:-python3}" -m unperturb.training head --classifier "$runs/$name/checkpoint" --data "$data" \
+        --batch-size 512 --epochs 6 --precision bfloat16 --out "$runs/$name-head"
+    test -f "$card" ||
+      "${PYTHON:-python3}" -m unperturb.training restorer --checkpoint "$runs/$name-head/checkpoint" --data "$data" \
+        --images 20000 --epochs 6 --precision bfloat16 --out "$runs/$name-restorer"
+    "${PYTHON:-python3}" -m unperturb.training gate --checkpoint "$runs/$name-restorer/checkpoint" --data "$data"
+  } 2>> "$runs/$name.err"
+}
+
 mkdir -p "$runs"
 train cifar100 "$cifar100" 40 --width 0.5 --method n-fgsm
+finish cifar100 "$cifar100"
 train cifar10-large "$cifar10" 30 --method n-fgsm
+finish cifar10-large "$cifar10"
 echo "$(date -u +%FT%TZ) done"
