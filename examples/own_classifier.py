@@ -64,7 +64,11 @@ def main(folder: Path, data: Path | None, *, side: int, epochs: int) -> None:
     """Go the whole way."""
     weights, names, model, run = (folder / name for name in ("weights.pth", "names.txt", "model", "run"))
     folder.mkdir(parents=True, exist_ok=True)
-    small = ("--width", "8", "--depth", "2", "--batch-size", "20", "--held-out", "20") if data is None else ()
+    small = (
+        ("--width", "8", "--depth", "2", "--batch-size", "20", "--held-out", "20", "--assess", "6")
+        if data is None
+        else ()
+    )
     if data is None:
         data = folder / "data"
         pictures(data, side)
@@ -72,10 +76,8 @@ def main(folder: Path, data: Path | None, *, side: int, epochs: int) -> None:
     pixels = ("--image-size", side, "--fit", "crop", "--resize", side, "--mean", ".5,.5,.5", "--std", ".25,.25,.25")
     unperturb("import", "torchvision:resnet18", "--weights", weights, "--classes", names, "--out", model, *pixels)
     asked = ("--checkpoint", model, "--data", data, "--epochs", epochs, "--device", "cpu")
-    unperturb("train", "purifier", *asked, "--out", run, *(small or ("--batch-size", "32", "--held-out", "100")))
-    count = "6" if small else "200"
-    measured = ("--images", count, "--device", "cpu", "--out", folder / "assessment", "--write-card")
-    unperturb("assess", run / "checkpoint", "--data", data, *measured)
+    much = small or ("--batch-size", "32", "--held-out", "100", "--assess", "200")
+    unperturb("train", "purifier", *asked, "--out", run, *much)
 
 
 if __name__ == "__main__":

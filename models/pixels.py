@@ -75,12 +75,14 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
-        if self.size < 1 or self.fit not in FITS:
-            raise ConfigError(f"size={self.size}, fit={self.fit!r}: at least 1, and one of {', '.join(FITS)}")
-        if self.resize and (self.resize < self.size or self.fit == "square"):
-            raise ConfigError(
-                f"resize={self.resize}, size={self.size}, fit={self.fit!r}: at least the size, of crop or stretch"
-            )
+        if self.size < 1:
+            raise ConfigError(f"size={self.size} must be at least 1")
+        if self.fit not in FITS:
+            raise ConfigError(f"fit={self.fit!r} is not one of {', '.join(FITS)}")
+        if self.resize and self.fit == "square":
+            raise ConfigError(f"resize={self.resize}: fit='square' cuts out first and has none; crop and stretch do")
+        if self.resize and self.resize < self.size:
+            raise ConfigError(f"resize={self.resize} must be at least the size, {self.size}")
         known = [kind.name.lower() for kind in Image.Resampling]
         if self.interpolation not in known:
             raise ConfigError(f"interpolation={self.interpolation!r} is not one of {', '.join(known)}")

@@ -5,6 +5,7 @@ What is heavy is imported by the command that needs it: the decoding processes i
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -119,11 +120,13 @@ def import_classifier(
     pretrained: Annotated[bool, typer.Option("--pretrained", help="the source's own weights, downloaded")] = False,
     classes: Annotated[Path | None, typer.Option(help="class names: a line each, or JSON")] = None,
     id: Annotated[str | None, typer.Option(help="name on the card; default: the folder's")] = None,
-    image_size: Annotated[int | None, typer.Option(min=8, help="side in pixels of what the network takes")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=8, max=2048, help="side in pixels of what the network takes")
+    ] = None,
     fit: Annotated[
         str | None, typer.Option(help="crop (shorter side to --resize, the centre), stretch or square")
     ] = None,
-    resize: Annotated[int | None, typer.Option(min=8, help="pixels before the centre is cut out")] = None,
+    resize: Annotated[int | None, typer.Option(min=8, max=4096, help="pixels before the centre is cut out")] = None,
     interpolation: Annotated[str | None, typer.Option(help="bicubic, bilinear, nearest …")] = None,
     antialias: Annotated[bool | None, typer.Option(help="of that")] = None,
     mean: Annotated[str | None, typer.Option(help="per channel of pixels in [0, 1], as .485,.456,.406")] = None,
@@ -151,25 +154,25 @@ def import_classifier(
         mean=_triple("mean", mean),
         std=_triple("std", std),
     )
+    if out.is_dir() and any(out.iterdir()):
+        raise ConfigError(f"{out} is not empty; give a new folder for the checkpoint, or empty it")
     sys.path.insert(0, "")  # a factory of the folder that one starts from
     loaded = import_classifier(config)
-    store.save(out, loaded, half=False)
     card, how = loaded.card, loaded.card.pictures
+    decoded = _read(picture or SAMPLE, card)
+    store.save(out, loaded)
     print(f"{out}: {card.architecture.name}, {len(card.classes)} classes, features of {loaded.classifier.feature_dim}")
     print(
         f"pictures: {how.fit} {f'at {how.resize} ' * bool(how.resize)}to {how.size} pixels, {how.interpolation}"
         f"{', antialiased' * how.antialias}; mean {card.architecture.mean}, std {card.architecture.std}"
     )
-    decoded = _read(picture or SAMPLE, card)
     scores = loaded.classifier(_batch(decoded, next(loaded.classifier.parameters()).device))[0].softmax(0)
     print(f"{picture or 'the shipped drawing'}: {_line(top(scores.numpy(), card.classes, min(5, len(card.classes))))}")
-    for warning in warnings_of(scores):
+    for warning in warnings_of(scores, card.classes):
         typer.echo(f"warning: {warning}", err=True)
 
 
 def _triple(name: str, text: str | None) -> "tuple[float, float, float] | None":
-    from unperturb.models.errors import ConfigError
-
     if text is None:
         return None
     try:
@@ -212,7 +215,8 @@ def classify(
             shown = {name: [p.model_dump() for p in values] for name, values in record.items()}
             print(json.dumps({"file": str(file), **shown}))
         else:
-            print(f"{file}: {_line(predictions)}   (unpurified: {_line(before[:1])})")
+            also = "" if purify == "never" else f"   (unpurified: {_line(before[:1])})"
+            print(f"{file}: {_line(predictions)}{also}")
     if failed:
         raise typer.Exit(1)
 
@@ -295,8 +299,24 @@ def demo(
     add_help_option=False,
 )
 def train(context: typer.Context) -> None:
-    """Train a classifier or a head: the same as python -m unperturb.training …"""
-    os.execv(sys.executable, [sys.executable, "-m", "unperturb.training", *context.args])
+    """Train a part: the same as python -m unperturb.training …, and a purifier is assessed at the end."""
+    given, run = context.args, [sys.executable, "-m"]
+    training = [*run, "unperturb.training", *given]
+    if given[:1] != ["purifier"] or {"-h", "--help"} & set(given):
+        os.execv(sys.executable, training)
+    if status := subprocess.run(training, check=False).returncode:
+        raise typer.Exit(status)
+    from unperturb.models.options import parse
+    from unperturb.training.purifier.purifier import PurifierConfig
+
+    config = parse(PurifierConfig, given[1:], program="unperturb train purifier")
+    if config.assess and not Path(config.data).is_dir():
+        print(f"unperturb assess {config.out / 'checkpoint'} --data DIR tells what it is worth, on images of a folder")
+    elif config.assess:
+        checkpoint, cache = str(config.out / "checkpoint"), ["--cache", str(config.cache)] if config.cache else []
+        asked = ["--data", config.data, "--images", str(config.assess), "--device", config.device, *cache]
+        asked += ["--write-card", "--out", str(config.out / "assessment")]
+        os.execv(sys.executable, [*run, "unperturb.benchmarks.assess", checkpoint, *asked])
 
 
 @app.command(

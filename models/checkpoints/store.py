@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from unperturb.models.files import write_whole
 from unperturb.models.networks.benchmark_classes import class_names
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
+from unperturb.models.networks.imported import ImportedClassifier
 from unperturb.models.networks.readout import SoftNeighbours, attach, blank_readout
 from unperturb.models.networks.registry import build
 from unperturb.models.networks.restorer import Restorer
@@ -66,14 +68,18 @@ def resolve(name: str | os.PathLike[str]) -> Path:
 def save(folder: Path, checkpoint: Checkpoint, *, half: bool = True) -> Card:
     """Write the folder (each file to a temporary one, then renamed; the card last) and return the finished card.
 
-    Weights are stored as float16 with `half`. Raises CheckpointError for weights that are not finite as stored.
+    Weights are stored as float16 with `half`, but somebody else's classifier as it is, float32. Raises CheckpointError
+    for weights that are not finite.
     """
     outputs = checkpoint.card.architecture.num_classes
     if len(checkpoint.card.classes) != outputs:
         raise CheckpointError(
             f"{folder}: {len(checkpoint.card.classes)} classes for {outputs} outputs; it was not saved"
         )
-    digest = write_weights(folder / WEIGHTS, dict(_parts(checkpoint)), half=half)
+    parts = dict(_parts(checkpoint))
+    foreign = isinstance(checkpoint.classifier, ImportedClassifier)
+    halved = [part for part in parts if half and not (foreign and part == "classifier")]
+    digest = write_weights(folder / WEIGHTS, parts, halved=halved)
     card = dataclasses.replace(
         checkpoint.card,
         bank_size=0 if checkpoint.bank is None else len(checkpoint.bank.labels),
@@ -135,18 +141,20 @@ def _load_foreign(name: str, device: str | torch.device) -> Checkpoint:
     return Checkpoint(card, classifier)
 
 
-def write_weights(file: Path, parts: dict[str, nn.Module], *, half: bool = True) -> str:
-    """Write the parts' tensors as safetensors, floats as float16 with `half`; return the file's SHA-256.
+def write_weights(file: Path, parts: dict[str, nn.Module], *, halved: Collection[str] = ()) -> str:
+    """Write the parts' tensors as safetensors, return the file's SHA-256.
 
-    Raises CheckpointError for weights that are not finite as stored.
+    Floats of the parts that are `halved` are float16, but for a tensor with a value beyond its range. Raises
+    CheckpointError for weights that are not finite.
     """
     tensors: dict[str, Tensor] = {}
     for part, module in parts.items():
         for key, value in module.state_dict().items():
-            stored = value.detach().to("cpu", torch.float16 if half and value.is_floating_point() else value.dtype)
+            stored = value.detach().cpu().contiguous()
             if not bool(stored.isfinite().all()):
-                raise CheckpointError(f"{part}.{key} is not finite as {stored.dtype}; it was not saved to {file}")
-            tensors[f"{part}.{key}"] = stored.contiguous()
+                raise CheckpointError(f"{part}.{key} is not finite; it was not saved to {file}")
+            half = stored.half() if part in halved and stored.is_floating_point() else stored
+            tensors[f"{part}.{key}"] = half if bool(half.isfinite().all()) else stored
     payload = save_tensors(tensors)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, payload)

@@ -83,7 +83,7 @@ def _layer(inside: int, outside: int, stride: int) -> nn.Module:
 
 def save(folder: Path, generator: NoiseGenerator, card: GeneratorCard) -> GeneratorCard:
     """Write the folder, weights first, and return the finished card."""
-    digest = write_weights(folder / WEIGHTS, {"generator": generator}, half=False)
+    digest = write_weights(folder / WEIGHTS, {"generator": generator})
     made_by = {"commit": provenance.commit(), "versions": provenance.versions()}
     card = dataclasses.replace(card, weights_sha256=digest, made_by=made_by)
     write_whole(folder / CARD, (json.dumps(dataclasses.asdict(card), indent=2) + "\n").encode())

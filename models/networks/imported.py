@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -199,7 +200,9 @@ def last_linear(network: nn.Module, architecture: Architecture) -> str:
 def library(name: str) -> ModuleType:
     """Return an optional library; ConfigError says how to get it."""
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # timm 1.0.9's, of what torch will lack one day
+            return importlib.import_module(name)
     except ImportError as error:
         raise ConfigError(f"{name} is not installed ({error}): pip install {name}") from error
 

@@ -13,6 +13,12 @@ from unperturb.models.shapes import Float, Int
 COMPACT_EVERY = 5  # steps
 
 
+def lacking(part: str, of: str) -> str:
+    """Return what to say of a checkpoint without a "head" or a "restorer to stand alone", and what trains one."""
+    trainer = "head --classifier" if part == "head" else "purifier --checkpoint"
+    return f"{of} has no {part}; train one: unperturb train {trainer} CHECKPOINT --data DIR --out OUT"
+
+
 class Trace(NamedTuple):
     """The loss before each step on that step's views (NaN after an image's last), and before and after
     all of them on other views that no step used; the distance |z - x0|∞ and |z - x0|₂ in pixel units of [0, 1].

@@ -10,7 +10,7 @@ from unperturb.models.checkpoints.card import Card
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.purifiers.base import NoPurifier, Purified, Purifier, Trace
+from unperturb.models.purifiers.base import NoPurifier, Purified, Purifier, Trace, lacking
 from unperturb.models.purifiers.restored import restored_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack, ReverseAttackConfig, preset
 from unperturb.models.purifiers.vote import Vote
@@ -148,10 +148,7 @@ def vote_of(card: Card, config: ReverseAttackConfig) -> Vote | None:
 def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> ReverseAttack:
     """Return the reverse attack of a checkpoint; raise CheckpointError where it has no head."""
     if checkpoint.head is None or checkpoint.bank is None:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.card.id!r} has no head to purify with; train one: "
-            "unperturb train head --classifier FOLDER --data … --out …"
-        )
+        raise CheckpointError(lacking("head", f"checkpoint {checkpoint.card.id!r}"))
     return ReverseAttack(checkpoint.classifier, checkpoint.head, checkpoint.bank, config, checkpoint.restorer)
 
 

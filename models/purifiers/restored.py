@@ -10,7 +10,7 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.restorer import REACH, Restorer
-from unperturb.models.purifiers.base import Purifier
+from unperturb.models.purifiers.base import Purifier, lacking
 from unperturb.models.shapes import Float, Int
 
 
@@ -40,8 +40,5 @@ class Restored(Purifier):
 def restored_of(checkpoint: Checkpoint, *, times: float = 1.0) -> Restored:
     """Return the purifier of a checkpoint; raise CheckpointError where it has no restorer."""
     if checkpoint.restorer is None:
-        raise CheckpointError(
-            f"checkpoint {checkpoint.card.id!r} has no restorer; train one: "
-            "unperturb train purifier --checkpoint FOLDER --data … --out …"
-        )
+        raise CheckpointError(lacking("restorer", f"checkpoint {checkpoint.card.id!r}"))
     return Restored(checkpoint.classifier, checkpoint.restorer, times=times)

@@ -10,6 +10,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.inference.captured import Execution
+from unperturb.models.purifiers.base import lacking
 from unperturb.models.purifiers.defended import preset_of, presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttackConfig
 from unperturb.service.engine.cost import Cost
@@ -58,13 +59,10 @@ class Model:
     def require(self, preset: str | None) -> None:
         """Raise UnprocessableError for a preset that the checkpoint lacks the parts of."""
         if preset is not None and preset not in self.presets:
-            lacks, how = ("head", "head --classifier")
-            if PRESETS[preset].restores:
-                lacks, how = "restorer to stand alone", "purifier --checkpoint"
-            raise UnprocessableError(
-                f"preset: model {self.id!r} has no {lacks}, which {preset!r} needs; train one: unperturb train {how} "
-                f"CHECKPOINT --data DIR --out OUT; purify=never and preset={','.join(self.presets)} can"
-            )
+            part = "restorer to stand alone" if PRESETS[preset].restores else "head"
+            without = lacking(part, f"model {self.id!r}")
+            can = " or ".join(f"preset={name}" for name in self.presets)
+            raise UnprocessableError(f"preset={preset}: {without}. Until then ask for {can}, or purify=never")
 
     def observe(self, pace: float) -> None:
         """Follow what work takes now; one step that hung tells little of the next."""

@@ -121,11 +121,22 @@ def test_weights_that_are_not_finite_are_refused_on_load_and_on_save(folder: Pat
         load(folder)
     made = make_checkpoint()
     with torch.no_grad():
-        next(made.classifier.parameters()).fill_(1e6)  # finite, but not as float16
+        next(made.classifier.parameters()).fill_(float("inf"))
     before = (folder / WEIGHTS).read_bytes()
-    with pytest.raises(CheckpointError, match="float16"):
+    with pytest.raises(CheckpointError, match="is not finite; it was not saved"):
         store.save(folder, made)
     assert (folder / WEIGHTS).read_bytes() == before
+
+
+def test_weights_beyond_float16_are_stored_as_they_are(tmp_path: Path) -> None:
+    made = make_checkpoint()
+    with torch.no_grad():
+        next(made.classifier.parameters()).fill_(1e6)
+    store.save(tmp_path, made)
+    name, first = next(iter(made.classifier.named_parameters()))
+    assert torch.equal(store.load(tmp_path).classifier.state_dict()[name], first)
+    dtypes = {value.dtype for value in load_file(tmp_path / WEIGHTS).values() if value.is_floating_point()}
+    assert dtypes == {torch.float16, torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,10 @@ def test_example_with_somebody_elses_weights_goes_the_whole_way(tmp_path: Path) 
         ({"weights": None}, "give --weights FILE, or --pretrained"),
         ({"pretrained": True}, "give one of the two"),
         ({"std": (1.0, 0.0, 1.0)}, "above 0"),
+        ({"std": (58.0, 57.0, 57.0)}, "at most 1: it is of pixels in"),
+        ({"mean": (123.7, 116.3, 103.5)}, "within 0 and 1: it is of pixels in"),
+        ({"mean": (float("nan"), 0.5, 0.5)}, "within 0 and 1"),
+        ({"fit": "square", "resize": 256}, "crop and stretch do"),
         ({"fit": "letterbox"}, "letterbox"),
         ({"classes": "two.txt"}, "names 2 classes, the network has 3"),
     ],
@@ -397,6 +401,23 @@ def test_class_names_are_read(tmp_path: Path, text: str, names: tuple[str, ...])
 
 
 def test_scores_that_look_wrong_are_warned_of() -> None:
-    assert warnings_of(torch.tensor([0.7, 0.2, 0.1])) == []
-    assert "uniform" in warnings_of(torch.full((1000,), 0.001))[0]
-    assert "score of one class is 1" in warnings_of(torch.tensor([1.0, 0.0, 0.0]))[0]
+    assert warnings_of(torch.tensor([0.7, 0.2, 0.1]), PETS) == []
+    assert "uniform" in warnings_of(torch.full((3,), 1 / 3), PETS)[0]
+    assert "score of one class is 1" in warnings_of(torch.tensor([1.0, 0.0, 0.0]), PETS)[0]
+    assert (
+        "1 names stand for several classes (cat)"
+        in warnings_of(torch.tensor([0.7, 0.2, 0.1]), ("cat", "cat", "ship"))[0]
+    )
+
+
+def test_somebody_elses_weights_are_kept_as_they_are_whoever_trains_parts_for_them(
+    network: nn.Module, tmp_path: Path
+) -> None:
+    state = network.state_dict()
+    state["bn1.running_var"] = state["bn1.running_var"] * 1e6  # beyond float16
+    torch.save(state, tmp_path / "w.pth")
+    made = import_classifier(ImportConfig(source="torchvision:resnet18", weights=tmp_path / "w.pth", image_size=32))
+    store.save(tmp_path / "made", made)
+    stored = store.load(tmp_path / "made").classifier.state_dict()
+    for name, value in made.classifier.state_dict().items():
+        assert torch.equal(stored[name], value), name

@@ -113,3 +113,27 @@ def test_source_is_taken_in_served_given_a_purifier_and_assessed(
         assert answer.status_code == 200
         assert answer.json()["purification"]["applied"] is True
     sys.modules.pop("her_tiny_network", None)
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a command that imports the network as `made`, from the folder that it is run in."""
+    monkeypatch.chdir(tmp_path)
+    return ["import", *of_torchvision(tmp_path), "--image-size", "32", "--out", "made"]
+
+
+def test_checkpoint_is_not_written_over(asked: list[str]) -> None:
+    assert CliRunner().invoke(app, asked).exit_code == 0
+    before = Path("made/card.json").read_bytes()
+    again = CliRunner().invoke(app, [*asked, "--mean", "0,0,0"])
+    assert again.exit_code == 2
+    assert "made is not empty; give a new folder" in again.output
+    assert Path("made/card.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("picture", ["nowhere.png", "weights.pth"])
+def test_picture_that_cannot_be_read_leaves_no_checkpoint(asked: list[str], picture: str) -> None:
+    done = CliRunner().invoke(app, [*asked, "--picture", picture])
+    assert done.exit_code == 2
+    assert picture in done.output
+    assert not Path("made").exists()

@@ -52,6 +52,10 @@ class PurifierConfig(RunConfig):
     gamma: float = option("weight of KL from the bare classifier's prediction on clean images", 1.0)
     label_smoothing: float = option("label smoothing", 0.0)
     pad: int = option("pixels of padding before the random crop", 4)
+    assess: int = option(
+        "test images to assess it on at the end, by `unperturb assess`; 0: none (python -m unperturb.training: none)",
+        64,
+    )
     epochs: int = option("passes over the training images", 10)
     batch_size: int = option("images a step", 128)
     lr: float = option("peak learning rate", 2e-3)
@@ -67,6 +71,8 @@ class PurifierConfig(RunConfig):
             )
         if self.attack_steps < 1:
             raise ConfigError(f"attack_steps={self.attack_steps} must be at least 1")
+        if self.assess < 0:
+            raise ConfigError(f"assess={self.assess} is below 0")
         if self.held_out < 1:
             raise ConfigError(f"held_out={self.held_out} must be at least 1: the epoch is chosen on them")
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,10 @@ def import_classifier(config: ImportConfig) -> Checkpoint:
         std=config.std or source.std,
         options=source.options,
     )
-    if min(architecture.std) <= 0:
-        raise ConfigError(f"std={architecture.std} must be above 0")
+    if not all(0 <= value <= 1 for value in architecture.mean):
+        raise ConfigError(f"mean={architecture.mean} must be within 0 and 1: it is of pixels in [0, 1]")
+    if not all(0 < value <= 1 for value in architecture.std):
+        raise ConfigError(f"std={architecture.std} must be above 0 and at most 1: it is of pixels in [0, 1]")
     network = network_of(architecture, allowed=True)
     last = last_linear(network, architecture)
     if state is not None:
@@ -109,8 +112,13 @@ def require_separate(classifier: ImageClassifier) -> None:
         )
 
 
-def warnings_of(scores: Tensor) -> list[str]:
-    """Return what looks wrong with softmax scores [classes] of a picture that the model should know."""
+def warnings_of(scores: Tensor, names: Sequence[str]) -> list[str]:
+    """Return what looks wrong with the classes' names, and with softmax scores [classes] of a picture."""
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        return [
+            f"{len(doubled)} names stand for several classes ({doubled[0]}): no folder of images can be told theirs"
+        ]
     top, classes = float(scores.max()), len(scores)
     entropy = float(-(scores.clamp(min=1e-12).log() * scores).sum() / torch.tensor(float(classes)).log())
     if entropy > 0.95:
@@ -150,7 +158,7 @@ def _pictures(config: ImportConfig, source: Source) -> Preprocessing:
         raise ConfigError(f"image_size={wanted['size']}: {source.name} was exported for {source.pictures.size} pixels")
     if "size" in wanted and "resize" not in wanted and source.pictures.resize:  # the share that is cut stays
         wanted["resize"] = round(wanted["size"] * source.pictures.resize / source.pictures.size)
-    if wanted.get("fit") == "square":
+    if wanted.get("fit") == "square" and config.resize is None:  # the source's is of another fit
         wanted["resize"] = 0
     return replace(source.pictures, **wanted)
 

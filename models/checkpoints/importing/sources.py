@@ -1,8 +1,10 @@
 """What a source knows of its classifier: the network by name, how it wants its pictures, its classes, its weights."""
 
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,11 @@ def _timm(name: str) -> Source:
     config = timm.get_pretrained_cfg(name, allow_unregistered=True) or timm.models.PretrainedCfg()
 
     def state() -> Mapping[str, Tensor]:
+        if not importlib.import_module("timm.models._hub").has_hf_hub() and find_spec("huggingface_hub"):
+            raise WeightsUnavailableError(
+                f"timm {timm.__version__} cannot fetch weights with the huggingface_hub that is installed; "
+                "pip install 'huggingface_hub<2', or give --weights"
+            )
         try:
             return dict(timm.create_model(name, pretrained=True).state_dict())
         except Exception as error:  # the hub's, the network's, or timm's own
@@ -166,6 +173,8 @@ def _fetched(repository: str) -> Path:
 
 def _folder(folder: Path, text: str) -> Source:
     """Return a folder's source, in the layout of timm's or transformers' repositories on the hub."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{text} is a folder without config.json, which says what timm or transformers is to make")
     config = _json(folder / "config.json")
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
@@ -223,7 +232,7 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file.name} of the source cannot be read: {error}") from error
+        raise ConfigError(f"{file.name} of the source is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{file.name} of the source is not a JSON object")
     return raw

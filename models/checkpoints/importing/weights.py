@@ -30,7 +30,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
     Raises CheckpointError for what holds no weights alone: a pickled module, TorchScript, ONNX, something else.
     """
     if not file.is_file():
-        raise CheckpointError(f"{file} is not a file")
+        raise CheckpointError(f"{file} is not a file of weights: .pth, .pt, .bin or .safetensors")
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
@@ -49,7 +49,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
             f"{file} holds Python objects and not weights alone, and loading those would run code; {SAVE}"
         ) from error
     except Exception as error:  # torch's unpickler raises nearly every kind of exception on damaged files
-        raise CheckpointError(f"{file} cannot be read as weights of PyTorch: {type(error).__name__}") from error
+        raise CheckpointError(f"{file} cannot be read as weights of PyTorch; it is damaged, or another kind") from error
     return _unnested(loaded, file)
 
 
