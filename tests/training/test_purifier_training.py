@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -13,15 +14,16 @@ from unperturb.models.purifiers.registry import build_defense
 from unperturb.models.purifiers.vote import Vote
 from unperturb.training.__main__ import main
 from unperturb.training.data import Split
-from unperturb.training.purifier.purifier import PurifierConfig, PurifierTask, Whole, identity
+from unperturb.training.purifier.purifier import PurifierConfig, PurifierTask, Whole, fresh
 
+AUTOENCODER = RestorerCard(width=8, depth=1, epsilon=1.0, scale=2, times=1.0, kind="autoencoder")
 CARD = RestorerCard(width=8, depth=2, epsilon=8 / 255, scale=2, times=1.0)
 
 
 def task(tmp_path: Path, vote: Vote | None = None, **settings: object) -> PurifierTask:
     config = PurifierConfig(checkpoint="tiny", data="none", out=tmp_path, device="cpu", **settings)  # type: ignore[arg-type]
     none = Split(torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
-    return PurifierTask(config, make_checkpoint().classifier, vote, identity(CARD), none)
+    return PurifierTask(config, make_checkpoint().classifier, vote, fresh(CARD), none)
 
 
 @pytest.mark.parametrize("side", [32, 33])
@@ -39,7 +41,43 @@ def test_restorer_at_half_size_moves_every_pixel_by_the_unshuffled_estimate(side
 
 
 def test_it_begins_as_the_identity(images: Tensor) -> None:
-    assert torch.equal(identity(CARD).eval().restored(images), images)
+    assert torch.equal(fresh(CARD).eval().restored(images), images)
+
+
+@pytest.mark.parametrize("side", [32, 33])
+def test_nothing_of_an_image_goes_around_an_autoencoder(side: int) -> None:
+    torch.manual_seed(3)
+    drawing, x = fresh(AUTOENCODER).eval(), torch.rand(2, 3, side, side)
+    drawn = drawing.restored(x)
+    assert drawn.shape == x.shape
+    assert drawn.min() > 0
+    assert drawn.max() < 1
+    assert torch.equal(drawing.restored(x, factor=3.0), drawn)
+    for parameter in drawing.layers[-1].parameters():
+        torch.nn.init.zeros_(parameter)
+    assert torch.equal(drawing.restored(x), torch.full_like(x, 0.5))
+
+
+@pytest.mark.parametrize("attack", ["n-fgsm", "pgd"])
+def test_attack_grows_with_the_run(
+    images: Tensor, tmp_path: Path, attack: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = task(tmp_path, attack=attack, ramp=0.5, epochs=4)
+    whole, labels, own = Whole(None, made.classifier), torch.arange(8) % 3, torch.arange(8)
+    most = 3 if attack == "n-fgsm" else 1  # times the radius
+    for share in (0.0, 0.25, 1.0):
+        moved = float((made.crafted(whole, images, labels, own, share=share) - images).abs().max())
+        assert 0.8 * share * 8 / 255 <= moved <= most * share * 8 / 255 + 1e-6
+    shares: list[float] = []
+
+    def noted(*_: object, share: float) -> tuple[Tensor, dict[str, Tensor]]:
+        shares.append(share)
+        return torch.zeros(()), {}
+
+    monkeypatch.setattr(made, "of_batch", noted)
+    for epoch in range(4):
+        made.loss(torch.tensor([0]), epoch, 0)
+    assert shares == [0.0, 0.5, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("vote", [None, Vote()], ids=["image", "vote"])
@@ -50,7 +88,7 @@ def test_loss_is_the_formula(
     torch.nn.init.normal_(made.model.layers[-1].weight, std=0.5)  # type: ignore[arg-type]
     made.model.eval()
     attacked, labels = (images + 0.03 * torch.randn_like(images)).clamp(0, 1), torch.arange(len(images)) % 3
-    monkeypatch.setattr(made, "crafted", lambda *_: attacked)
+    monkeypatch.setattr(made, "crafted", lambda *_, **__: attacked)
     loss, _ = made.of_batch(Whole(made.model, made.classifier, vote), images, labels, labels)
 
     def probabilities(x: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
@@ -130,6 +168,23 @@ def test_purifier_is_trained_and_the_classifier_is_not(
         made.card.restorer_training["at_that_epoch"]["held_out_pgd_accuracy"]
         >= (made.card.restorer_training["held_out_bare"]["pgd_accuracy"])
     )
+
+
+def test_autoencoder_is_trained_before_a_classifier_and_defends_it(image_folder: Path, tmp_path: Path) -> None:
+    store.save(tmp_path / "base", make_checkpoint(head=False))
+    given = ["--checkpoint", str(tmp_path / "base"), "--data", str(image_folder), "--out", str(tmp_path / "run")]
+    small = ["--width", "8", "--depth", "1", "--epochs", "10", "--batch-size", "17", "--held-out", "9", "--lr", "0.01"]
+    how = ["--network", "autoencoder", "--beta", "0", "--gamma", "0", "--ramp", "0.5", "--ema", "0.8"]
+    assert main(["purifier", *given, *small, *how, "--cache", str(tmp_path), "--device", "cpu"]) == 0
+    made, log = store.load(tmp_path / "run" / "checkpoint"), read_log(tmp_path / "run")
+    assert made.card.restorer == dataclasses.replace(AUTOENCODER, alone=True)
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert log[-1]["accuracy"] > 0.5
+    defended = build_defense("restorer", made, gradient="full")
+    x = torch.rand(2, 3, 32, 32).requires_grad_()
+    assert torch.equal(defended.purify(x.detach()).image, made.restorer.restored(x.detach()))  # type: ignore[union-attr]
+    (gradient,) = torch.autograd.grad(defended(x).sum(), x)
+    assert float(gradient.abs().max()) > 0
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ do is not to find a perturbation but to leave the classifier with the right clas
     CE(attacked, label)  +  β KL(clean || attacked)  +  γ KL(bare classifier on clean || clean)
 
 (the first two are TRADES's terms on attacked images; JATP, arXiv 2106.05453, and AToP, ICLR 2024, train a purifier
-likewise). It begins as the identity: the last layer is zero. The classifier's weights are not touched.
+likewise). A residual network begins as the identity: the last layer is zero. The classifier's weights are not touched.
+
+Before a classifier that was never robust a residual network learns nothing at 8/255: what it does not find of a
+perturbation goes around it, and a little is enough. An autoencoder lets nothing around, and learns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -39,11 +42,18 @@ class PurifierConfig(RunConfig):
     """Train a restorer through the frozen classifier behind it, on attacks that go through both."""
 
     checkpoint: str = option("checkpoint folder or shipped name; its classifier stays as it is")
-    width: int = option("channels of the restorer's layers", 64)
-    depth: int = option("its layers, beside the last", 5)
+    network: Literal["residual", "autoencoder"] = option(
+        "residual: takes something off each pixel, for robust classifiers; autoencoder: draws the image anew",
+        "residual",
+    )
+    width: int = option("channels of the restorer's layers; of an autoencoder's widest", 64)
+    depth: int | None = option(
+        "its layers, beside the last (5); of an autoencoder, how often its side is halved (2)", None
+    )
     scale: int = option("its layers work on images of a side 1/scale", 2)
-    reach: float = option("how far it may move a channel of a pixel", 8 / 255)
+    reach: float = option("how far a residual one may move a channel of a pixel", 8 / 255)
     epsilon: float = option("radius of the attack, L-infinity", 8 / 255)
+    ramp: float = option("share of the run in which the attack grows to that radius", 0.0)
     attack: Literal["n-fgsm", "pgd"] = option("training attack", "n-fgsm")
     attack_steps: int = option("steps of pgd", 3)
     attack_step_size: float = option("step size of pgd", 4 / 255)
@@ -65,9 +75,10 @@ class PurifierConfig(RunConfig):
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
         super().__post_init__()
-        if min(self.beta, self.gamma) < 0 or not 0 <= self.label_smoothing < 1:
+        if min(self.beta, self.gamma) < 0 or not 0 <= self.label_smoothing < 1 or not 0 <= self.ramp <= 1:
             raise ConfigError(
-                f"beta={self.beta}, gamma={self.gamma}, label_smoothing={self.label_smoothing}: out of range"
+                f"beta={self.beta}, gamma={self.gamma}, label_smoothing={self.label_smoothing}, ramp={self.ramp}: "
+                "out of range"
             )
         if self.attack_steps < 1:
             raise ConfigError(f"attack_steps={self.attack_steps} must be at least 1")
@@ -78,16 +89,16 @@ class PurifierConfig(RunConfig):
 
 
 class Whole(nn.Module):
-    """A restorer in front of a classifier that is no part of it, and of a vote or one of its views."""
+    """A restorer, or nothing, in front of a classifier that is no part of it, and of a vote or one of its views."""
 
-    def __init__(self, restorer: Restorer, classifier: nn.Module, vote: Vote | None = None) -> None:
+    def __init__(self, restorer: Restorer | None, classifier: nn.Module, vote: Vote | None = None) -> None:
         super().__init__()
         self.restorer, self.vote = restorer, vote
         self._frozen = (classifier,)  # hidden from `parameters` and `train`
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores of images in [0, 1]."""
-        (classifier,), restored = self._frozen, self.restorer.restored(x)
+        (classifier,), restored = self._frozen, x if self.restorer is None else self.restorer.restored(x)
         scores: Tensor = classifier(restored) if self.vote is None else self.vote.scores(classifier, restored)
         return scores
 
@@ -117,13 +128,23 @@ class PurifierTask:
         x, labels = pad_crop_flip(self.train.images[indices], pad=self.config.pad, generator=draw), self.train.labels
         view = self.views[int(torch.randint(len(self.views), (), generator=draw))] if self.views else None
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
-        return self.of_batch(Whole(self.model, self.classifier, view), x, labels[indices], own)
+        done = (epoch + step / max(1, self.images // self.config.batch_size)) / self.config.epochs
+        share = min(1.0, done / self.config.ramp) if self.config.ramp else 1.0
+        return self.of_batch(Whole(self.model, self.classifier, view), x, labels[indices], own, share=share)
 
-    def of_batch(self, whole: Whole, x: Tensor, labels: Tensor, own: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of images in [0, 1] with a seed each, and the share of attacked ones that are right."""
+    def of_batch(
+        self, whole: Whole, x: Tensor, labels: Tensor, own: Tensor, *, share: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of images in [0, 1] with a seed each, and the share of attacked ones that are right.
+
+        They are attacked within `share` times the radius.
+        """
         config = self.config
-        crafted = self.crafted(whole, x, labels, own)
-        clean, attacked = (part.float() for part in whole(torch.cat((x, crafted))).chunk(2))
+        crafted = self.crafted(whole, x, labels, own, share=share)
+        if config.beta or config.gamma:
+            clean, attacked = (part.float() for part in whole(torch.cat((x, crafted))).chunk(2))
+        else:
+            clean = attacked = whole(crafted).float()
         loss = F.cross_entropy(attacked, labels, label_smoothing=config.label_smoothing)
         if config.beta:
             loss = loss + config.beta * _kl(clean, attacked)
@@ -133,12 +154,14 @@ class PurifierTask:
             loss = loss + config.gamma * _kl(bare.float(), clean)
         return loss, {"accuracy": attacked.detach().argmax(1).eq(labels).float().mean()}
 
-    def crafted(self, whole: Whole, x: Tensor, labels: Tensor, own: Tensor) -> Tensor:
+    def crafted(self, whole: Whole, x: Tensor, labels: Tensor, own: Tensor, *, share: float = 1.0) -> Tensor:
         """Return the images attacked through the whole, BatchNorm in eval mode meanwhile."""
+        radius = share * self.config.epsilon
         if self.config.attack == "n-fgsm":
-            return noisy_step(whole, x, labels, own, epsilon=self.config.epsilon)
+            return noisy_step(whole, x, labels, own, epsilon=radius)
+        attack = replace(self.attack, epsilon=radius, step_size=share * self.attack.step_size)
         with evaluating(whole):
-            return self.attack.run(x, cross_entropy(whole, labels), seeds=own).image
+            return attack.run(x, cross_entropy(whole, labels), seeds=own).image
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
         """Return clean and PGD-10 accuracy of the whole on held-out training images; the second is the score."""
@@ -157,9 +180,11 @@ def _kl(target: Tensor, of: Tensor) -> Tensor:
     return F.kl_div(of.log_softmax(1), target.softmax(1), reduction="batchmean")
 
 
-def identity(card: RestorerCard) -> Restorer:
-    """Return a restorer that takes nothing off: its last layer is zero."""
+def fresh(card: RestorerCard) -> Restorer:
+    """Return a restorer that takes nothing off, its last layer being zero; an autoencoder as it is drawn."""
     restorer = Restorer(card)
+    if card.kind == "autoencoder":
+        return restorer
     last = restorer.layers[-1]
     assert isinstance(last, nn.Conv2d)
     nn.init.zeros_(last.weight)
@@ -173,16 +198,23 @@ def train_purifier(config: PurifierConfig) -> None:
     base = store.load(config.checkpoint, device=here.device)
     dataset = data.load_for(base.card, config.data, cache=config.cache)
     torch.manual_seed(config.seed)
+    residual = config.network == "residual"
     card = RestorerCard(
-        width=config.width, depth=config.depth, epsilon=config.reach, scale=config.scale, times=1.0, alone=True
+        kind=config.network,
+        width=config.width,
+        depth=config.depth or (5 if residual else 2),
+        scale=config.scale,
+        epsilon=config.reach if residual else 1.0,
+        times=1.0,
+        alone=True,
     )
-    model = identity(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = fresh(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept, held = data.training_images_for(base.card, dataset, config)
     vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None
     task = PurifierTask(config, prepared(base).classifier, vote, model, data.resident(kept, here.device))
     task.held = data.resident(held, here.device)
     with options.autocast(config, here.device):
-        bare = measure(Whole(model, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)  # the identity
+        bare = measure(Whole(None, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)
     fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
     if here.rank == 0:
         out = save_with_restorer(config, base, card, fitted, data_sha256=dataset.digest, held_out_bare=bare)
