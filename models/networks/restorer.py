@@ -26,8 +26,8 @@ class RestorerCard:
 
     epsilon: what an estimate of 1 stands for, in pixel units of [0, 1]; scale: its layers work on images of a side
     1/scale; times: how many times over an estimate is taken off; alone: it was trained to stand before the classifier
-    by itself, not for a view of the reverse attack's; kind: "residual" takes something off, within a ball; "autoencoder"
-    draws the image anew, halving its side `depth` times and doubling its `width` channels each time
+    by itself, not for a view of the reverse attack's; kind: "residual" takes something off, within a ball, and
+    "autoencoder" draws the image anew, halving its side `depth` times and doubling its `width` channels each time
     """
 
     width: int
