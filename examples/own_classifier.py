@@ -64,20 +64,16 @@ def main(folder: Path, data: Path | None, *, side: int, epochs: int) -> None:
     """Go the whole way."""
     weights, names, model, run = (folder / name for name in ("weights.pth", "names.txt", "model", "run"))
     folder.mkdir(parents=True, exist_ok=True)
-    small = (
-        ("--width", "8", "--depth", "2", "--batch-size", "20", "--held-out", "20", "--assess", "6")
-        if data is None
-        else ()
-    )
+    much = "--scale 4 --batch-size 32 --held-out 100 --assess 200"
     if data is None:
-        data = folder / "data"
+        data, much = folder / "data", "--width 8 --batch-size 20 --held-out 20 --assess 6"
         pictures(data, side)
     names.write_text("\n".join(trained(data, weights, side=side, epochs=epochs)))
     pixels = ("--image-size", side, "--fit", "crop", "--resize", side, "--mean", ".5,.5,.5", "--std", ".25,.25,.25")
     unperturb("import", "torchvision:resnet18", "--weights", weights, "--classes", names, "--out", model, *pixels)
-    asked = ("--checkpoint", model, "--data", data, "--epochs", epochs, "--device", "cpu")
-    much = small or ("--batch-size", "32", "--held-out", "100", "--assess", "200")
-    unperturb("train", "purifier", *asked, "--out", run, *much)
+    asked = ("--checkpoint", model, "--data", data, "--epochs", 2 * epochs, "--device", "cpu", "--out", run)
+    never_robust = "--network autoencoder --beta 0 --gamma 0 --ramp 0.25"
+    unperturb("train", "purifier", *asked, *never_robust.split(), *much.split())
 
 
 if __name__ == "__main__":
