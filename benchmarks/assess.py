@@ -35,10 +35,12 @@ MOST_STEPS = 10  # of a preset that is measured unasked: the full gradient goes 
 class AssessConfig:
     """Measure what each preset does for a checkpoint's classifier, and say whether to use one."""
 
-    checkpoint: str = option("shipped name or folder")
+    checkpoint: str = option("shipped name or folder", positional=True)
     data: Path = option("folder of class folders (of test images where it has test/), or .npz file")
     images: int = option("test images, random ones; 0 for all", 200)
-    presets: tuple[str, ...] = option("may be repeated; default: those of at most 10 steps", ())
+    presets: tuple[str, ...] = option(
+        f"{', '.join(PRESETS)}; may be repeated (default: those of at most {MOST_STEPS} steps)", ()
+    )
     epsilon: float = option("radius of the attacks, L-infinity", 8 / 255)
     budget: Literal["fast", "standard"] = option(
         "of the attacks; fast: minutes on a CPU, but what is gained in the worst case is then only known from above",
@@ -130,11 +132,8 @@ def lines_of(judged: list[Judged]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit status. The checkpoint may stand first, without its flag."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and not given[0].startswith("-"):
-        given.insert(0, "--checkpoint")
-    return run_command(AssessConfig, assess, script=SCRIPT, arguments=given)
+    """Run the command; return its exit status."""
+    return run_command(AssessConfig, assess, script=SCRIPT, arguments=arguments)
 
 
 if __name__ == "__main__":
