@@ -129,6 +129,7 @@ def _flags(flags: dict[str, Any] | None) -> str:
     if flags is None:
         return ""
     zeros = f"zero gradients on {flags['zero_gradients']} of {flags['of_images']} images"
+    zeros += ", unless one goes through its steps" * flags["optimisation_loop"]
     said = {
         "randomised": flags["randomised"],
         "loop inside": flags["optimisation_loop"],
