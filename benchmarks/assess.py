@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from unperturb.benchmarks.command import run_command
-from unperturb.benchmarks.reporting.assessment import Judged, assessment, judged_presets, points_of
-from unperturb.benchmarks.reporting.columns import GAIN, points
+from unperturb.benchmarks.reporting.assessment import assessment, judged_presets, summary
+from unperturb.benchmarks.reporting.sections import Summary
 from unperturb.benchmarks.robustness.data import load_images
 from unperturb.benchmarks.robustness.evaluate import evaluate
 from unperturb.models.checkpoints import store
@@ -62,7 +62,7 @@ class AssessConfig:
 
 
 def assess(config: AssessConfig) -> int:
-    """Measure, write the report, print a line for each preset, and the verdict."""
+    """Measure, print a line for each preset and the verdict, and write the report with both at its top."""
     if config.write_card and not Path(config.checkpoint).is_dir():
         raise ConfigError(f"write_card: {config.checkpoint} is no checkpoint's folder of your own")
     subject = store.load(config.checkpoint)
@@ -99,14 +99,13 @@ def assess(config: AssessConfig) -> int:
         device=config.device,
         chunk=chunk_of(data.images),
     )
-    report.save(config.out)
     judged = judged_presets(report.runs, subject.card, wanted)
     found = assessment(judged, subject.card, data=config.data.stem, seed=config.seed)
-    for line in lines_of(judged):
+    shown = summary(judged, found, headless=headless)
+    dataclasses.replace(report, summary=shown).save(config.out)
+    for line in lines_of(shown):
         print(line)
     print(f"the whole report: {config.out / 'report.html'}")
-    if headless:
-        print(f"not measured, for want of a head: {', '.join(headless)}")
     if config.write_card:
         card = dataclasses.replace(subject.card, figures={**subject.card.figures, "assessment": found})
         store.write_card(store.resolve(config.checkpoint), card)
@@ -119,16 +118,12 @@ def chunk_of(images: Tensor) -> int:
     return at_once(images, most=128, pixels=PIXELS_AT_ONCE)
 
 
-def lines_of(judged: list[Judged]) -> list[str]:
-    """Return a header and a line for each row, in points of 100 images with their 95% intervals."""
-    lines = [f"{'preset':12} {'clean':>24} {'transfer':>24} {'worst case, full gradient':>26} {'ms/image':>9}"]
-    for row, transfer in judged:
-        time = "" if row.ms_per_image is None else f"{row.ms_per_image:.1f}"
-        cells = [f"{row.clean:.1%}", f"{row.static or 0:.1%}", f"{row.worst or 0:.1%}"]
-        if row.gain is not None:
-            cells = [points(row.clean_gain, row.clean_gain_interval).whole, points_of(transfer), GAIN.cell(row).whole]
-        lines.append(f"{row.purifier:12} {cells[0]:>24} {cells[1]:>24} {cells[2]:>26} {time:>9}")
-    return [*lines, f"n = {judged[0].row.n}; the first line in percent, the others in points against it, 95% intervals"]
+def lines_of(shown: Summary) -> list[str]:
+    """Return the summary's table and what stands below it, the names to the left, the rest to the right."""
+    table = [shown.heads, *shown.rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]).rstrip() for name, *texts in table]
+    return [*lines, *shown.below]
 
 
 def main(arguments: list[str] | None = None) -> int:
