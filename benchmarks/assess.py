@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from unperturb.benchmarks.command import run_command
-from unperturb.benchmarks.reporting.assessment import Judged, assessment, judged_presets, points_of
-from unperturb.benchmarks.reporting.columns import GAIN, points
+from unperturb.benchmarks.reporting.assessment import assessment, judged_presets, summary
+from unperturb.benchmarks.reporting.sections import Summary
 from unperturb.benchmarks.robustness.data import load_images
 from unperturb.benchmarks.robustness.evaluate import evaluate
 from unperturb.models.checkpoints import store
@@ -35,10 +35,12 @@ MOST_STEPS = 10  # of a preset that is measured unasked: the full gradient goes 
 class AssessConfig:
     """Measure what each preset does for a checkpoint's classifier, and say whether to use one."""
 
-    checkpoint: str = option("shipped name or folder")
+    checkpoint: str = option("shipped name or folder", positional=True)
     data: Path = option("folder of class folders (of test images where it has test/), or .npz file")
     images: int = option("test images, random ones; 0 for all", 200)
-    presets: tuple[str, ...] = option("may be repeated; default: those of at most 10 steps", ())
+    presets: tuple[str, ...] = option(
+        f"{', '.join(PRESETS)}; may be repeated (default: those of at most {MOST_STEPS} steps)", ()
+    )
     epsilon: float = option("radius of the attacks, L-infinity", 8 / 255)
     budget: Literal["fast", "standard"] = option(
         "of the attacks; fast: minutes on a CPU, but what is gained in the worst case is then only known from above",
@@ -60,7 +62,7 @@ class AssessConfig:
 
 
 def assess(config: AssessConfig) -> int:
-    """Measure, write the report, print a line for each preset, and the verdict."""
+    """Measure, print a line for each preset and the verdict, and write the report with both at its top."""
     if config.write_card and not Path(config.checkpoint).is_dir():
         raise ConfigError(f"write_card: {config.checkpoint} is no checkpoint's folder of your own")
     subject = store.load(config.checkpoint)
@@ -97,14 +99,13 @@ def assess(config: AssessConfig) -> int:
         device=config.device,
         chunk=chunk_of(data.images),
     )
-    report.save(config.out)
     judged = judged_presets(report.runs, subject.card, wanted)
     found = assessment(judged, subject.card, data=config.data.stem, seed=config.seed)
-    for line in lines_of(judged):
+    shown = summary(judged, found, headless=headless)
+    dataclasses.replace(report, summary=shown).save(config.out)
+    for line in lines_of(shown):
         print(line)
     print(f"the whole report: {config.out / 'report.html'}")
-    if headless:
-        print(f"not measured, for want of a head: {', '.join(headless)}")
     if config.write_card:
         card = dataclasses.replace(subject.card, figures={**subject.card.figures, "assessment": found})
         store.write_card(store.resolve(config.checkpoint), card)
@@ -117,24 +118,17 @@ def chunk_of(images: Tensor) -> int:
     return at_once(images, most=128, pixels=PIXELS_AT_ONCE)
 
 
-def lines_of(judged: list[Judged]) -> list[str]:
-    """Return a header and a line for each row, in points of 100 images with their 95% intervals."""
-    lines = [f"{'preset':12} {'clean':>24} {'transfer':>24} {'worst case, full gradient':>26} {'ms/image':>9}"]
-    for row, transfer in judged:
-        time = "" if row.ms_per_image is None else f"{row.ms_per_image:.1f}"
-        cells = [f"{row.clean:.1%}", f"{row.static or 0:.1%}", f"{row.worst or 0:.1%}"]
-        if row.gain is not None:
-            cells = [points(row.clean_gain, row.clean_gain_interval).whole, points_of(transfer), GAIN.cell(row).whole]
-        lines.append(f"{row.purifier:12} {cells[0]:>24} {cells[1]:>24} {cells[2]:>26} {time:>9}")
-    return [*lines, f"n = {judged[0].row.n}; the first line in percent, the others in points against it, 95% intervals"]
+def lines_of(shown: Summary) -> list[str]:
+    """Return the summary's table and what stands below it, the names to the left, the rest to the right."""
+    table = [shown.heads, *shown.rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join([name.ljust(widths[0]), *map(str.rjust, texts, widths[1:])]).rstrip() for name, *texts in table]
+    return [*lines, *shown.below]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit status. The checkpoint may stand first, without its flag."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and not given[0].startswith("-"):
-        given.insert(0, "--checkpoint")
-    return run_command(AssessConfig, assess, script=SCRIPT, arguments=given)
+    """Run the command; return its exit status."""
+    return run_command(AssessConfig, assess, script=SCRIPT, arguments=arguments)
 
 
 if __name__ == "__main__":

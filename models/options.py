@@ -13,9 +13,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 Config = TypeVar("Config")
 
 
-def option(help: str, default: Any = dataclasses.MISSING) -> Any:  # noqa: ANN401
-    """Return a dataclass field with its `--help` text; required where no default is given."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(help: str, default: Any = dataclasses.MISSING, *, positional: bool = False) -> Any:  # noqa: ANN401
+    """Return a dataclass field with its `--help` text; required where no default is given.
+
+    positional: given by its place, without a flag
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
 
 
 def parse(config_class: type[Config], arguments: Sequence[str], *, program: str) -> Config:
@@ -25,14 +28,18 @@ def parse(config_class: type[Config], arguments: Sequence[str], *, program: str)
     )
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        help_text = (field.metadata["help"] + _default_text(field.default)).replace("%", "%%")
+        reading = _reading(hints[field.name])
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, metavar=field.name.upper(), help=help_text, **reading)
+            continue
         required = field.default is dataclasses.MISSING
-        help_text = field.metadata["help"] + ("" if required else f" (default: {field.default})")
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
             required=required,
             default=None if required or get_origin(hints[field.name]) is tuple else field.default,
-            help=help_text.replace("%", "%%"),
-            **_reading(hints[field.name]),
+            help=help_text,
+            **reading,
         )
     values = vars(parser.parse_args(arguments))
     for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
@@ -55,6 +62,20 @@ def fraction(text: str) -> float:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction like 8/255") from None
+
+
+def _default_text(default: Any) -> str:  # noqa: ANN401
+    """Return ` (default: 8/255)` as one would type it; nothing where there is no default, or an empty one."""
+    if default is dataclasses.MISSING or default is None or default in ("", ()):
+        return ""
+    shown = str(default)
+    if isinstance(default, tuple):
+        shown = " ".join(map(str, default))
+    elif isinstance(default, float):
+        levels = round(255 * default)
+        short = f"{default:g}"
+        shown = short if float(short) == default or levels / 255 != default else f"{levels}/255"
+    return f" (default: {shown})"
 
 
 def _reading(hint: Any) -> dict[str, Any]:  # noqa: ANN401

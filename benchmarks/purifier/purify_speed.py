@@ -54,7 +54,7 @@ class SpeedConfig(BenchmarkConfig):
     """Time the purifier."""
 
     arch: str = option("instead of a checkpoint, this architecture with random weights", "")
-    batch: tuple[str, ...] = option("images at a time; may be repeated (default: 1 8 64 512)", ("1", "8", "64", "512"))
+    batch: tuple[str, ...] = option("images at a time; may be repeated", ("1", "8", "64", "512"))
     views: int = option("of every way but the presets", 4)
     steps: int = option("of every way but the presets", 40)
     blocks: int = option("times that each is timed, in turn; the median counts", 5)

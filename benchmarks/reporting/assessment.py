@@ -5,15 +5,16 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from unperturb.benchmarks.reporting.columns import GAIN, points
+from unperturb.benchmarks.reporting.columns import GAIN, percent, points
 from unperturb.benchmarks.reporting.first_page import DEFAULT, transfer_gain
 from unperturb.benchmarks.reporting.rows import Row, measured_row
-from unperturb.benchmarks.reporting.sections import tone
+from unperturb.benchmarks.reporting.sections import Summary, tone
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.purifiers.defended import preset_of as of_card
 from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import ReverseAttackConfig
 
+HEADS = ("preset", "clean", "transfer", "worst case, full gradient", "ms/image")
 CLEAN_LOSS = 0.02  # of clean accuracy, from which on a preset is not advised
 
 
@@ -89,6 +90,22 @@ def assessment(judged: Sequence[Judged], card: Card, *, data: str, seed: int) ->
         },
         "verdict": verdict([one for one in judged if one.row.gain is not None]),
     }
+
+
+def summary(judged: Sequence[Judged], found: dict[str, Any], *, headless: Sequence[str] = ()) -> Summary:
+    """Return a line for the bare classifier and for each preset, in points of 100 images with their 95% intervals, and
+    the assessment's verdict; `headless` names the presets that were left out for want of a head.
+    """
+    rows = []
+    for row, transfer in judged:
+        texts = [f"{percent(share).text}%" if share is not None else "" for share in (row.clean, row.static, row.worst)]
+        if row.gain is not None:
+            texts = [points(row.clean_gain, row.clean_gain_interval).whole, points_of(transfer), GAIN.cell(row).whole]
+        rows.append((row.purifier, *texts, "" if row.ms_per_image is None else f"{row.ms_per_image:.1f}"))
+    below = [f"n = {found['n']}; the first line in percent, the others in points against it, 95% intervals"]
+    if headless:
+        below.append(f"not measured, for want of a head: {', '.join(headless)}")
+    return Summary(f"Does a purifier help {judged[0].row.model}?", HEADS, rows, below, found["verdict"])
 
 
 def verdict(judged: Sequence[Judged]) -> str:

@@ -12,8 +12,7 @@ NOTES = {
     "gain": "points of accuracy in the worst case over the bare classifier, on the same images and under the same "
     "budget, paired by image, with its 95% interval. Below 0, an attacker who knows the purifier does better against "
     "it than against no purifier.",
-    "worst case": "the share of images that no attack broke, with its 95% Wilson interval; for published rows "
-    "AutoAttack, or a lower figure of an adaptive attack that others published.",
+    "worst case": "the share of images that no attack broke, with its 95% Wilson interval.",
     "clean": "accuracy on images that nobody attacked; in brackets the points that the purifier gains there.",
     "bare": "the same of the classifier without its purifier.",
     "transfer": "the images that AutoAttack made against the bare classifier, and the same moved on to where that is "
@@ -22,8 +21,11 @@ NOTES = {
     "broken that any of the seeds broke.",
     "attacks": "how many the worst case is over, and their budget; more of either can only lower it.",
     "corruptions and noise": "have no worst case: the mean over all kinds and sizes stands in its place.",
-    "source": f"measured by this harness, or published ({LEADERBOARD_SOURCE}). RobustBench takes no defense with an "
-    "optimisation loop: no row claims a place on its leaderboard.",
+}
+PUBLISHED = {
+    "published rows": f"of the {LEADERBOARD_SOURCE}: their worst case is AutoAttack, or a lower figure of an adaptive "
+    "attack that others published. RobustBench takes no defense with an optimisation loop: no row claims a place on "
+    "its leaderboard.",
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from unperturb.benchmarks.reporting import columns as c
 from unperturb.benchmarks.reporting.rows import AVERAGED, FEW, Row
-from unperturb.benchmarks.reporting.sections import Section
+from unperturb.benchmarks.reporting.sections import Section, Summary, notes_of
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -46,9 +46,13 @@ def markdown_table(columns: Sequence[c.Column], rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def markdown(title: str, sections: Sequence[Section]) -> str:
+def markdown(title: str, sections: Sequence[Section], summary: Summary | None = None) -> str:
     """Return the sections in Markdown: gains in words, the table, and all published rows folded away."""
     text = [f"# {title}"]
+    if summary is not None:
+        lines = [summary.heads, ("---", *["---:"] * (len(summary.heads) - 1)), *summary.rows]
+        table = "\n".join(f"| {' | '.join(map(markdown_text, line))} |" for line in lines)
+        text += [f"## {summary.title}", f"**{summary.verdict}**", table, *map(markdown_text, summary.below)]
     for section in sections:
         text.append(f"## {section.title}")
         if section.in_words:
@@ -57,9 +61,9 @@ def markdown(title: str, sections: Sequence[Section]) -> str:
         if section.few:
             text.append(c.LEGEND)
         if section.published:
-            summary = f"<details><summary>All {len(section.published)} published rows</summary>"
-            text += [summary, markdown_table(section.named, section.published), "</details>"]
-    notes = [f"- **{name}**: {meaning}" for name, meaning in c.NOTES.items()]
+            folded = f"<details><summary>All {len(section.published)} published rows</summary>"
+            text += [folded, markdown_table(section.named, section.published), "</details>"]
+    notes = [f"- **{name}**: {meaning}" for name, meaning in notes_of(sections).items()]
     return "\n\n".join([*text, "## How to read it", "\n".join(notes)]) + "\n"
 
 

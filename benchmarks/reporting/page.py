@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from unperturb.benchmarks.reporting import columns as c
 from unperturb.benchmarks.reporting.results import where
 from unperturb.benchmarks.reporting.rows import Row, group_of
-from unperturb.benchmarks.reporting.sections import Section, in_words, tone
+from unperturb.benchmarks.reporting.sections import Section, Summary, in_words, notes_of, tone
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 LEAST_SCALE = 0.05  # how far the scale of the gains reaches at least, as a share of 1
@@ -31,6 +31,7 @@ def page(
     *,
     plots: Mapping[str, tuple[bytes, bytes]],
     runs: Sequence[dict[str, Any]],
+    summary: Summary | None = None,
 ) -> str:
     """Return the page; of each plot it takes a PNG file for light screens and one for dark ones."""
     environment = Environment(
@@ -44,7 +45,8 @@ def page(
     return environment.get_template("report.html").render(
         title=title,
         legend=c.LEGEND,
-        notes=c.NOTES,
+        notes=notes_of(sections),
+        summary=summary,
         pictures=PICTURES,
         tables=[_table(section) for section in sections],
         plots={name: [base64.b64encode(png).decode() for png in both] for name, both in plots.items()},
@@ -54,9 +56,10 @@ def page(
 
 
 def _shown(text: str) -> Markup:
-    """Return a text with real minus signs, and names that may be broken after a part."""
+    """Return a text with real minus signs, what stands between backticks as code, and names that may be broken."""
     escaped = str(escape(c.with_minus(text, "\N{MINUS SIGN}")))
-    return Markup(re.sub("(?<=[_,])(?=[A-Za-z])", "<wbr>", escaped))
+    coded = re.sub("`([^`]+)`", r"<code>\1</code>", escaped)
+    return Markup(re.sub("(?<=[_,])(?=[A-Za-z])", "<wbr>", coded))
 
 
 def _name(row: Row) -> c.Cell:
@@ -129,6 +132,7 @@ def _flags(flags: dict[str, Any] | None) -> str:
     if flags is None:
         return ""
     zeros = f"zero gradients on {flags['zero_gradients']} of {flags['of_images']} images"
+    zeros += ", unless one goes through its steps" * flags["optimisation_loop"]
     said = {
         "randomised": flags["randomised"],
         "loop inside": flags["optimisation_loop"],

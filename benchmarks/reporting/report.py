@@ -16,7 +16,7 @@ from unperturb.benchmarks.reporting.drawing import DARK
 from unperturb.benchmarks.reporting.page import page
 from unperturb.benchmarks.reporting.plots import all_plots
 from unperturb.benchmarks.reporting.rows import Row, check_schema, load_runs, measured_row, ordered
-from unperturb.benchmarks.reporting.sections import Section, sections
+from unperturb.benchmarks.reporting.sections import Section, Summary, sections
 from unperturb.models import command
 from unperturb.models.errors import DataError
 from unperturb.models.files import write_whole
@@ -27,9 +27,13 @@ TITLE = "Measured robustness"
 
 @dataclass(frozen=True)
 class Report:
-    """What can be made of the result records of whole runs; raises DataError for no record or one of another schema."""
+    """What can be made of the result records of whole runs; raises DataError for no record or one of another schema.
+
+    summary: what stands at the top of page and Markdown
+    """
 
     records: list[dict[str, Any]]
+    summary: Summary | None = None
 
     def __post_init__(self) -> None:
         """Check the records."""
@@ -60,7 +64,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the tables in Markdown, with their gains in words; plots are files, and not in it."""
-        return formats.markdown(TITLE, self.sections)
+        return formats.markdown(TITLE, self.sections, self.summary)
 
     def to_latex(self) -> str:
         """Return the tables with booktabs' rules; of the published rows the nearest."""
@@ -74,7 +78,7 @@ class Report:
         """Return one page of everything, plots and images within it."""
         dark = all_plots(self.runs, DARK)
         plots = {title: (light, dark[title]) for title, light in self.plots.items()}
-        return page(TITLE, self.sections, plots=plots, runs=self.runs)
+        return page(TITLE, self.sections, plots=plots, runs=self.runs, summary=self.summary)
 
     def save(self, folder: Path | str) -> list[Path]:
         """Write report.md, report.tex, report.csv, report.html and the plots into a folder; return the files."""

@@ -2,12 +2,22 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from unperturb.benchmarks.reporting import columns as c
 from unperturb.benchmarks.reporting.rows import AVERAGED, Group, Row, published_rows
 
 NEAREST = 10  # published rows that are shown at once
+
+
+class Summary(NamedTuple):
+    """What stands before all sections: a table of texts, the first column a name, what to know of it, the verdict."""
+
+    title: str
+    heads: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    below: list[str]
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,11 @@ class Section:
     def few(self) -> bool:
         """Return whether a row is marked for its few images."""
         return any(row.few for row in self.ours)
+
+
+def notes_of(sections: Sequence[Section]) -> dict[str, str]:
+    """Return how the sections are to be read; of published rows only where one stands there."""
+    return {**c.NOTES, **(c.PUBLISHED if any(section.published for section in sections) else {})}
 
 
 def sections(rows: Sequence[Row]) -> list[Section]:

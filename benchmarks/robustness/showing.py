@@ -3,15 +3,15 @@
 import base64
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from unperturb.benchmarks.robustness.counting import suspicion_flags
-from unperturb.models.purifiers.defended import DefendedClassifier
+from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
 from unperturb.models.shapes import Float, Int
 
 CURVE_IMAGES, FLAG_IMAGES, TIMED_IMAGES, TURNS = 64, 16, 32, 3
@@ -41,6 +41,57 @@ def show(
         },
         "panel": _panel(defended, clean[:panel], attacked[:panel], labels[:panel], seed) if panel else [],
         "ms_per_image": _ms_per_image(defended, clean[:TIMED_IMAGES], seed),
+    }
+
+
+@contextmanager
+def gradient_calls() -> Iterator[list[str]]:
+    """Yield the names of autograd's entry points that are called inside the block."""
+    calls: list[str] = []
+    originals: dict[str, Callable[..., Any]] = {"grad": torch.autograd.grad, "backward": torch.autograd.backward}
+
+    def recorded(name: str) -> Any:  # noqa: ANN401
+        def call(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401
+            calls.append(name)
+            return originals[name](*arguments, **named)
+
+        return call
+
+    try:
+        for name in originals:
+            setattr(torch.autograd, name, recorded(name))
+        yield calls
+    finally:
+        for name, original in originals.items():
+            setattr(torch.autograd, name, original)
+
+
+def suspicion_flags(
+    defended: DefendedClassifier, x: Float[Tensor, "batch 3 h w"], labels: Int[Tensor, " batch"], *, seed: int
+) -> dict[str, Any]:
+    """Return what AutoAttack's checks look for (its flags_doc.md), of the defense as an ordinary caller sees it.
+
+    randomised: scores move by more than 1e-4 (of unit L2 length) between seeds
+    zero_gradients: images whose cross-entropy has no gradient; that of the attacks, but for a purifier with steps,
+        which an ordinary caller's does not go through
+    optimisation_loop: autograd is called inside a forward pass
+    """
+    with torch.no_grad(), gradient_calls() as calls:
+        scores = [torch.nn.functional.normalize(defended(x, seed=seed + draw), dim=1) for draw in range(3)]
+    spread = max(float((one - scores[0]).norm(dim=1).max()) for one in scores[1:])
+    inside = x.detach().clone().requires_grad_()
+    stepless = not defended.purifier.loop.steps  # as one network, with no more memory than its answer takes
+    purified = defended.purifier.descend(inside, seeds=seeds_of(seed, x), unrolled=stepless).image
+    loss = torch.nn.functional.cross_entropy(defended.scores(purified), labels, reduction="sum")
+    zero = len(x)
+    if loss.requires_grad:
+        (gradient,) = torch.autograd.grad(loss, inside, allow_unused=True)
+        zero = len(x) if gradient is None else int((gradient.flatten(1).abs().sum(1) == 0).sum())
+    return {
+        "randomised": spread > 1e-4,
+        "zero_gradients": zero,
+        "of_images": len(x),
+        "optimisation_loop": bool(calls),
     }
 
 

@@ -1,4 +1,7 @@
 import json
+import re
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -6,7 +9,7 @@ import torch
 
 from tests.conftest import make_checkpoint
 from unperturb.benchmarks import assess
-from unperturb.benchmarks.reporting.assessment import Judged, verdict
+from unperturb.benchmarks.reporting.assessment import Judged, summary, verdict
 from unperturb.benchmarks.reporting.rows import Group, Row
 from unperturb.models.checkpoints import store
 
@@ -48,6 +51,21 @@ def test_verdict_follows_the_worst_case(rows: list[Judged], says: str) -> None:
     assert verdict(rows).startswith(says)
 
 
+def test_summary_has_the_gains_against_both_attackers_with_their_intervals() -> None:
+    bare = judged("none", 0.0)
+    bare = bare._replace(row=replace(bare.row, gain=None, static=0.25, worst=0.2), transfer=None)
+    vote = judged("vote", 0.03, clean=-0.01, transfer=0.1)
+    shown = summary([bare, vote], {"n": 200, "verdict": "use `vote`"}, headless=["default", "transfer"])
+    assert shown.rows == [
+        ("none", "80.0%", "25.0%", "20.0%", "2.0"),
+        ("vote", "-1.0 (-1.0 to -1.0)", "+10.0 (+8.0 to +12.0)", "+3.0 (+2.0 to +4.0)", "2.0"),
+    ]
+    assert shown.below[1:] == ["not measured, for want of a head: default, transfer"]
+    lines = assess.lines_of(shown)
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert lines[1].split() == ["none", "80.0%", "25.0%", "20.0%", "2.0"]
+
+
 @pytest.mark.parametrize(("side", "count"), [(32, 128), (224, 5), (1024, 1)])
 def test_few_large_images_are_attacked_at_once(side: int, count: int) -> None:
     assert assess.chunk_of(torch.zeros(2, 3, side, side)) == count
@@ -56,6 +74,13 @@ def test_few_large_images_are_attacked_at_once(side: int, count: int) -> None:
 def arguments(folder: Path, images: Path, out: Path, *more: str) -> list[str]:
     given = [str(folder), "--data", str(images), "--images", "6", "--device", "cpu", "--out", str(out)]
     return [*given, "--cache", str(out.parent / "cache"), *more]
+
+
+def read(folder: Path) -> list[str]:
+    """The report as Markdown, and what one reads of its page."""
+    page = re.sub("<script>.*?</script>|<style>.*?</style>", "", (folder / "report.html").read_text(), flags=re.DOTALL)
+    plain = re.sub("<[^>]+>", " ", page.replace("<code>", "`").replace("</code>", "`"))
+    return [(folder / "report.md").read_text(), unescape(plain).replace("\N{MINUS SIGN}", "-")]
 
 
 def test_each_preset_is_measured_and_written_onto_the_card(
@@ -71,7 +96,12 @@ def test_each_preset_is_measured_and_written_onto_the_card(
     assert assess.main(arguments(folder, image_folder, tmp_path / "out", *presets, "--write-card")) == 0
     said = capsys.readouterr().out
     assert {line.split()[0] for line in said.splitlines() if line} >= {"none", "transfer", "vote"}
-    assert (tmp_path / "out" / "report.html").is_file()
+    gained = re.search(r"^transfer +(\S+ \(.*?\)) +(\S+ \(.*?\))", said, re.MULTILINE)
+    assert gained is not None
+    for page in read(tmp_path / "out"):  # as the terminal has it
+        assert said.splitlines()[-1] in page
+        assert re.search(rf"transfer\W+{re.escape(gained[1])}\W+{re.escape(gained[2])}", page)
+        assert "leaderboard" not in page  # of images that stand on none
     card = store.load(folder).card
     found = card.figures["assessment"]
     assert set(found["presets"]) == {"none", "transfer", "vote"}
@@ -86,7 +116,8 @@ def test_checkpoint_without_a_head_is_assessed_by_what_needs_none(
     store.save(tmp_path / "bare", make_checkpoint(head=False))
     assert assess.main(arguments(tmp_path / "bare", image_folder, tmp_path / "out")) == 0
     said = capsys.readouterr().out
-    assert "not measured, for want of a head: default, transfer" in said
+    for told in (said, *read(tmp_path / "out")):
+        assert "not measured, for want of a head: default, transfer" in told
     assert assess.main(arguments(tmp_path / "bare", image_folder, tmp_path / "out", "--presets", "default")) == 2
     assert "unperturb train head" in capsys.readouterr().err
     assert assess.main(arguments(tmp_path / "bare", image_folder, tmp_path / "out", "--presets", "best")) == 2

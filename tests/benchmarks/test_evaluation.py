@@ -275,6 +275,11 @@ def test_reverse_attack_trips_the_flags_of_a_loop_and_of_randomness(images: Tens
     assert flags == {"randomised": False, "zero_gradients": 0, "of_images": 4, "optimisation_loop": False}
 
 
+def test_restorer_without_steps_is_flagged_by_the_gradient_that_the_attacks_use(images: Tensor, tmp_path: Path) -> None:
+    flags = tiny_evaluation(tmp_path, images, spec="restorer").run()["flags"]
+    assert flags == {"randomised": False, "zero_gradients": 0, "of_images": 4, "optimisation_loop": False}
+
+
 def test_passes_are_counted_per_image(images: Tensor, tmp_path: Path) -> None:
     found = tiny_evaluation(tmp_path, images).run()
     # the restored view, 2 steps of 2 views and the answer; only the views are differentiated

@@ -130,7 +130,9 @@ def test_own_data_stands_beside_no_published_rows_and_in_a_table_of_its_own() ->
     assert list(sections) == ["cifar10, L∞ 8/255", "cifar10 (own data), L∞ 8/255"]
     assert sections["cifar10, L∞ 8/255"].published
     assert sections["cifar10 (own data), L∞ 8/255"].published == []
-    assert all(row.measured for row in Report([worse(own=True)]).rows())
+    own = Report([worse(own=True)])
+    assert all(row.measured for row in own.rows())
+    assert ("leaderboard" in own.to_markdown(), "leaderboard" in made.to_markdown()) == (False, True)
     assert published_rows(Group("cifar10", "Linf", 8 / 255, own=True)) == []
     assert len(published_rows(("cifar10", "Linf", 8 / 255))) > 50
 
