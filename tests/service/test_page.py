@@ -210,8 +210,8 @@ def test_sample_says_that_it_is_chosen_and_how_often_it_happens(
     use_sample(page, name)
     often = page.locator("#often")
     expect(often).to_have_text(
-        "The samples are chosen. Of the first 1000 test images of cifar10, 690 are right at first; the attack changes "
-        "300 of them, of which 110 are restored and 190 are not; 5 are harmed."
+        "The samples are chosen. Of the first 1000 test images of cifar10, m has 690 right at first; the attack "
+        "changes 300 of them, of which 110 are restored and 190 are not; 5 are harmed."
     )
     page.locator("#file").set_input_files(photo())
     expect(about).to_be_hidden()
@@ -408,13 +408,28 @@ def test_predictions_are_above_the_fold(page: Page) -> None:
 
 
 def test_model_says_what_it_knows_and_when_it_is_not_sure(page: Page) -> None:
-    expect(page.locator("#knows")).to_have_text("This model knows 3 classes: blue, green, red.")
+    expect(page.locator("#knows")).to_have_text("This model knows 3 classes: blue, green, red. Not assessed yet.")
     expect(page.locator("#model")).to_be_hidden()  # there is one
     page.route("**/inspect?*", lambda route: _renamed(route, "kiwi"))
     use_sample(page)
     press_run(page)
     expect(page.get_by_role("status")).to_contain_text("The model is not sure: kiwi has 31.0%.")
     expect(card(page, "Original").locator(".legend")).to_have_text("its first class \u2003others")
+
+
+def test_model_without_a_head_says_what_it_lacks(page: Page) -> None:
+    expect(page.locator("#lacks")).to_be_hidden()
+
+    def headless(route: Route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json=[{**one, "presets": ["vote"]} for one in answer.json()])
+
+    page.route("**/models", headless)
+    page.reload()
+    expect(page.locator("#lacks")).to_have_text(
+        'This model has no head, which default, transfer, published need; "unperturb train head" makes one.'
+    )
+    expect(page.get_by_label("Purifier")).to_have_value("vote")
 
 
 def test_what_an_assessment_found_stands_below_the_presets(page: Page) -> None:
@@ -441,6 +456,7 @@ def test_what_an_assessment_found_stands_below_the_presets(page: Page) -> None:
     expect(page.locator("#advice")).to_have_text(f"{told} Points gained by default {judged}: {gained}.")
     page.get_by_label("Purifier").select_option("vote")
     expect(page.locator("#advice")).to_have_text(f"{told} Vote was not judged.")
+    expect(page.locator("#knows")).to_have_text("This model knows 3 classes: blue, green, red.")
 
 
 def test_purified_picture_can_be_downloaded(page: Page) -> None:
@@ -463,7 +479,7 @@ def test_one_of_several_models_is_chosen_with_the_presets_that_it_has(page: Page
     page.reload()
     expect(page.get_by_label("Model")).to_have_value("tiny")
     page.get_by_label("Model").select_option("bare")
-    expect(page.locator("#knows")).to_have_text("This model knows 2 classes: yes, no.")
+    expect(page.locator("#knows")).to_have_text("This model knows 2 classes: yes, no. Not assessed yet.")
     expect(page.get_by_label("Purifier")).to_have_value("vote")
     assert page.get_by_label("Purifier").locator("option:not([disabled])").count() == 1
     use_sample(page)

@@ -10,10 +10,10 @@ const SAMPLES = { // whether it is attacked, and what happens to it
   unrestored: [true, "the attack changes its label, and the purifier does not bring it back"],
   harmed: [false, "its label is right, and the purifier alone makes it wrong"],
 };
-const [form, drop, file, preview, name, hint, about, often, attack, model, knows, preset, advice, access, key, run,
-  status, result] = [
-  "form", "drop", "file", "preview", "name", "hint", "about", "often", "attack", "model", "knows", "preset", "advice", "access",
-  "key", "run", "status", "result",
+const [form, drop, file, preview, name, hint, about, often, attack, model, knows, preset, lacks, advice, access, key,
+  run, status, result] = [
+  "form", "drop", "file", "preview", "name", "hint", "about", "often", "attack", "model", "knows", "preset", "lacks", "advice",
+  "access", "key", "run", "status", "result",
 ].map((id) => document.getElementById(id));
 
 let chosen = null; // the File
@@ -77,12 +77,12 @@ async function chooseSample({ currentTarget: button }) {
   advise();
 }
 
-function tellCounts({ data, counts }) {
+function tellCounts({ model: own, data, counts }) {
   often.hidden = !counts;
   if (!counts) return;
   const { n, right, changed, restored, unrestored, harmed } = counts;
   often.textContent =
-    `The samples are chosen. Of the first ${n} test images of ${data}, ${right} are right at first; the attack changes ` +
+    `The samples are chosen. Of the first ${n} test images of ${data}, ${own} has ${right} right at first; the attack changes ` +
     `${changed} of them, of which ${restored} are restored and ${unrestored} are not; ${harmed} are harmed.`;
 }
 
@@ -117,6 +117,9 @@ async function describeModel() {
   const { presets } = models.find(({ id }) => id === model.value);
   for (const option of preset.options) option.disabled = !presets.includes(option.value);
   if (preset.selectedOptions[0].disabled) preset.value = presets[0];
+  const steps = [...preset.options].map(({ value }) => value).filter((value) => !["vote", "restorer"].includes(value));
+  lacks.hidden = steps.some((value) => presets.includes(value));
+  lacks.textContent = `This model has no head, which ${steps.join(", ")} need; "unperturb train head" makes one.`;
   assessed = null;
   advise();
   const response = await fetch(`models/${encodeURIComponent(model.value)}`, { headers: authorised() });
@@ -125,7 +128,7 @@ async function describeModel() {
   assessed = verdict && { worth, verdict }; // by `unperturb assess --write-card`, or the harness
   advise();
   const shown = classes.slice(0, 20).join(", ");
-  knows.textContent = `This model knows ${classes.length} classes: ${shown}${classes.length > 20 ? " …" : "."}`;
+  knows.textContent = `This model knows ${classes.length} classes: ${shown}${classes.length > 20 ? " …" : "."}${assessed ? "" : " Not assessed yet."}`;
   knows.hidden = false;
 }
 
