@@ -114,18 +114,18 @@ def require_separate(classifier: ImageClassifier) -> None:
 
 def warnings_of(scores: Tensor, names: Sequence[str]) -> list[str]:
     """Return what looks wrong with the classes' names, and with softmax scores [classes] of a picture."""
-    doubled = [name for name, count in Counter(names).items() if count > 1]
+    doubled, found = [name for name, count in Counter(names).items() if count > 1], []
     if doubled:
-        return [
+        found += [
             f"{len(doubled)} names stand for several classes ({doubled[0]}): no folder of images can be told theirs"
         ]
     top, classes = float(scores.max()), len(scores)
     entropy = float(-(scores.clamp(min=1e-12).log() * scores).sum() / torch.tensor(float(classes)).log())
     if entropy > 0.95:
-        return ["the scores are nearly uniform: are these the right weights, mean and std?"]
-    if top > 1 - 1e-6:
-        return ["the score of one class is 1: are mean and std those of the model, for pixels in [0, 1]?"]
-    return []
+        found += ["the scores are nearly uniform: are these the right weights, mean and std?"]
+    elif top > 1 - 1e-6:
+        found += ["the score of one class is 1: are mean and std those of the model, for pixels in [0, 1]?"]
+    return found
 
 
 def _state(config: ImportConfig, source: Source) -> tuple[Mapping[str, Tensor] | None, dict[str, Any]]:
