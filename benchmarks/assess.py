@@ -70,7 +70,7 @@ def assess(config: AssessConfig) -> int:
     lacking = [name for name in wanted if name not in presets_of(subject.card)]
     headless = [name for name in lacking if PRESETS[name].loop.steps]
     if lacking and config.presets:
-        part, how = ("head", "head --classifier") if headless else ("restorer to stand alone", "purifier --checkpoint")
+        part, how = ("head", "head --classifier") if headless else ("purifier", "purifier --checkpoint")
         raise ConfigError(
             f"preset {lacking[0]!r}: the checkpoint has no {part}; unperturb train {how} {config.checkpoint}"
         )

@@ -81,8 +81,8 @@ def ready(subject: Checkpoint, device: torch.device) -> Checkpoint:
     if not isinstance(classifier, AnyClassifier):
         classifier = _faster(classifier)
     parts = {
-        name: None if part is None else part.to(device)
-        for name, part in (("head", subject.head), ("bank", subject.bank), ("restorer", subject.restorer))
+        name: None if (part := getattr(subject, name)) is None else part.to(device)
+        for name in ("head", "bank", "restorer", "purifier")
     }
     counting = CountingClassifier(classifier).eval().requires_grad_(False)
     return replace(subject, classifier=counting, **parts)  # type: ignore[arg-type]

@@ -34,10 +34,11 @@ class HeadCard:
 class Card:
     """The content of `card.json`; an unknown key is refused.
 
-    `training`, `head_training`, `restorer_training` and `figures` are the resolved configurations and measurements, as
-    JSON; `preprocessing` says how a picture becomes the pixels (None: its centred square); `vote` names the views that
-    were chosen for these weights, in their images' pixels (None: the presets' own); `gates`, by preset, are the first
-    losses up to which images are left as they are (`loss`), and how they were found.
+    `training`, `head_training`, … and `figures` are the resolved configurations and measurements, as JSON; `restorer`
+    is that of the reverse attack's view, `purifier` the network that stands before the classifier by itself;
+    `preprocessing` says how a picture becomes the pixels (None: its centred square); `vote` names the views that were
+    chosen for these weights, in their images' pixels (None: the presets' own); `gates`, by preset, are the first losses
+    up to which images are left as they are (`loss`), and how they were found.
     """
 
     id: str
@@ -47,12 +48,14 @@ class Card:
     training: dict[str, Any]
     head: HeadCard | None = None
     restorer: RestorerCard | None = None
+    purifier: RestorerCard | None = None
     bank_size: int = 0
     readout: ReadoutCard = field(default_factory=ReadoutCard)
     preprocessing: Preprocessing | None = None
     vote: Vote | None = None
     head_training: dict[str, Any] = field(default_factory=dict)
     restorer_training: dict[str, Any] = field(default_factory=dict)
+    purifier_training: dict[str, Any] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     gates: dict[str, Any] = field(default_factory=dict)
     made_by: dict[str, Any] = field(default_factory=dict)
@@ -73,8 +76,9 @@ def parse_card(raw: dict[str, Any], file: Path) -> Card:
     values["architecture"] = Architecture(**_tuples(known_fields(Architecture, raw.get("architecture"), file)))
     if raw.get("head") is not None:
         values["head"] = HeadCard(**known_fields(HeadCard, raw["head"], file))
-    if raw.get("restorer") is not None:
-        values["restorer"] = RestorerCard(**known_fields(RestorerCard, raw["restorer"], file))
+    for part in ("restorer", "purifier"):
+        if raw.get(part) is not None:
+            values[part] = RestorerCard(**known_fields(RestorerCard, raw[part], file))
     if raw.get("preprocessing") is not None:
         try:
             how = Preprocessing(**known_fields(Preprocessing, raw["preprocessing"], file))

@@ -1,4 +1,4 @@
-"""A checkpoint is a folder: `model.safetensors` (classifier, head, bank, restorer) and `card.json` (what they are).
+"""A checkpoint is a folder: `model.safetensors`, a classifier and what purifies for it, and `card.json`, what they are.
 
 Loading reads tensors and JSON only, so it runs no code from the folder, and refuses a folder whose weights are not
 those that the card names.
@@ -40,7 +40,7 @@ PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
 @dataclass(frozen=True)
 class Checkpoint:
     """A classifier, the head and bank that purify for it (or None, before a head is trained), the restorer of their
-    restored view (or None), and the card.
+    restored view (or None), the network that purifies before the classifier by itself (or None), and the card.
     """
 
     card: Card
@@ -48,6 +48,7 @@ class Checkpoint:
     head: ProjectionHead | None = None
     bank: NegativesBank | None = None
     restorer: Restorer | None = None
+    purifier: Restorer | None = None
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -85,6 +86,8 @@ def save(folder: Path, checkpoint: Checkpoint, *, half: bool = True) -> Card:
         bank_size=0 if checkpoint.bank is None else len(checkpoint.bank.labels),
         restorer=None if checkpoint.restorer is None else checkpoint.card.restorer,
         restorer_training={} if checkpoint.restorer is None else checkpoint.card.restorer_training,
+        purifier=None if checkpoint.purifier is None else checkpoint.card.purifier,
+        purifier_training={} if checkpoint.purifier is None else checkpoint.card.purifier_training,
         made_by={"commit": provenance.commit(), "versions": provenance.versions()},
         weights_sha256=digest,
     )
@@ -208,13 +211,14 @@ def _parts(checkpoint: Checkpoint) -> list[tuple[str, nn.Module]]:
         ("head", checkpoint.head),
         ("bank", checkpoint.bank),
         ("restorer", checkpoint.restorer),
+        ("purifier", checkpoint.purifier),
     )
     return [(name, module) for name, module in named if module is not None]
 
 
 def _empty(card: Card, file: Path) -> Checkpoint:
     """Return the modules that the card describes, with weights to be replaced."""
-    head = bank = restorer = None
+    head = bank = None
     try:
         classifier = build(card.architecture, weights=False)
         readout = blank_readout(card.readout, feature_dim=classifier.feature_dim, num_classes=classifier.num_classes)
@@ -230,11 +234,10 @@ def _empty(card: Card, file: Path) -> Checkpoint:
                 raise ConfigError(f"temperature={card.head.temperature!r} is not above 0")
             blank = torch.ones(card.bank_size, card.head.embedding_dim)
             bank = NegativesBank(blank, torch.zeros(card.bank_size, dtype=torch.int64))
-        if card.restorer is not None:
-            restorer = Restorer(card.restorer)
+        restorer, purifier = (None if one is None else Restorer(one) for one in (card.restorer, card.purifier))
     except (ConfigError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{file} describes a model that cannot be built: {error}") from error
-    return Checkpoint(card, classifier, head, bank, restorer)
+    return Checkpoint(card, classifier, head, bank, restorer, purifier)
 
 
 def _same_layout(file: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:

@@ -25,9 +25,8 @@ class RestorerCard:
     """A restorer's shape, and its unit.
 
     epsilon: what an estimate of 1 stands for, in pixel units of [0, 1]; scale: its layers work on images of a side
-    1/scale; times: how many times over an estimate is taken off; alone: it was trained to stand before the classifier
-    by itself, not for a view of the reverse attack's; kind: "residual" takes something off, within a ball, and
-    "autoencoder" draws the image anew, halving its side `depth` times and doubling its `width` channels each time
+    1/scale; times: how many times over an estimate is taken off; kind: "residual" takes something off, within a ball,
+    and "autoencoder" draws the image anew, halving its side `depth` times and doubling its `width` channels each time
     """
 
     width: int
@@ -35,7 +34,6 @@ class RestorerCard:
     epsilon: float
     scale: int = 1
     times: float = 8.0
-    alone: bool = False
     kind: Literal["residual", "autoencoder"] = "residual"
 
     @property

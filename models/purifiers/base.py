@@ -14,7 +14,7 @@ COMPACT_EVERY = 5  # steps
 
 
 def lacking(part: str, of: str) -> str:
-    """Return what to say of a checkpoint without a "head" or a "restorer to stand alone", and what trains one."""
+    """Return what to say of a checkpoint without a "head" or a "purifier", and what trains one."""
     trainer = "head --classifier" if part == "head" else "purifier --checkpoint"
     return f"{of} has no {part}; train one: unperturb train {trainer} CHECKPOINT --data DIR --out OUT"
 

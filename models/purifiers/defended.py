@@ -122,26 +122,26 @@ def purifier_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Purifier
 
 def presets_of(card: Card) -> tuple[str, ...]:
     """Return the names of the presets that a checkpoint has the parts for."""
-    alone, headless = card.restorer is not None and card.restorer.alone, card.head is None
+    alone, headless = card.purifier is not None, card.head is None
     return tuple(
         name for name, config in PRESETS.items() if (alone if config.restores else not (headless and config.loop.steps))
     )
 
 
 def preset_of(card: Card, name: str) -> ReverseAttackConfig:
-    """Return a preset as a checkpoint has it: with its own views of the vote, and its restorer's reach."""
+    """Return a preset as a checkpoint has it: with its own views of the vote, and its purifier's reach."""
     config = preset(name)
     loop = config.loop
-    if config.restores and card.restorer is not None:
-        loop = dataclasses.replace(loop, epsilon=card.restorer.reach)
+    if config.restores and (network := card.purifier or card.restorer):
+        loop = dataclasses.replace(loop, epsilon=network.reach)
     return dataclasses.replace(config, loop=loop, vote=vote_of(card, config))
 
 
 def vote_of(card: Card, config: ReverseAttackConfig) -> Vote | None:
-    """Return the vote of a preset, or of the restorer that was trained for one: of the card's own views where it has
+    """Return the vote of a preset, or of the purifier that was trained for one: of the card's own views where it has
     some.
     """
-    vote = config.vote or (Vote() if config.restores and card.restorer_training.get("vote") else None)
+    vote = config.vote or (Vote() if config.restores and card.purifier_training.get("vote") else None)
     return vote and (card.vote or vote.scaled(card.architecture.image_size))
 
 

@@ -1,4 +1,4 @@
-"""The restored view alone: what a checkpoint's restorer makes of an image is what is classified.
+"""What a checkpoint's purifier makes of an image, or its restorer, is what is classified.
 
 No steps, no loss, nothing random: one more network in front of the classifier.
 """
@@ -38,7 +38,8 @@ class Restored(Purifier):
 
 
 def restored_of(checkpoint: Checkpoint, *, times: float = 1.0) -> Restored:
-    """Return the purifier of a checkpoint; raise CheckpointError where it has no restorer."""
-    if checkpoint.restorer is None:
-        raise CheckpointError(lacking("restorer", f"checkpoint {checkpoint.card.id!r}"))
-    return Restored(checkpoint.classifier, checkpoint.restorer, times=times)
+    """Return the purifier of a checkpoint; raise CheckpointError where it has neither purifier nor restorer."""
+    network = checkpoint.purifier or checkpoint.restorer
+    if network is None:
+        raise CheckpointError(lacking("purifier", f"checkpoint {checkpoint.card.id!r}"))
+    return Restored(checkpoint.classifier, network, times=times)

@@ -59,7 +59,7 @@ class Model:
     def require(self, preset: str | None) -> None:
         """Raise UnprocessableError for a preset that the checkpoint lacks the parts of."""
         if preset is not None and preset not in self.presets:
-            part = "restorer to stand alone" if PRESETS[preset].restores else "head"
+            part = "purifier" if PRESETS[preset].restores else "head"
             without = lacking(part, f"model {self.id!r}")
             can = " or ".join(f"preset={name}" for name in self.presets)
             raise UnprocessableError(f"preset={preset}: {without}. Until then ask for {can}, or purify=never")

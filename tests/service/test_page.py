@@ -27,6 +27,7 @@ from unperturb.service.settings import Settings
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEY = "the-key-of-the-tests"
+UNASSESSED = 'Not assessed yet; "unperturb assess" does it.'
 
 expect.set_options(timeout=20_000)  # a page shares the machine's cores with the service
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
@@ -408,7 +409,7 @@ def test_predictions_are_above_the_fold(page: Page) -> None:
 
 
 def test_model_says_what_it_knows_and_when_it_is_not_sure(page: Page) -> None:
-    expect(page.locator("#knows")).to_have_text("This model knows 3 classes: blue, green, red. Not assessed yet.")
+    expect(page.locator("#knows")).to_have_text(f"This model knows 3 classes: blue, green, red. {UNASSESSED}")
     expect(page.locator("#model")).to_be_hidden()  # there is one
     page.route("**/inspect?*", lambda route: _renamed(route, "kiwi"))
     use_sample(page)
@@ -450,7 +451,7 @@ def test_what_an_assessment_found_stands_below_the_presets(page: Page) -> None:
 
     page.route("**/models/tiny", assessed)
     page.reload()
-    told = "Assessed: use `vote`: +3.0 (+1.0 to +5.0) points in the worst case."
+    told = "Assessed: use vote: +3.0 (+1.0 to +5.0) points in the worst case."
     gained = "\u2264 -3.1 (to -1.2) against who knows it, +8.7 (+6.0 to +11.4) against who does not"
     judged = "(200 images, attacks of up to 8/255, budget standard)"
     expect(page.locator("#advice")).to_have_text(f"{told} Points gained by default {judged}: {gained}.")
@@ -479,13 +480,30 @@ def test_one_of_several_models_is_chosen_with_the_presets_that_it_has(page: Page
     page.reload()
     expect(page.get_by_label("Model")).to_have_value("tiny")
     page.get_by_label("Model").select_option("bare")
-    expect(page.locator("#knows")).to_have_text("This model knows 2 classes: yes, no. Not assessed yet.")
+    expect(page.locator("#knows")).to_have_text(f"This model knows 2 classes: yes, no. {UNASSESSED}")
     expect(page.get_by_label("Purifier")).to_have_value("vote")
     assert page.get_by_label("Purifier").locator("option:not([disabled])").count() == 1
     use_sample(page)
     with page.expect_request("**/inspect?*") as sent:
         page.get_by_role("button", name="Run").click()
     assert "model=bare" in sent.value.url
+
+
+def test_late_answer_about_a_model_is_not_shown_with_the_one_chosen_since(page: Page) -> None:
+    both = [{"id": "tiny", "presets": ["vote"], "default": True}, {"id": "late", "presets": ["vote"], "default": False}]
+    waiting: list[Route] = []
+    page.route("**/models", lambda route: route.fulfill(json=both))
+    page.route("**/models/tiny", lambda route: route.fulfill(json={"classes": ["yes", "no"]}))
+    page.route("**/models/late", lambda route: waiting.append(route))
+    page.reload()
+    with page.expect_request("**/models/late"):
+        page.get_by_label("Model").select_option("late")
+    page.get_by_label("Model").select_option("tiny")
+    expect(page.locator("#knows")).to_contain_text("yes, no")
+    with page.expect_response("**/models/late"):
+        waiting[0].fulfill(json={"classes": ["one", "two", "three"]})
+    page.evaluate("new Promise((done) => setTimeout(done))")
+    expect(page.locator("#knows")).to_contain_text("yes, no")
 
 
 def test_page_tells_what_the_service_does(page: Page) -> None:

@@ -26,7 +26,7 @@ from unperturb.models.purifiers.registry import build_defense
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
 
-ALONE = RestorerCard(width=4, depth=2, epsilon=6 / 255, scale=2, times=1.0, alone=True)
+ALONE = RestorerCard(width=4, depth=2, epsilon=6 / 255, scale=2, times=1.0)
 REACH = 6 / 255
 
 
@@ -37,8 +37,8 @@ def made(*, vote: bool = False, restorer: RestorerCard = ALONE) -> Checkpoint:
     for layer in network.layers:
         if isinstance(layer, torch.nn.Conv2d):
             layer.weight.mul_(3)
-    card = dataclasses.replace(bare.card, restorer=restorer, restorer_training={"vote": vote})
-    return dataclasses.replace(bare, card=card, restorer=network)
+    card = dataclasses.replace(bare.card, purifier=restorer, purifier_training={"vote": vote})
+    return dataclasses.replace(bare, card=card, purifier=network)
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +111,12 @@ def test_inference_protocol_has_its_image_and_no_losses(client: TestClient) -> N
 
 
 def test_checkpoint_without_one_says_how_to_train_it(tiny_folder: Path) -> None:
-    assert "restorer" not in presets_of(make_checkpoint().card)  # its restorer is for a view of the reverse attack
+    view = dataclasses.replace(make_checkpoint().card, restorer=ALONE)
+    assert "restorer" not in presets_of(view)
     with serving(tiny_folder) as client:
         refused = client.post("/classify?preset=restorer", files={"image": photo()})
     assert refused.status_code == 422
-    assert "no restorer to stand alone" in refused.json()["detail"]
+    assert "no purifier" in refused.json()["detail"]
     assert "unperturb train purifier --checkpoint" in refused.json()["detail"]
     with pytest.raises(CheckpointError, match="unperturb train purifier"):
         defend(make_checkpoint(head=False), PRESETS["restorer"])
@@ -133,13 +134,29 @@ def test_one_trained_for_the_vote_is_followed_by_it(images: Tensor) -> None:
     assert build_defense("reverse-attack:restorer,vote=none", checkpoint).vote is None
 
 
+def test_other_presets_are_what_they_are_without_it(images: Tensor, tmp_path: Path) -> None:
+    bare, one = make_checkpoint(), made()
+    view = Restorer(ALONE).eval().requires_grad_(False)
+    card = dataclasses.replace(bare.card, restorer=ALONE, restorer_training={"epochs": 1})
+    whole = dataclasses.replace(bare, card=card, restorer=view)
+    card = dataclasses.replace(card, purifier=one.card.purifier, purifier_training={"epochs": 2})
+    store.save(tmp_path / "whole", whole, half=False)
+    store.save(tmp_path / "both", dataclasses.replace(whole, card=card, purifier=one.purifier), half=False)
+    whole, both = store.load(tmp_path / "whole"), store.load(tmp_path / "both")
+    assert (both.card.restorer_training, both.card.purifier_training) == ({"epochs": 1}, {"epochs": 2})
+    for preset in ("default", "transfer"):
+        assert torch.equal(defend(both, PRESETS[preset])(images), defend(whole, PRESETS[preset])(images))
+    assert one.purifier is not None
+    assert torch.equal(defend(both, PRESETS["restorer"]).purify(images).image, one.purifier.restored(images))
+
+
 def test_gradient_passes_through_the_restorer(images: Tensor) -> None:
     checkpoint = made()
-    assert checkpoint.restorer is not None
+    assert checkpoint.purifier is not None
     defended = defend(checkpoint, PRESETS["restorer"], gradient="full")
     x = images[:2].clone().requires_grad_()
     (found,) = torch.autograd.grad(defended(x)[:, 0].sum(), x)
-    (expected,) = torch.autograd.grad(checkpoint.classifier(checkpoint.restorer.restored(x))[:, 0].sum(), x)
+    (expected,) = torch.autograd.grad(checkpoint.classifier(checkpoint.purifier.restored(x))[:, 0].sum(), x)
     assert torch.allclose(found, expected, atol=1e-6)
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -155,18 +154,18 @@ def test_purifier_is_trained_and_the_classifier_is_not(
     ]
     assert main(arguments) == 0
     said, log = capsys.readouterr().out, read_log(tmp_path / "run")
-    assert "on 9 held-out images, with the restorer (without, the vote alone)" in said
+    assert "on 9 held-out images, with the purifier (without, the vote alone)" in said
     made, before = store.load(tmp_path / "run" / "checkpoint"), store.load(tmp_path / "base")
-    assert made.card.restorer == RestorerCard(width=16, depth=2, epsilon=60 / 255, scale=2, times=1.0, alone=True)
-    assert made.card.restorer_training["held_out_bare"]["n"] == 9
+    assert made.card.purifier == RestorerCard(width=16, depth=2, epsilon=60 / 255, scale=2, times=1.0)
+    assert made.card.purifier_training["held_out_bare"]["n"] == 9
     for name, value in before.classifier.state_dict().items():
         assert torch.equal(value, made.classifier.state_dict()[name])
     assert log[-1]["loss"] < log[0]["loss"]
     defended = build_defense("restorer:vote=2", made, gradient="full")
     assert defended.vote == Vote()
     assert (
-        made.card.restorer_training["at_that_epoch"]["held_out_pgd_accuracy"]
-        >= (made.card.restorer_training["held_out_bare"]["pgd_accuracy"])
+        made.card.purifier_training["at_that_epoch"]["held_out_pgd_accuracy"]
+        >= (made.card.purifier_training["held_out_bare"]["pgd_accuracy"])
     )
 
 
@@ -177,12 +176,12 @@ def test_autoencoder_is_trained_before_a_classifier_and_defends_it(image_folder:
     how = ["--network", "autoencoder", "--beta", "0", "--gamma", "0", "--ramp", "0.5", "--ema", "0.8"]
     assert main(["purifier", *given, *small, *how, "--cache", str(tmp_path), "--device", "cpu"]) == 0
     made, log = store.load(tmp_path / "run" / "checkpoint"), read_log(tmp_path / "run")
-    assert made.card.restorer == dataclasses.replace(AUTOENCODER, alone=True)
+    assert made.card.purifier == AUTOENCODER
     assert log[-1]["loss"] < log[0]["loss"]
     assert log[-1]["accuracy"] > 0.5
     defended = build_defense("restorer", made, gradient="full")
     x = torch.rand(2, 3, 32, 32).requires_grad_()
-    assert torch.equal(defended.purify(x.detach()).image, made.restorer.restored(x.detach()))  # type: ignore[union-attr]
+    assert torch.equal(defended.purify(x.detach()).image, made.purifier.restored(x.detach()))  # type: ignore[union-attr]
     (gradient,) = torch.autograd.grad(defended(x).sum(), x)
     assert float(gradient.abs().max()) > 0
 

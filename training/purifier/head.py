@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import HeadCard
-from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
 from unperturb.models.contrastive.views import ViewPolicy
 from unperturb.models.errors import ConfigError
@@ -156,7 +155,7 @@ def train_head(config: HeadConfig) -> None:
             },
         )
         out = config.out / "checkpoint"
-        store.save(out, Checkpoint(card, base.classifier, fitted.model, bank, base.restorer))
+        store.save(out, dataclasses.replace(base, card=card, head=fitted.model, bank=bank))
         loss = fitted.figures["held_out_loss"]
         print(f"{out}: head of InfoNCE {loss:.3f} on held-out images, bank of {config.bank_size}")
     world.leave(here)

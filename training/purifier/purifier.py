@@ -1,6 +1,6 @@
-"""`unperturb train purifier`: a checkpoint -> the same with a restorer trained through the classifier behind it.
+"""`unperturb train purifier`: a checkpoint -> the same with a purifier trained through the classifier behind it.
 
-The images that it is trained on are attacked through everything, the restorer and the frozen classifier. What it is to
+The images that it is trained on are attacked through everything, the purifier and the frozen classifier. What it is to
 do is not to find a perturbation but to leave the classifier with the right class:
 
     CE(attacked, label)  +  β KL(clean || attacked)  +  γ KL(bare classifier on clean || clean)
@@ -32,21 +32,21 @@ from unperturb.models.purifiers.vote import Vote
 from unperturb.training import data, loop, options, seeds, world
 from unperturb.training.augment import pad_crop_flip
 from unperturb.training.options import RunConfig
-from unperturb.training.purifier.restorer import save_with_restorer
+from unperturb.training.purifier.restorer import save_with
 from unperturb.training.supervised.base import measure
 from unperturb.training.supervised.n_fgsm import noisy_step
 
 
 @dataclass(frozen=True, kw_only=True)
 class PurifierConfig(RunConfig):
-    """Train a restorer through the frozen classifier behind it, on attacks that go through both."""
+    """Train a network that purifies through the frozen classifier behind it, on attacks that go through both."""
 
     checkpoint: str = option("checkpoint folder or shipped name; its classifier stays as it is")
     network: Literal["residual", "autoencoder"] = option(
         "residual: takes something off each pixel, for robust classifiers; autoencoder: draws the image anew",
         "residual",
     )
-    width: int = option("channels of the restorer's layers; an autoencoder doubles them with each halving", 64)
+    width: int = option("channels of its layers; an autoencoder doubles them with each halving", 64)
     depth: int | None = option(
         "its layers, beside the last (5); of an autoencoder, how often its side is halved (2)", None
     )
@@ -206,7 +206,6 @@ def train_purifier(config: PurifierConfig) -> None:
         scale=config.scale,
         epsilon=config.reach if residual else 1.0,
         times=1.0,
-        alone=True,
     )
     model = fresh(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept, held = data.training_images_for(base.card, dataset, config)
@@ -217,9 +216,9 @@ def train_purifier(config: PurifierConfig) -> None:
         bare = measure(Whole(None, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)
     fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
     if here.rank == 0:
-        out = save_with_restorer(config, base, card, fitted, data_sha256=dataset.digest, held_out_bare=bare)
+        out = save_with("purifier", config, base, card, fitted, data_sha256=dataset.digest, held_out_bare=bare)
         print(
-            f"{out}: on {bare['n']} held-out images, with the restorer (without{', the vote alone' * config.vote}): "
+            f"{out}: on {bare['n']} held-out images, with the purifier (without{', the vote alone' * config.vote}): "
             f"clean {fitted.figures['held_out_clean_accuracy']:.1%} ({bare['clean_accuracy']:.1%}), "
             f"PGD-10 {fitted.figures['held_out_pgd_accuracy']:.1%} ({bare['pgd_accuracy']:.1%})"
         )

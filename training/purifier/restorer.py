@@ -8,7 +8,7 @@ was trained on, and whoever knows it can attack it: benchmarks/robustbench_eval.
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -124,27 +124,30 @@ def train_restorer(config: RestorerConfig) -> None:
     )
     fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
     if here.rank == 0:
-        out = save_with_restorer(config, base, card, fitted, data_sha256=dataset.digest)
+        out = save_with("restorer", config, base, card, fitted, data_sha256=dataset.digest)
         print(f"{out}: {fitted.figures['held_out_signs']:.1%} of the signs of an attack's pixels are found")
     world.leave(here)
 
 
-def save_with_restorer(
-    config: RunConfig, base: store.Checkpoint, card: RestorerCard, fitted: loop.Fitted, **training: object
+def save_with(
+    part: Literal["restorer", "purifier"],
+    config: RunConfig,
+    base: store.Checkpoint,
+    card: RestorerCard,
+    fitted: loop.Fitted,
+    **training: object,
 ) -> Path:
-    """Write OUT/checkpoint, `base` with the restorer that was trained; `training` goes onto the card. Return it."""
-    assert isinstance(fitted.model, Restorer)
-    made = dataclasses.replace(
-        base.card,
-        restorer=card,
-        gates={},
-        restorer_training={
-            **options.comparable(config),
-            **training,
-            "chosen_epoch": fitted.epoch,
-            "at_that_epoch": fitted.figures,
-        },
-    )
+    """Write OUT/checkpoint, `base` with the part that was trained; `training` goes onto the card. Return it."""
+    how = {
+        **options.comparable(config),
+        **training,
+        "chosen_epoch": fitted.epoch,
+        "at_that_epoch": fitted.figures,
+    }
+    changed: dict[str, Any] = {part: card, f"{part}_training": how}
+    if part == "restorer":
+        changed["gates"] = {}  # they were measured with another restored view
+    network: dict[str, Any] = {part: fitted.model}
     out = config.out / "checkpoint"
-    store.save(out, dataclasses.replace(base, card=made, restorer=fitted.model))
+    store.save(out, dataclasses.replace(base, card=dataclasses.replace(base.card, **changed), **network))
     return out

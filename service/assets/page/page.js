@@ -114,7 +114,8 @@ async function listModels() {
 }
 
 async function describeModel() {
-  const { presets } = models.find(({ id }) => id === model.value);
+  const asked = model.value;
+  const { presets } = models.find(({ id }) => id === asked);
   for (const option of preset.options) option.disabled = !presets.includes(option.value);
   if (preset.selectedOptions[0].disabled) preset.value = presets[0];
   const steps = [...preset.options].map(({ value }) => value).filter((value) => !["vote", "restorer"].includes(value));
@@ -122,13 +123,13 @@ async function describeModel() {
   lacks.textContent = `This model has no head, which ${steps.join(", ")} need; "unperturb train head" makes one.`;
   assessed = null;
   advise();
-  const response = await fetch(`models/${encodeURIComponent(model.value)}`, { headers: authorised() });
-  if (!response.ok) return;
+  const response = await fetch(`models/${encodeURIComponent(asked)}`, { headers: authorised() });
+  if (!response.ok || asked !== model.value) return; // another was chosen meanwhile
   const { classes, worth, advice: verdict } = await response.json();
-  assessed = verdict && { worth, verdict }; // by `unperturb assess --write-card`, or the harness
+  assessed = verdict && { worth, verdict: verdict.replaceAll("`", "") }; // by `unperturb assess --write-card`, or the harness
   advise();
   const shown = classes.slice(0, 20).join(", ");
-  knows.textContent = `This model knows ${classes.length} classes: ${shown}${classes.length > 20 ? " …" : "."}${assessed ? "" : " Not assessed yet."}`;
+  knows.textContent = `This model knows ${classes.length} classes: ${shown}${classes.length > 20 ? " …" : "."}${assessed ? "" : ' Not assessed yet; "unperturb assess" does it.'}`;
   knows.hidden = false;
 }
 
