@@ -1,7 +1,7 @@
 """A classifier that somebody has trained, taken in, given a purifier, and assessed: the whole way.
 
     python examples/own_classifier.py                                       # noisy pictures of three colours: a minute
-    python examples/own_classifier.py --data DIR --side 96 --epochs 20 --out FOLDER
+    python examples/own_classifier.py --data DIR --side 64 --epochs 5 --out FOLDER
 
 DIR has train/<class>/* and test/<class>/*. For a network of one's own: it and its weights in place of `trained`.
 """
@@ -64,7 +64,7 @@ def main(folder: Path, data: Path | None, *, side: int, epochs: int) -> None:
     """Go the whole way."""
     weights, names, model, run = (folder / name for name in ("weights.pth", "names.txt", "model", "run"))
     folder.mkdir(parents=True, exist_ok=True)
-    much = "--scale 4 --batch-size 32 --held-out 100 --assess 200"
+    much = f"--width 48 --scale {max(2, side // 16)} --batch-size 64 --held-out 300 --assess 300 --precision bfloat16"
     if data is None:
         data, much = folder / "data", "--width 8 --batch-size 20 --held-out 20 --assess 6"
         pictures(data, side)
