@@ -51,7 +51,7 @@ def test_restorer_gives_the_restored_view(images: Tensor) -> None:
     purified = build_purifier("restorer:times=3", subject)(images, seeds=SEEDS)
     assert torch.equal(purified.image, subject.restorer.restored(images, factor=3.0))
     assert (purified.trace.linf <= 16 / 255 + 1e-6).all()
-    with pytest.raises(CheckpointError, match="has no restorer; train one"):
+    with pytest.raises(CheckpointError, match="has no purifier; train one"):
         build_purifier("restorer", dataclasses.replace(subject, restorer=None))
     with pytest.raises(ConfigError, match="times=-1"):
         build_purifier("restorer:times=-1", subject)
