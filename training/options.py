@@ -11,7 +11,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
 from unperturb.training import state
 
-FILES = {"resume_from", "data", "checkpoint", "classifier", "encoder"}  # what lies there counts, not where
+FILES = {"resume_from", "data", "checkpoint", "classifier", "encoder", "start"}  # what lies there counts, not where
 PLACE_ONLY = {"out", "device", "resume", "cache", "save_every_s", *FILES}  # may differ when a run is resumed
 
 

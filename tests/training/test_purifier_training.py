@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -184,6 +185,26 @@ def test_autoencoder_is_trained_before_a_classifier_and_defends_it(image_folder:
     assert torch.equal(defended.purify(x.detach()).image, made.purifier.restored(x.detach()))  # type: ignore[union-attr]
     (gradient,) = torch.autograd.grad(defended(x).sum(), x)
     assert float(gradient.abs().max()) > 0
+
+
+def test_purifier_begins_with_that_of_another_checkpoint(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, network = make_checkpoint(head=False), Restorer(AUTOENCODER).eval()
+    card = dataclasses.replace(base.card, id="theirs", purifier=AUTOENCODER)
+    store.save(tmp_path / "base", base)
+    store.save(tmp_path / "theirs", dataclasses.replace(base, card=card, purifier=network), half=False)
+    given = ["purifier", "--checkpoint", str(tmp_path / "base"), "--data", str(image_folder), "--device", "cpu"]
+    little = ["--epochs", "1", "--batch-size", "20", "--held-out", "9", "--lr", "1e-9", "--cache", str(tmp_path)]
+    out = ["--out", str(tmp_path / "run")]
+    assert main([*given, *little, *out, "--start", str(tmp_path / "base")]) == 2
+    assert "has no purifier; train one" in capsys.readouterr().err
+    assert main([*given, *little, *out, "--start", str(tmp_path / "theirs")]) == 0
+    made = store.load(tmp_path / "run" / "checkpoint")
+    assert (made.card.id, made.card.purifier) == (base.card.id, AUTOENCODER)
+    assert made.purifier is not None
+    pairs = zip(made.purifier.parameters(), network.parameters(), strict=True)
+    assert all(torch.allclose(one, other, atol=2e-3) for one, other in pairs)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.inference.folding import prepared
 from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.options import option
+from unperturb.models.purifiers.base import lacking
 from unperturb.models.purifiers.defended import vote_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
@@ -42,6 +43,10 @@ class PurifierConfig(RunConfig):
     """Train a network that purifies through the frozen classifier behind it, on attacks that go through both."""
 
     checkpoint: str = option("checkpoint folder or shipped name; its classifier stays as it is")
+    start: str | None = option(
+        "checkpoint whose purifier it begins with, of whatever classes: network, width, depth, scale and reach are its",
+        None,
+    )
     network: Literal["residual", "autoencoder"] = option(
         "residual: takes something off each pixel, for robust classifiers; autoencoder: draws the image anew",
         "residual",
@@ -192,14 +197,10 @@ def fresh(card: RestorerCard) -> Restorer:
     return restorer
 
 
-def train_purifier(config: PurifierConfig) -> None:
-    """Train, choose the epoch on held-out training images, and write OUT/checkpoint."""
-    here = world.join(config.device)
-    base = store.load(config.checkpoint, device=here.device)
-    dataset = data.load_for(base.card, config.data, cache=config.cache)
-    torch.manual_seed(config.seed)
+def card_of(config: PurifierConfig) -> RestorerCard:
+    """Return the shape of the network that is asked for."""
     residual = config.network == "residual"
-    card = RestorerCard(
+    return RestorerCard(
         kind=config.network,
         width=config.width,
         depth=config.depth or (5 if residual else 2),
@@ -207,14 +208,31 @@ def train_purifier(config: PurifierConfig) -> None:
         epsilon=config.reach if residual else 1.0,
         times=1.0,
     )
-    model = fresh(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def train_purifier(config: PurifierConfig) -> None:
+    """Train, choose the epoch on held-out training images, and write OUT/checkpoint."""
+    here = world.join(config.device)
+    base = store.load(config.checkpoint, device=here.device)
+    dataset = data.load_for(base.card, config.data, cache=config.cache)
+    torch.manual_seed(config.seed)
+    made_of = {"data": dataset.digest, "checkpoint": base.card.weights_sha256}
+    if config.start is None:
+        card = card_of(config)
+        model = fresh(card)
+    else:
+        begun = store.load(config.start)
+        if begun.purifier is None or begun.card.purifier is None:
+            raise ConfigError(f"start={config.start}: {lacking('purifier', f'checkpoint {begun.card.id!r}')}")
+        card, model, made_of["start"] = begun.card.purifier, begun.purifier, begun.card.weights_sha256
+    model = model.requires_grad_().to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     kept, held = data.training_images_for(base.card, dataset, config)
     vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None
     task = PurifierTask(config, prepared(base).classifier, vote, model, data.resident(kept, here.device))
     task.held = data.resident(held, here.device)
     with options.autocast(config, here.device):
         bare = measure(Whole(None, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)
-    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
+    fitted = loop.fit(task, config, here, made_of=made_of)
     if here.rank == 0:
         out = save_with("purifier", config, base, card, fitted, data_sha256=dataset.digest, held_out_bare=bare)
         print(
