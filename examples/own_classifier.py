@@ -1,7 +1,7 @@
 """A classifier that somebody has trained, taken in, given a purifier, and assessed: the whole way.
 
     python examples/own_classifier.py                                       # noisy pictures of three colours: a minute
-    python examples/own_classifier.py --data DIR --side 64 --epochs 5 --out FOLDER
+    python examples/own_classifier.py --data DIR --epochs 15 --out FOLDER
 
 DIR has train/<class>/* and test/<class>/*. For a network of one's own: it and its weights in place of `trained`.
 """
@@ -64,16 +64,16 @@ def main(folder: Path, data: Path | None, *, side: int, epochs: int) -> None:
     """Go the whole way."""
     weights, names, model, run = (folder / name for name in ("weights.pth", "names.txt", "model", "run"))
     folder.mkdir(parents=True, exist_ok=True)
-    much = f"--width 48 --scale {max(2, side // 16)} --batch-size 64 --held-out 300 --assess 300 --precision bfloat16"
+    much = "--batch-size 64 --held-out 200 --assess 300"
     if data is None:
-        data, much = folder / "data", "--width 8 --batch-size 20 --held-out 20 --assess 6"
+        data, much = folder / "data", "--batch-size 20 --held-out 20 --assess 6"
         pictures(data, side)
     names.write_text("\n".join(trained(data, weights, side=side, epochs=epochs)))
     pixels = ("--image-size", side, "--fit", "crop", "--resize", side, "--mean", ".5,.5,.5", "--std", ".25,.25,.25")
     unperturb("import", "torchvision:resnet18", "--weights", weights, "--classes", names, "--out", model, *pixels)
-    asked = ("--checkpoint", model, "--data", data, "--epochs", 2 * epochs, "--device", "cpu", "--out", run)
-    never_robust = "--network autoencoder --beta 0 --gamma 0 --ramp 0.25"
-    unperturb("train", "purifier", *asked, *never_robust.split(), *much.split())
+    asked = ("--checkpoint", model, "--data", data, "--epochs", epochs, "--device", "cpu", "--out", run)
+    few_images = "--start cifar10-natural --beta 0 --gamma 0 --ramp 0.25 --precision bfloat16"
+    unperturb("train", "purifier", *asked, *few_images.split(), *much.split())
 
 
 if __name__ == "__main__":

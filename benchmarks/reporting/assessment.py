@@ -110,11 +110,27 @@ def summary(judged: Sequence[Judged], found: dict[str, Any], *, headless: Sequen
 
 def verdict(judged: Sequence[Judged]) -> str:
     """Return the advice: the preset of the largest worst-case gain beyond doubt, or one that helps only against those
-    who do not know of it, or none.
+    who do not know of it, or none; and one that gains more at a loss of clean accuracy.
     """
     if not judged:
         return "nothing was measured: train a head, or take --presets vote"
     harmless = [one for one in judged if (one.row.clean_gain or 0.0) >= -CLEAN_LOSS]
+    free = _without_loss(judged, harmless)
+    least = max([CLEAN_LOSS, *(one.row.gain or 0.0 for one in harmless)])
+    costly = [one.row for one in judged if one not in harmless and tone(one.row) in ("better", "unjudged")]
+    traded = [row for row in costly if (row.gain or 0.0) > least]
+    if not traded:
+        return free
+    best = max(traded, key=lambda row: row.gain or 0.0)
+    clean = points(best.clean_gain, best.clean_gain_interval).whole
+    trade = f"`{best.purifier}`: {GAIN.cell(best).whole} points in the worst case, {clean} on clean images"
+    if free.startswith("don't purify"):
+        return f"don't purify where no attack is to be expected; where one is, {trade}"
+    return f"{free}; where attacks are to be expected, {trade}"
+
+
+def _without_loss(judged: Sequence[Judged], harmless: Sequence[Judged]) -> str:
+    """Return the advice to who wants no clean accuracy lost."""
     better = [one.row for one in harmless if tone(one.row) == "better"]
     if better:
         best = max(better, key=lambda row: row.gain or 0.0)

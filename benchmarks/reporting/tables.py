@@ -10,7 +10,7 @@ from typing import Any
 
 from unperturb.benchmarks.papers.table import systems_table
 from unperturb.benchmarks.reporting.assessment import assessment, judged_presets
-from unperturb.benchmarks.reporting.first_page import headline, picture_line
+from unperturb.benchmarks.reporting.first_page import DEFAULT, headline, picture_line
 from unperturb.benchmarks.reporting.plots import all_plots
 from unperturb.benchmarks.reporting.purifier_tables import (
     classifier_table,
@@ -67,18 +67,14 @@ def records_in(folder: str) -> dict[Path, dict[str, Any]]:
     return {file: json.loads(file.read_text()) for file in sorted((FOLDER / folder).glob("*.json"))}
 
 
-def robustness_runs() -> list[dict[str, Any]]:
-    """Return the harness's runs under every threat of the shipped checkpoint that the pages are about: the first whose
-    purifiers were judged.
-    """
+def robustness_runs(purifier: str = DEFAULT) -> list[dict[str, Any]]:
+    """Return the runs under every threat of the first shipped checkpoint before which a purifier was judged."""
     runs = load_runs(ROBUSTNESS)
-
-    def of(card_id: str) -> list[dict[str, Any]]:
-        return [run for run in runs if run["results"]["model"]["spec"] == card_id]
-
-    ids = [store.read_card(store.resolve(name)).id for name in store.shipped_names()]
-    judged = (of(one) for one in ids)
-    return next((found for found in judged if any(run["results"]["purifies"] for run in in_main_ball(found))), [])
+    for name in store.shipped_names():
+        own = [run for run in runs if run["results"]["model"]["spec"] == store.read_card(store.resolve(name)).id]
+        if any(run["results"]["purifier_spec"].partition(":")[0] == purifier for run in in_main_ball(own)):
+            return own
+    return []
 
 
 def autoattacked() -> dict[str, dict[str, Any]]:
@@ -109,12 +105,14 @@ def all_tables() -> dict[str, str]:
     """Return every table by name, made from the result files, the shipped card and the service's settings."""
     measured = list(records_in("purification").values())
     swept = json.loads((FOLDER / "preset_sweep.json").read_text())
-    runs = robustness_runs()
+    runs, frozen = robustness_runs(), robustness_runs("restorer")
     main_runs = in_main_ball(runs)
     tables = {
         "settings": settings_table(),
         "headline": headline(main_runs),
-        "when": when_table(main_runs, runs, load_runs(QUERIED) if QUERIED.is_dir() else []),
+        "when": when_table(
+            [*main_runs, *in_main_ball(frozen)], [*runs, *frozen], load_runs(QUERIED) if QUERIED.is_dir() else []
+        ),
         "picture": picture_line(json.loads((FOLDER / "brought_back.json").read_text())),
         "classifier": classifier_table(autoattacked()),
         "gates": gates_table(),
@@ -124,6 +122,7 @@ def all_tables() -> dict[str, str]:
         "sweep_restored": sweep_table(json.loads((FOLDER / "preset_sweep_restored.json").read_text())),
         "robustness": robustness_table(main_runs),
         "threats": threats_table(runs),
+        **({"frozen": robustness_table(in_main_ball(frozen))} if frozen else {}),
         "systems": systems_table(FOLDER / "systems" / "small"),
     }
     for name, make in SINGLE.items():

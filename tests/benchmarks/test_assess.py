@@ -44,8 +44,21 @@ def judged(name: str, gain: float, *, clean: float = 0.0, transfer: float = 0.0)
         ([judged("default", -0.05), judged("transfer", -0.2)], "don't purify: every preset makes this model worse"),
         ([judged("default", 0.005), judged("transfer", -0.2)], "don't purify: no preset makes a difference"),
         ([], "nothing was measured"),
+        (
+            [judged("vote", 0.0), judged("transfer", -0.2), judged("restorer", 0.33, clean=-0.3)],
+            "don't purify where no attack is to be expected; where one is, `restorer`: +33.0 (+32.0 to +34.0) points "
+            "in the worst case, -30.0 (-30.0 to -30.0) on clean images",
+        ),
+        (
+            [judged("vote", 0.03), judged("restorer", 0.33, clean=-0.3)],
+            "use `vote`: +3.0 (+2.0 to +4.0) points in the worst case; where attacks are to be expected, `restorer`",
+        ),
+        (
+            [judged("vote", 0.03), judged("restorer", 0.02, clean=-0.3)],
+            "use `vote`: +3.0 (+2.0 to +4.0) points in the worst case",
+        ),
     ],
-    ids=["best", "clean loss", "unaware", "worse", "even", "none"],
+    ids=["best", "clean loss", "unaware", "worse", "even", "none", "trade", "both", "trade for less"],
 )
 def test_verdict_follows_the_worst_case(rows: list[Judged], says: str) -> None:
     assert verdict(rows).startswith(says)
