@@ -174,10 +174,11 @@ def test_autoencoder_is_trained_before_a_classifier_and_defends_it(image_folder:
     store.save(tmp_path / "base", make_checkpoint(head=False))
     given = ["--checkpoint", str(tmp_path / "base"), "--data", str(image_folder), "--out", str(tmp_path / "run")]
     small = ["--width", "8", "--depth", "1", "--epochs", "10", "--batch-size", "17", "--held-out", "9", "--lr", "0.01"]
-    how = ["--network", "autoencoder", "--beta", "0", "--gamma", "0", "--ramp", "0.5", "--ema", "0.8"]
+    how = ["--network", "autoencoder", "--ramp", "0.5", "--ema", "0.8"]
     assert main(["purifier", *given, *small, *how, "--cache", str(tmp_path), "--device", "cpu"]) == 0
     made, log = store.load(tmp_path / "run" / "checkpoint"), read_log(tmp_path / "run")
     assert made.card.purifier == AUTOENCODER
+    assert [made.card.purifier_training[name] for name in ("beta", "gamma", "depth")] == [0.0, 0.0, 1]
     assert log[-1]["loss"] < log[0]["loss"]
     assert log[-1]["accuracy"] > 0.5
     defended = build_defense("restorer", made, gradient="full")
@@ -202,6 +203,9 @@ def test_purifier_begins_with_that_of_another_checkpoint(
     assert main([*given, *little, *out, "--start", str(tmp_path / "theirs")]) == 0
     made = store.load(tmp_path / "run" / "checkpoint")
     assert (made.card.id, made.card.purifier) == (base.card.id, AUTOENCODER)
+    told = made.card.purifier_training
+    assert (told["network"], told["width"], told["beta"]) == ("autoencoder", AUTOENCODER.width, 0.0)
+    assert told["start_sha256"] == store.read_card(tmp_path / "theirs").weights_sha256
     assert made.purifier is not None
     pairs = zip(made.purifier.parameters(), network.parameters(), strict=True)
     assert all(torch.allclose(one, other, atol=2e-3) for one, other in pairs)

@@ -58,13 +58,19 @@ class PurifierConfig(RunConfig):
     scale: int = option("its layers work on images of a side 1/scale", 2)
     reach: float = option("how far a residual one may move a channel of a pixel", 8 / 255)
     epsilon: float = option("radius of the attack, L-infinity", 8 / 255)
-    ramp: float = option("share of the run in which the attack grows to that radius", 0.0)
+    ramp: float | None = option(
+        "share of the run in which the attack grows to that radius (0; of an autoencoder 0.25)", None
+    )
     attack: Literal["n-fgsm", "pgd"] = option("training attack", "n-fgsm")
     attack_steps: int = option("steps of pgd", 3)
     attack_step_size: float = option("step size of pgd", 4 / 255)
     vote: bool = option("train for the vote: each batch goes through one of its shifts, drawn for it", False)
-    beta: float = option("weight of KL between the clean and the attacked prediction", 1.0)
-    gamma: float = option("weight of KL from the bare classifier's prediction on clean images", 1.0)
+    beta: float | None = option(
+        "weight of KL between the clean and the attacked prediction (1; of an autoencoder 0)", None
+    )
+    gamma: float | None = option(
+        "weight of KL from the bare classifier's prediction on clean images (1; of an autoencoder 0)", None
+    )
     label_smoothing: float = option("label smoothing", 0.0)
     pad: int = option("pixels of padding before the random crop", 4)
     assess: int = option(
@@ -80,7 +86,11 @@ class PurifierConfig(RunConfig):
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
         super().__post_init__()
-        if min(self.beta, self.gamma) < 0 or not 0 <= self.label_smoothing < 1 or not 0 <= self.ramp <= 1:
+        if (
+            min(self.beta or 0, self.gamma or 0) < 0
+            or not 0 <= self.label_smoothing < 1
+            or not 0 <= (self.ramp or 0) <= 1
+        ):
             raise ConfigError(
                 f"beta={self.beta}, gamma={self.gamma}, label_smoothing={self.label_smoothing}, ramp={self.ramp}: "
                 "out of range"
@@ -115,6 +125,7 @@ class PurifierTask:
         self, config: PurifierConfig, classifier: nn.Module, vote: Vote | None, model: Restorer, train: data.Split
     ) -> None:
         self.config, self.classifier, self.model, self.train = config, classifier, model, train
+        self.beta, self.gamma, self.ramp = config.beta or 0.0, config.gamma or 0.0, config.ramp or 0.0
         self.vote, self.views = vote, [Vote(shifts=(one,), mirrored=False) for one in vote.shifts] if vote else []
         self.images, self.memory = len(train.labels), nn.Module()
         self.held: data.Split | None = None
@@ -134,7 +145,7 @@ class PurifierTask:
         view = self.views[int(torch.randint(len(self.views), (), generator=draw))] if self.views else None
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
         done = (epoch + step / max(1, self.images // self.config.batch_size)) / self.config.epochs
-        share = min(1.0, done / self.config.ramp) if self.config.ramp else 1.0
+        share = min(1.0, done / self.ramp) if self.ramp else 1.0
         return self.of_batch(Whole(self.model, self.classifier, view), x, labels[indices], own, share=share)
 
     def of_batch(
@@ -146,17 +157,17 @@ class PurifierTask:
         """
         config = self.config
         crafted = self.crafted(whole, x, labels, own, share=share)
-        if config.beta or config.gamma:
+        if self.beta or self.gamma:
             clean, attacked = (part.float() for part in whole(torch.cat((x, crafted))).chunk(2))
         else:
             clean = attacked = whole(crafted).float()
         loss = F.cross_entropy(attacked, labels, label_smoothing=config.label_smoothing)
-        if config.beta:
-            loss = loss + config.beta * _kl(clean, attacked)
-        if config.gamma:
+        if self.beta:
+            loss = loss + self.beta * _kl(clean, attacked)
+        if self.gamma:
             with torch.no_grad():
                 bare = self.classifier(x) if whole.vote is None else whole.vote.scores(self.classifier, x)
-            loss = loss + config.gamma * _kl(bare.float(), clean)
+            loss = loss + self.gamma * _kl(bare.float(), clean)
         return loss, {"accuracy": attacked.detach().argmax(1).eq(labels).float().mean()}
 
     def crafted(self, whole: Whole, x: Tensor, labels: Tensor, own: Tensor, *, share: float = 1.0) -> Tensor:
@@ -197,16 +208,39 @@ def fresh(card: RestorerCard) -> Restorer:
     return restorer
 
 
-def card_of(config: PurifierConfig) -> RestorerCard:
-    """Return the shape of the network that is asked for."""
-    residual = config.network == "residual"
-    return RestorerCard(
-        kind=config.network,
-        width=config.width,
-        depth=config.depth or (5 if residual else 2),
-        scale=config.scale,
-        epsilon=config.reach if residual else 1.0,
-        times=1.0,
+def begun(config: PurifierConfig) -> tuple[Restorer, RestorerCard, dict[str, str]]:
+    """Return the network that is trained, its shape, and the digest of the checkpoint that it is from, if from one."""
+    if config.start is None:
+        residual = config.network == "residual"
+        card = RestorerCard(
+            kind=config.network,
+            width=config.width,
+            depth=config.depth or (5 if residual else 2),
+            scale=config.scale,
+            epsilon=config.reach if residual else 1.0,
+            times=1.0,
+        )
+        return fresh(card), card, {}
+    first = store.load(config.start)
+    if first.purifier is None or first.card.purifier is None:
+        raise ConfigError(f"start={config.start}: {lacking('purifier', f'checkpoint {first.card.id!r}')}")
+    return first.purifier.requires_grad_(), first.card.purifier, {"start": first.card.weights_sha256}
+
+
+def resolved(config: PurifierConfig, card: RestorerCard) -> PurifierConfig:
+    """Return the configuration with the network's shape, and the defaults of its kind."""
+    residual = card.kind == "residual"
+    weight, ramp = (1.0, 0.0) if residual else (0.0, 0.25)
+    return replace(
+        config,
+        network=card.kind,
+        width=card.width,
+        depth=card.depth,
+        scale=card.scale,
+        reach=card.epsilon if residual else config.reach,
+        beta=weight if config.beta is None else config.beta,
+        gamma=weight if config.gamma is None else config.gamma,
+        ramp=ramp if config.ramp is None else config.ramp,
     )
 
 
@@ -216,16 +250,10 @@ def train_purifier(config: PurifierConfig) -> None:
     base = store.load(config.checkpoint, device=here.device)
     dataset = data.load_for(base.card, config.data, cache=config.cache)
     torch.manual_seed(config.seed)
-    made_of = {"data": dataset.digest, "checkpoint": base.card.weights_sha256}
-    if config.start is None:
-        card = card_of(config)
-        model = fresh(card)
-    else:
-        begun = store.load(config.start)
-        if begun.purifier is None or begun.card.purifier is None:
-            raise ConfigError(f"start={config.start}: {lacking('purifier', f'checkpoint {begun.card.id!r}')}")
-        card, model, made_of["start"] = begun.card.purifier, begun.purifier, begun.card.weights_sha256
-    model = model.requires_grad_().to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model, card, start = begun(config)
+    config = resolved(config, card)
+    model = model.to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    made_of = {"data": dataset.digest, "checkpoint": base.card.weights_sha256, **start}
     kept, held = data.training_images_for(base.card, dataset, config)
     vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None
     task = PurifierTask(config, prepared(base).classifier, vote, model, data.resident(kept, here.device))
@@ -234,7 +262,8 @@ def train_purifier(config: PurifierConfig) -> None:
         bare = measure(Whole(None, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)
     fitted = loop.fit(task, config, here, made_of=made_of)
     if here.rank == 0:
-        out = save_with("purifier", config, base, card, fitted, data_sha256=dataset.digest, held_out_bare=bare)
+        told = {"data_sha256": dataset.digest, "held_out_bare": bare, "start_sha256": start.get("start")}
+        out = save_with("purifier", config, base, card, fitted, **told)
         print(
             f"{out}: on {bare['n']} held-out images, with the purifier (without{', the vote alone' * config.vote}): "
             f"clean {fitted.figures['held_out_clean_accuracy']:.1%} ({bare['clean_accuracy']:.1%}), "
