@@ -99,6 +99,9 @@ def fit(
     return run.fitted()
 
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+
+
 class _Run:
     """One run: what is trained, its average and optimizer, and where it is."""
 
@@ -108,7 +111,7 @@ class _Run:
         worlds.same_weights(world, task.model)
         worlds.same_weights(world, task.memory)
         self.optimizer = _optimizer(task.model, config)
-        self.average = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.average = AveragedModel(task.model, multi_avg_fn=self._average, use_buffers=True)
         self.parts: dict[str, Any] = {
             "model": task.model,
             "memory": task.memory,
@@ -201,6 +204,12 @@ class _Run:
         self.optimizer.step()
         self.average.update_parameters(self.task.model)
         return {"loss": loss.detach(), **figures}
+
+    def _average(self, averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
+        """Move the average towards the weights: its decay grows to `ema`, so that a short run's is of its end."""
+        taken = self.progress.epoch * self.steps + self.progress.step
+        decay = min(self.config.ema, (1 + taken) / (10 + taken))
+        get_ema_multi_avg_fn(decay)(averaged, current, count)
 
     def judge(self, figures: dict[str, Any], collapsed: Callable[[float, float], bool] | None) -> bool:
         """Keep the epoch if it is the best, or go back to the best if it has collapsed; return whether it has."""

@@ -31,7 +31,7 @@ class RunConfig:
     optimizer: Literal["sgd", "adam"] = option("optimizer", "sgd")
     schedule: Literal["one-cycle", "cosine", "constant"] = option("learning rate over the run", "one-cycle")
     warmup: float = option("share of the run in which one-cycle rises", 0.25)
-    ema: float = option("decay of the averaged weights per step; 0 for none", 0.995)
+    ema: float = option("decay of the averaged weights per step, less in the first steps; 0 for none", 0.995)
     precision: Literal["auto", "float32", "bfloat16"] = option("of the forward passes; auto: bfloat16 on CUDA", "auto")
     seed: int = option("of weights, order, augmentation and attacks", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")

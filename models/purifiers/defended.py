@@ -107,7 +107,7 @@ def defend(
 ) -> DefendedClassifier:
     """Return a checkpoint's classifier behind its reverse attack or restorer, and the vote.
 
-    CheckpointError where it has no head, or no restorer.
+    CheckpointError where it has no head, or neither purifier nor restorer.
     """
     purifier, vote = purifier_of(checkpoint, config), vote_of(checkpoint.card, config)
     return DefendedClassifier(checkpoint.classifier, purifier, seed=seed, gradient=gradient, vote=vote)

@@ -98,7 +98,7 @@ def build_defense(spec: str, checkpoint: Checkpoint, *, gradient: Gradient = "bp
 
     `vote[:shifts=2,mirrored=no]` is a vote alone; `vote=2` (with `mirrored=no`) among a purifier's values puts one
     behind it, and `vote=none` leaves out the preset's own. Raises ConfigError for an unknown name, preset or key or a
-    value out of range, CheckpointError where the reverse attack finds no head, or `restorer` no restorer.
+    value out of range, CheckpointError where the reverse attack finds no head, or `restorer` no network.
     """
     name, words, changes = _parsed(spec)
     vote = None

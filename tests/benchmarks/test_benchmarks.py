@@ -129,7 +129,7 @@ def test_sweep_measures_on_images_that_training_kept_back(
     judged_by_their_worst_case(arguments, out, monkeypatch)
     store.save(tmp_path / "head", dataclasses.replace(whole, restorer=None))
     assert preset_sweep.main([*arguments, "--restored"]) == 2
-    assert "has no restorer; train one: unperturb train purifier" in capsys.readouterr().err
+    assert "has no purifier; train one: unperturb train purifier" in capsys.readouterr().err
 
 
 def test_purified_images_are_judged_by_the_whole_defense_its_vote_among_it(

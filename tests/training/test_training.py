@@ -19,10 +19,10 @@ from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
-from unperturb.training import loop
+from unperturb.training import loop, world
 from unperturb.training.__main__ import COMMANDS, main
 from unperturb.training.log import LOG
-from unperturb.training.options import learning_rate
+from unperturb.training.options import RunConfig, learning_rate
 from unperturb.training.state import STATE
 from unperturb.training.supervised.adversarial import SUPERVISED_METHODS, SupervisedBatch, SupervisedMethod, smoothed
 from unperturb.training.supervised.classifier import ClassifierConfig
@@ -310,6 +310,47 @@ def test_one_cycle_rises_to_the_peak_and_falls_to_zero() -> None:
     cosine = ClassifierConfig(data="x", out=Path("x"), lr=0.4, schedule="cosine")
     assert learning_rate(cosine, 0.0) == 0.4
     assert abs(learning_rate(cosine, 0.5) - 0.2) < 1e-9
+
+
+class Rising:
+    """A task of one weight that rises by the rate with each step."""
+
+    def __init__(self) -> None:
+        self.images, self.model, self.memory = 20, torch.nn.Linear(1, 1, bias=False), torch.nn.Module()
+        torch.nn.init.zeros_(self.model.weight)
+
+    def loss(self, indices: torch.Tensor, epoch: int, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return -self.model.weight.sum(), {}
+
+    def validate(self, averaged: torch.nn.Module) -> dict[str, int | float]:
+        return {}
+
+
+def test_average_of_a_short_run_is_of_its_end_and_of_a_long_one_has_the_decay(tmp_path: Path) -> None:
+    found = {}
+    for epochs, ema in ((1, 0.995), (30, 0.9)):
+        config = RunConfig(
+            data="none",
+            out=tmp_path / str(epochs),
+            device="cpu",
+            epochs=epochs,
+            batch_size=2,
+            lr=1.0,
+            ema=ema,
+            schedule="constant",
+            momentum=0.0,
+            weight_decay=0.0,
+            held_out=0,
+        )
+        fitted = loop.fit(Rising(), config, world.join("cpu"), made_of={})
+        expected = 1.0  # what the first step leaves
+        for step in range(1, 10 * epochs):
+            decay = min(ema, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * (step + 1)
+        found[epochs] = fitted.model.get_parameter("weight").item()
+        assert found[epochs] == pytest.approx(expected, rel=1e-5)
+    assert found[1] > 8
+    assert found[30] == pytest.approx(300 - 0.9 / 0.1, rel=1e-3)
 
 
 def test_every_option_has_help(capsys: pytest.CaptureFixture[str]) -> None:
