@@ -161,10 +161,14 @@ def test_every_place_of_the_pages_is_filled_from_the_shipped_checkpoints_runs(
     shipped = store.read_card(store.resolve("default")).id
     runs = {"none": record(BARE, model=shipped), "default": record(KNOWN, BARE, model=shipped)}
     runs |= {"l2": record(HELPED, BARE, threat="L2", epsilon=0.5, model=shipped), "another": record(BARE)}
+    natural = store.read_card(store.resolve("cifar10-natural")).id
+    runs |= {"before": record(BARE, model=natural), "behind": record(HELPED, BARE, purifier="restorer", model=natural)}
     for name, run in runs.items():
         write(tmp_path, name, run)
     monkeypatch.setattr(tables, "ROBUSTNESS", tmp_path)
     made = tables.all_tables()
+    assert made["frozen"] == robustness_table([runs["before"], runs["behind"]])
+    assert [line.split(" | ")[0] for line in made["when"].splitlines()[2:4]] == [f"| `{shipped}`", f"| `{natural}`"]
     assert made["headline"] == headline([runs["none"], runs["default"]])
     assert made["robustness"] == robustness_table([runs["none"], runs["default"]])
     assert made["threats"].count("`reverse-attack` |") == 2
