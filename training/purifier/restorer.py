@@ -144,9 +144,7 @@ def save_with(
         "chosen_epoch": fitted.epoch,
         "at_that_epoch": fitted.figures,
     }
-    changed: dict[str, Any] = {part: card, f"{part}_training": how}
-    if part == "restorer":
-        changed["gates"] = {}  # they were measured with another restored view
+    changed: dict[str, Any] = {part: card, f"{part}_training": how, "gates": {}}  # they were of other weights
     network: dict[str, Any] = {part: fitted.model}
     out = config.out / "checkpoint"
     store.save(out, dataclasses.replace(base, card=dataclasses.replace(base.card, **changed), **network))
