@@ -8,6 +8,8 @@ import json
 import statistics
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ CLIENTS = (1, 2, 4, 8, 16, 32)  # of the closed loops; the best of them is the c
 PAUSE_S = 0.2  # between lone requests: at low load a request meets a server that has been idle
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
 
+MEDIANS = ("offered", "goodput", "p50_ms", "p95_ms", "p99_ms")
+
 SCRIPT = "benchmarks/serving/load.py"
 
 
@@ -37,19 +41,51 @@ class LoadConfig(BenchmarkConfig):
     calibration_seconds: float = option("for the lone request, and for each closed loop that finds the capacity", 10.0)
     patience: float = option("the service's UNPERTURB_PATIENCE; 0 for its own default", 0.0)
     execution: str = option("how steps run: auto is the fastest that is here, made before the first request", "auto")
-    precision: str = option("of the backbone in the steps: float32, bfloat16 or auto", "auto")
+    precision: str = option("of the backbone in the steps: float32, bfloat16 or auto", "float32")
+    rounds: int = option("times that all of it is measured, each with a server of its own", 3)
     out: Path = option("result file; a plot is written beside it", results.FOLDER / "load.json")
 
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
-        if min(self.seconds, self.calibration_seconds) <= 0:
+        if min(self.seconds, self.calibration_seconds) <= 0 or self.rounds < 1:
             raise ConfigError(
-                f"seconds={self.seconds:g} and calibration_seconds={self.calibration_seconds:g} must be above 0"
+                f"seconds={self.seconds:g} and calibration_seconds={self.calibration_seconds:g} must be above 0, "
+                f"rounds={self.rounds} at least 1"
             )
 
 
 def measure(config: LoadConfig) -> dict[str, Any]:
-    """The lone request, the capacity, and every load."""
+    """The medians of the rounds, each load as a share of its own round's capacity; refusals are of all rounds."""
+    rounds = [one_round(config) for _ in range(config.rounds)]
+
+    def median(read: Callable[[dict[str, Any]], float | None]) -> float | None:
+        known = [value for value in map(read, rounds) if value is not None]
+        return statistics.median(known) if known else None
+
+    loads = []
+    for i, share in enumerate(SHARES):
+        rows = [one["loads"][i] for one in rounds]
+        statuses = sum((Counter(row["statuses"]) for row in rows), Counter[str]())
+        loads.append(
+            {
+                "share": share,
+                "requests": (requests := statuses.total()),
+                "statuses": dict(statuses),
+                "rejected": 1 - statuses["200"] / max(requests, 1),
+                **{key: median(lambda one, i=i, key=key: one["loads"][i][key]) for key in MEDIANS},
+            }
+        )
+    return {
+        **{key: median(lambda one, key=key: one[key]) for key in ("solo_ms", "back_to_back_ms", "capacity")},
+        "loads": loads,
+        **{key: median(lambda one, key=key: one[key]) for key in ("p99_at_80_over_solo", "goodput_at_300_over_best")},
+        "statuses": sorted({status for row in loads for status in row["statuses"]}),
+        "rounds": rounds,
+    }
+
+
+def one_round(config: LoadConfig) -> dict[str, Any]:
+    """The lone request, the capacity, and every load, of a server of its own."""
     requests = [open_loop.Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
     execution = fastest(torch.device(config.device)) if config.execution == "auto" else config.execution
     port = open_loop.free_port()
@@ -97,9 +133,8 @@ def measure(config: LoadConfig) -> dict[str, Any]:
         "capacity": capacity,
         "closed_loops": closed,
         "loads": rows,
-        "p99_at_80_over_solo": at_80["p99_ms"] / solo_ms,
+        "p99_at_80_over_solo": at_80["p99_ms"] / solo_ms if at_80["p99_ms"] is not None else None,
         "goodput_at_300_over_best": at_300["goodput"] / best,
-        "statuses": sorted({status for row in rows for status in row["statuses"]}),
     }
 
 

@@ -61,10 +61,12 @@ def photos(count: int, *, seed: int, side: int = 32) -> list[bytes]:
     return made
 
 
-async def offer(url: str, requests: Sequence[Prepared], *, rate: float, seconds: float, seed: int) -> list[Sent]:
-    """POST requests, drawn from those, at Poisson arrivals of `rate` a second for `seconds`."""
+async def offer(
+    url: str, requests: Sequence[Prepared], *, rate: float, seconds: float, seed: int, address: str = "127.0.0.1"
+) -> list[Sent]:
+    """POST requests, drawn from those, at Poisson arrivals of `rate` a second for `seconds`, from a loopback address."""
     generator, tasks, moment = random.Random(seed), [], 0.0
-    async with client_session() as session:
+    async with client_session(address) as session:
         started = time.perf_counter()
         while (moment := moment + generator.expovariate(rate)) < seconds:
             chosen = generator.choice(requests)
@@ -110,10 +112,11 @@ def summary(sent: Sequence[Sent], *, seconds: float) -> dict[str, Any]:
     }
 
 
-def client_session() -> aiohttp.ClientSession:
-    """Return a session of as many connections as it takes."""
+def client_session(address: str = "127.0.0.1") -> aiohttp.ClientSession:
+    """Return a session of as many connections as it takes, all from one address."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+        connector=aiohttp.TCPConnector(limit=0, local_addr=(address, 0)),
+        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
     )
 
 
