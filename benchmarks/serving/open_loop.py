@@ -64,7 +64,7 @@ def photos(count: int, *, seed: int, side: int = 32) -> list[bytes]:
 async def offer(
     url: str, requests: Sequence[Prepared], *, rate: float, seconds: float, seed: int, address: str = "127.0.0.1"
 ) -> list[Sent]:
-    """POST requests, drawn from those, at Poisson arrivals of `rate` a second for `seconds`, from a loopback address."""
+    """POST requests, drawn from those, from a loopback address, at Poisson arrivals of `rate` a second."""
     generator, tasks, moment = random.Random(seed), [], 0.0
     async with client_session(address) as session:
         started = time.perf_counter()
