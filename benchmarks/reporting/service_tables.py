@@ -1,7 +1,7 @@
 """The tables of the service, from the results of the scripts in benchmarks/serving/."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from unperturb.benchmarks.reporting.results import where
@@ -33,8 +33,71 @@ def load_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def shares_table(record: dict[str, Any]) -> str:
+    """Two clients, and two presets, of a service asked for too much; medians of the rounds, refusals of all of them."""
+    rounds = record["results"]["rounds"]
+    times = [row["times_its_share"] for row in rounds[0]["clients"]["rows"]]
+    lines = [
+        f"| the other offers; {where(record['machine'])} | answered of the modest client | p50 ms | p95 ms | p99 ms "
+        "| the other: answered/s | refused |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for i, share in enumerate(times):
+        modest, other = ([one["clients"]["rows"][i][whose] for one in rounds] for whose in ("modest", "other"))
+        found = medians(modest, "p50_ms", "p95_ms", "p99_ms")
+        cells = [
+            f"{share:g} times its share" if share else "nothing",
+            f"{1 - _refused(modest):.1%}",
+            *("" if value is None else f"{value:.0f}" for value in found.values()),
+            *([f"{medians(other, 'goodput')['goodput']:.1f}", f"{_refused(other):.0%}"] if share else ["", ""]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    mixed = [one["presets"] for one in rounds]
+    lines += [
+        "",
+        f"| preset, {record['config']['load']:.0%} of the capacity for both | requests | answered | p50 s | p99 s "
+        "| share of the work done |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in mixed[0]["presets"]:
+        seen = [one["presets"][name] for one in mixed]
+        found = medians(seen, "p50_ms", "p99_ms", "share_of_work")
+        cells = [
+            f"`{name}`",
+            f"{sum(one['requests'] for one in seen):,}",
+            f"{1 - _refused(seen):.0%}",
+            *("" if found[key] is None else f"{found[key] / 1000:.2f}" for key in ("p50_ms", "p99_ms")),
+            f"{found['share_of_work']:.0%}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    ratio = medians([one["clients"] for one in rounds], RATIO)[RATIO]
+    wasted, steps = (sum(one[key] for one in mixed) for key in ("steps_not_answered", "steps"))
+    lines += [
+        "",
+        f"With ten times its share instead of its share the other makes the modest client's p99 {ratio:.2f} times as "
+        f"long. Of mixed presets {wasted / max(steps, 1):.1%} of the steps were of images that were not answered.",
+    ]
+    return "\n".join(lines)
+
+
+RATIO = "p99_at_ten_times_over_at_its_share"
+
+
+def medians(rows: Sequence[dict[str, Any]], *keys: str) -> dict[str, Any]:
+    """Return each key's median over the rows that have a value for it; None where none has."""
+    known = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
+    return {key: statistics.median(values) if values else None for key, values in known.items()}
+
+
+def _refused(rows: Sequence[dict[str, Any]]) -> float:
+    """Return the share of the requests of several summaries that were not answered with 200."""
+    requests: int = sum(row["requests"] for row in rows)
+    answered: int = sum(row["statuses"].get("200", 0) for row in rows)
+    return 1 - answered / max(requests, 1)
+
+
 def side_by_side_table(record: dict[str, Any]) -> str:
-    """Three servers under the same arrivals; the mean of the rounds."""
+    """Three servers under the same arrivals; the median of the rounds."""
     found, config = record["results"], record["config"]
     rows = [
         f"| load, of {found['capacity']:.1f} images/s | server | work/s | work within {config['within_s']:g} s, /s "
@@ -44,15 +107,15 @@ def side_by_side_table(record: dict[str, Any]) -> str:
     for load in config["loads"]:
         for name, loads in found["servers"].items():
             turns = loads[load]
-            cells = [f"{_mean(turn[key] for turn in turns):.1f}" for key in ("work", "work_within")]
+            cells = [f"{statistics.median(turn[key] for turn in turns):.1f}" for key in ("work", "work_within")]
             presets = [
                 [turn["presets"][preset] for turn in turns if preset in turn["presets"]]
                 for preset in ("default", "published")
             ]
             for seen in presets:
                 known = [one["p99_ms"] / 1000 for one in seen if one["p99_ms"] is not None]
-                cells.append(f"{_mean(known):.1f}" if known else "")
-            cells += [f"{_mean(one['rejected'] for one in seen):.0%}" if seen else "" for seen in presets]
+                cells.append(f"{statistics.median(known):.1f}" if known else "")
+            cells += [f"{statistics.median(one['rejected'] for one in seen):.0%}" if seen else "" for seen in presets]
             rows.append(f"| {float(load):.0%} | {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
@@ -98,10 +161,6 @@ def bulk_line(record: dict[str, Any]) -> str:
         f"{found['rss_after_first_chunk_mib']:,.0f} MiB of memory after the first {record['config']['chunk']}, "
         f"{found['peak_rss_mib']:,.0f} MiB at most."
     )
-
-
-def _mean(values: Iterable[float]) -> float:
-    return statistics.fmean(values)
 
 
 def _counts(statuses: dict[str, int]) -> str:

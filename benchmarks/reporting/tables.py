@@ -30,6 +30,7 @@ from unperturb.benchmarks.reporting.service_tables import (
     dashboard_queries_table,
     faults_table,
     load_table,
+    shares_table,
     side_by_side_table,
 )
 from unperturb.benchmarks.reporting.settings_table import settings_table
@@ -44,7 +45,7 @@ from unperturb.models.purifiers.defended import presets_of
 SINGLE = {
     **{f"worst_case_sweep_{sweep}": worst_case_sweep_table for sweep in ("views", "reach", "steps", "transfer")},
     "load": load_table,
-    "load_patient": load_table,
+    "serving/shares": shares_table,
     "side_by_side": side_by_side_table,
     "faults": faults_table,
     "bulk_memory": bulk_line,

@@ -9,7 +9,6 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 
 from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
+from unperturb.benchmarks.reporting.service_tables import medians
 from unperturb.benchmarks.serving import open_loop
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
@@ -27,8 +27,6 @@ from unperturb.models.options import as_json, option
 CLIENTS = (1, 2, 4, 8, 16, 32)  # of the closed loops; the best of them is the capacity
 PAUSE_S = 0.2  # between lone requests: at low load a request meets a server that has been idle
 SHARES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
-
-MEDIANS = ("offered", "goodput", "p50_ms", "p95_ms", "p99_ms")
 
 SCRIPT = "benchmarks/serving/load.py"
 
@@ -57,28 +55,21 @@ class LoadConfig(BenchmarkConfig):
 def measure(config: LoadConfig) -> dict[str, Any]:
     """The medians of the rounds, each load as a share of its own round's capacity; refusals are of all rounds."""
     rounds = [one_round(config) for _ in range(config.rounds)]
-
-    def median(read: Callable[[dict[str, Any]], float | None]) -> float | None:
-        known = [value for value in map(read, rounds) if value is not None]
-        return statistics.median(known) if known else None
-
-    loads = []
-    for i, share in enumerate(SHARES):
-        rows = [one["loads"][i] for one in rounds]
+    loads: list[dict[str, Any]] = []
+    for rows in zip(*(one["loads"] for one in rounds), strict=True):
         statuses = sum((Counter(row["statuses"]) for row in rows), Counter[str]())
         loads.append(
             {
-                "share": share,
-                "requests": (requests := statuses.total()),
+                "share": rows[0]["share"],
+                "requests": statuses.total(),
                 "statuses": dict(statuses),
-                "rejected": 1 - statuses["200"] / max(requests, 1),
-                **{key: median(lambda one, i=i, key=key: one["loads"][i][key]) for key in MEDIANS},
+                "rejected": 1 - statuses["200"] / max(statuses.total(), 1),
+                **medians(rows, "offered", "goodput", "p50_ms", "p95_ms", "p99_ms"),
             }
         )
     return {
-        **{key: median(lambda one, key=key: one[key]) for key in ("solo_ms", "back_to_back_ms", "capacity")},
+        **medians(rounds, "solo_ms", "back_to_back_ms", "capacity", "p99_at_80_over_solo", "goodput_at_300_over_best"),
         "loads": loads,
-        **{key: median(lambda one, key=key: one[key]) for key in ("p99_at_80_over_solo", "goodput_at_300_over_best")},
         "statuses": sorted({status for row in loads for status in row["statuses"]}),
         "rounds": rounds,
     }

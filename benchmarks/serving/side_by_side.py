@@ -1,12 +1,14 @@
 """`python benchmarks/serving/side_by_side.py`: this service, LitServe and Ray Serve around one purifier.
 
 In turn, on one machine, the same checkpoint, the same largest batch, and the same open-loop arrivals of mixed presets.
+All have the same deadline, and the peers a bound on their queues: what this service's capacity answers in half of it.
 The peers need `pip install 'unperturb[peers]'`.
 """
 
 import asyncio
 import base64
 import json
+import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -39,8 +41,8 @@ class SideBySideConfig(BenchmarkConfig):
     within_s: float = option(
         "an answer counts towards goodput if it comes within so many seconds; this service's UNPERTURB_TIMEOUT_S", 5.0
     )
-    patience: float = option("this service's UNPERTURB_PATIENCE; the peers take everything in", 1000.0)
-    rounds: int = option("times that each server is measured, in turn", 2)
+    patience: float = option("this service's UNPERTURB_PATIENCE: it refuses what would be late alone", 1000.0)
+    rounds: int = option("times that each server is measured, in turn", 3)
     out: Path = option("result file", results.FOLDER / "side_by_side.json")
 
     def __post_init__(self) -> None:
@@ -117,6 +119,8 @@ def measure(config: SideBySideConfig) -> dict[str, Any]:
                 "PEER_CHECKPOINT": config.checkpoint,
                 "PEER_DEVICE": config.device,
                 "PEER_MAX_BATCH": str(config.max_batch),
+                "PEER_QUEUE": str(max(1, round(capacity * config.within_s / 2))),
+                "PEER_WITHIN_S": str(config.within_s),
                 "PYTHONPATH": str(open_loop.ROOT),
             }
             url, prepared = f"http://127.0.0.1:{port}", requests(config, path)
@@ -141,13 +145,15 @@ def measure(config: SideBySideConfig) -> dict[str, Any]:
 
 
 def times(found: Servers, key: str) -> dict[str, dict[str, float]]:
-    """Return this service's mean over the rounds, in multiples of each peer's, by load."""
-    mean = {
-        name: {load: sum(row[key] for row in rows) / len(rows) for load, rows in loads.items()}
+    """Return this service's median over the rounds, in multiples of each peer's, by load."""
+    medians = {
+        name: {load: statistics.median(row[key] for row in rows) for load, rows in loads.items()}
         for name, loads in found.items()
     }
-    own = mean.pop("unperturb")
-    return {name: {load: own[load] / max(value, 1e-9) for load, value in loads.items()} for name, loads in mean.items()}
+    own = medians.pop("unperturb")
+    return {
+        name: {load: own[load] / max(value, 1e-9) for load, value in loads.items()} for name, loads in medians.items()
+    }
 
 
 def compare(config: SideBySideConfig) -> int:

@@ -23,6 +23,7 @@ BAD = {
     "serving.http_cost": ["--turns", "0"],
     "serving.request_cpu": ["--turns", "0"],
     "serving.load": ["--seconds", "0"],
+    "serving.shares": ["--rounds", "0"],
     "serving.side_by_side": ["--rounds", "0"],
     "serving.dashboard_queries": ["--seconds", "1"],
 }

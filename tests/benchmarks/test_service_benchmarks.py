@@ -6,14 +6,25 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from aiohttp import web
 from PIL import Image
 
-from unperturb.benchmarks.reporting import speed_tables
-from unperturb.benchmarks.serving import faults, hostile, http_cost, load, open_loop, request_cpu, side_by_side, watch
+from unperturb.benchmarks.reporting import service_tables, speed_tables
+from unperturb.benchmarks.serving import (
+    faults,
+    hostile,
+    http_cost,
+    load,
+    open_loop,
+    request_cpu,
+    shares,
+    side_by_side,
+    watch,
+)
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
 from unperturb.models.errors import ConfigError
 
@@ -141,6 +152,61 @@ def test_service_is_compared_with_its_engine_at_saturation(tiny_folder: Path, tm
     assert row.startswith("| `default` | `cpu`: ")
     assert "| eager, float32 |" in row
     assert f"{found['share']:.1%}" in row
+
+
+def a_round(*, solo_ms: float, p99_ms: float | None, refused: int) -> dict[str, Any]:
+    """Return what load.one_round does, with the same figures at every load."""
+    row = {"offered": 10.0, "goodput": 9.0, "statuses": {"200": 100 - refused, "503": refused}, "p50_ms": 5.0}
+    loads = [{"share": share, **row, "p95_ms": 8.0, "p99_ms": p99_ms} for share in load.SHARES]
+    whole = {"back_to_back_ms": 4.0, "capacity": 20.0, "goodput_at_300_over_best": 0.9}
+    return {"solo_ms": solo_ms, **whole, "p99_at_80_over_solo": p99_ms and p99_ms / solo_ms, "loads": loads}
+
+
+def test_loads_are_medians_of_the_rounds_and_refusals_of_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = iter(
+        [
+            a_round(solo_ms=4.0, p99_ms=20.0, refused=0),
+            a_round(solo_ms=5.0, p99_ms=None, refused=100),
+            a_round(solo_ms=9.0, p99_ms=18.0, refused=2),
+        ]
+    )
+    monkeypatch.setattr(load, "one_round", lambda _: next(rounds))
+    found = load.measure(load.LoadConfig(device="cpu"))
+    assert found["solo_ms"] == 5.0
+    assert found["p99_at_80_over_solo"] == 3.5  # of the two rounds that answered anybody
+    assert [row["share"] for row in found["loads"]] == list(load.SHARES)
+    assert found["loads"][0]["statuses"] == {"200": 198, "503": 102}
+    assert found["loads"][0]["rejected"] == pytest.approx(0.34)
+    assert found["loads"][0]["p99_ms"] == 19.0
+    assert len(found["rounds"]) == 3
+    lines = service_tables.load_table({"results": found, "machine": {"cpu_threads": 2, "device": "cpu"}}).splitlines()
+    assert "| 10% | 9.0 | 34.0% | 5 | 8 | 19 |" in lines
+
+
+def test_shares_of_two_clients_and_two_presets(tiny_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shares.json"
+    options = {
+        "checkpoint": tiny_folder,
+        "device": "cpu",
+        "execution": "eager",
+        "seconds": 1,
+        "calibration-seconds": 1,
+        "rounds": 1,
+        "out": out,
+    }
+    assert shares.main([part for name, value in options.items() for part in (f"--{name}", str(value))]) == 0
+    record = json.loads(out.read_text())
+    (found,) = record["results"]["rounds"]
+    rows = found["clients"]["rows"]
+    assert [row["times_its_share"] for row in rows] == [0.0, 1.0, 10.0]
+    assert rows[0]["other"]["requests"] == 0
+    assert rows[2]["other"]["requests"] > 4 * rows[1]["other"]["requests"] > 0
+    assert rows[0]["modest"]["statuses"].get("200", 0) > 0
+    assert sum(one["share_of_work"] for one in found["presets"]["presets"].values()) == pytest.approx(1.0)
+    assert 0 <= found["presets"]["steps_not_answered"] < found["presets"]["steps"]
+    lines = service_tables.shares_table(record).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| nothing", "| 1 times its share", "| 10 times its share"]
+    assert [line.split(" | ")[0] for line in lines[8:10]] == ["| `default`", "| `published`"]
 
 
 def test_results_of_the_service_beside_its_engine_are_named_by_how_both_ran() -> None:

@@ -5,8 +5,30 @@ from typing import Any
 
 import litserve
 import torch
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from unperturb.benchmarks.serving.peers.shared import BATCH_WAIT_S, MAX_BATCH, PeerModel
+from unperturb.benchmarks.serving.peers.shared import BATCH_WAIT_S, MAX_BATCH, QUEUE, WITHIN_S, PeerModel
+
+
+class Bounded:
+    """Answer 503 where as many requests are in progress as a batch and the queue take: LitServe has no bound."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app, self.held = app, 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on, or refuse it."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self.app(scope, receive, send)
+        elif self.held >= MAX_BATCH + QUEUE:
+            await PlainTextResponse("full", 503)(scope, receive, send)
+        else:
+            self.held += 1
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                self.held -= 1
 
 
 class Api(litserve.LitAPI):  # type: ignore[misc]
@@ -38,5 +60,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
 
 
 if __name__ == "__main__":
-    server = litserve.LitServer(Api(max_batch_size=MAX_BATCH, batch_timeout=BATCH_WAIT_S), timeout=False)
+    server = litserve.LitServer(
+        Api(max_batch_size=MAX_BATCH, batch_timeout=BATCH_WAIT_S), timeout=WITHIN_S, middlewares=[Bounded]
+    )
     server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")

@@ -1,4 +1,7 @@
-"""Do with a batch what both peers do: the same model and purifier as the service, a preset at a time."""
+"""Do with a batch what both peers do: the same model and purifier as the service, a preset at a time.
+
+Both have a bound on what waits, and neither works on what has waited for longer than anybody wants its answer.
+"""
 
 import base64
 import os
@@ -13,6 +16,8 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.decoding.decode import decode
 
 MAX_BATCH = int(os.environ.get("PEER_MAX_BATCH", "16"))
+QUEUE = int(os.environ.get("PEER_QUEUE", "64"))  # requests that may wait; past it 503
+WITHIN_S = float(os.environ.get("PEER_WITHIN_S", "5"))  # past it a request that has not begun gets 504
 BATCH_WAIT_S = 0.01
 
 
