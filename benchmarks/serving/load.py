@@ -78,7 +78,7 @@ def measure(config: LoadConfig) -> dict[str, Any]:
 def one_round(config: LoadConfig) -> dict[str, Any]:
     """The lone request, the capacity, and every load, of a server of its own."""
     requests = [open_loop.Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
-    execution = fastest(torch.device(config.device)) if config.execution == "auto" else config.execution
+    execution = fastest(torch.device(config.device.split(",")[0])) if config.execution == "auto" else config.execution
     port = open_loop.free_port()
     url, environment = (
         f"http://127.0.0.1:{port}",

@@ -65,7 +65,7 @@ def measure(config: SharesConfig) -> dict[str, Any]:
         for i, file in enumerate(files)
     ]
     port = open_loop.free_port()
-    execution = fastest(torch.device(config.device)) if config.execution == "auto" else config.execution
+    execution = fastest(torch.device(config.device.split(",")[0])) if config.execution == "auto" else config.execution
     environment = {
         "UNPERTURB_CHECKPOINT": config.checkpoint,
         "UNPERTURB_DEVICE": config.device,

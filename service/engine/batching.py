@@ -108,7 +108,8 @@ class ContinuousBatch:
         parts = by_stage(slots)
         states = [(stage, self._state(part)) for stage, part in parts]
         stepped = self.stepper.step(states)
-        self.batch_count += 1 if self.stepper.together else len(parts)
+        counts = [len(slots)] if self.stepper.together else [len(part) for _, part in parts]
+        self.batch_count += sum(len(self.stepper.sizes(count)) for count in counts)
         self.pass_count += sum(len(part) * step_passes(stage.rows) for stage, part in parts)
         for (_, part), after in zip(parts, stepped, strict=True):
             losses = after.losses.cpu()  # they say who goes on

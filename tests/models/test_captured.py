@@ -182,5 +182,29 @@ def test_compiled_steps_without_a_compiler_are_refused_at_once(monkeypatch: pyte
     Stepper(make_checkpoint().classifier, CPU, execution="captured")
 
 
+def test_on_a_cpu_no_graph_has_a_quarter_of_its_places_empty(images: torch.Tensor) -> None:
+    loaded = prepared(make_checkpoint())
+    stepper = Stepper(loaded.classifier, CPU, execution="captured")
+    assert [stepper.sizes(count) for count in (1, 4, 5, 7, 9, 11, 13, 16)] == [
+        [1],
+        [4],
+        [4, 1],
+        [8],
+        [8, 1],
+        [8, 2, 1],
+        [16],
+        [16],
+    ]
+    assert Stepper(loaded.classifier, torch.device("cuda"), execution="captured").sizes(9) == [16]
+    assert Stepper(loaded.classifier, CPU, execution="eager").sizes(9) == [9]
+    stage, number = stage_of(loaded, CONFIGS["restored"]), torch.arange(5)
+    slots = Slots(images[:5], images[:5].roll(1, 3), None, number, number % 3, number, stage.anchor(images[:5]))
+    (expected,) = step_together(loaded.classifier, [(stage, slots)])
+    (found,) = stepper.step([(stage, slots)])
+    assert torch.allclose(found.x, expected.x, atol=1e-5)
+    assert torch.allclose(found.losses, expected.losses, atol=1e-5)
+    assert found.velocity is None
+
+
 def test_bucket_is_the_next_power_of_two() -> None:
     assert [bucket(count) for count in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
