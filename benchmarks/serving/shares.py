@@ -1,7 +1,7 @@
 """`python benchmarks/serving/shares.py`: what two clients, and two presets, get of a service asked for too much.
 
 clients: one offers two fifths of the capacity; the other nothing, then half of it, its share, then ten times its share
-presets: one request in ten asks for `published`; all together one and a half times the capacity for this mixture
+presets: one request in ten asks for `published`; all together one and a half times the capacity, by their work
 
 With the service's own limits. The client runs on the same machine and takes part of its CPU.
 """
@@ -21,6 +21,7 @@ from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
+from unperturb.benchmarks.serving.side_by_side import mean_work
 from unperturb.benchmarks.serving.watch import RunningServer, metric
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.captured import fastest
@@ -82,7 +83,9 @@ def measure(config: SharesConfig) -> dict[str, Any]:
         server = RunningServer(port, f"http://127.0.0.1:{port}", process)
         for turn in range(config.rounds):
             with_seed = replace(config, seed=config.seed + turn)
-            rounds.append({"clients": clients(server, plain, with_seed), "presets": presets(server, mixed, with_seed)})
+            rounds.append(
+                {"clients": clients(server, plain, with_seed), "presets": presets(server, mixed, plain, with_seed)}
+            )
             print(json.dumps(rounds[-1]), file=sys.stderr, flush=True)
     return {"execution": execution, "rounds": rounds}
 
@@ -127,13 +130,17 @@ def clients(server: RunningServer, requests: Sequence[Prepared], config: SharesC
     return {
         "capacity": capacity,
         "rows": rows,
-        "p99_at_ten_times_over_at_its_share": by_times[10.0] / by_times[1.0] if by_times[1.0] else None,
+        "p99_at_ten_times_over_at_its_share": by_times[10.0] / by_times[1.0]
+        if by_times[1.0] and by_times[10.0]
+        else None,
     }
 
 
-def presets(server: RunningServer, requests: Sequence[Prepared], config: SharesConfig) -> dict[str, Any]:
+def presets(
+    server: RunningServer, requests: Sequence[Prepared], plain: Sequence[Prepared], config: SharesConfig
+) -> dict[str, Any]:
     """What each preset gets, and how many steps were taken for images that were never answered."""
-    capacity = capacity_of(server, requests, config)
+    capacity = capacity_of(server, plain, config) / mean_work(requests)
     before = metric(server, "unperturb_steps_total")
     sent = asyncio.run(
         open_loop.offer(server.url, requests, rate=config.load * capacity, seconds=config.seconds, seed=config.seed)

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class SideBySideConfig(BenchmarkConfig):
     loads: tuple[str, ...] = option("shares of this service's capacity; may be given several times", ("0.7", "1.5"))
     seconds: float = option("for each load", 30.0)
     within_s: float = option(
-        "an answer counts towards goodput if it comes within so many seconds; this service's UNPERTURB_TIMEOUT_S", 5.0
+        "an answer counts towards goodput if it comes within so many seconds; every server's deadline", 10.0
     )
     patience: float = option("this service's UNPERTURB_PATIENCE: it refuses what would be late alone", 1000.0)
     rounds: int = option("times that each server is measured, in turn", 3)
@@ -81,6 +82,11 @@ def servers(config: SideBySideConfig, port: int) -> dict[str, tuple[list[str], s
 def work(preset: str) -> float:
     """Return what an image costs, in images of the preset `default`: the passes of the engine's own account."""
     return passes(preset) / passes("default")
+
+
+def mean_work(requests: Sequence[Prepared]) -> float:
+    """Return the work of a request, in images of the preset `default`."""
+    return statistics.fmean(work(one.name) for one in requests)
 
 
 def figures(sent: list[Sent], config: SideBySideConfig) -> dict[str, Any]:
@@ -128,10 +134,11 @@ def measure(config: SideBySideConfig) -> dict[str, Any]:
                 tempfile.TemporaryDirectory() as folder,
                 open_loop.running(command, port=port, ready=ready, log=Path(folder) / "log", environment=environment),
             ):
+                lone = [request for request in prepared if request.name == "default"]
                 warm = asyncio.run(
-                    open_loop.saturate(url, prepared, clients=config.max_batch, seconds=20.0, seed=config.seed)
+                    open_loop.saturate(url, lone, clients=config.max_batch, seconds=20.0, seed=config.seed)
                 )
-                capacity = capacity or sum(one.status == 200 for one in warm) / 20.0
+                capacity = capacity or sum(one.status == 200 for one in warm) / 20.0 / mean_work(prepared)
                 for i, load in enumerate(config.loads):
                     sent = asyncio.run(
                         open_loop.offer(

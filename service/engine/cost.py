@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from unperturb.service.engine.stages import begin_passes, finish_passes, passes, shape, step_passes
+from unperturb.service.engine.stages import passes, shape, step_passes
 
 MIN_SLOPE = 0.01  # of a lone image's pass: timings are noisy, and work that costs nothing would have no bound
 
@@ -42,13 +42,9 @@ class Cost(NamedTuple):
         """Return the seconds of one image that has the device for itself."""
         return self.seconds(shape(stage)[0] + 1, passes(stage))
 
-    def end(self, stage: str | None) -> float:
-        """Return the seconds of one image without its steps."""
-        return self.seconds(1, begin_passes(stage) + finish_passes(stage))
-
     def added_by_step(self, stage: str | None) -> float:
-        """Return the seconds that one image adds to a step of a batch."""
-        return self.seconds(0, step_passes(shape(stage)[1]) if shape(stage)[0] else 0)
+        """Return the seconds that one image adds to each step of a batch, its begin and end shared over its steps."""
+        return self.per_pass_s * passes(stage) / max(1, shape(stage)[0])
 
     def added_by(self, other: str | None, stage: str | None, *, together: bool = True) -> float:
         """Return the seconds that an image in stage `other` adds to one in `stage`.

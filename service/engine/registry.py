@@ -72,12 +72,8 @@ class Model:
         """Estimate the seconds of one image that has a device for itself."""
         return self.pace * self.cost.alone(stage)
 
-    def end_s(self, stage: str | None) -> float:
-        """Estimate the seconds of one image before its first step and after its last, alone."""
-        return self.pace * self.cost.end(stage)
-
     def step_s(self, stage: str | None) -> float:
-        """Estimate the seconds that one image's step adds to one that others take anyway."""
+        """Estimate the seconds that one image adds to each step that others take anyway while it is there."""
         return self.pace * self.cost.added_by_step(stage)
 
     def batch_s(self) -> float:

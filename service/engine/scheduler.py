@@ -66,17 +66,24 @@ class ScheduledWorker:
         """Return how many more images in a stage it can take."""
         return self.slots - len(self.images(stage))
 
-    @property
-    def step_s(self) -> float:
-        """Estimate the seconds of its next step: batches of different models follow one another."""
-        models = {request.model for request in self.staged.values()}
-        adding = math.fsum(request.model.step_s(request.work.stage) for request in self.staged.values())
-        return math.fsum(model.batch_s() for model in models) + adding
+    def left_s(self, request: ImageRequest) -> float:
+        """Estimate the seconds until an image is answered that is here, or comes here now, if nobody else comes.
 
-    def slower_s(self, newcomer: ImageRequest) -> float:
-        """Estimate the seconds that a newcomer would add to every step."""
-        shares = any(request.model is newcomer.model for request in self.staged.values())
-        return newcomer.model.step_s(newcomer.work.stage) + (0.0 if shares else newcomer.model.batch_s())
+        Batches of different models follow one another.
+        """
+        steps = steps_left(request)
+        others = [other for other in (*self.staged.values(), *self.stageless.values()) if other is not request]
+        together = {request.model: steps + 1}
+        for other in others:
+            if other.model is not request.model:
+                together[other.model] = max(together.get(other.model, 0), min(steps, steps_left(other)))
+        return math.fsum(
+            (
+                steps * request.model.step_s(request.work.stage),
+                *(added_s(other, steps) for other in others),
+                *(count * model.batch_s() for model, count in together.items()),
+            )
+        )
 
 
 class Schedule(NamedTuple):
@@ -87,19 +94,13 @@ class Schedule(NamedTuple):
 
 
 def steps_left(request: ImageRequest) -> int:
-    """Return how many steps an image has to take."""
-    return max(0, shape(request.work.stage)[0] - request.step)
+    """Return how many more steps an image is there for: one, where only its end is left."""
+    return max(1, shape(request.work.stage)[0] - request.step)
 
 
-def left_s(request: ImageRequest, step_s: float) -> float:
-    """Estimate the seconds until an image that has a slot is answered, at so many for a step."""
-    return steps_left(request) * step_s + request.model.end_s(request.work.stage)
-
-
-def is_made_late(request: ImageRequest, step_s: float, slower_s: float, *, now: float) -> bool:
-    """Return whether an image keeps its deadline at `step_s` for a step, and misses it at `slower_s`."""
-    steps, left = steps_left(request), request.deadline - now - request.model.end_s(request.work.stage)
-    return steps * step_s <= left < steps * slower_s
+def added_s(other: ImageRequest, steps: int) -> float:
+    """Estimate the seconds that one image adds to another's next steps."""
+    return min(steps, steps_left(other)) * other.model.step_s(other.work.stage)
 
 
 class Scheduler:
@@ -153,22 +154,40 @@ class Scheduler:
         """
         given: list[tuple[int, ImageRequest]] = []
         late: list[ImageRequest] = []
+        spare_s: dict[int, list[tuple[ImageRequest, float]]] = {}
         for request in self.waiting:
             index = min(range(len(self.workers)), key=lambda index: self.workers[index].running)
             worker = self.workers[index]
             if worker.free_slots(request.work.stage) <= 0:
                 continue
-            now, step_s = self._clock(), worker.step_s
-            slower_s = step_s + worker.slower_s(request)
-            if worker.running and now + left_s(request, slower_s) > request.deadline:
+            if worker.running and self._clock() + worker.left_s(request) > request.deadline:
                 late.append(request)
-            elif not any(is_made_late(other, step_s, slower_s, now=now) for other in worker.staged.values()):
+            elif not self._makes_late(request, index, spare_s):
+                spare_s.pop(index, None)
                 self._end_silence(worker)
                 worker.images(request.work.stage)[request.work.id] = request
                 given.append((index, request))
         self.waiting.take([request for _, request in given])
         self.waiting.remove(late)
         return Schedule(given, late)
+
+    def _makes_late(
+        self, newcomer: ImageRequest, index: int, spare_s: dict[int, list[tuple[ImageRequest, float]]]
+    ) -> bool:
+        """Return whether an image of a worker keeps its deadline now and would not beside a newcomer.
+
+        spare_s: of each worker's images, as estimated before; filled in where it is not there
+        """
+        if index not in spare_s:
+            worker, now = self.workers[index], self._clock()
+            left = ((other, other.deadline - now - worker.left_s(other)) for other in worker.staged.values())
+            spare_s[index] = [(other, spare) for other, spare in left if spare >= 0]
+        for other, spare in spare_s[index]:
+            steps = min(steps_left(other), steps_left(newcomer))
+            batches = 0.0 if newcomer.model is other.model else steps * newcomer.model.batch_s()
+            if added_s(newcomer, steps) + batches > spare:
+                return True
+        return False
 
     def update(
         self, index: int, report: StepReport | LoadProgress | Loaded | Upgraded

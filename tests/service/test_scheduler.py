@@ -255,6 +255,41 @@ def test_newcomer_waits_while_it_would_make_another_late(timed: Model, clock: Cl
     assert scheduler.schedule() == ([(0, newcomer)], [])  # one step together is in time
 
 
+def test_short_neighbours_delay_a_long_image_by_all_of_their_work_and_no_longer(timed: Model, clock: Clock) -> None:
+    scheduler = Scheduler([16], clock=clock)
+    long, short = of(timed, 0), [of(timed, id, "default") for id in range(1, 5)]
+    scheduler.add([long, *short])
+    scheduler.schedule()
+    (worker,) = scheduler.workers
+    alone_s = {stage: timed.alone_s(stage) for stage in (STAGE, "default")}
+    assert worker.left_s(long) == pytest.approx(alone_s[STAGE] + 4 * alone_s["default"])
+    steps = PRESETS[STAGE].loop.steps
+    assert worker.left_s(short[0]) == pytest.approx(4 * alone_s["default"] + alone_s[STAGE] / steps)
+
+
+def test_short_images_take_what_time_a_long_one_has_to_spare_and_then_wait(timed: Model, clock: Clock) -> None:
+    scheduler = Scheduler([16], clock=clock)
+    spare_s = 3.5 * timed.alone_s("default")
+    long = of(timed, 0, deadline=timed.alone_s(STAGE) + spare_s)
+    scheduler.add([long, *(of(timed, id, "default") for id in range(1, 9))])
+    assert scheduled(scheduler) == [(0, id) for id in range(4)]  # nobody before it, then three
+    assert scheduled(scheduler) == []
+    assert len(scheduler.waiting) == 5
+    scheduler.update(0, report(1, 2, 3))
+    clock.now = 3 * timed.alone_s("default") + timed.step_s(STAGE)  # spent as it was estimated
+    assert scheduled(scheduler) == []
+    scheduler.update(0, report(0))
+    assert scheduled(scheduler) == [(0, id) for id in range(4, 9)]
+
+
+def test_another_models_images_cost_a_long_one_their_batches_too(timed: Model, clock: Clock) -> None:
+    other = Model(2, "b", "b", timed.card, cost=Cost(per_batch_s=1.0, per_pass_s=0.01))
+    scheduler = Scheduler([16], clock=clock)
+    long = of(timed, 0, deadline=timed.alone_s(STAGE) + 1.0)
+    scheduler.add([long, of(other, 1, "default"), of(timed, 2, "default")])
+    assert scheduled(scheduler) == [(0, 0), (0, 2)]
+
+
 def test_admission_counts_only_what_goes_before_the_newcomer(timed: Model) -> None:
     scheduler, admission = Scheduler([1]), Admission(100, 5.0, STAGE)
     scheduler.add(of(timed, id, client="many") for id in range(20))
