@@ -9,7 +9,7 @@ import statistics
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class LoadConfig(BenchmarkConfig):
 
 def measure(config: LoadConfig) -> dict[str, Any]:
     """The medians of the rounds, each load as a share of its own round's capacity; refusals are of all rounds."""
-    rounds = [one_round(config) for _ in range(config.rounds)]
+    rounds = [one_round(replace(config, seed=config.seed + turn * len(SHARES))) for turn in range(config.rounds)]
     loads: list[dict[str, Any]] = []
     for rows in zip(*(one["loads"] for one in rounds), strict=True):
         statuses = sum((Counter(row["statuses"]) for row in rows), Counter[str]())
@@ -160,7 +160,7 @@ def plot(found: dict[str, Any]) -> bytes:
     other.set_ylabel("refused, % (dashed)")
     other.set_ylim(0, 100)
     other.spines[["top"]].set_visible(False)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.1))
     return png(plt, figure)
 
 

@@ -16,6 +16,8 @@ from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.stages import shape
 
+MARGIN = 1.25  # of an estimated time left: an image that is late by little is work for nobody
+
 
 class WorkerState(Enum):
     """The states of a worker."""
@@ -160,7 +162,7 @@ class Scheduler:
             worker = self.workers[index]
             if worker.free_slots(request.work.stage) <= 0:
                 continue
-            if worker.running and self._clock() + worker.left_s(request) > request.deadline:
+            if worker.running and self._clock() + MARGIN * worker.left_s(request) > request.deadline:
                 late.append(request)
             elif not self._makes_late(request, index, spare_s):
                 spare_s.pop(index, None)
@@ -176,16 +178,16 @@ class Scheduler:
     ) -> bool:
         """Return whether an image of a worker keeps its deadline now and would not beside a newcomer.
 
-        spare_s: of each worker's images, as estimated before; filled in where it is not there
+        spare_s: of each worker's images that are in time, as estimated before; filled in where it is not there
         """
         if index not in spare_s:
             worker, now = self.workers[index], self._clock()
-            left = ((other, other.deadline - now - worker.left_s(other)) for other in worker.staged.values())
-            spare_s[index] = [(other, spare) for other, spare in left if spare >= 0]
+            left = [(other, other.deadline - now, worker.left_s(other)) for other in worker.staged.values()]
+            spare_s[index] = [(other, had_s - MARGIN * left_s) for other, had_s, left_s in left if left_s <= had_s]
         for other, spare in spare_s[index]:
             steps = min(steps_left(other), steps_left(newcomer))
             batches = 0.0 if newcomer.model is other.model else steps * newcomer.model.batch_s()
-            if added_s(newcomer, steps) + batches > spare:
+            if MARGIN * (added_s(newcomer, steps) + batches) > spare:
                 return True
         return False
 

@@ -192,6 +192,7 @@ def test_shares_of_two_clients_and_two_presets(tiny_folder: Path, tmp_path: Path
         "seconds": 1,
         "calibration-seconds": 1,
         "rounds": 1,
+        "load": 10,
         "out": out,
     }
     assert shares.main([part for name, value in options.items() for part in (f"--{name}", str(value))]) == 0
