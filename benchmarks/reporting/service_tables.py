@@ -6,6 +6,9 @@ from typing import Any
 
 from unperturb.benchmarks.reporting.results import where
 
+MEASURES = ("goodput_within", "work_within", "work")  # of side_by_side.py
+RATIO = "p99_at_ten_times_over_at_its_share"  # of shares.py
+
 
 def load_table(record: dict[str, Any]) -> str:
     """Latency and rejections against offered load."""
@@ -80,9 +83,6 @@ def shares_table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-RATIO = "p99_at_ten_times_over_at_its_share"
-
-
 def medians(rows: Sequence[dict[str, Any]], *keys: str) -> dict[str, Any]:
     """Return each key's median over the rows that have a value for it; None where none has."""
     known = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
@@ -94,9 +94,6 @@ def _refused(rows: Sequence[dict[str, Any]]) -> float:
     requests: int = sum(row["requests"] for row in rows)
     answered: int = sum(row["statuses"].get("200", 0) for row in rows)
     return 1 - answered / max(requests, 1)
-
-
-MEASURES = ("goodput_within", "work_within", "work")
 
 
 def side_by_side_table(record: dict[str, Any]) -> str:

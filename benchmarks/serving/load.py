@@ -13,15 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.reporting.service_tables import medians
 from unperturb.benchmarks.serving import open_loop
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
-from unperturb.models.inference.captured import fastest
 from unperturb.models.options import as_json, option
 
 CLIENTS = (1, 2, 4, 8, 16, 32)  # of the closed loops; the best of them is the capacity
@@ -78,7 +75,7 @@ def measure(config: LoadConfig) -> dict[str, Any]:
 def one_round(config: LoadConfig) -> dict[str, Any]:
     """The lone request, the capacity, and every load, of a server of its own."""
     requests = [open_loop.Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
-    execution = fastest(torch.device(config.device.split(",")[0])) if config.execution == "auto" else config.execution
+    execution = open_loop.execution(config.execution, config.device)
     port = open_loop.free_port()
     url, environment = (
         f"http://127.0.0.1:{port}",

@@ -21,7 +21,10 @@ from urllib.request import urlopen
 
 import aiohttp
 import numpy as np
+import torch
 from PIL import Image
+
+from unperturb.models.inference.captured import fastest
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUEST_TIMEOUT_S = 60.0
@@ -180,6 +183,11 @@ def running(
 def service(port: int) -> list[str]:
     """Return the command of this project's service."""
     return [sys.executable, "-m", "unperturb.service", "--port", str(port)]
+
+
+def execution(asked: str, device: str) -> str:
+    """Return how steps are to run from the first request on: for auto, the fastest that the first device has."""
+    return fastest(torch.device(device.split(",")[0])) if asked == "auto" else asked
 
 
 def free_port() -> int:

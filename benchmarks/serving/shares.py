@@ -15,16 +15,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from unperturb.benchmarks.command import BenchmarkConfig, run_command
 from unperturb.benchmarks.reporting import results
+from unperturb.benchmarks.reporting.service_tables import RATIO
 from unperturb.benchmarks.serving import open_loop
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
 from unperturb.benchmarks.serving.side_by_side import mean_work
 from unperturb.benchmarks.serving.watch import RunningServer, metric
 from unperturb.models.errors import ConfigError
-from unperturb.models.inference.captured import fastest
 from unperturb.models.options import as_json, option
 from unperturb.service.engine.stages import passes, shape
 
@@ -66,7 +64,7 @@ def measure(config: SharesConfig) -> dict[str, Any]:
         for i, file in enumerate(files)
     ]
     port = open_loop.free_port()
-    execution = fastest(torch.device(config.device.split(",")[0])) if config.execution == "auto" else config.execution
+    execution = open_loop.execution(config.execution, config.device)
     environment = {
         "UNPERTURB_CHECKPOINT": config.checkpoint,
         "UNPERTURB_DEVICE": config.device,
@@ -130,9 +128,7 @@ def clients(server: RunningServer, requests: Sequence[Prepared], config: SharesC
     return {
         "capacity": capacity,
         "rows": rows,
-        "p99_at_ten_times_over_at_its_share": by_times[10.0] / by_times[1.0]
-        if by_times[1.0] and by_times[10.0]
-        else None,
+        RATIO: by_times[10.0] / by_times[1.0] if by_times[1.0] and by_times[10.0] else None,
     }
 
 
