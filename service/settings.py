@@ -1,6 +1,7 @@
 """Every setting of the service, from `UNPERTURB_…` environment variables, checked at start."""
 
 import ipaddress
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Keys = Annotated[dict[str, str], NoDecode]
 MAX_BATCH = {"cpu": 16, "cuda": 64}
+CPU_WORKERS = 2  # what interrupts one thread of a step keeps the others waiting, in that worker alone
 PREFIX = "UNPERTURB_"
 ELSEWHERE = {f"{PREFIX}{name}" for name in ("CACHE", "DATA", "ALLOW_CODE", "REPLICAS")}  # read by other parts
 
@@ -30,9 +32,13 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8000, description="port; 0: any that is free")
     checkpoint: str = Field(default="default", description="a shipped checkpoint's name, or a folder")
     device: str = Field(
-        default="auto", description="auto (every GPU, or the CPU), cpu, cuda, cuda:N, or several with commas"
+        default="auto",
+        description="auto (every GPU; else the CPU, in halves where it has two cores or more), cpu, cuda, "
+        "cuda:N, or several with commas: a worker each",
     )
-    threads: Annotated[int, Field(ge=0)] = Field(default=0, description="torch's CPU threads; 0: torch's own choice")
+    threads: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="torch's CPU threads, shared by the workers; 0: one per core"
+    )
     preset: str = Field(default="default", description="the purifier's preset where a request names none")
 
     max_body_bytes: Positive = Field(default=10_000_000, description="of one request; past it 413")
@@ -54,7 +60,7 @@ class Settings(BaseSettings):
     header_timeout_s: Seconds = Field(default=10.0, description="for a request's head to arrive; then it is closed")
     upload_timeout_s: Seconds = Field(default=15.0, description="for a request's body to arrive; past it 408")
     decode_timeout_s: Seconds = Field(default=10.0, description="for one file to be decoded; past it 422")
-    decoders: Annotated[int, Field(ge=0)] = Field(default=0, description="decoding processes; 0: one per CPU core")
+    decoders: Annotated[int, Field(ge=0)] = Field(default=0, description="decoding processes; 0: one per core")
     stall_s: Seconds = Field(default=60.0, description="without a finished step, after which the process gives up")
     drain_s: Annotated[float, Field(ge=0, le=3600)] = Field(
         default=5.0, description="from SIGTERM on, for which new requests are still taken though /readyz is 503"
@@ -163,7 +169,13 @@ class Settings(BaseSettings):
         """Return the devices that the model runs on, one worker each."""
         if self.device != "auto":
             return [torch.device(name) for name in self.device.split(",")]
-        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+        gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        return gpus or [torch.device("cpu")] * min(CPU_WORKERS, self.threads or cores())
+
+    @property
+    def threads_each(self) -> int:
+        """Return torch's CPU threads of one worker."""
+        return max(1, (self.threads or cores()) // len(self.devices))
 
     @property
     def first_execution(self) -> Execution:
@@ -179,6 +191,11 @@ class Settings(BaseSettings):
     def slots(self) -> int:
         """Return how many images may be in progress on one device."""
         return self.max_batch or MAX_BATCH[self.devices[0].type]
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def unknown(environment: Mapping[str, str]) -> list[str]:

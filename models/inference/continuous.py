@@ -15,7 +15,7 @@ from torch import Tensor
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.restored import Restored
-from unperturb.models.purifiers.reverse_attack import ReverseAttack
+from unperturb.models.purifiers.reverse_attack import PAIR, ReverseAttack, ReverseAttackConfig
 from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int
 
@@ -37,11 +37,13 @@ class Slots(NamedTuple):
 class Stage:
     """A loop and its objective; `rows` images pass through the classifier for one image and step.
 
+    draws: whether chance has a part in where it begins, or in the views of a step
     vote: of the classifier on what comes out; None: it sees the image alone
     """
 
     loop: ProjectedGradient
     rows: int
+    draws: bool = True
     vote: Vote | None = None
 
     def first(self, x0: Float[Tensor, "batch 3 h w"], seeds: Int[Tensor, " batch"]) -> Float[Tensor, "batch 3 h w"]:
@@ -121,11 +123,17 @@ def features_of(classifier: ImageClassifier, parts: Sequence[Float[Tensor, "_ 3 
     return features
 
 
+def draws(config: ReverseAttackConfig) -> bool:
+    """Return whether chance has a part in a reverse attack: in where it begins, or in the views of a step."""
+    return config.loop.start == "uniform" or config.policy != PAIR
+
+
 class ReverseAttackStage(Stage):
     """A reverse attack as a stage."""
 
     def __init__(self, purifier: ReverseAttack, vote: Vote | None = None) -> None:
-        self.purifier, self.loop, self.rows, self.vote = purifier, purifier.loop, purifier.config.views, vote
+        self.purifier, self.loop, self.vote = purifier, purifier.loop, vote
+        self.rows, self.draws = purifier.config.views, draws(purifier.config)
 
     def anchor(self, x0: Float[Tensor, "batch 3 h w"]) -> Float[Tensor, "batch dim"] | None:
         """Return the embedding of the restored view."""

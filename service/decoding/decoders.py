@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import os
 from functools import partial
 
 import anyio
@@ -23,7 +22,7 @@ class Decoders:
     """At most `count` processes, each killed where one file takes it longer than `timeout_s`; for one event loop."""
 
     def __init__(self, *, count: int, timeout_s: float) -> None:
-        self.count, self.timeout_s = count or os.cpu_count() or 1, timeout_s
+        self.count, self.timeout_s = count, timeout_s
         self._free = asyncio.Semaphore(self.count)
         self._limiter: anyio.CapacityLimiter | None = None
         self._tasks: set[asyncio.Task[Decoded]] = set()

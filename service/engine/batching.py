@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -128,20 +128,21 @@ class ContinuousBatch:
         staged = [slot for _, part in parts for slot in part]
         ordered = staged + [slot for slot in slots if slot.stage is None]
         with torch.no_grad():
-            measured = [(stage, self._at_end(stage, part)) for stage, part in parts if stage.rows]
-            twice = [row for stage, state in measured for row in _before_and_after(stage, state)]
+            measured = [(stage, part, self._at_end(stage, part)) for stage, part in parts if stage.rows]
+            shown = [_after_and_before(stage, state) for stage, _, state in measured]
+            views = [rows for one in shown for rows in one]
             seen = [stage.seen(stack(part, "x")) for stage, part in parts]
-            features = features_of(self.classifier, [*twice, stack(ordered, "x0"), *seen])
+            features = features_of(self.classifier, [*views, stack(ordered, "x0"), *seen])
             self.batch_count += 1
             self.pass_count += sum(finish_passes(slot.work.stage) for slot in slots)
-            received, *logits = (self.classifier.logits(part).float() for part in features[len(twice) :])
+            received, *logits = (self.classifier.logits(part).float() for part in features[len(views) :])
             unpurified = received.softmax(1).cpu().numpy()
             scored = [stage.scores(one).softmax(1).cpu().numpy() for (stage, _), one in zip(parts, logits, strict=True)]
-            pairs = zip(features[: len(twice) : 2], features[1 : len(twice) : 2], strict=True)
+            of_views = iter(features)
             losses = [
                 both
-                for (stage, state), pair in zip(measured, pairs, strict=True)
-                for both in zip(*(stage.loss_of(state, part).tolist() for part in pair), strict=True)
+                for (stage, part, state), one in zip(measured, shown, strict=True)
+                for both in _losses(part, [stage.loss_of(state, next(of_views)).tolist() for _ in one])
             ]
             linf = (stack(staged, "x") - stack(staged, "x0")).abs().amax((1, 2, 3)).tolist() if staged else []
         purified = np.concatenate([*scored, unpurified[len(staged) :]])
@@ -189,11 +190,21 @@ class ContinuousBatch:
         return torch.tensor(list(values), dtype=torch.int64).to(self.device)
 
 
-def _before_and_after(stage: Stage, state: Slots) -> tuple[Tensor, Tensor]:
-    """Return what the classifier sees of the images as received and as they are, on the same views."""
+def _after_and_before(stage: Stage, state: Slots) -> tuple[Tensor, ...]:
+    """Return what the classifier sees of the images as they are, and as received on the same views.
+
+    Without the latter where the stage draws nothing: the first step had those very views.
+    """
+    if not stage.draws:
+        return (stage.inputs(state, state.x),)
     twice = state._replace(seeds=state.seeds.repeat(2), steps=state.steps.repeat(2))
-    before, after = stage.inputs(twice, torch.cat((state.x0, state.x))).chunk(2)
-    return before, after
+    return stage.inputs(twice, torch.cat((state.x, state.x0))).chunk(2)
+
+
+def _losses(slots: list[Slot], measured: list[list[float]]) -> Iterator[tuple[float, float]]:
+    """Return each image's loss as received and as it is, from those of what `_after_and_before` returns."""
+    after, *before = measured
+    return zip(before[0] if before else (float(slot.losses[0]) for slot in slots), after, strict=True)
 
 
 def _if_finite(outcome: Outcome) -> Outcome | Exception:

@@ -4,9 +4,13 @@ What torch's compiler makes stays in its cache on disk, from which a worker that
 The process has the lowest priority, and ends with its parent.
 """
 
+import contextlib
+import fcntl
 import json
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -24,14 +28,36 @@ def command(name: str, config: WorkerConfig) -> list[str]:
 
 
 def precompile(name: str, config: WorkerConfig) -> None:
-    """Make every step of a checkpoint once; raises what goes wrong."""
+    """Make every step of a checkpoint once; raises what goes wrong.
+
+    Of several processes one makes them: the others wait, and find them in the cache.
+    """
     torch.set_num_threads(config.threads)
     loaded = prepared(store.load(name, device=config.device), precision=config.precision)
     batch = ContinuousBatch(loaded, torch.device(config.device), execution=config.execution)
     parent = os.getppid()
-    for _ in warmed(batch, config.slots):
-        if os.getppid() != parent:
-            return
+    with _alone():
+        for _ in warmed(batch, config.slots):
+            if os.getppid() != parent:
+                return
+
+
+def cache() -> Path:
+    """Return where torch's compiler keeps what it makes.
+
+    Not its own choice, a folder in /tmp that anybody may have made before.
+    """
+    chosen = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/unperturb/compiled").expanduser()))
+    return Path(chosen)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hold what only one process that fills this cache can hold."""
+    cache().mkdir(parents=True, exist_ok=True)
+    with (cache() / "precompile.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from unperturb.models.inference.continuous import (
     ReverseAttackStage,
     Stage,
     VoteStage,
+    draws,
 )
 from unperturb.models.networks.readout import MAKE_ONE
 from unperturb.models.purifiers.defended import presets_of, purifier_of, vote_of
@@ -61,8 +62,10 @@ def step_passes(rows: int) -> int:
 
 
 def finish_passes(stage: str | None) -> int:
-    """Return the work after the last step: the losses before and after, and both classifications."""
+    """Return the work after the last step: the losses before (the first step's, if it draws nothing) and after, and
+    both classifications.
+    """
     if stage is None:
         return 1
-    vote = None if stage == ATTACK else PRESETS[stage].vote
-    return 2 * shape(stage)[1] + 1 + (1 if vote is None else len(vote))
+    drawn, vote = (True, None) if stage == ATTACK else (draws(PRESETS[stage]), PRESETS[stage].vote)
+    return (2 if drawn else 1) * shape(stage)[1] + 1 + (1 if vote is None else len(vote))

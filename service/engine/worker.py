@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 import torch
 
@@ -203,8 +202,7 @@ class _Worker:
 if __name__ == "__main__":
     for _signal in (signal.SIGINT, signal.SIGTERM):  # the server ends it, when all is answered
         signal.signal(_signal, signal.SIG_IGN)
-    # Not the compiler's own choice, a folder in /tmp that anybody may have made before.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/unperturb/compiled").expanduser()))
+    precompile.cache()
     _server = Connection(int(sys.argv[1]))
     with contextlib.suppress(EOFError, ConnectionError):  # the server has ended before it said how to work
         _config = _server.recv()

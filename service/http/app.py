@@ -37,14 +37,13 @@ def make_engine(
     handle: Callable[..., WorkerHandle] = WorkerHandle,
 ) -> Engine:
     """Return the engine that the settings describe, not started."""
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // len(settings.devices))
     return Engine(
         settings.checkpoint,
         workers=[
             WorkerConfig(
                 device=str(device),
                 slots=settings.slots,
-                threads=threads,
+                threads=settings.threads_each,
                 execution=settings.first_execution,
                 precision=settings.precision,
                 log_level=settings.log_level,

@@ -22,7 +22,7 @@ from unperturb.service.errors import DeadlineError, MalformedRequestError, Reque
 from unperturb.service.http.context import RequestContext
 from unperturb.service.http.limits import Limits
 from unperturb.service.http.upload import Upload, is_json, read_images
-from unperturb.service.settings import Settings
+from unperturb.service.settings import Settings, cores
 from unperturb.service.telemetry.metrics import Metrics
 from unperturb.service.telemetry.tracing import Part
 
@@ -55,7 +55,7 @@ class Gateway:
     def __init__(self, settings: Settings, engine: Engine, metrics: Metrics) -> None:
         self.settings, self.engine, self.metrics = settings, engine, metrics
         self.keys = settings.keys
-        self.decoders = Decoders(count=settings.decoders, timeout_s=settings.decode_timeout_s)
+        self.decoders = Decoders(count=settings.decoders or cores(), timeout_s=settings.decode_timeout_s)
         self.limits = Limits(per_client=settings.max_per_client, total=settings.max_in_progress)
         self.changing_models = asyncio.Lock()
 

@@ -1,12 +1,21 @@
 """What images cost a device, against hand-made timings."""
 
-import pytest
+import os
+from typing import Any
 
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.cost import Cost, Timing
+from unperturb.service.engine.messages import Work
 from unperturb.service.engine.registry import Model
-from unperturb.service.engine.stages import ATTACK, passes, shape
+from unperturb.service.engine.stages import ATTACK, BACKWARD, begin_passes, passes, shape
+from unperturb.service.settings import Settings
 
 STAGES = [None, ATTACK, *PRESETS]
 
@@ -62,3 +71,40 @@ def test_long_neighbour_adds_only_the_steps_that_are_shared() -> None:
     few, many = PRESETS["default"], PRESETS["published"]
     assert Cost(0.0, 1.0).added_by("published", "default") == few.loop.steps * many.views * 3
     assert Cost(0.0, 1.0).added_by("published", None) == many.views * 3
+
+
+@pytest.mark.parametrize("stage", [stage for stage in STAGES if stage != "restorer"])
+def test_an_image_takes_as_many_passes_as_it_is_said_to(stage: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make_checkpoint()
+    batch = ContinuousBatch(loaded, torch.device("cpu"), execution="eager")
+    rows: list[tuple[int, bool]] = []
+    features = loaded.classifier.features
+
+    def counted(images: torch.Tensor) -> torch.Tensor:
+        rows.append((len(images), images.requires_grad))
+        return features(images)
+
+    monkeypatch.setattr(loaded.classifier, "features", counted)
+    assert not batch.admit(
+        [Work(1, 1, np.zeros((3, batch.image_size, batch.image_size), np.uint8), stage, 0, False, 0.0)]
+    )
+    rows.clear()
+    while batch.slots:
+        ended = batch.advance()
+    assert not isinstance(ended[0].result, Exception)
+    assert sum(count * (1 + BACKWARD * backward) for count, backward in rows) == passes(stage) - begin_passes(stage)
+
+
+def test_two_workers_share_the_cores_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def workers(**given: Any) -> list[tuple[str, int]]:
+        chosen = Settings(**given)
+        return [(str(device), chosen.threads_each) for device in chosen.devices]
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for count, each in ((1, [1]), (2, [1, 1]), (7, [3, 3])):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=count: set(range(count)), raising=False)
+        assert workers() == [("cpu", threads) for threads in each]
+        assert workers(device="cpu") == [("cpu", count)]
+    assert workers(threads=1) == [("cpu", 1)]
+    assert workers(threads=4) == [("cpu", 2), ("cpu", 2)]
+    assert workers(device="cpu,cpu,cpu", threads=2) == [("cpu", 1)] * 3
