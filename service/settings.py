@@ -169,13 +169,17 @@ class Settings(BaseSettings):
         """Return the devices that the model runs on, one worker each."""
         if self.device != "auto":
             return [torch.device(name) for name in self.device.split(",")]
-        gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-        return gpus or [torch.device("cpu")] * min(CPU_WORKERS, self.threads or cores())
+        return automatic(self.threads_alone)
+
+    @property
+    def threads_alone(self) -> int:
+        """Return torch's CPU threads of a worker while no other does anything."""
+        return self.threads or cores()
 
     @property
     def threads_each(self) -> int:
-        """Return torch's CPU threads of one worker."""
-        return max(1, (self.threads or cores()) // len(self.devices))
+        """Return torch's CPU threads of one worker beside the others."""
+        return max(1, self.threads_alone // len(self.devices))
 
     @property
     def first_execution(self) -> Execution:
@@ -191,6 +195,12 @@ class Settings(BaseSettings):
     def slots(self) -> int:
         """Return how many images may be in progress on one device."""
         return self.max_batch or MAX_BATCH[self.devices[0].type]
+
+
+def automatic(threads: int) -> list[torch.device]:
+    """Return the devices that `auto` stands for: every GPU, or the CPU once for each worker."""
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return gpus or [torch.device("cpu")] * min(CPU_WORKERS, threads)
 
 
 def cores() -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from unperturb.benchmarks.command import BenchmarkConfig, run_command
+from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop, prometheus
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
@@ -35,7 +35,7 @@ SCRIPT = "benchmarks/serving/dashboard_queries.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DashboardQueriesConfig(BenchmarkConfig):
+class DashboardQueriesConfig(open_loop.ServiceBenchmarkConfig):
     """Ask a Prometheus that watches the service under load everything that deploy/ asks."""
 
     seconds: float = option("of load: two thirds at 60% of capacity, one third at 300%", 60.0)
@@ -124,7 +124,7 @@ def evaluate(config: DashboardQueriesConfig, url: str) -> list[dict[str, Any]]:
     rows = []
     for query in (*of_dashboard(), *conditions, *of_autoscaler()):
         values = prometheus.instant(url, query.asked)
-        missing_gpu = config.device == "cpu" and ONLY_ON_A_GPU in query.text
+        missing_gpu = config.device.startswith("cpu") and ONLY_ON_A_GPU in query.text
         rule = healths[query.name] if query.user == "alert" else {}
         rows.append(
             {

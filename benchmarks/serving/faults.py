@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unperturb.benchmarks.command import BenchmarkConfig, run_command
+from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import hostile, open_loop
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
@@ -41,7 +41,7 @@ SCRIPT = "benchmarks/serving/faults.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaultsConfig(BenchmarkConfig):
+class FaultsConfig(open_loop.ServiceBenchmarkConfig):
     """Put the service under faults."""
 
     only: tuple[str, ...] = option("parts to run; all where none is named; may be given several times", ())

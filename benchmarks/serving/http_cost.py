@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from unperturb.benchmarks.command import BenchmarkConfig, run_command
+from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
 from unperturb.models.errors import ConfigError
@@ -35,14 +33,13 @@ SCRIPT = "benchmarks/serving/http_cost.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HttpCostConfig(BenchmarkConfig):
+class HttpCostConfig(open_loop.ServiceBenchmarkConfig):
     """Saturate the engine and the service."""
 
     preset: str = option("of the purifier", "default")
     clients: int = option("requests in progress; 0: twice the slots", 0)
     seconds: float = option("for each turn", 15.0)
     turns: int = option("of each", 5)
-    device: str = option("cpu, cuda, cuda:N, or several with commas", "cuda" if torch.cuda.is_available() else "cpu")
     execution: Execution = option("how steps run", "eager")
     precision: Precision = option("of the backbone in the steps", "float32")
     out: Path | None = option("result file (default: results/http_cost/, named by these settings)", None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unperturb.benchmarks.command import BenchmarkConfig, run_command
+from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.reporting.service_tables import medians
 from unperturb.benchmarks.serving import open_loop
@@ -29,7 +29,7 @@ SCRIPT = "benchmarks/serving/load.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadConfig(BenchmarkConfig):
+class LoadConfig(open_loop.ServiceBenchmarkConfig):
     """Offer the service more and more load."""
 
     seconds: float = option("for each load", 30.0)

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.request import urlopen
@@ -24,7 +25,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unperturb.benchmarks.command import BenchmarkConfig
 from unperturb.models.inference.captured import fastest
+from unperturb.models.options import option
+from unperturb.service.settings import automatic, cores
 
 ROOT = Path(__file__).resolve().parents[2]
 REQUEST_TIMEOUT_S = 60.0
@@ -32,6 +36,13 @@ READY_S = 600.0  # compiled steps take minutes
 # Nobody comes after its end, and its answers are the same from its start on.
 PLAIN = {"UNPERTURB_DRAIN_S": "0", "UNPERTURB_EXECUTION": "eager", "UNPERTURB_PRECISION": "float32"}
 BACK_OFF_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceBenchmarkConfig(BenchmarkConfig):
+    """The options of every measurement of the service."""
+
+    device: str = option("the service's UNPERTURB_DEVICE", ",".join(map(str, automatic(cores()))))
 
 
 class Prepared(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unperturb.benchmarks.command import BenchmarkConfig, run_command
+from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
 from unperturb.benchmarks.serving.open_loop import Prepared
@@ -30,7 +30,7 @@ WARM_UP = 32  # requests, whose cost is not counted
 
 
 @dataclass(frozen=True, kw_only=True)
-class RequestCpuConfig(BenchmarkConfig):
+class RequestCpuConfig(open_loop.ServiceBenchmarkConfig):
     """Send requests in a closed loop, and read the processes' CPU time before and after."""
 
     preset: str = option("of the purifier", "default")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unperturb.benchmarks.command import BenchmarkConfig, run_command
+from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.reporting.service_tables import RATIO
 from unperturb.benchmarks.serving import open_loop
@@ -36,7 +36,7 @@ SCRIPT = "benchmarks/serving/shares.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SharesConfig(BenchmarkConfig):
+class SharesConfig(open_loop.ServiceBenchmarkConfig):
     """Offer the service too much, by two clients and in two presets."""
 
     seconds: float = option("for each load", 30.0)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unperturb.benchmarks.command import BenchmarkConfig, run_command
+from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
@@ -32,7 +32,7 @@ SCRIPT = "benchmarks/serving/side_by_side.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SideBySideConfig(BenchmarkConfig):
+class SideBySideConfig(open_loop.ServiceBenchmarkConfig):
     """Measure three servers side by side."""
 
     published: int = option("of ten requests, how many ask for the preset `published`; the rest `default`", 1)
@@ -123,7 +123,7 @@ def measure(config: SideBySideConfig) -> dict[str, Any]:
                 "UNPERTURB_PATIENCE": str(config.patience),
                 "UNPERTURB_TIMEOUT_S": str(config.within_s),
                 "PEER_CHECKPOINT": config.checkpoint,
-                "PEER_DEVICE": config.device,
+                "PEER_DEVICE": config.device.split(",")[0],  # all of its cores
                 "PEER_MAX_BATCH": str(config.max_batch),
                 "PEER_QUEUE": str(max(1, round(capacity * config.within_s / 2))),
                 "PEER_WITHIN_S": str(config.within_s),

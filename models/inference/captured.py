@@ -237,7 +237,9 @@ def _compiled(step: Function, example: Slots, backend: str) -> Function:
         return tuple(part for part in step(Slots(*parts)) if part is not None)  # type: ignore[arg-type]
 
     traced = make_fx(of_tensors)(*(example[i] for i in present))
-    fast = torch.compile(traced, backend=backend, fullgraph=True, dynamic=False)
+    # A worker's threads may become more and fewer, so that their number does not stand in the code that is made.
+    options = {"cpp.dynamic_threads": True} if backend == "inductor" else None
+    fast = torch.compile(traced, backend=backend, fullgraph=True, dynamic=False, options=options)  # type: ignore[arg-type]
 
     def run(slots: Slots) -> tuple[Tensor, Tensor | None, Tensor]:
         x, *velocity, losses = fast(*(slots[i] for i in present))

@@ -13,10 +13,19 @@ from numpy.typing import NDArray
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import NOT_READY, OPEN, EngineState, Lifecycle
-from unperturb.service.engine.messages import Cancel, Loaded, LoadProgress, Outcome, StepReport, Upgraded, Work
+from unperturb.service.engine.messages import (
+    Cancel,
+    Loaded,
+    LoadProgress,
+    Outcome,
+    StepReport,
+    Threads,
+    Upgraded,
+    Work,
+)
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest, resolve
-from unperturb.service.engine.scheduler import Scheduler
+from unperturb.service.engine.scheduler import Scheduler, WorkerState
 from unperturb.service.errors import DeadlineError, NotReadyError
 
 LATE = "the deadline passed before the answer was there, or would have"
@@ -30,6 +39,7 @@ class Dispatcher:
     ) -> None:
         self.scheduler, self.workers, self.lifecycle, self.admission = scheduler, workers, lifecycle, admission
         self._ids = itertools.count(1)
+        self._threads = [worker.config.threads for worker in workers]  # that each has now
 
     def refuse_if_full(self, model: Model | None, stage: str | None, client: str = "") -> None:
         """Raise NotReadyError, with the seconds after which to try again, where one more image cannot be taken now.
@@ -115,10 +125,24 @@ class Dispatcher:
     def _schedule(self) -> None:
         """Send waiting images to workers that have free slots, and refuse those that are too late; under the lock."""
         given, late = self.scheduler.schedule()
+        self._share_threads()
         for index, request in given:
             self.workers[index].send(request.work)
         for request in late:
             request.answer(DeadlineError(LATE))
+
+    def _share_threads(self) -> None:
+        """Give a worker the others' threads while it is the only one that has anything to do; under the lock.
+
+        A warm-up has none of them: what it measures is what work costs beside others.
+        """
+        busy = [worker for worker in self.scheduler.workers if worker.state is not WorkerState.IDLE]
+        for index, (worker, handle) in enumerate(zip(self.scheduler.workers, self.workers, strict=True)):
+            alone = busy == [worker] and worker.state is WorkerState.STEPPING
+            count = handle.config.alone if alone and handle.config.alone else handle.config.threads
+            if count != self._threads[index]:
+                self._threads[index] = count
+                handle.send(Threads(count))
 
     def _finish(self, requests: Sequence[ImageRequest]) -> None:
         """Drop those of a request's images that are not answered: nobody waits for them any more."""

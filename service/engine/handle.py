@@ -10,15 +10,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-from unperturb.service.engine.messages import (
-    Cancel,
-    Failed,
-    FromWorker,
-    Load,
-    Unload,
-    Work,
-    WorkerConfig,
-)
+from unperturb.service.engine.messages import Failed, FromWorker, ToWorker, WorkerConfig
 
 log = logging.getLogger("unperturb.engine")
 
@@ -32,7 +24,7 @@ class WorkerHandle:
     def __init__(self, config: WorkerConfig, on_message: Callable[[FromWorker], None]) -> None:
         self.config, self.on_message = config, on_message
         self.process: subprocess.Popen[bytes] | None = None
-        self._outbox: queue.SimpleQueue[WorkerConfig | Work | Load | Unload | Cancel | None] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[WorkerConfig | ToWorker | None] = queue.SimpleQueue()
         self._connection: Connection | None = None
         self._closed = threading.Event()
 
@@ -44,7 +36,7 @@ class WorkerHandle:
         for target in (self._send_all, self._receive_all):
             threading.Thread(target=target, name=f"worker-{self.config.device}", daemon=True).start()
 
-    def send(self, message: Work | Load | Unload | Cancel) -> None:
+    def send(self, message: ToWorker) -> None:
         """Send a message, in turn, without waiting for it to be read."""
         self._outbox.put(message)
 

@@ -35,7 +35,8 @@ class Outcome(NamedTuple):
 class WorkerConfig(NamedTuple):
     """Tell a worker how to run: the first message to it.
 
-    device:  as torch names it; slots: images at a time; threads: torch's on the CPU
+    device:  as torch names it; slots: images at a time
+    threads: torch's on the CPU; alone: the same, while no other worker does anything (None: as many)
     precision: auto: the device's own, which only a process that uses it may ask
     upgrade: how steps are to run as soon as what that takes is made, beside serving; None: as at first
     """
@@ -48,6 +49,7 @@ class WorkerConfig(NamedTuple):
     log_level: str
     log_format: str
     upgrade: Execution | None = None
+    alone: int | None = None
 
 
 class Load(NamedTuple):
@@ -62,6 +64,12 @@ class Unload(NamedTuple):
     """Tell a worker that no more work comes for this model."""
 
     model: int
+
+
+class Threads(NamedTuple):
+    """Tell a worker how many threads of the CPU it has from now on."""
+
+    number: int
 
 
 class Work(NamedTuple):
@@ -130,4 +138,5 @@ class Failed(NamedTuple):
     reason: str
 
 
+ToWorker = Work | Cancel | Threads | Load | Unload
 FromWorker = StepReport | LoadProgress | Loaded | Upgraded | Failed

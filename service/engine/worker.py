@@ -32,6 +32,7 @@ from unperturb.service.engine.messages import (
     Loaded,
     LoadProgress,
     StepReport,
+    Threads,
     Unload,
     Upgraded,
     Work,
@@ -105,6 +106,8 @@ class _Worker:
                     new = {model: [image for image in works if image.id not in ids] for model, works in new.items()}
                     for batch in (*self.batches.values(), *(batch for _, batch in self.retiring)):
                         batch.free(ids)
+                case Threads(number):
+                    torch.set_num_threads(number)
                 case Load(model, name, digest):
                     self.loading.append((model, self._load(model, name, digest)))
                 case None:

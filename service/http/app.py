@@ -49,6 +49,7 @@ def make_engine(
                 log_level=settings.log_level,
                 log_format=settings.log_format,
                 upgrade=settings.upgrade(device),
+                alone=settings.threads_alone if device.type == "cpu" else None,
             )
             for device in settings.devices
         ],

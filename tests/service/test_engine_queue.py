@@ -8,11 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from tests.service.test_scheduler import OUTCOME
 from tests.support.engines import hold_steps, submit, uint8
+from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.cost import Cost
+from unperturb.service.engine.dispatch import Dispatcher
 from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.handle import WorkerHandle
+from unperturb.service.engine.lifecycle import Lifecycle
+from unperturb.service.engine.messages import Loaded, Outcome, StepReport, Threads, ToWorker, WorkerConfig
+from unperturb.service.engine.registry import Model
+from unperturb.service.engine.scheduler import Scheduler
 from unperturb.service.engine.slot import Slot
 from unperturb.service.engine.stages import passes
 from unperturb.service.errors import DeadlineError, NotReadyError
@@ -152,3 +161,50 @@ def test_cancelled_request_frees_its_slot_at_the_next_step(
         before = len(steps)
         time.sleep(0.3)
     assert len(steps) <= before + 1 < PRESETS["published"].loop.steps
+
+
+class Recorder(WorkerHandle):
+    """Keeps what a worker would be sent."""
+
+    def __init__(self) -> None:
+        super().__init__(WorkerConfig("cpu", 1, 1, "eager", "float32", "info", "text", alone=2), lambda _: None)
+        self.sent: list[ToWorker] = []
+
+    def send(self, message: ToWorker) -> None:
+        self.sent.append(message)
+
+    def taken(self) -> list[int | str]:
+        """The numbers of threads since the last look, and the kinds of other messages."""
+        sent, self.sent = self.sent, []
+        return [message.number if isinstance(message, Threads) else type(message).__name__ for message in sent]
+
+
+def test_a_worker_has_the_others_threads_while_they_have_nothing_to_do(images: torch.Tensor) -> None:
+    one, two = handles = [Recorder(), Recorder()]
+    scheduler, lifecycle = Scheduler([1, 1]), Lifecycle()
+    model = Model(1, "a", "a", read_card(resolve("small")))
+    scheduler.load(model)
+    dispatcher = Dispatcher(scheduler, handles, lifecycle, Admission(64, 1e9, "default"))
+    for index in (0, 1):
+        dispatcher.update(index, Loaded(1, Cost()))
+    assert one.taken() == two.taken() == []  # a warm-up's costs are those beside others
+    lifecycle.serve()
+
+    async def ask() -> None:
+        first = asyncio.create_task(dispatch(images[:1]))
+        await asyncio.sleep(0)
+        assert (one.taken(), two.taken()) == ([2, "Work"], [])
+        second = asyncio.create_task(dispatch(images[1:2]))
+        await asyncio.sleep(0)
+        assert (one.taken(), two.taken()) == ([1], ["Work"])
+        dispatcher.update(0, StepReport(1, 1, 0.1, None, [(1, OUTCOME)], 0))
+        await first
+        assert (one.taken(), two.taken()) == ([], [2])
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        assert (one.taken(), two.taken()) == ([], ["Cancel", 1])
+
+    async def dispatch(images: torch.Tensor) -> list[Outcome]:
+        return await dispatcher.submit(model, uint8(images), stage="default", seeds=[0], deadline=time.monotonic() + 60)
+
+    asyncio.run(ask())
