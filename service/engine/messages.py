@@ -51,6 +51,11 @@ class WorkerConfig(NamedTuple):
     upgrade: Execution | None = None
     alone: int | None = None
 
+    @property
+    def numbers_of_threads(self) -> tuple[int, ...]:
+        """Return every number of threads that it may have, that beside other workers last."""
+        return (self.threads,) if self.alone in (None, self.threads) else (self.alone, self.threads)
+
 
 class Load(NamedTuple):
     """Ask a worker to load the checkpoint whose weights have that digest, warm it up, and answer with Loaded."""

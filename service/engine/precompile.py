@@ -37,7 +37,7 @@ def precompile(name: str, config: WorkerConfig) -> None:
     batch = ContinuousBatch(loaded, torch.device(config.device), execution=config.execution)
     parent = os.getppid()
     with _alone():
-        for _ in warmed(batch, config.slots):
+        for _ in warmed(batch, config.slots, threads=(config.threads,)):
             if os.getppid() != parent:
                 return
 

@@ -135,7 +135,7 @@ class _Worker:
                 raise CheckpointError(f"checkpoint {name!r} has changed while it was loaded")
             ready = prepared(loaded, precision=self.config.precision)
             batch = ContinuousBatch(ready, self.device, execution=self.config.execution)
-            cost = yield from warmed(batch, self.config.slots)
+            cost = yield from warmed(batch, self.config.slots, threads=self.config.numbers_of_threads)
         except torch.AcceleratorError:
             raise
         except Exception as error:
@@ -156,7 +156,7 @@ class _Worker:
             if execution == "compiled":
                 yield from self._precompiled(name)
             batch = ContinuousBatch(ready, self.device, execution=execution)
-            pieces = warmed(batch, self.config.slots)
+            pieces = warmed(batch, self.config.slots, threads=self.config.numbers_of_threads)
             while True:
                 try:
                     next(pieces)

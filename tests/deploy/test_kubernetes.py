@@ -144,7 +144,7 @@ def test_the_service_accepts_the_settings(built: dict[str, list[Manifest]], monk
     monkeypatch.setenv("UNPERTURB_API_KEYS", new_key("ann")[1])
     settings = Settings()
     assert settings.keys.required
-    assert (settings.device, settings.threads, settings.decoders, settings.page) == ("cpu", 2, 2, False)
+    assert (settings.device, settings.threads, settings.decoders, settings.page) == ("cpu,cpu", 2, 2, False)
 
 
 def test_the_example_is_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_services_and_policies_point_at_ports_and_labels_of_the_pods(built: dict
 def test_overlays_differ_as_they_should(built: dict[str, list[Manifest]]) -> None:
     (cpu,) = pod_specs(the("Deployment", built["cpu"]))
     (gpu,) = pod_specs(the("Deployment", built["gpu"]))
-    assert environment(cpu["containers"][0])["UNPERTURB_DEVICE"] == "cpu"
+    assert environment(cpu["containers"][0])["UNPERTURB_DEVICE"] == "cpu,cpu"
     assert environment(gpu["containers"][0])["UNPERTURB_DEVICE"] == "cuda"
     assert "nvidia.com/gpu" not in cpu["containers"][0]["resources"]["limits"]
     assert gpu["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"

@@ -1,5 +1,6 @@
 """What images cost a device, against hand-made timings."""
 
+import itertools
 import os
 from typing import Any
 
@@ -15,6 +16,7 @@ from unperturb.service.engine.cost import Cost, Timing
 from unperturb.service.engine.messages import Work
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.stages import ATTACK, BACKWARD, begin_passes, passes, shape
+from unperturb.service.engine.warm_up import warmed
 from unperturb.service.settings import Settings
 
 STAGES = [None, ATTACK, *PRESETS]
@@ -108,3 +110,19 @@ def test_two_workers_share_the_cores_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -
     assert workers(threads=1) == [("cpu", 1)]
     assert workers(threads=4) == [("cpu", 2), ("cpu", 2)]
     assert workers(device="cpu,cpu,cpu", threads=2) == [("cpu", 1)] * 3
+
+
+def test_a_warm_up_is_at_every_number_of_threads_and_timed_at_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make_checkpoint(head=False)
+    batch = ContinuousBatch(loaded, torch.device("cpu"), execution="eager")
+    own, features = torch.get_num_threads(), loaded.classifier.features
+    seen: list[int] = []
+
+    def noted(images: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return features(images)
+
+    monkeypatch.setattr(loaded.classifier, "features", noted)
+    between = {torch.get_num_threads() for _ in warmed(batch, 3, threads=(own + 2, own + 1))}
+    assert between == {own} == {torch.get_num_threads()}
+    assert [number for number, _ in itertools.groupby(seen)] == 2 * [own + 2, own + 1]  # of one image, and of three
