@@ -22,6 +22,7 @@ from unperturb.benchmarks.robustness.evaluate import evaluate
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import option
+from unperturb.models.purifiers.base import lacking
 from unperturb.models.purifiers.defended import presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.training.data import at_once
@@ -67,14 +68,12 @@ def assess(config: AssessConfig) -> int:
         raise ConfigError(f"write_card: {config.checkpoint} is no checkpoint's folder of your own")
     subject = store.load(config.checkpoint)
     wanted = config.presets or tuple(name for name, one in PRESETS.items() if one.loop.steps <= MOST_STEPS)
-    lacking = [name for name in wanted if name not in presets_of(subject.card)]
-    headless = [name for name in lacking if PRESETS[name].loop.steps]
-    if lacking and config.presets:
-        part, how = ("head", "head --classifier") if headless else ("purifier", "purifier --checkpoint")
-        raise ConfigError(
-            f"preset {lacking[0]!r}: the checkpoint has no {part}; unperturb train {how} {config.checkpoint}"
-        )
-    specs = {name: f"reverse-attack:{name}" for name in wanted if name not in lacking}
+    absent = [name for name in wanted if name not in presets_of(subject.card)]
+    headless = [name for name in absent if PRESETS[name].loop.steps]
+    if absent and config.presets:
+        without = lacking("head" if headless else "purifier", f"checkpoint {config.checkpoint!r}")
+        raise ConfigError(f"preset {absent[0]!r}: {without}")
+    specs = {name: f"reverse-attack:{name}" for name in wanted if name not in absent}
     data = load_images(
         "own",
         config.data,

@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     )
     max_connections: Positive = Field(default=2048, description="open connections; one more is closed at once")
     max_batch: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="slots on one device; 0: 16 on a CPU, 64 on a GPU"
+        default=0, description="slots of one worker; 0: 16 on a CPU, 64 on a GPU"
     )
     max_queue: Positive = Field(default=256, description="images that may wait; past it 503")
     patience: Annotated[float, Field(gt=0, le=1e6)] = Field(
@@ -193,7 +193,7 @@ class Settings(BaseSettings):
 
     @property
     def slots(self) -> int:
-        """Return how many images may be in progress on one device."""
+        """Return how many images may be in progress in one worker."""
         return self.max_batch or MAX_BATCH[self.devices[0].type]
 
 
