@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -81,9 +82,12 @@ def serve(
         service = create_app(settings, on_failure=failed.append)
         server = Server(service, settings, failed)
         url = f"http://{settings.host}:{sockets[0].getsockname()[1]}"
-        models, devices = service.state.engine.models.by_id, ", ".join(str(device) for device in settings.devices)
+        models, workers = service.state.engine.models.by_id, Counter(str(device) for device in settings.devices)
+        devices = ", ".join(
+            f"{count} workers on {name}" if count > 1 else f"on {name}" for name, count in workers.items()
+        )
         key = " -H 'Authorization: Bearer KEY'" if settings.keys.required else ""
-        print(f"\n  serving  {url}   (model {', '.join(models)} on {devices})")
+        print(f"\n  serving  {url}   (model {', '.join(models)}, {devices})")
         print(f"  docs     {url}/docs")
         print(f"  try      curl{key} -F image=@{os.path.relpath(SAMPLE)} '{url}/classify?top_k=3'\n", flush=True)
         server.run(sockets=sockets)

@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     )
     max_connections: Positive = Field(default=2048, description="open connections; one more is closed at once")
     max_batch: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="slots of one worker; 0: 16 on a CPU, 64 on a GPU"
+        default=0, description="slots of one worker; 0: 64 on a GPU, and on a CPU its workers share 16"
     )
     max_queue: Positive = Field(default=256, description="images that may wait; past it 503")
     patience: Annotated[float, Field(gt=0, le=1e6)] = Field(
@@ -193,8 +193,9 @@ class Settings(BaseSettings):
 
     @property
     def slots(self) -> int:
-        """Return how many images may be in progress in one worker."""
-        return self.max_batch or MAX_BATCH[self.devices[0].type]
+        """Return how many images may be in progress in one worker: those on a CPU share what it takes at a time."""
+        kind = self.devices[0].type
+        return self.max_batch or max(1, MAX_BATCH[kind] // (len(self.devices) if kind == "cpu" else 1))
 
 
 def automatic(threads: int) -> list[torch.device]:

@@ -77,8 +77,13 @@ def shares_table(record: dict[str, Any]) -> str:
     wasted, steps = (sum(one[key] for one in mixed) for key in ("steps_not_answered", "steps"))
     lines += [
         "",
-        f"With ten times its share instead of its share the other makes the modest client's p99 {ratio:.2f} times as "
-        f"long. Of mixed presets {wasted / max(steps, 1):.1%} of the steps were of images that were not answered.",
+        "With ten times its share instead of its share the other "
+        + (
+            "leaves the modest client no answer"
+            if ratio is None
+            else f"makes the modest client's p99 {ratio:.2f} times as long"
+        )
+        + f". Of mixed presets {wasted / max(steps, 1):.1%} of the steps were of images that were not answered.",
     ]
     return "\n".join(lines)
 

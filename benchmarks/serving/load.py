@@ -3,7 +3,6 @@
 Open-loop Poisson arrivals. The client runs on the same machine as the service and takes part of its CPU.
 """
 
-import asyncio
 import json
 import statistics
 import sys
@@ -107,7 +106,7 @@ def one_round(config: LoadConfig) -> dict[str, Any]:
         )
         rows = []
         for i, share in enumerate(SHARES):
-            sent = asyncio.run(
+            sent = open_loop.run(
                 open_loop.offer(url, requests, rate=share * capacity, seconds=config.seconds, seed=config.seed + i)
             )
             rows.append({"share": share, **open_loop.summary(sent, seconds=config.seconds)})
@@ -130,9 +129,9 @@ def calibrate(
     url: str, requests: list[open_loop.Prepared], *, seconds: float, seed: int
 ) -> tuple[float, float, dict[int, float]]:
     """Return the ms of a lone request to an idle server and right after another, and what each closed loop answers."""
-    lone = asyncio.run(open_loop.saturate(url, requests, clients=1, seconds=seconds, seed=seed, pause_s=PAUSE_S))
+    lone = open_loop.run(open_loop.saturate(url, requests, clients=1, seconds=seconds, seed=seed, pause_s=PAUSE_S))
     loops = {
-        clients: asyncio.run(open_loop.saturate(url, requests, clients=clients, seconds=seconds, seed=seed))
+        clients: open_loop.run(open_loop.saturate(url, requests, clients=clients, seconds=seconds, seed=seed))
         for clients in CLIENTS
     }
     solo_ms, back_to_back_ms = (statistics.median(one.seconds * 1000 for one in sent) for sent in (lone, loops[1]))

@@ -91,7 +91,7 @@ def measure(config: SharesConfig) -> dict[str, Any]:
 def capacity_of(server: RunningServer, requests: Sequence[Prepared], config: SharesConfig) -> float:
     """Return the answers a second of a closed loop."""
     seconds = config.calibration_seconds
-    sent = asyncio.run(open_loop.saturate(server.url, requests, clients=CLIENTS, seconds=seconds, seed=config.seed))
+    sent = open_loop.run(open_loop.saturate(server.url, requests, clients=CLIENTS, seconds=seconds, seed=config.seed))
     return sum(one.status == 200 for one in sent) / seconds
 
 
@@ -116,7 +116,7 @@ def clients(server: RunningServer, requests: Sequence[Prepared], config: SharesC
 
     rows: list[dict[str, Any]] = []
     for times in TIMES:
-        modest, other = asyncio.run(both(times))
+        modest, other = open_loop.run(both(times))
         rows.append(
             {
                 "times_its_share": times,
@@ -138,7 +138,7 @@ def presets(
     """What each preset gets, and how many steps were taken for images that were never answered."""
     capacity = capacity_of(server, plain, config) / mean_work(requests)
     before = metric(server, "unperturb_steps_total")
-    sent = asyncio.run(
+    sent = open_loop.run(
         open_loop.offer(server.url, requests, rate=config.load * capacity, seconds=config.seconds, seed=config.seed)
     )
     steps = metric(server, "unperturb_steps_total") - before

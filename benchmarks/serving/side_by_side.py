@@ -5,7 +5,6 @@ All have the same deadline, and the peers a bound on their queues: what this ser
 The peers need `pip install 'unperturb[peers]'`.
 """
 
-import asyncio
 import base64
 import json
 import statistics
@@ -135,12 +134,12 @@ def measure(config: SideBySideConfig) -> dict[str, Any]:
                 open_loop.running(command, port=port, ready=ready, log=Path(folder) / "log", environment=environment),
             ):
                 lone = [request for request in prepared if request.name == "default"]
-                warm = asyncio.run(
+                warm = open_loop.run(
                     open_loop.saturate(url, lone, clients=config.max_batch, seconds=20.0, seed=config.seed)
                 )
                 capacity = capacity or sum(one.status == 200 for one in warm) / 20.0 / mean_work(prepared)
                 for i, load in enumerate(config.loads):
-                    sent = asyncio.run(
+                    sent = open_loop.run(
                         open_loop.offer(
                             url, prepared, rate=float(load) * capacity, seconds=config.seconds, seed=config.seed + i
                         )

@@ -208,6 +208,9 @@ def test_shares_of_two_clients_and_two_presets(tiny_folder: Path, tmp_path: Path
     lines = service_tables.shares_table(record).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:5]] == ["| nothing", "| 1 times its share", "| 10 times its share"]
     assert [line.split(" | ")[0] for line in lines[8:10]] == ["| `default`", "| `published`"]
+    for ratio, said in ((1.5, "makes the modest client's p99 1.50 times as long."), (None, "no answer.")):
+        found["clients"][service_tables.RATIO] = ratio
+        assert said in service_tables.shares_table(record)
 
 
 def test_results_of_the_service_beside_its_engine_are_named_by_how_both_ran() -> None:
