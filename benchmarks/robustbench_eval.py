@@ -20,7 +20,7 @@ from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.robustness import attacks
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.corruptions import CorruptionRun, NoiseRun
-from unperturb.benchmarks.robustness.data import PUBLISHED, EvaluationSet, folder_classes, load_images
+from unperturb.benchmarks.robustness.data import PUBLISHED, EvaluationSet, folder_classes, is_own, load_images
 from unperturb.benchmarks.robustness.device import open_device
 from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation
@@ -155,7 +155,7 @@ def run_all(config: EvaluationConfig) -> list[Path]:
         return []
     runs = _runs(config, plan, device)
     if config.threat_model not in RUNS:
-        announce([run for *_, run in runs])
+        announce([run for *_, run in runs], workers=config.workers)
     if config.workers > 1:
         share(_work, config, config.workers)  # what follows finds all of it stored
     files = []
@@ -229,7 +229,7 @@ def _described(
             "dataset": config.dataset,
             "source": data.source,
             "sha256": data.digest,
-            "own": config.dataset not in PUBLISHED,
+            "own": is_own(config.dataset, data.source),
         },
         "threat": {"model": config.threat_model, "epsilon": plan.threat.epsilon},
         "budget": {"name": config.budget, **dataclasses.asdict(plan.budget)},

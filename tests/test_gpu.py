@@ -1,6 +1,7 @@
 """What only a CUDA device can show; opt in with `pytest -m gpu`."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,18 @@ from unperturb.training.contrastive.pretrain import GOES_ON, PRETRAINING_METHODS
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32"),  # inductor would have it
 ]
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """Convolutions in float32, the same twice; what a test changes of it does not outlive it."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32
+    cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32 = False, True, False
+    yield
+    cudnn.allow_tf32, cudnn.deterministic, matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("checkpoint", ["default", "small"])
@@ -52,14 +64,14 @@ def test_captured_steps_are_the_eager_ones(
 ) -> None:
     loaded = store.load("default", device=device)
     ready = prepared(loaded, precision=precision)
-    exact = ReverseAttackStage(reverse_attack_of(loaded, PRESETS["default"]))
+    in_turn = ReverseAttackStage(reverse_attack_of(loaded, PRESETS["default"]))
     stage = ReverseAttackStage(reverse_attack_of(ready, PRESETS["default"]))
     stepper = Stepper(ready.classifier, torch.device(device), execution=execution)
     x, seeds = images.to(device), torch.arange(8, device=device)
     for count in (8, 3, 5):  # 3 and 5 in graphs for 4 and 8
         found = stepper.descend(stage, x[:count], seeds=seeds[:count])
-        expected = exact.purifier.descend(x[:count], seeds=seeds[:count])
-        assert (found.image - x[:count]).abs().max() > 1 / 255
+        expected = in_turn.purifier.descend(x[:count], seeds=seeds[:count])
+        assert (found.image - x[:count]).abs().max() > 0.1 / 255
         exactly = precision == "float32"
         assert torch.allclose(found.losses, expected.losses, rtol=1e-2 if exactly else 0.1)
         scores = [loaded.classifier(image).softmax(1) for image in (found.image, expected.image)]
@@ -98,6 +110,8 @@ def test_harness_runs_every_attack_on_the_device(tiny_folder: Path, image_folder
         str(tiny_folder),
         "--data",
         str(image_folder),
+        "--dataset",
+        "colours",
         "--n-examples",
         "8",
         "--chunk",
@@ -174,5 +188,5 @@ def test_speed_is_measured_on_the_device(tmp_path: Path) -> None:
     ]
     assert purify_speed.main(arguments) == 0
     cells = json.loads(out.read_text())["results"]["batches"]["4"]
-    assert {"eager", "eager, bfloat16", "captured"} < cells.keys()
-    assert cells["captured"]["peak_bytes"] > 0
+    assert {"eager", "eager, bfloat16", "captured, bfloat16"} < cells.keys()
+    assert cells["captured, bfloat16"]["peak_bytes"] > 0

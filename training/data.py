@@ -326,8 +326,9 @@ def first(split: Split, count: int, device: torch.device) -> Split:
     return resident(Split(split.images[:count], split.labels[:count]), device)
 
 
-def at_once(images: Tensor, *, most: int = 250, pixels: int = 1 << 20) -> int:
+def at_once(images: Tensor, *, most: int | None = None, pixels: int = 1 << 20) -> int:
     """Return how many images of this size are attacked at once: each takes memory at every layer, so few large ones."""
+    most = (1000 if images.is_cuda else 250) if most is None else most
     return max(1, min(most, pixels // images[0, 0].numel())) if len(images) else 1
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from unperturb.benchmarks.reporting.rows import AVERAGED, LEADERBOARD_SOURCE, Group, Interval, Row
+from unperturb.benchmarks.reporting.rows import AVERAGED, LEADERBOARD_SOURCE, Group, Interval, Row, Signs
 
 DAGGER = "†"
 LEGEND = f"{DAGGER} fewer than 1,000 images: a difference of a few points may be chance."
@@ -117,7 +117,27 @@ def with_minus(text: str, minus: str) -> str:
 
 
 def remarks(row: Row) -> list[str]:
-    """Return what speaks against a row's figures: signs of masked gradients, and attacks that were not run."""
+    """Return what is to be known of a row's figures: the signs of masked gradients, and what speaks against them."""
+    return [*([said] if row.signs and (said := masking(row.signs)) else []), *cautions(row)]
+
+
+def masking(signs: Signs) -> str:
+    """Return what was measured to see whether gradients are masked; "" where nothing was."""
+    said = []
+    if signs.once is not None:
+        once, twice = (percent(share).text for share in (signs.once, signs.twice))
+        said.append(f"APGD's cross-entropy leaves {once}%, with twice the iterations {twice}%")
+    if signs.larger:
+        said.append(", ".join(f"{percent(left).text}% at {times} times ε" for times, left in signs.larger))
+    if signs.transfer is not None:
+        said.append(f"transferred images break {signs.transfer} of {signs.n:,} that it does not")
+    if signs.queries is not None:
+        said.append(f"queries break {signs.queries} of {signs.n:,} that nothing before them does")
+    return f"signs of masked gradients: {'; '.join(said)}" if said else ""
+
+
+def cautions(row: Row) -> list[str]:
+    """Return what speaks against a row's figures: gradients that look masked, and attacks that were not run."""
     said = [f"gradients may be masked: {sentence}" for sentence in row.warnings]
     said += row.notes
     said += [f"{reason}: the gain is at most this" for reason in row.weaker]

@@ -5,8 +5,9 @@ import io
 from collections.abc import Sequence
 
 from unperturb.benchmarks.reporting import columns as c
-from unperturb.benchmarks.reporting.rows import AVERAGED, FEW, Row
+from unperturb.benchmarks.reporting.rows import AVERAGED, FEW, Row, Signs
 from unperturb.benchmarks.reporting.sections import Section, Summary, notes_of
+from unperturb.benchmarks.robustness.figures import LARGER
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -134,9 +135,11 @@ def csv_text(rows: Sequence[Row]) -> str:
 def _csv_line(row: Row) -> dict[str, str | float | int | None]:
     averaged = row.group.threat in AVERAGED
 
-    def ends(name: str, interval: tuple[float, float] | None) -> dict[str, float | None]:
+    def ends(name: str, interval: tuple[float, float] | None, *, at_most: bool = False) -> dict[str, float | None]:
         low, high = interval or (None, None)
-        return {f"{name}_low": low, f"{name}_high": high}
+        return {f"{name}_low": None if at_most else low, f"{name}_high": high}
+
+    signs = row.signs or Signs(None, None, (), None, None, row.n)
 
     return {
         "dataset": row.group.dataset,
@@ -147,7 +150,8 @@ def _csv_line(row: Row) -> dict[str, str | float | int | None]:
         "purifier": row.purifier,
         "source": row.source,
         "gain": row.gain,
-        **ends("gain", row.gain_interval),
+        "gain_at_most": None if row.gain is None else int(row.gain_at_most),
+        **ends("gain", row.gain_interval, at_most=row.gain_at_most),
         "n": row.n,
         f"fewer_than_{FEW}_images": c.DAGGER * row.few,
         "worst_case": None if averaged else row.worst,
@@ -164,7 +168,14 @@ def _csv_line(row: Row) -> dict[str, str | float | int | None]:
         "attacks": row.attacks or None,
         "budget": row.budget,
         "ms_per_image": row.ms_per_image,
+        "apgd_ce": signs.once,
+        "apgd_ce_twice": signs.twice,
+        **{f"left_at_{times}_epsilon": dict(signs.larger).get(times) for times in LARGER},
+        "transfer_beyond_gradient": signs.transfer,
+        "queries_beyond_gradient": signs.queries,
         "warnings": "; ".join(row.warnings),
+        "weaker": "; ".join(row.weaker),
+        "notes": "; ".join(row.notes),
         "could_not_run": "; ".join(f"{attack}: {reason}" for attack, reason in row.could_not_run),
         "remark": row.remark,
     }

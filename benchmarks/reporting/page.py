@@ -123,7 +123,6 @@ def _run(run: dict[str, Any]) -> dict[str, Any]:
     return {
         "purifier": found["purifier_spec"],
         "facts": {name: value for name, value in facts.items() if value not in ("", None)},
-        "signs": _signs(found["figures"].get("signs")),
         "attacks": {name: _attack(cell) for name, cell in found["figures"]["attacks"].items()},
     }
 
@@ -151,20 +150,3 @@ def _attack(cell: dict[str, Any]) -> list[str]:
     cells = (cell.get(name) for name in ("left", "alone"))
     left, alone = (c.percent(one["accuracy"], one["interval"]).whole if one else "" for one in cells)
     return [attacked, broken, left, alone]
-
-
-def _signs(signs: dict[str, Any] | None) -> dict[str, str]:
-    """Return what was measured to see whether gradients are masked, in words."""
-    if signs is None:
-        return {}
-    said: dict[str, str] = {}
-    if twice := signs["twice_the_iterations"]:
-        once, more = (c.percent(twice[name]["accuracy"]).text for name in ("once", "twice"))
-        said["twice the iterations"] = f"{once}% left after the steps of the budget, {more}% after twice as many"
-    if signs["epsilon"]:
-        left = (f"{c.percent(one['accuracy']['accuracy']).text}% at {one['times']} times" for one in signs["epsilon"])
-        said["larger epsilon"] = ", ".join(left)
-    for name, attack in (("transfer", "transferred images"), ("queries", "attacks without a gradient")):
-        if beyond := signs[f"{name}_beyond_gradient"]:
-            said[f"broken by {attack}"] = f"{beyond['broken']} of {beyond['n']:,} images, which no gradient breaks"
-    return said

@@ -1,6 +1,6 @@
 """The tables of what the purifier is worth and costs, from the result files and the shipped card."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from unperturb.benchmarks.reporting import columns as c
@@ -126,7 +126,7 @@ def robustness_table(runs: list[dict[str, Any]]) -> str:
     if len(groups) != 1:
         raise ValueError(f"a table of {len(groups)} threats, data sets or models: {sorted(groups)}")
     columns = (column for column in c.columns_of(rows[0].group) if column != c.SOURCE)
-    return with_remarks((PURIFIER, *columns), rows)
+    return with_remarks((PURIFIER, *columns), rows, c.remarks)
 
 
 def threats_table(runs: list[dict[str, Any]]) -> str:
@@ -138,9 +138,9 @@ def threats_table(runs: list[dict[str, Any]]) -> str:
     return with_remarks((*models, PURIFIER, *c.ACROSS), rows)
 
 
-def with_remarks(columns: Sequence[c.Column], rows: list[Row]) -> str:
+def with_remarks(columns: Sequence[c.Column], rows: list[Row], say: Callable[[Row], list[str]] = c.cautions) -> str:
     """Return the table, and below it the legend of its marks and what is said of its rows."""
-    said = [f"- `{row.purifier}`, {c.threat_of(row.group)}: {text}" for row in rows for text in c.remarks(row)]
+    said = [f"- `{row.purifier}`, {c.threat_of(row.group)}: {text}" for row in rows for text in say(row)]
     few = [c.LEGEND] if any(row.few for row in rows) else []
     below = [*few, *(["\n".join(map(markdown_text, said))] if said else [])]
     return "\n\n".join([markdown_table(columns, rows), *below])
@@ -161,10 +161,9 @@ def sweep_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _swept(cell: dict[str, Any]) -> str:
-    """Return what a candidate gains; of one that was attacked with less than the bare classifier at most what."""
-    gained = cell["gain"]
-    return c.at_most(gained["mean"], tuple(gained["interval"])).whole if cell.get("weaker") else points(gained)
+def _at_most(gained: dict[str, Any]) -> str:
+    """Return at most what a candidate gains that was attacked with less than the bare classifier."""
+    return c.at_most(gained["mean"], tuple(gained["interval"])).whole
 
 
 def worst_case_sweep_table(record: dict[str, Any]) -> str:
@@ -175,7 +174,7 @@ def worst_case_sweep_table(record: dict[str, Any]) -> str:
     bare = swept["none"]
     n = bare["clean"]["n"]
     known = record["config"]["sweep"] != "transfer"
-    judges = ["clean", "transfer", *["worst"] * known]
+    judges = {"clean": points, "transfer": points, **({"worst": _at_most} if known else {})}
     left = [f"{bare[key]['accuracy']:.1%}" for key in ("clean", "worst")]
     rows = [
         f"| `{record['results']['checkpoint']['id']}`, n = {n:,} held-out training images | clean | transfer |"
@@ -185,6 +184,6 @@ def worst_case_sweep_table(record: dict[str, Any]) -> str:
     ]
     for title, cells in swept.items():
         if title != "none":
-            gains = " | ".join(_swept(cells[key]) for key in judges)
+            gains = " | ".join(gained(cells[key]["gain"]) for key, gained in judges.items())
             rows.append(f"| {title} | {gains} | {cells['ms_per_image']:.2f} |")
     return "\n".join(rows)

@@ -34,6 +34,22 @@ class Group(NamedTuple):
     own: bool = False
 
 
+class Signs(NamedTuple):
+    """What would show that gradients are masked, in shares of 1 and images; None where it was not measured.
+
+    once, twice: left by APGD's cross-entropy, and by the same with twice the iterations
+    larger: left at so many times epsilon
+    transfer, queries: images that these attacks break alone, of n
+    """
+
+    once: float | None
+    twice: float | None
+    larger: tuple[tuple[int, float], ...]
+    transfer: int | None
+    queries: int | None
+    n: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One line; accuracies and gains are shares of 1, None where there is none.
@@ -68,6 +84,7 @@ class Row:
     attacks: int = 0
     budget: str = ""
     ms_per_image: float | None = None
+    signs: Signs | None = None
     warnings: tuple[str, ...] = ()
     could_not_run: tuple[tuple[str, str], ...] = ()
     remark: str = ""
@@ -197,6 +214,7 @@ def measured_row(run: dict[str, Any]) -> Row:
         attacks=len([name for name in over if name not in ("clean", "noise")]),
         budget="" if averaged else found["budget"]["name"],
         ms_per_image=found["timings"].get("ms_per_image", {}).get("defended"),
+        signs=_signs(figures.get("signs"), figures["clean"]["n"]),
         warnings=tuple(figures.get("signs", {}).get("warnings", ())),
         could_not_run=tuple(found.get("could_not_run", {}).items()),
         remark="generated corruptions" if group.threat == "corruptions" and found["corruptions"] == "generated" else "",
@@ -205,6 +223,21 @@ def measured_row(run: dict[str, Any]) -> Row:
 
 def _weaker(figures: dict[str, Any]) -> tuple[str, ...]:
     return tuple(figures.get("weaker", [NO_AUTOATTACK] * figures.get("gain_at_most", False)))  # as it once was
+
+
+def _signs(found: dict[str, Any] | None, n: int) -> Signs | None:
+    if found is None:
+        return None
+    twice = found["twice_the_iterations"] or {}
+    transfer, queries = (found[f"{name}_beyond_gradient"] or {} for name in ("transfer", "queries"))
+    return Signs(
+        once=_accuracy(twice["once"]) if twice else None,
+        twice=_accuracy(twice["twice"]) if twice else None,
+        larger=tuple((one["times"], _accuracy(one["accuracy"])) for one in found["epsilon"]),
+        transfer=transfer.get("broken"),
+        queries=queries.get("broken"),
+        n=n,
+    )
 
 
 def _accuracy(cell: dict[str, Any] | float) -> float:

@@ -112,7 +112,10 @@ def all_tables() -> dict[str, str]:
         "settings": settings_table(),
         "headline": headline(main_runs),
         "when": when_table(
-            [*main_runs, *in_main_ball(frozen)], [*runs, *frozen], load_runs(QUERIED) if QUERIED.is_dir() else []
+            [*main_runs, *in_main_ball(frozen)],
+            [*runs, *frozen],
+            load_runs(QUERIED) if QUERIED.is_dir() else [],
+            measured,
         ),
         "picture": picture_line(json.loads((FOLDER / "brought_back.json").read_text())),
         "classifier": classifier_table(autoattacked()),

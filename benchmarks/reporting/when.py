@@ -1,11 +1,11 @@
 """Make the table "which preset when": what each gains over the bare classifier, by what an attacker knows."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Sequence
+from typing import Any, NamedTuple
 
 from unperturb.benchmarks.reporting import columns as c
 from unperturb.benchmarks.reporting.assessment import preset_of
-from unperturb.benchmarks.reporting.first_page import DEFAULT, transfer_gain
+from unperturb.benchmarks.reporting.first_page import DEFAULT, VOTE, transfer_gain
 from unperturb.benchmarks.reporting.purifier_tables import with_remarks
 from unperturb.benchmarks.reporting.rows import AVERAGED, Row, measured_row
 from unperturb.models.purifiers.reverse_attack import PRESETS
@@ -14,11 +14,24 @@ NOT_RUN = c.Cell("not run")
 QUERIES = "queries"
 
 
-def when_table(main: list[dict[str, Any]], runs: list[dict[str, Any]], queried: Sequence[dict[str, Any]] = ()) -> str:
+class Unjudged(NamedTuple):
+    """A preset that was purified with, but not judged by every attack: what it gains there, and its time."""
+
+    cells: dict[str, Any]
+    times: float
+
+
+def when_table(
+    main: list[dict[str, Any]],
+    runs: list[dict[str, Any]],
+    queried: Sequence[dict[str, Any]] = (),
+    purified: Sequence[dict[str, Any]] = (),
+) -> str:
     """Return the table, a line for each purifier of `main`, in points with 95% intervals.
 
     main: runs of one classifier or several in one ball; runs: theirs under every threat; queried: anybody's, of attacks
-    that see scores or labels alone
+    that see scores or labels alone; purified: results of purification.py, whose presets that are not in `main` get a
+    line of their own beside a classifier whose default is
     """
     rows = [(run, measured_row(run)) for run in main]
     attacked = {
@@ -30,15 +43,35 @@ def when_table(main: list[dict[str, Any]], runs: list[dict[str, Any]], queried: 
     others = {(row.group.threat, row.model, row.purifier): row for row in averaged}
     others |= {(QUERIES, row.model, row.purifier): row for row in map(measured_row, queried)}
 
+    unjudged = {key: one for record in purified for key, one in _unjudged(record, attacked).items()}
+    lines = {key: row for key, (_, row) in attacked.items()}
+    for model, purifier in unjudged:
+        if bare := next((row for _, row in rows if row.model == model), None):
+            lines[model, purifier] = Row(
+                group=bare.group, model=model, purifier=purifier, measured=True, n=bare.n, clean=bare.clean
+            )
+
     def name(row: Row) -> c.Cell:
         purifier, _, preset = row.purifier.partition(":")
         return c.Cell(f"preset `{preset or 'default'}`" if purifier == DEFAULT else f"`{row.purifier}`")
 
     def unknowing(row: Row) -> c.Cell:
+        if one := unjudged.get((row.model, row.purifier)):
+            return c.Cell(f"{_gained(one.cells['attacked']).whole}, PGD-20 alone")
         gained = transfer_gain(attacked[row.model, row.purifier][0])
         return c.points(gained["mean"], tuple(gained["interval"])) if gained else NOT_RUN
 
+    def knowing(row: Row) -> c.Cell:
+        return NOT_RUN if (row.model, row.purifier) in unjudged else c.GAIN.cell(row)
+
+    def clean(row: Row) -> c.Cell:
+        if one := unjudged.get((row.model, row.purifier)):
+            return _gained(one.cells["clean"])
+        return c.points(row.clean_gain, row.clean_gain_interval)
+
     def times(row: Row) -> c.Cell:
+        if one := unjudged.get((row.model, row.purifier)):
+            return c.Cell(f"{one.times:.1f}")
         taken = attacked[row.model, row.purifier][0]["results"]["timings"]["ms_per_image"]
         return c.Cell(f"{taken['times_the_classifier']:.1f}")
 
@@ -55,11 +88,31 @@ def when_table(main: list[dict[str, Any]], runs: list[dict[str, Any]], queried: 
         c.Column("purifier", name, number=False),
         c.Column("attacker does not know of it", unknowing),
         c.Column("sends queries alone", under(QUERIES)),
-        c.Column("knows everything", c.GAIN.cell),
+        c.Column("knows everything", knowing),
         c.Column("15 corruptions", under("corruptions")),
         c.Column("Gaussian noise", under("noise")),
-        c.Column("clean images", lambda row: c.points(row.clean_gain, row.clean_gain_interval)),
+        c.Column("clean images", clean),
         c.Column("times the classifier's time", times),
         c.COUNT,
     )
-    return with_remarks(columns, [row for _, row in attacked.values()])
+    return with_remarks(
+        columns, sorted(lines.values(), key=lambda row: [model for model, _ in attacked].index(row.model))
+    )
+
+
+def _unjudged(record: dict[str, Any], attacked: Container[tuple[str, str]]) -> dict[tuple[str, str], Unjudged]:
+    """Return the presets that a classifier was purified with and not judged, where its default was judged."""
+    found, model = record["results"], record["results"]["checkpoint"]["id"]
+    if (model, DEFAULT) not in attacked:
+        return {}
+    ms = found["time"]["ms_per_image"]
+    names = {preset: VOTE if preset == VOTE else f"{DEFAULT}:{preset}" for preset in PRESETS if preset != "default"}
+    return {
+        (model, name): Unjudged(found["accuracy"][preset], ms[preset] / ms["classifier"])
+        for preset, name in names.items()
+        if preset in found["accuracy"] and (model, name) not in attacked
+    }
+
+
+def _gained(cell: dict[str, Any]) -> c.Cell:
+    return c.points(cell["gain"]["mean"], tuple(cell["gain"]["interval"]))

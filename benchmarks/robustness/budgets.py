@@ -1,6 +1,7 @@
 """How much each attack may spend."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,15 @@ class Budget:
     rays_queries: int
     mates: int
     mate_steps: int
+
+    def less_than(self, other: "Budget") -> list[str]:
+        """Return the numbers of which it has less; of `lambdas` that is how many."""
+
+        def size(value: Any) -> float:  # noqa: ANN401
+            return len(value) if isinstance(value, tuple) else value
+
+        mine, theirs = asdict(self), asdict(other)
+        return [name for name in mine if size(mine[name]) < size(theirs[name])]
 
 
 BUDGETS = {

@@ -17,6 +17,7 @@ from unperturb.models.pixels import Preprocessing
 from unperturb.models.shapes import Float, Int
 from unperturb.training.data import class_folders, read_folder
 
+NPZ = ".npz"
 PUBLISHED = ("cifar10", "cifar100", "imagenet")  # data sets with published rows; any other name is somebody's own
 
 
@@ -43,17 +44,20 @@ def load_images(
 
     With a seed `draw`, n random ones of the folder instead, or all of them where it has fewer.
 
-    `folder` holds <class>/*, or test/<class>/*, or is an .npz file with `images` (uint8 [n, h, w, 3]) and `labels`.
-    Pictures become pixels as `how` says. `classes` are the classifier's, in its order: class folders are matched by
-    name, and refused where it, or a published `dataset`, has none of the name; for ImageNet the folders are WordNet
-    ids. Raises DataError naming what is missing, wrong or too little.
+    `folder` holds <class>/*, or test/<class>/*, or is an .npz file with `images` (uint8 [n, h, w, 3]) and `labels`,
+    which says not what they are: somebody's own. Pictures become pixels as `how` says. `classes` are the classifier's,
+    in its order: class folders are matched by name, and refused where it, or a published `dataset`, has none of the
+    name, or the two differ; for ImageNet the folders are WordNet ids. Raises DataError naming what is missing, wrong
+    or too little.
     """
     if folder is None and dataset not in PUBLISHED:
         raise DataError(f"--dataset {dataset}: images of your own need --data; known: {', '.join(PUBLISHED)}")
+    if dataset in PUBLISHED and (folder is None or folder.suffix != NPZ):
+        _require_classes(dataset, classes, in_order=folder is None)
     if folder is None:
         images, labels = robustbench_data(dataset, n=n, folder=cache_folder("robustbench-data"))
         source = "robustbench"
-    elif folder.suffix == ".npz":
+    elif folder.suffix == NPZ:
         images, labels = _from_npz(folder, how.size)
         source = "npz"
     else:
@@ -76,9 +80,29 @@ def load_images(
     return EvaluationSet(images, labels, source, digest.hexdigest())
 
 
+def is_own(dataset: str, source: str) -> bool:
+    """Return whether images are somebody's own, and no published figure is to stand beside theirs."""
+    return dataset not in PUBLISHED or source == "npz"
+
+
+def _require_classes(dataset: str, classes: tuple[str, ...], *, in_order: bool) -> None:
+    """Raise DataError for a classifier of other classes than a published data set has."""
+    remedy = "--dataset NAME is for images of your own"
+    if dataset == "imagenet":  # its classes have many names
+        if len(classes) != IMAGENET_CLASSES:
+            raise DataError(f"the classifier has {len(classes)} classes, imagenet {IMAGENET_CLASSES}; {remedy}")
+        return
+    known = class_names(dataset)
+    if classes != known and (in_order or sorted(classes) != sorted(known)):
+        theirs, its = ", ".join(classes[:10]), ", ".join(known[:10])
+        raise DataError(
+            f"the classifier's {len(classes)} classes are {theirs}, {dataset}'s {len(known)} {its}; {remedy}"
+        )
+
+
 def folder_classes(folder: Path | None) -> tuple[str, ...] | None:
     """Return the names of a folder's class folders, sorted; None for what is no folder."""
-    if folder is None or folder.suffix == ".npz":
+    if folder is None or folder.suffix == NPZ:
         return None
     return class_folders(_root(folder))
 

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unperturb.benchmarks.robustness.attacks import ATTACKS
+from unperturb.benchmarks.robustness.attacks import ATTACKS, GRADIENT, Queries
 from unperturb.benchmarks.robustness.evaluation import Evaluation
+from unperturb.benchmarks.robustness.figures import LARGER
 
 TIMED_IMAGES = 32
 LIKELY = 0.5  # share of the images that an attack is run on, if half are right and not broken before
@@ -23,11 +24,11 @@ class Cost(NamedTuple):
     none: float
 
 
-def announce(runs: list[Evaluation]) -> None:
+def announce(runs: list[Evaluation], *, workers: int = 1) -> None:
     """Print a line per run and attack: how many calls of the defense per image, and how long that takes here.
 
     `at most` is if every image withstands everything; an image that is broken costs nothing more, so that it is mostly
-    nearer to the second figure, for half of the images.
+    nearer to the second figure, for half of the images. What is stored already takes no time, and is not known here.
     """
     _choose_threads(runs[0])
     budget = dataclasses.asdict(runs[0].plan.budget)
@@ -39,9 +40,12 @@ def announce(runs: list[Evaluation]) -> None:
     for run in every:
         images = sum(len(chunk) for chunk in run.plan.chunks(len(run.data.labels)))
         cost = _cost(run)
-        for name in run.names:
-            calls = ATTACKS[name].queries(run.plan.budget)
-            seconds = images * sum(each * spent for each, spent in zip(calls, cost, strict=True))
+        every_part = {name: ATTACKS[name].queries(run.plan.budget) for name in run.names}
+        if GRADIENT in every_part:
+            once = every_part[GRADIENT]
+            every_part["larger epsilon"] = Queries(*(len(LARGER) * count for count in once))
+        for name, calls in every_part.items():
+            seconds = images * sum(each * spent for each, spent in zip(calls, cost, strict=True)) / workers
             total += seconds
             print(
                 f"{run.title[:40]:40} {name:20} {calls.full:7,} {calls.bpda:7,} {calls.none:7,}   "
@@ -49,12 +53,18 @@ def announce(runs: list[Evaluation]) -> None:
             )
         for name, reason in run.could_not_run.items():
             print(f"{run.title[:40]:40} {name:20} not run: {reason}")
-    print(f"all of it on {runs[0].device}: about {_span(total * LIKELY)}, at most {_span(total)}", flush=True)
+    shared = f", by {workers} processes" if workers > 1 else ""
+    print(
+        f"all of it on {runs[0].device}{shared}, less what is stored: "
+        f"about {_span(total * LIKELY)}, at most {_span(total)}",
+        flush=True,
+    )
 
 
 def _cost(run: Evaluation) -> Cost:
-    """Time the defended classifier on a few images."""
-    x = run.data.images[: min(TIMED_IMAGES, run.plan.chunk)].to(run.device)
+    """Time the defended classifier on a few images; on a GPU on a chunk, which takes hardly longer than a few."""
+    count = run.plan.chunk if run.device.type == "cuda" else min(TIMED_IMAGES, run.plan.chunk)
+    x = run.data.images[:count].to(run.device)
     full = run.defended.attacked_by("full", steps=run.plan.budget.unrolled_steps)
     bpda = run.defended.attacked_by("bpda")
 

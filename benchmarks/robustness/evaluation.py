@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from unperturb.benchmarks.reporting import columns
 from unperturb.benchmarks.robustness.attacks import (
     ATTACKS,
     AUTOATTACK,
@@ -32,7 +33,7 @@ from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.collecting import LARGER_PREFIX, PARTS_PREFIX, RESUBMITTED, results_of
 from unperturb.benchmarks.robustness.counting import CountingClassifier
 from unperturb.benchmarks.robustness.data import EvaluationSet
-from unperturb.benchmarks.robustness.figures import CLEAN
+from unperturb.benchmarks.robustness.figures import CLEAN, LARGER
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
 from unperturb.benchmarks.robustness.identity import REASONS, Identity, describe, missing
 from unperturb.benchmarks.robustness.judging import hardest, joined, judged, nothing, spread
@@ -44,7 +45,6 @@ from unperturb.models.purifiers.base import NoPurifier
 from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
 
 RESUBMISSIONS = 10
-LARGER = (2, 4)  # times epsilon: a defense that withstands these hides its gradient
 SERVED_SEED = 0  # the service's default
 
 
@@ -112,8 +112,8 @@ class Evaluation:
             found.append(
                 "no gradient comes through the purifier: apgd-ce and AutoAttack's gradient attacks say nothing"
             )
-        if self.purifies and self.plan.budget == BUDGETS["fast"]:
-            found.append("the attacks of budget `fast` are too short to be a judge")
+        if self.purifies and (less := self.plan.budget.less_than(BUDGETS["standard"])):
+            found.append(f"the attacks have less than the budget `standard` ({', '.join(less)})")
         return found
 
     def _is_randomised(self) -> bool:
@@ -162,8 +162,9 @@ class Evaluation:
         worst = f"clean {figures['clean']['accuracy']:.1%}, worst case {figures['worst_case']['accuracy']:.1%}"
         if figures["gain"] is None:
             return worst
-        mean, (low, high) = figures["gain"]["mean"] * 100, figures["gain"]["interval"]
-        return f"gain {mean:+.1f} points ({low * 100:+.1f} to {high * 100:+.1f}), {worst}"
+        gained, interval = figures["gain"]["mean"], tuple(figures["gain"]["interval"])
+        gain = (columns.at_most if figures.get("weaker") else columns.points)(gained, interval).whole
+        return f"gain {gain} points, n = {figures['gain']['n']:,}, {worst}"
 
     def scene(self, indices: Tensor) -> Scene:
         """Return the images of a chunk before the defense."""

@@ -15,6 +15,7 @@ from unperturb.benchmarks.robustness.attacks import (
 )
 
 CLEAN = "clean"
+LARGER = (2, 4)  # times epsilon: a defense that withstands these hides its gradient
 NO_AUTOATTACK = "AutoAttack was not run through the defense, only on the bare classifier"
 Outcomes = dict[str, list[int | None]]  # 1: withstands, 0: broken, None: was broken already, and not attacked
 

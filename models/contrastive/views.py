@@ -19,6 +19,7 @@ from unperturb.models.shapes import Bool, Float, Int
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
 _DRAWS = 10
+_FLIP = 4  # its place among them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ def draw(
 ) -> ViewParameters:
     """Return the parameters of one view of each image, from Philox stream `view`; float32."""
     u = philox.uniform(seeds, step, view, _DRAWS).unbind(1)
+    flip = _mirrored(seeds, view) if policy.alternate else u[_FLIP] < policy.flip
     area = policy.crop_area[0] + u[0] * (policy.crop_area[1] - policy.crop_area[0])
     low, high = (math.log(value) for value in policy.crop_ratio)
     half_ratio = (0.5 * (low + u[1] * (high - low))).exp()
@@ -105,9 +107,7 @@ def draw(
         left=u[3] * (1 - width),
         height=height,
         width=width,
-        flip=(torch.as_tensor(view, device=seeds.device) % 2 == 1).expand(len(seeds))
-        if policy.alternate
-        else u[4] < policy.flip,
+        flip=flip,
         brightness=factor(u[5], policy.brightness),
         contrast=factor(u[6], policy.contrast),
         saturation=factor(u[7], policy.saturation),
@@ -128,9 +128,22 @@ def make_views(
     numbers = torch.arange(views, device=x.device).repeat(len(x))  # batch*views, an image's views together
     if isinstance(step, Tensor):
         step = step.repeat_interleave(views)
-    drawn = draw(policy, seeds.repeat_interleave(views), step, numbers)
-    made: Tensor = apply(x.repeat_interleave(views, dim=0), drawn, policy).unflatten(0, (len(x), views))
+    x, count = x.repeat_interleave(views, dim=0), len(x)
+    seeds = seeds.repeat_interleave(views)
+    if policy.crops or policy.colors:
+        x = apply(x, draw(policy, seeds, step, numbers), policy)
+    elif policy.alternate:  # nothing is drawn
+        x = torch.where(_mirrored(seeds, numbers)[:, None, None, None], x.flip(3), x)
+    elif policy.flip:
+        flip = philox.uniform(seeds, step, numbers, _FLIP + 1)[:, _FLIP] < policy.flip
+        x = torch.where(flip[:, None, None, None], x.flip(3), x)
+    made: Tensor = x.unflatten(0, (count, views))
     return made
+
+
+def _mirrored(seeds: Int[Tensor, " batch"], view: int | Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
+    """Return whether each image's view is a mirror image where every second one is."""
+    return (torch.as_tensor(view, device=seeds.device) % 2 == 1).expand(len(seeds))
 
 
 def apply(x: Float[Tensor, "batch 3 h w"], view: ViewParameters, policy: ViewPolicy) -> Float[Tensor, "batch 3 h w"]:

@@ -79,7 +79,7 @@ class Gateway:
         id, stage = target or (None, self.settings.preset)
         models = self.engine.models
         model = models.by_id.get(id or models.default_id) if target else None
-        context.model = model.id if model is not None else None
+        context.model, context.preset = (None, None) if model is None else (model.id, stage)
         self.engine.dispatcher.refuse_if_full(model, stage, client)
         with self.limits.hold(client, 1):
             yield Ticket(request, context, client, deadline, started)

@@ -55,10 +55,11 @@ class Observe:
     def _record(self, scope: Scope, context: RequestContext, status: int, seconds: float, began_at: int) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")
         model, preset = context.model or "none", context.preset or "none"
-        self.metrics.requests.labels(route, status, self.metrics.label(model), preset).inc()
-        self.metrics.duration.labels(route, status).observe(seconds)
+        labels = self.metrics.label(model), preset
+        self.metrics.requests.labels(route, status, *labels).inc()
+        self.metrics.duration.labels(route, status, *labels).observe(seconds)
         if context.rejected is not None and scope["path"] not in QUIET:
-            self.metrics.rejected.labels(context.rejected).inc()
+            self.metrics.rejected.labels(context.rejected, *labels).inc()
         facts = {
             "request_id": context.request_id,
             "method": scope["method"],

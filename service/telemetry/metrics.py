@@ -39,15 +39,21 @@ class Metrics:
         self.duration = Histogram(
             "unperturb_request_seconds",
             "From the request's head to its answer",
-            ["route", "status"],
+            ["route", "status", "model", "preset"],
             buckets=SECONDS,
             registry=self.registry,
         )
         self.in_progress = Gauge("unperturb_requests_in_progress", "Requests in progress", registry=self.registry)
-        self.rejected = Counter("unperturb_rejected", "Refused requests", ["reason"], registry=self.registry)
+        self.rejected = Counter(
+            "unperturb_rejected", "Refused requests", ["reason", "model", "preset"], registry=self.registry
+        )
         self.images = Counter("unperturb_images", "Images answered", ["model", "preset"], registry=self.registry)
         self.wait = Histogram(
-            "unperturb_queue_wait_seconds", "From the queue to a slot", buckets=SECONDS, registry=self.registry
+            "unperturb_queue_wait_seconds",
+            "From the queue to a slot",
+            ["model", "preset"],
+            buckets=SECONDS,
+            registry=self.registry,
         )
         self.steps = Counter("unperturb_steps", "Steps of images; its rate is steps per second", registry=self.registry)
         self.step_time = Histogram(
@@ -117,7 +123,7 @@ class Metrics:
         """Count one answered image."""
         labels = self.label(model), preset or "none"
         self.images.labels(*labels).inc()
-        self.wait.observe(outcome.queue_ms / 1000)
+        self.wait.labels(*labels).observe(outcome.queue_ms / 1000)
         if preset is None or outcome.linf is None:
             return
         self.linf.labels(*labels).observe(outcome.linf)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import CLASSES
-from unperturb.benchmarks.robustness.data import load_images
+from unperturb.benchmarks.robustness.data import is_own, load_images
 from unperturb.models.errors import DataError
 from unperturb.models.networks import robustbench as robustbench_adapter
 from unperturb.models.networks.benchmark_classes import class_names
@@ -35,6 +35,8 @@ def test_npz_is_read_in_its_order(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", images=images, labels=np.array([2, 1, 0, 1, 2]))
     found = load_images("cifar10", tmp_path / "data.npz", n=4, how=Preprocessing(size=32), classes=CLASSES)
     assert found.labels.tolist() == [2, 1, 0, 1]
+    assert is_own("cifar10", found.source)  # nothing says that these are its images
+    assert [is_own(name, "folder") for name in ("cifar10", "mine")] == [False, True]
     assert np.array_equal((found.images * 255).round().byte().permute(0, 2, 3, 1).numpy(), images[:4])
 
 
@@ -47,8 +49,26 @@ def test_folder_with_a_class_that_the_classifier_lacks_is_refused(image_folder: 
 def test_images_of_other_classes_are_not_taken_for_a_published_data_set(
     dataset: str, image_folder: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=f"no class of {dataset}; --dataset NAME"):
-        load_images(dataset, image_folder, n=2, how=Preprocessing(size=32), classes=CLASSES, cache=tmp_path)
+    for classes, says in ((class_names(dataset), "no class of"), (CLASSES, "classes are blue, green, red")):
+        with pytest.raises(DataError, match=f"{says}.*; --dataset NAME"):
+            load_images(dataset, image_folder, n=2, how=Preprocessing(size=32), classes=classes, cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "classes", "says"),
+    [
+        ("cifar10", (*class_names("cifar10")[1:], "airplane"), "classes are automobile, bird"),
+        ("cifar10", tuple(map(str, range(10))), "classes are 0, 1, 2"),
+        ("cifar100", class_names("cifar10"), "100 apple"),
+        ("imagenet", CLASSES, "3 classes, imagenet 1000"),
+    ],
+    ids=["another order", "numbers", "another data set", "too few"],
+)
+def test_a_classifier_of_other_classes_is_not_judged_on_a_published_data_set(
+    dataset: str, classes: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(DataError, match=says):
+        load_images(dataset, None, n=2, how=Preprocessing(size=32), classes=classes)
 
 
 def test_classes_whose_names_are_numbers_are_matched_by_name_and_refused_where_they_differ(tmp_path: Path) -> None:
@@ -88,7 +108,7 @@ def test_robustbench_data_that_cannot_be_fetched_is_refused_with_the_remedy(
     monkeypatch.setattr(robustbench.data, "load_clean_dataset", offline)
     monkeypatch.setattr(robustbench.data, "CORRUPTION_DATASET_LOADERS", loaders)
     with pytest.raises(DataError, match="--data"):
-        load_images("cifar10", None, n=2, how=Preprocessing(size=32), classes=CLASSES)
+        load_images("cifar10", None, n=2, how=Preprocessing(size=32), classes=class_names("cifar10"))
     with pytest.raises(DataError, match="--data"):
         robustbench_adapter.robustbench_corruption("cifar10", "fog", 1, n=2, folder=tmp_path)
 
@@ -104,6 +124,6 @@ def test_robustbench_loader_is_given_what_it_wants(monkeypatch: pytest.MonkeyPat
         return torch.rand(n, 3, 32, 32), torch.zeros(n, dtype=torch.long)
 
     monkeypatch.setattr(robustbench.data, "load_clean_dataset", load)
-    found = load_images("cifar10", None, n=4, how=Preprocessing(size=32), classes=CLASSES)
+    found = load_images("cifar10", None, n=4, how=Preprocessing(size=32), classes=class_names("cifar10"))
     assert asked == ["cifar10", 4, robustbench.data.PREPROCESSINGS[None]]
     assert (found.source, len(found.labels)) == ("robustbench", 4)

@@ -47,10 +47,10 @@ def value(client: TestClient, sample: str) -> float:
 def test_metrics_count_what_happened(client: TestClient) -> None:
     names = {
         "requests": 'unperturb_requests_total{model="tiny",preset="default",route="/classify",status="200"}',
-        "refused": 'unperturb_rejected_total{reason="UnsupportedType"}',
+        "refused": 'unperturb_rejected_total{model="tiny",preset="default",reason="UnsupportedType"}',
         "images": 'unperturb_images_total{model="tiny",preset="default"}',
         "steps": "unperturb_steps_total",
-        "waits": "unperturb_queue_wait_seconds_count",
+        "waits": 'unperturb_queue_wait_seconds_count{model="tiny",preset="default"}',
         "linf": 'unperturb_purification_linf_count{model="tiny",preset="default"}',
         "drops": 'unperturb_purification_loss_drop_count{model="tiny",preset="default"}',
         "batches": "unperturb_batch_slots_count",

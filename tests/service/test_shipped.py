@@ -1,27 +1,22 @@
 """The shipped checkpoints, on real images where they are at hand."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from tests.support.real_images import first_test_images, real_images
 from tests.support.serving import wait_until_ready
 from unperturb.benchmarks.purifier.samples import ASSETS, SHOWN
 from unperturb.models.checkpoints import store
 from unperturb.service.http.app import create_app
 from unperturb.service.settings import Settings
-
-UNPACK = Path(__file__).parents[3] / "shared" / "data" / "unpack.py"
-real_images = pytest.mark.skipif(not UNPACK.is_file(), reason="the real CIFAR-10 images are not at ../shared/data")
-
 
 FLOORS = {
     "default": (0.75, 0.46),
@@ -46,18 +41,13 @@ def client() -> Iterator[TestClient]:
 @pytest.fixture(scope="module")
 def test_images() -> tuple[list[bytes], list[int]]:
     """The first 1,000 real test images as PNG files, and their labels."""
-    spec = importlib.util.spec_from_file_location("unpack", UNPACK)
-    assert spec is not None
-    assert spec.loader is not None
-    unpack = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(unpack)
-    images, labels = unpack.read("cifar10", "test", 1000)
+    images, labels = first_test_images("cifar10", 1000)
     files = []
     for image in images:
         buffer = BytesIO()
         Image.fromarray(image).save(buffer, "PNG")
         files.append(buffer.getvalue())
-    return files, labels.tolist()
+    return files, labels
 
 
 @pytest.mark.parametrize(
