@@ -9,6 +9,7 @@ from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import tone
 from unperturb.benchmarks.robustness.attacks import AUTOATTACK
 from unperturb.benchmarks.robustness.figures import withstands_unknowing
+from unperturb.models.checkpoints import store
 
 DEFAULT, VOTE = "reverse-attack", "vote"
 VERDICTS = {
@@ -82,13 +83,14 @@ def transfer_gain(run: dict[str, Any]) -> dict[str, Any] | None:
 def picture_line(record: dict[str, Any]) -> str:
     """Return what the picture shows, and how often that happens."""
     found, again = record["results"], record["results"]["changed_by_attack"]
-    drawing = found["drawing"]
+    drawing, checkpoint = found["drawing"], record["config"]["checkpoint"]
+    model = store.read_card(store.resolve(checkpoint)).id
     return (
         f"Part of a drawing that comes with the service, **chosen** among {drawing['n']:,} parts: the attack changes "
         f"the label of {drawing['changed_by_attack']} of the {drawing['right']} that are called a ship, and the preset "
         f"`{found['preset']}`, which is for attackers who do not know of it, brings {drawing['brought_back']} back. On "
-        f"the first {found['n']:,} CIFAR-10 test images {found['right']} are right; the attack (PGD-20, L∞ 8/255, "
-        f"made without knowing of the purifier) changes {again} of these labels, and `{found['preset']}` "
+        f"the first {found['n']:,} CIFAR-10 test images `{model}` has {found['right']} right; the attack (PGD-20, "
+        f"L∞ 8/255, made without knowing of the purifier) changes {again} of these labels, and `{found['preset']}` "
         f"brings {found['brought_back']} of them back, {found['brought_back'] / again:.0%}; of those that withstand it "
         f"`{found['preset']}` spoils {found['spoiled']}, and of the right ones that nobody attacked "
         f"{found['spoiled_clean']} (`{record['script']}`)."

@@ -140,7 +140,11 @@ def threats_table(runs: list[dict[str, Any]]) -> str:
 
 def with_remarks(columns: Sequence[c.Column], rows: list[Row], say: Callable[[Row], list[str]] = c.cautions) -> str:
     """Return the table, and below it the legend of its marks and what is said of its rows."""
-    said = [f"- `{row.purifier}`, {c.threat_of(row.group)}: {text}" for row in rows for text in say(row)]
+    alike: dict[tuple[str, str], list[str]] = {}  # what is said of several rows stands once
+    for row in rows:
+        for text in say(row):
+            alike.setdefault((c.threat_of(row.group), text), []).append(f"`{row.purifier}`")
+    said = [f"- {', '.join(names)}, {threat}: {text}" for (threat, text), names in alike.items()]
     few = [c.LEGEND] if any(row.few for row in rows) else []
     below = [*few, *(["\n".join(map(markdown_text, said))] if said else [])]
     return "\n\n".join([markdown_table(columns, rows), *below])

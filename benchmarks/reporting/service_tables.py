@@ -165,7 +165,8 @@ def bulk_line(record: dict[str, Any]) -> str:
     return (
         f"{found['count']:,} images in one process (`python benchmarks/serving/bulk_memory.py`): "
         f"{found['rss_after_first_chunk_mib']:,.0f} MiB of memory after the first {record['config']['chunk']}, "
-        f"{found['peak_rss_mib']:,.0f} MiB at most."
+        f"{found['peak_rss_mib']:,.0f} MiB at most, with `{found['checkpoint']['id']}` as it was on "
+        f"{record['finished_at'][:10]}."
     )
 
 

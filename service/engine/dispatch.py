@@ -41,15 +41,24 @@ class Dispatcher:
         self._ids = itertools.count(1)
         self._threads = [worker.config.threads for worker in workers]  # that each has now
 
-    def refuse_if_full(self, model: Model | None, stage: str | None, client: str = "") -> None:
+    def refuse_if_full(
+        self,
+        model: Model | None,
+        stage: str | None,
+        client: str = "",
+        *,
+        left_s: float = math.inf,
+        patient: bool = False,
+    ) -> None:
         """Raise NotReadyError, with the seconds after which to try again, where one more image cannot be taken now.
 
         model: None where it is not known yet which model and stage it will be
+        left_s, patient: as in `Admission.check_added_time`
         """
         if self.lifecycle.state is not EngineState.LEAVING:
             self.lifecycle.require_ready()
         with self.lifecycle.changed:
-            self._refuse_if_full(model, stage, client, 1, math.inf)
+            self._refuse_if_full(model, stage, client, 1, left_s, patient)
 
     async def submit(
         self,
@@ -63,10 +72,12 @@ class Dispatcher:
         begun: bool = False,
         gate: float | None = None,
         client: str = "",
+        patient: bool = False,
     ) -> list[Outcome]:
         """Return the outcomes of one request's images (uint8, or float32 in [0, 1]), each with its seed; all, or raise.
 
         client: whose it is; every client gets an equal share of the devices' time
+        patient: it chose its deadline itself, and is refused for the work of others only where that cannot be kept
         begun: work has been done for this request already, so that it is not refused for the work of others.
         gate: a first loss up to which an image is left as it is.
         Raises NotReadyError where they cannot be taken, DeadlineError past `deadline` (time.monotonic's clock),
@@ -88,7 +99,7 @@ class Dispatcher:
             if self.lifecycle.state not in (*OPEN, EngineState.DRAINING):
                 raise NotReadyError(NOT_READY[self.lifecycle.state])
             if not begun:
-                self._refuse_if_full(model, stage, client, len(requests), deadline - now)
+                self._refuse_if_full(model, stage, client, len(requests), deadline - now, patient)
             self.scheduler.add(requests)
             self._schedule()
         try:
@@ -116,11 +127,15 @@ class Dispatcher:
         for request in dropped:
             request.answer(error)
 
-    def _refuse_if_full(self, model: Model | None, stage: str | None, client: str, images: int, left_s: float) -> None:
+    def _refuse_if_full(
+        self, model: Model | None, stage: str | None, client: str, images: int, left_s: float, patient: bool
+    ) -> None:
         """Raise NotReadyError where images cannot be taken; under the lock."""
         self.admission.check_queue_length(self.scheduler, stage=stage, images=images)
         if model is not None:
-            self.admission.check_added_time(self.scheduler, model=model, stage=stage, client=client, left_s=left_s)
+            self.admission.check_added_time(
+                self.scheduler, model=model, stage=stage, client=client, left_s=left_s, patient=patient
+            )
 
     def _schedule(self) -> None:
         """Send waiting images to workers that have free slots, and refuse those that are too late; under the lock."""

@@ -17,7 +17,7 @@ from unperturb.models.shapes import Float, UInt8
 from unperturb.service.decoding.decode import Decoded
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
-from unperturb.service.http.worth import Worth, worth_of
+from unperturb.service.http.worth import PURPOSES, Worth, worth_of
 
 
 class ModelName(BaseModel):
@@ -57,6 +57,7 @@ class Purification(BaseModel):
     loss_after: float | None = Field(None, description="InfoNCE of the purified image, on the same views")
     linf: float | None = Field(None, description="largest change of a channel of a pixel")
     changed_label: bool | None = None
+    purpose: str | None = Field(None, description="what the preset is for, before whatever model")
     worth: Worth | None = Field(
         None, description="null where the preset, without a gate, was not judged before this model"
     )
@@ -211,6 +212,7 @@ def _purification(
         loss_after=outcome.loss_after,
         linf=outcome.linf,
         changed_label=changed,
+        purpose=PURPOSES[preset],
         worth=None if gated else worth_of(model.card, preset),
         image=base64.b64encode(image).decode() if image is not None else None,
     )

@@ -35,12 +35,16 @@ Timeout = Annotated[
 
 @dataclass(frozen=True)
 class Ticket:
-    """One admitted request: its client, its deadline on time.monotonic's clock, and when it came."""
+    """One admitted request: its client, its deadline on time.monotonic's clock, and when it came.
+
+    patient: the deadline is the client's own
+    """
 
     request: Request
     context: RequestContext
     client: str
     deadline: float
+    patient: bool
     started: float
 
     @property
@@ -75,14 +79,15 @@ class Gateway:
         client = f"key {user}" if user is not None else (request.client.host if request.client else "unknown")
         context = RequestContext.of(request.scope)
         context.client = client
-        deadline = time.monotonic() + min(timeout_s or math.inf, self.settings.timeout_s)
+        left_s, patient = min(timeout_s or math.inf, self.settings.timeout_s), timeout_s is not None
+        deadline = time.monotonic() + left_s
         id, stage = target or (None, self.settings.preset)
         models = self.engine.models
         model = models.by_id.get(id or models.default_id) if target else None
         context.model, context.preset = (None, None) if model is None else (model.id, stage)
-        self.engine.dispatcher.refuse_if_full(model, stage, client)
+        self.engine.dispatcher.refuse_if_full(model, stage, client, left_s=left_s, patient=patient)
         with self.limits.hold(client, 1):
-            yield Ticket(request, context, client, deadline, started)
+            yield Ticket(request, context, client, deadline, patient, started)
 
     def count(self, ticket: Ticket, images: int) -> AbstractContextManager[None]:
         """Count a request as its number of images; raise TooManyRequestsError or NotReadyError past a limit."""
@@ -146,6 +151,7 @@ class Gateway:
             begun=begun,
             gate=gate,
             client=ticket.client,
+            patient=ticket.patient,
         )
         outcomes = await self._while_waited_for(ticket, stage or "classify", work)
         model.answered += len(outcomes)

@@ -9,6 +9,13 @@ from unperturb.models.purifiers.defended import preset_of
 from unperturb.models.purifiers.parameters import parameters
 
 Interval = tuple[float, float]
+PURPOSES = {
+    "default": "against perturbations made without knowing of the purifier; little against who knows it",
+    "vote": "against who knows it, too, and the cheapest; no step is taken",
+    "transfer": "against perturbations made without knowing of it, more than default; not against who knows it",
+    "restorer": "for classifiers never trained against attacks, also against who knows it; costs clean accuracy",
+    "published": "the paper's procedure, to compare with; costs clean accuracy",
+}
 
 
 class Gain(BaseModel):

@@ -88,6 +88,7 @@ def test_patience_is_in_multiples_of_a_newcomers_own_time(
             engine.dispatcher.refuse_if_full(engine.models.get(None), "default")
         engine.dispatcher.refuse_if_full(None, "default")  # who does not say yet what it is
         waiting.append(asyncio.create_task(submit(engine, [pixels[0]], "published")))  # its own time is longer
+        waiting.append(asyncio.create_task(submit(engine, [pixels[0]], patient=True)))
         await asyncio.sleep(0.02)
         go.set()
         await asyncio.gather(*waiting)
@@ -106,7 +107,9 @@ def test_newcomer_that_others_would_make_late_is_refused(
         waiting = [asyncio.create_task(submit(engine, [pixels[0]], timeout_s=1))]  # alone it is taken
         await asyncio.sleep(0)
         with pytest.raises(NotReadyError, match=r"about 10\.00 s, at most [45]\.\d\d s may"):
-            await submit(engine, [pixels[0]], timeout_s=15)
+            await submit(engine, [pixels[0]], timeout_s=15, patient=True)
+        with pytest.raises(NotReadyError, match=r"about 10\.00 s, at most [45]\.\d\d s may"):
+            engine.dispatcher.refuse_if_full(engine.models.get(None), "default", left_s=15.0, patient=True)
         waiting.append(asyncio.create_task(submit(engine, [pixels[0]], timeout_s=30)))
         await asyncio.sleep(0.02)
         go.set()

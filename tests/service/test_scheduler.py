@@ -293,7 +293,7 @@ def test_admission_counts_only_what_goes_before_the_newcomer(timed: Model) -> No
     scheduler, admission = Scheduler([1]), Admission(100, 5.0, STAGE)
     scheduler.add(of(timed, id, client="many") for id in range(20))
     scheduler.schedule()
-    check = partial(admission.check_added_time, scheduler, model=timed, stage=STAGE, left_s=30.0)
+    check = partial(admission.check_added_time, scheduler, model=timed, stage=STAGE, left_s=30.0, patient=False)
     with pytest.raises(NotReadyError, match="images in progress would take about"):
         check(client="many")
     check(client="few")

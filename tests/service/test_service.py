@@ -29,7 +29,7 @@ from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
 from unperturb.service.http.app import create_app
-from unperturb.service.http.worth import advice_of, worth_of
+from unperturb.service.http.worth import PURPOSES, advice_of, worth_of
 from unperturb.service.settings import Settings
 
 
@@ -408,6 +408,7 @@ def test_answer_says_what_the_preset_is_worth_before_this_model(tmp_path: Path) 
             client.post(f"/classify?preset={preset}", files={"image": photo()}).json()["purification"]["worth"]
             for preset in ("vote", "default", "published")
         ]
+        said = client.post("/classify?preset=vote", files={"image": photo()}).json()["purification"]["purpose"]
         shown = client.get("/model").json()
     knows = {"mean": -0.02, "interval": [-0.04, 0.0], "at_most": True}
     expected = {
@@ -421,6 +422,8 @@ def test_answer_says_what_the_preset_is_worth_before_this_model(tmp_path: Path) 
     assert worths == [expected, None, None]
     assert shown["worth"] == {"vote": expected}
     assert shown["advice"] == "use `vote`"
+    assert said == PURPOSES["vote"]
+    assert set(PURPOSES) == set(PRESETS)
 
 
 @pytest.mark.parametrize("found", [None, {}, {"n": 3, "presets": None}, {"presets": {"vote": {}}}, "old"])

@@ -11,6 +11,7 @@ from unperturb.service.engine.registry import Model
 from unperturb.service.errors import UnprocessableError
 from unperturb.service.http import json_body
 from unperturb.service.http.upload import Upload
+from unperturb.service.http.worth import PURPOSES
 
 MAX_SEED = 2**63 - 1
 SHOWN = 5
@@ -24,7 +25,9 @@ class Purify(BaseModel):
 
     model: str | None = Field(None, description="id of a loaded model; the default one where none is named")
     preset: Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})] | None = Field(
-        None, description="of the purifier; the service's own default where none is named"
+        None,
+        description="of the purifier; the service's own default where none is named. "
+        + "; ".join(f"{name}: {purpose.replace('; ', ', ')}" for name, purpose in PURPOSES.items()),
     )
     seed: int = Field(0, ge=0, le=MAX_SEED, description="of the purifier's random views")
 
@@ -50,7 +53,8 @@ class PurifyOrNot(Purify):
     purify: Literal["always", "auto", "never"] = Field(
         "always",
         description="run the reverse attack first; auto: but for images whose loss is that of clean ones, which saves "
-        "time and protects from nothing: most attacked images have such a loss, too",
+        "time and, in front of an adversarially trained classifier, protects from nothing: most attacked images have "
+        "such a loss there, too",
     )
 
     def stage(self, default: str) -> str | None:
