@@ -16,6 +16,7 @@ from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.stages import shape
 
+KEPT = 4  # one slot in so many is for images of one step: those of many steps hold theirs for long
 MARGIN = 1.25  # of an estimated time left: an image that is late by little is work for nobody
 
 
@@ -31,7 +32,8 @@ class WorkerState(Enum):
 class ScheduledWorker:
     """Hold what one worker has been given and has not reported on.
 
-    slots:      images with steps that it takes at a time, and as many without, which hold a slot for one step only
+    slots:      images with steps that it takes at a time, of many steps a quarter fewer, and as many without, which hold
+                a slot for one step only
     staged:     the images with steps by id
     stageless:  the images without
     loading:    the models that it loads, by number, in order
@@ -66,7 +68,10 @@ class ScheduledWorker:
 
     def free_slots(self, stage: str | None) -> int:
         """Return how many more images in a stage it can take."""
-        return self.slots - len(self.images(stage))
+        free = self.slots - len(self.images(stage))
+        if not is_long(stage):
+            return free
+        return min(free, self.slots - self.slots // KEPT - sum(is_long(one.work.stage) for one in self.staged.values()))
 
     def left_s(self, request: ImageRequest) -> float:
         """Estimate the seconds until an image is answered that is here, or comes here now, if nobody else comes.
@@ -93,6 +98,11 @@ class Schedule(NamedTuple):
 
     given: list[tuple[int, ImageRequest]]
     late: list[ImageRequest]
+
+
+def is_long(stage: str | None) -> bool:
+    """Return whether an image in a stage takes more than one step."""
+    return shape(stage)[0] > 1
 
 
 def steps_left(request: ImageRequest) -> int:
@@ -150,7 +160,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Move waiting images to the workers that have the fewest and a free slot.
 
-        An image without steps does not wait behind one with steps that finds no slot, nor the other way round. One that
+        An image does not wait behind one of another length that finds no slot. One that
         would miss its deadline gets none, except where a worker has nothing else to do: an estimate may be wrong, and
         only work that is done corrects it.
         """
@@ -158,9 +168,13 @@ class Scheduler:
         late: list[ImageRequest] = []
         spare_s: dict[int, list[tuple[ImageRequest, float]]] = {}
         for request in self.waiting:
-            index = min(range(len(self.workers)), key=lambda index: self.workers[index].running)
+            stage = request.work.stage
+            index = min(
+                range(len(self.workers)),
+                key=lambda i: (self.workers[i].free_slots(stage) <= 0, self.workers[i].running),
+            )
             worker = self.workers[index]
-            if worker.free_slots(request.work.stage) <= 0:
+            if worker.free_slots(stage) <= 0:
                 continue
             if worker.running and self._clock() + MARGIN * worker.left_s(request) > request.deadline:
                 late.append(request)

@@ -349,6 +349,13 @@ def test_apgd_is_as_strong_as_the_reference_implementation(
     assert own <= standard_figure + tolerance
 
 
+def test_budget_says_of_what_it_has_less() -> None:
+    standard = BUDGETS["standard"]
+    assert "apgd_steps" in BUDGETS["fast"].less_than(standard)
+    assert BUDGETS["full"].less_than(standard) == []
+    assert replace(standard, targets=3, lambdas=(1.0,)).less_than(standard) == ["targets", "lambdas"]
+
+
 FORMER_DEFAULT = "reverse-attack:transfer,steps=5,step_size=2/255,vote=none"
 
 

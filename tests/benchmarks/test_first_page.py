@@ -168,7 +168,11 @@ def test_every_place_of_the_pages_is_filled_from_the_shipped_checkpoints_runs(
     monkeypatch.setattr(tables, "ROBUSTNESS", tmp_path)
     made = tables.all_tables()
     assert made["frozen"] == robustness_table([runs["before"], runs["behind"]])
-    assert [line.split(" | ")[0] for line in made["when"].splitlines()[2:4]] == [f"| `{shipped}`", f"| `{natural}`"]
+    lines = [line.split(" | ") for line in made["when"].splitlines()[2:] if line.startswith("|")]
+    assert list(dict.fromkeys(before for before, *_ in lines)) == [f"| `{shipped}`", f"| `{natural}`"]
+    named = [name for _, name, *_ in lines[:-1]]  # those that were not judged have what purification.py measured
+    assert named == ["preset `default`", "`vote`", "preset `transfer`", "preset `published`"]
+    assert all("PGD-20 alone" in unknowing for _, _, unknowing, *_ in lines[1:-1])
     assert made["headline"] == headline([runs["none"], runs["default"]])
     assert made["robustness"] == robustness_table([runs["none"], runs["default"]])
     assert made["threats"].count("`reverse-attack` |") == 2

@@ -93,6 +93,19 @@ def test_images_without_steps_do_not_take_the_slots_of_those_with(request_of: Re
     assert worker.free_slots(STAGE) == 1
 
 
+def test_images_of_many_steps_leave_a_quarter_of_the_slots_to_those_of_one(request_of: Request) -> None:
+    scheduler = Scheduler([8, 8])
+    scheduler.add(request_of(id) for id in range(20))
+    given = scheduled(scheduler)
+    assert [[index for index, _ in given].count(index) for index in (0, 1)] == [6, 6]
+    scheduler.add(request_of(id, "default") for id in range(20, 26))
+    assert scheduled(scheduler) == [(0, 20), (1, 21), (0, 22), (1, 23)]  # past the long ones that wait
+    scheduler.update(1, report(1, 3))  # two long ones end
+    assert scheduled(scheduler) == [(1, 12), (1, 13)]  # the oldest first
+    scheduler.update(0, report(0, 20))
+    assert scheduled(scheduler) == [(0, 14), (0, 24)]
+
+
 def test_image_without_steps_does_not_wait_behind_those_with(request_of: Request) -> None:
     scheduler = Scheduler([1])
     scheduler.add([request_of(1), request_of(2), request_of(3, None)])
