@@ -32,8 +32,8 @@ class WorkerState(Enum):
 class ScheduledWorker:
     """Hold what one worker has been given and has not reported on.
 
-    slots:      images with steps that it takes at a time, of many steps a quarter fewer, and as many without, which hold
-                a slot for one step only
+    slots:      images with steps that it takes at a time, of many steps a quarter fewer, and as many without, which
+                hold a slot for one step only
     staged:     the images with steps by id
     stageless:  the images without
     loading:    the models that it loads, by number, in order
