@@ -8,8 +8,6 @@ from unperturb.service.engine.registry import Model
 from unperturb.service.engine.scheduler import Scheduler
 from unperturb.service.errors import NotReadyError
 
-TINY_S = 1e-9  # so that patience without end is without end before anything has been measured
-
 
 class Admission(NamedTuple):
     """Limit what is let in; its checks raise NotReadyError, with the seconds after which to try again.
@@ -42,8 +40,7 @@ class Admission(NamedTuple):
         left_s: seconds to its deadline; patient: the client chose that itself, and waits as long
         """
         added_s, alone_s = _added_s(scheduler, model, stage, client), model.alone_s(stage)
-        patience = math.inf if patient else self.patience
-        limit_s = patience * max(alone_s, model.alone_s(self.default_stage), TINY_S)
+        limit_s = math.inf if patient else self.patience * max(alone_s, model.alone_s(self.default_stage))
         if alone_s < left_s:  # otherwise it would be late with nobody beside it, too
             limit_s = min(limit_s, left_s - alone_s)
         if added_s > limit_s:
