@@ -25,7 +25,8 @@ def wilson(correct: int, n: int) -> Accuracy:
     share = correct / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Accuracy(share, n, max(0.0, centre - half), min(1.0, centre + half))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return Accuracy(share, n, min(low, share), max(high, share))  # rounding may leave it outside by a last bit
 
 
 def correct(

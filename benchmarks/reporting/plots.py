@@ -165,7 +165,8 @@ def _by_time(runs: Runs, theme: Theme) -> bytes | None:
         assert row.ms_per_image is not None
         assert row.worst is not None
         assert row.interval is not None
-        ends = [[100 * (row.worst - row.interval[0])], [100 * (row.interval[1] - row.worst)]]
+        low, high = row.interval
+        ends = [[max(0.0, 100 * (row.worst - low))], [max(0.0, 100 * (high - row.worst))]]  # but for a last bit
         look: dict[str, Any] = {
             "fmt": MARKERS[number % len(MARKERS)],
             "markersize": 7,

@@ -69,6 +69,12 @@ def test_plots_are_those_that_the_runs_have_enough_for() -> None:
     assert titles(averaged_record(corrupted), averaged_record(corrupted, corrupted, threat="noise")) == []
 
 
+def test_interval_that_rounding_put_above_its_value_is_drawn() -> None:
+    run = record(BARE)
+    run["results"]["figures"]["worst_case"] = {"accuracy": 0.0, "n": N, "interval": [2e-19, 0.1]}
+    assert "Worst case against time per image" in titles(run)
+
+
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
 def test_plot_lies_on_the_ground_of_its_theme(theme: Any) -> None:
     for png in all_plots([record(BARE), record(KNOWN, BARE)], theme).values():

@@ -6,11 +6,12 @@ from unperturb.models.accuracy import correct, wilson
 from unperturb.models.attacks.pgd import cross_entropy, kl_divergence, pgd
 
 
-@pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (352, 1000), (1, 3)])
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (0, 1000), (10, 10), (352, 1000), (1, 3)])
 def test_wilson_interval_matches_scipy(hits: int, n: int) -> None:
     found = wilson(hits, n)
     expected = pytest.importorskip("scipy.stats").binomtest(hits, n).proportion_ci(method="wilson")
     assert found.value == hits / n
+    assert found.low <= found.value <= found.high
     assert abs(found.low - expected.low) < 1e-9
     assert abs(found.high - expected.high) < 1e-9
 
