@@ -29,6 +29,7 @@ from unperturb.service.engine.scheduler import Scheduler, WorkerState
 from unperturb.service.errors import DeadlineError, NotReadyError
 
 LATE = "the deadline passed before the answer was there, or would have"
+QUIET_S = 1.0  # of silence of every other worker, past which one that is busy has their threads
 
 
 class Dispatcher:
@@ -147,13 +148,16 @@ class Dispatcher:
             request.answer(DeadlineError(LATE))
 
     def _share_threads(self) -> None:
-        """Give a worker the others' threads while it is the only one that has anything to do; under the lock.
+        """Give a worker the others' threads while they have had nothing to do for some time; under the lock.
 
-        A warm-up has none of them: what it measures is what work costs beside others.
+        Between requests that follow one another soon it keeps its own: a batch on all of them, begun an instant before
+        another worker's, is slower than on half. A warm-up has none of them either: what it measures is what work costs
+        beside others.
         """
-        busy = [worker for worker in self.scheduler.workers if worker.state is not WorkerState.IDLE]
         for index, (worker, handle) in enumerate(zip(self.scheduler.workers, self.workers, strict=True)):
-            alone = busy == [worker] and worker.state is WorkerState.STEPPING
+            if worker.state is WorkerState.IDLE:
+                continue  # it is told with its next image
+            alone = worker.state is WorkerState.STEPPING and self.scheduler.is_alone(index, QUIET_S)
             count = handle.config.alone if alone and handle.config.alone else handle.config.threads
             if count != self._threads[index]:
                 self._threads[index] = count

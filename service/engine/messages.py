@@ -36,7 +36,7 @@ class WorkerConfig(NamedTuple):
     """Tell a worker how to run: the first message to it.
 
     device:  as torch names it; slots: images at a time
-    threads: torch's on the CPU; alone: the same, while no other worker does anything (None: as many)
+    threads: torch's on the CPU; alone: the same, once no other worker has done anything for a while (None: as many)
     precision: auto: the device's own, which only a process that uses it may ask
     upgrade: how steps are to run as soon as what that takes is made, beside serving; None: as at first
     """

@@ -274,6 +274,15 @@ class Scheduler:
                 return index
         return None
 
+    def is_alone(self, index: int, seconds: float) -> bool:
+        """Return whether every other worker has had nothing to do for so long."""
+        now = self._clock()
+        return all(
+            worker.state is WorkerState.IDLE and now - worker.last_heard >= seconds
+            for i, worker in enumerate(self.workers)
+            if i != index
+        )
+
     def _end_silence(self, worker: ScheduledWorker) -> None:
         """Count a worker's silence from now on, if until now it was no stall: it had nothing to do."""
         if worker.state is WorkerState.IDLE:

@@ -15,7 +15,7 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.cost import Cost
-from unperturb.service.engine.dispatch import Dispatcher
+from unperturb.service.engine.dispatch import QUIET_S, Dispatcher
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import Lifecycle
@@ -182,9 +182,10 @@ class Recorder(WorkerHandle):
         return [message.number if isinstance(message, Threads) else type(message).__name__ for message in sent]
 
 
-def test_a_worker_has_the_others_threads_while_they_have_nothing_to_do(images: torch.Tensor) -> None:
+def test_a_worker_has_the_others_threads_once_they_have_had_nothing_to_do_for_a_while(images: torch.Tensor) -> None:
     one, two = handles = [Recorder(), Recorder()]
-    scheduler, lifecycle = Scheduler([1, 1]), Lifecycle()
+    now = 0.0
+    scheduler, lifecycle = Scheduler([1, 1], clock=lambda: now), Lifecycle()
     model = Model(1, "a", "a", read_card(resolve("small")))
     scheduler.load(model)
     dispatcher = Dispatcher(scheduler, handles, lifecycle, Admission(64, 1e9, "default"))
@@ -194,6 +195,8 @@ def test_a_worker_has_the_others_threads_while_they_have_nothing_to_do(images: t
     lifecycle.serve()
 
     async def ask() -> None:
+        nonlocal now
+        now += QUIET_S
         first = asyncio.create_task(dispatch(images[:1]))
         await asyncio.sleep(0)
         assert (one.taken(), two.taken()) == ([2, "Work"], [])
@@ -202,10 +205,16 @@ def test_a_worker_has_the_others_threads_while_they_have_nothing_to_do(images: t
         assert (one.taken(), two.taken()) == ([1], ["Work"])
         dispatcher.update(0, StepReport(1, 1, 0.1, None, [(1, OUTCOME)], 0))
         await first
+        assert (one.taken(), two.taken()) == ([], [])  # the other may have an image again at once
+        now += QUIET_S
+        dispatcher.update(1, StepReport(1, 1, 0.1, None, [], 0))
         assert (one.taken(), two.taken()) == ([], [2])
-        second.cancel()
-        await asyncio.gather(second, return_exceptions=True)
-        assert (one.taken(), two.taken()) == ([], ["Cancel", 1])
+        third = asyncio.create_task(dispatch(images[2:3]))
+        await asyncio.sleep(0)
+        assert (one.taken(), two.taken()) == (["Work"], [1])
+        for task in (second, third):
+            task.cancel()
+        await asyncio.gather(second, third, return_exceptions=True)
 
     async def dispatch(images: torch.Tensor) -> list[Outcome]:
         return await dispatcher.submit(model, uint8(images), stage="default", seeds=[0], deadline=time.monotonic() + 60)
