@@ -19,6 +19,7 @@ from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import EngineState
 from unperturb.service.engine.messages import WorkerConfig
 from unperturb.service.http import problem
+from unperturb.service.http.early import RefuseEarly
 from unperturb.service.http.gateway import Gateway
 from unperturb.service.http.observe import Observe
 from unperturb.service.http.routes import classify, health, kserve, models, page
@@ -112,6 +113,7 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.engine, app.state.gateway = engine, gateway
+    app.add_middleware(RefuseEarly, gateway=gateway)
     app.add_middleware(Observe, metrics=metrics, tracing=tracer, ending=lambda: engine.lifecycle.ending)
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])

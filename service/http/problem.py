@@ -59,13 +59,18 @@ def problem(request: Request, status: int, detail: str, *, retry_after_s: int | 
     return JSONResponse(body, status, headers, media_type=media_type)
 
 
+def refused(request: Request, error: RequestError) -> JSONResponse:
+    """Return the answer to a request that is refused, and note in its context why."""
+    RequestContext.of(request.scope).rejected = type(error).__name__.removesuffix("Error")
+    return problem(request, error.status, str(error), retry_after_s=error.retry_after_s)
+
+
 def install(app: FastAPI) -> None:
     """Map every exception to its problem; a 500 shows no exception text."""
 
-    async def refused(request: Request, error: Exception) -> JSONResponse:
+    async def refuse(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestError)
-        RequestContext.of(request.scope).rejected = type(error).__name__.removesuffix("Error")
-        return problem(request, error.status, str(error), retry_after_s=error.retry_after_s)
+        return refused(request, error)
 
     async def out_of_range(request: Request, error: Exception) -> JSONResponse:
         return problem(request, HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
@@ -93,7 +98,7 @@ def install(app: FastAPI) -> None:
         return answer
 
     for kind, handler in (
-        (RequestError, refused),
+        (RequestError, refuse),
         (ConfigError, out_of_range),
         (CheckpointError, out_of_range),
         (RequestValidationError, invalid),

@@ -5,10 +5,13 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
+from starlette.responses import PlainTextResponse
 
 from tests.support.engines import ThreadHandle, other_checkpoint
 from tests.support.serving import photo, settings, wait_until_ready
 from unperturb.service.http.app import create_app
+from unperturb.service.http.early import RefuseEarly
+from unperturb.service.http.observe import Observe
 from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
 
@@ -38,6 +41,37 @@ def test_limits_count_a_list_as_its_images(tiny_folder: Path) -> None:
         assert "at most 2 may" in answer.json()["detail"]
         assert answer.headers["retry-after"]
         assert small.post("/classify", files=[("images", photo())] * 3).status_code == 200
+
+
+def test_request_that_cannot_be_taken_is_refused_before_its_route_unless_it_has_another_fault(
+    tiny_folder: Path,
+) -> None:
+    app = create_app(settings(tiny_folder), handle=ThreadHandle)  # not started, so that it is not ready
+    gateway = app.state.gateway
+    early = RefuseEarly(PlainTextResponse("its route"), gateway)
+    client = TestClient(Observe(early, metrics=gateway.metrics, tracing=None, ending=lambda: False))
+    for refused in (
+        client.post("/classify?preset=vote&top_k=2", files={"image": photo()}, headers={"x-timeout-s": "3"}),
+        client.post("/classify", json={"images": []}),
+        TestClient(app).post("/purify", files={"image": photo()}),  # by its route
+    ):
+        assert refused.status_code == 503
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert refused.headers["retry-after"]
+        assert "warming up" in refused.json()["detail"]
+        assert refused.json()["request_id"] == refused.headers["x-request-id"]
+    counted = gateway.metrics.registry.get_sample_value
+    labels = {"model": "tiny", "preset": "vote"}
+    assert counted("unperturb_requests_total", {"route": "/classify", "status": "503", **labels}) == 1
+    assert counted("unperturb_rejected_total", {"reason": "NotReady", **labels}) == 1
+    for path, headers in (
+        ("/classify?preset=none", {}),
+        ("/classify?unknown=1", {}),
+        ("/classify", {"x-timeout-s": "soon"}),
+        ("/classify", {"x-api-key": "wrong"}),
+        ("/purify", {}),
+    ):
+        assert client.post(path, files={"image": photo()}, headers=headers).text == "its route", path
 
 
 def test_strangers_need_a_key_where_one_is_required(tiny_folder: Path) -> None:

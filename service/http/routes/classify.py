@@ -28,6 +28,11 @@ class PurifyImage(Purify):
 router = APIRouter(responses=problem.responses(400, 401, 408, 413, 415, 422, 429, 503, 504))
 
 
+def target_of(request: Request, query: Classify, default: str) -> tuple[str | None, str | None] | None:
+    """Return the model and the stage that a request's head asks for; None where JSON may name others."""
+    return None if is_json(request) else (query.model, query.stage(default))
+
+
 @router.post(
     "/classify", openapi_extra={"requestBody": body_schema(Classify, many=True)}, responses=problem.responses(404)
 )
@@ -40,8 +45,7 @@ async def classify(
 ) -> Answer | Answers:
     """Purify one image, or each of a list, classify it, and say what the purifier changed."""
     default = gateway.settings.preset
-    target = None if is_json(request) else (query.model, query.stage(default))  # JSON has parameters of its own
-    with gateway.admit(request, key, timeout_s, target) as ticket:
+    with gateway.admit(request, key, timeout_s, target_of(request, query, default)) as ticket:
         upload = await gateway.read(ticket)
         wanted = query.updated(upload)
         preset = wanted.stage(default)
