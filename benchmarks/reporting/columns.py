@@ -128,7 +128,8 @@ def masking(signs: Signs) -> str:
         once, twice = (percent(share).text for share in (signs.once, signs.twice))
         said.append(f"APGD's cross-entropy leaves {once}%, with twice the iterations {twice}%")
     if signs.larger:
-        said.append(", ".join(f"{percent(left).text}% at {times} times ε" for times, left in signs.larger))
+        at = ", ".join(f"{percent(left).text}% at {times} times ε" for times, left in signs.larger)
+        said.append(f"of what all attacks left, {at}")
     if signs.transfer is not None:
         said.append(f"transferred images break {signs.transfer} of {signs.n:,} that it does not")
     if signs.queries is not None:

@@ -8,7 +8,7 @@ from unperturb.benchmarks.reporting.results import gain
 from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import tone
 from unperturb.benchmarks.robustness.attacks import AUTOATTACK
-from unperturb.benchmarks.robustness.figures import withstands_unknowing
+from unperturb.benchmarks.robustness.figures import survivors, withstands_unknowing
 from unperturb.models.checkpoints import store
 
 DEFAULT, VOTE = "reverse-attack", "vote"
@@ -16,7 +16,7 @@ VERDICTS = {
     "worse": "it **makes things worse** against an attacker who knows it",
     "better": "it helps, also against an attacker who knows it",
     "even": "no difference can be told",
-    "unjudged": "it was attacked with less than the bare classifier, so that this is an upper bound",
+    "unjudged": "it was attacked with less than a judge needs, so that it may be less",
 }
 
 
@@ -51,11 +51,11 @@ def headline(runs: list[dict[str, Any]]) -> str:
         f"**{known} points**, n = {c.COUNT.cell(row).text}; {VERDICTS[tone(row)]}. "
         f"{c.percent(row.bare).text}% of the images withstand without it, {c.percent(row.worst).text}% with it."
     ]
-    for _, vote in (pair for name, pair in found.items() if is_vote(name)):
+    for vote_run, vote in (pair for name, pair in found.items() if is_vote(name)):
         gained = c.GAIN.cell(vote).whole
         lines.append(
             f"- The vote alone (`{vote.purifier}`), likewise: **{gained} points**, n = {c.COUNT.cell(vote).text}; "
-            f"{VERDICTS[tone(vote)]}."
+            f"{VERDICTS[tone(vote)]}.{_beside_the_vote(run, vote_run)}"
         )
     if transferred := transfer_gain(run):
         lines.append(
@@ -69,6 +69,19 @@ def headline(runs: list[dict[str, Any]]) -> str:
     if row.few:
         below += f" {c.LEGEND}"
     return "\n".join([*lines, "", below])
+
+
+def _beside_the_vote(run: dict[str, Any], vote_run: dict[str, Any]) -> str:
+    """Return what the preset `default` gains over the vote alone, in a sentence; "" where their images differ."""
+    found, other = run["results"], vote_run["results"]
+    if found["indices"] != other["indices"]:
+        return ""
+    knows = points(gain(survivors(found["outcomes"]), survivors(other["outcomes"])))
+    said = f" Over the vote `default`, which was attacked with less, gains {knows} points against who knows it"
+    unknowing = withstands_unknowing(found["outcomes"]), withstands_unknowing(other["outcomes"])
+    if unknowing[0] is None or unknowing[1] is None:
+        return f"{said}."
+    return f"{said}, and {points(gain(*unknowing))} against who does not."
 
 
 def transfer_gain(run: dict[str, Any]) -> dict[str, Any] | None:

@@ -105,13 +105,14 @@ def time_table(record: dict[str, Any]) -> str:
         "default": "preset `default`",
         "transfer": "preset `transfer`",
         "vote": "preset `vote`",
+        "restorer": "preset `restorer`",
     }
     rows = [
         f"| `{record['results']['checkpoint']['id']}`, batch of {timed['batch']}, {where(record['machine'])} | "
         "ms per image | times faster |",
         "| --- | --- | --- |",
     ]
-    for name, title in titles.items():
+    for name, title in ((name, title) for name, title in titles.items() if name in timed["ms_per_image"]):
         ratio = f"{faster[name]:.1f}" if name in faster else ""
         rows.append(f"| {title} | {timed['ms_per_image'][name]:.1f} | {ratio} |")
     return "\n".join(rows)
@@ -138,12 +139,17 @@ def threats_table(runs: list[dict[str, Any]]) -> str:
     return with_remarks((*models, PURIFIER, *c.ACROSS), rows)
 
 
-def with_remarks(columns: Sequence[c.Column], rows: list[Row], say: Callable[[Row], list[str]] = c.cautions) -> str:
-    """Return the table, and below it the legend of its marks and what is said of its rows."""
+def with_remarks(
+    columns: Sequence[c.Column],
+    rows: list[Row],
+    say: Callable[[Row], list[str]] = c.cautions,
+    name: Callable[[Row], str] = lambda row: f"`{row.purifier}`",
+) -> str:
+    """Return the table, and below it the legend of its marks and what is said of its rows, which it calls by `name`."""
     alike: dict[tuple[str, str], list[str]] = {}  # what is said of several rows stands once
     for row in rows:
         for text in say(row):
-            alike.setdefault((c.threat_of(row.group), text), []).append(f"`{row.purifier}`")
+            alike.setdefault((c.threat_of(row.group), text), []).append(name(row))
     said = [f"- {', '.join(names)}, {threat}: {text}" for (threat, text), names in alike.items()]
     few = [c.LEGEND] if any(row.few for row in rows) else []
     below = [*few, *(["\n".join(map(markdown_text, said))] if said else [])]
@@ -159,7 +165,7 @@ def sweep_table(record: dict[str, Any]) -> str:
         if name == "no purifier":
             rows.append(f"| {name} | {cells['clean']['accuracy']:.1%} | {cells['attacked']['accuracy']:.1%} | |")
         else:
-            gains = [f"{cells[key]['gain']['mean'] * 100:+.1f}" for key in ("clean", "attacked")]
+            gains = [points(cells[key]["gain"]) for key in ("clean", "attacked")]
             spent = f"{cells['ms_per_image']:.0f} " if "ms_per_image" in cells else ""
             rows.append(f"| {name} | {gains[0]} | {gains[1]} | {spent}|")
     return "\n".join(rows)

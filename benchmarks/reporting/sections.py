@@ -101,7 +101,7 @@ def verdict(row: Row) -> str:
     """Return what the interval of a purified row's gain allows to say."""
     where = "on such images" if row.group.threat in AVERAGED else "against an attacker who knows it"
     said = {"worse": "makes things worse", "better": "helps", "even": "makes no difference that can be told"}
-    said["unjudged"] = "was attacked with less than the bare classifier, and is not judged"
+    said["unjudged"] = "was attacked with less than a judge needs, and is not judged"
     return f"{said[tone(row)]} {where}"
 
 

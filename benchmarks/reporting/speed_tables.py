@@ -65,7 +65,7 @@ def http_table(records: list[dict[str, Any]]) -> str:
     turns = sorted({record["config"]["turns"] for record in records})
     rows = [
         f"| medians of {' or '.join(map(str, turns))} turns | workers | steps | engine alone, images/s | service "
-        "| share | a lone request |",
+        "| share, median of each turn's | a lone request |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for record in records:

@@ -78,26 +78,26 @@ def when_table(
     def under(threat: str) -> Callable[[Row], c.Cell]:
         def cell(row: Row) -> c.Cell:
             found = others.get((threat, row.model, row.purifier))
-            return NOT_RUN if found is None else c.GAIN.cell(found)
+            return NOT_RUN if found is None else c.points(found.gain, found.gain_interval)
 
         return cell
 
     several = len({model for model, _ in attacked}) > 1
+    generated = any(row.remark for (threat, *_), row in others.items() if threat == "corruptions")
     columns = (
         *([c.Column("before", lambda row: c.Cell(f"`{row.model}`"), number=False)] if several else []),
         c.Column("purifier", name, number=False),
         c.Column("attacker does not know of it", unknowing),
         c.Column("sends queries alone", under(QUERIES)),
         c.Column("knows everything", knowing),
-        c.Column("15 corruptions", under("corruptions")),
+        c.Column("15 corruptions" + ", generated" * generated, under("corruptions")),
         c.Column("Gaussian noise", under("noise")),
         c.Column("clean images", clean),
         c.Column("times the classifier's time", times),
         c.COUNT,
     )
-    return with_remarks(
-        columns, sorted(lines.values(), key=lambda row: [model for model, _ in attacked].index(row.model))
-    )
+    ordered = sorted(lines.values(), key=lambda row: [model for model, _ in attacked].index(row.model))
+    return with_remarks(columns, ordered, name=lambda row: name(row).text)
 
 
 def _unjudged(record: dict[str, Any], attacked: Container[tuple[str, str]]) -> dict[tuple[str, str], Unjudged]:

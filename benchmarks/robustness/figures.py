@@ -17,6 +17,7 @@ from unperturb.benchmarks.robustness.attacks import (
 CLEAN = "clean"
 LARGER = (2, 4)  # times epsilon: a defense that withstands these hides its gradient
 NO_AUTOATTACK = "AutoAttack was not run through the defense, only on the bare classifier"
+NO_JUDGE = "AutoAttack was run neither on the bare classifier nor through the defense"
 Outcomes = dict[str, list[int | None]]  # 1: withstands, 0: broken, None: was broken already, and not attacked
 
 # How far a figure may be off before the report says so.
@@ -72,8 +73,8 @@ def summarise(
             "over": [name for name in bare if name != CLEAN],
         }
         found["gain"] = gain(left, bare_left)
-        if AUTOATTACK in bare and DEFENDED_AUTOATTACK not in outcomes:
-            found["weaker"].append(NO_AUTOATTACK)
+        if DEFENDED_AUTOATTACK not in outcomes:
+            found["weaker"].append(NO_AUTOATTACK if AUTOATTACK in bare else NO_JUDGE)
         found["clean_gain"] = gain(*([bool(value) for value in row[CLEAN]] for row in (outcomes, bare)))
     return found
 

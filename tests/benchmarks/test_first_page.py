@@ -71,6 +71,7 @@ def test_headline_has_the_vote_where_it_was_run() -> None:
     vote = lines_of(record(KNOWN, BARE), record(HELPED, BARE, purifier="vote:views=8"))[1]
     assert vote.startswith("- The vote alone (`vote:views=8`), likewise: **+10.0 (+")
     assert "n = 1,200; it helps" in vote
+    assert "Over the vote `default`, which was attacked with less, gains -30.0 (" in vote
     assert not any("vote" in line for line in lines_of(record(KNOWN, BARE)))
 
 
@@ -107,10 +108,10 @@ def test_table_of_what_helps_when_has_every_purifier_and_says_what_was_not_run()
     default, published, vote = (dict(zip(head, row, strict=True)) for row in rows)
     assert default["knows everything"].startswith("-20.0 (")
     assert default["attacker does not know of it"].startswith("+10.0 (")
-    assert default["15 corruptions"].startswith("+50.0 (")
+    assert default["15 corruptions, generated"].startswith("+50.0 (")
     assert default["clean images"].startswith("-5.0 (")
     assert default["n"] == "1,200"
-    assert published["15 corruptions"] == published["sends queries alone"] == "not run"
+    assert published["15 corruptions, generated"] == published["sends queries alone"] == "not run"
     assert vote["sends queries alone"] == vote["knows everything"]
     assert vote["Gaussian noise"] == "not run"
 
