@@ -9,7 +9,7 @@ def cache_folder(kind: str) -> Path:
 
     It lies in $UNPERTURB_CACHE, or else in $XDG_CACHE_HOME/unperturb, or else in ~/.cache/unperturb. Kinds: "images"
     (decoded image folders), "torchvision" (its data sets; its weights in `checkpoints`), "robustbench" (its weights),
-    "robustbench-data" (its test images).
+    "robustbench-data" (its test images), "compiled" (steps of purifiers, by torch's compiler).
     """
     if chosen := os.environ.get("UNPERTURB_CACHE"):
         return Path(chosen) / kind

@@ -58,6 +58,8 @@ def build() -> serve.Application:
             "Ray decides on which address it listens, so clients need an API key, and none is set: put the pair that "
             "`unperturb key NAME` prints into UNPERTURB_API_KEYS, or set UNPERTURB_AUTHENTICATION=off"
         )
+    if settings.metrics_port is not None:
+        raise ConfigError("under Ray /metrics is on the service's own port; unset UNPERTURB_METRICS_PORT")
     least, most = replicas(os.environ.get("UNPERTURB_REPLICAS", "1-4"))
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
     deployment: serve.Deployment = serve.deployment(  # type: ignore[assignment]

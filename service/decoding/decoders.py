@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import os
 from functools import partial
 
 import anyio
@@ -33,6 +34,9 @@ class Decoders:
         One that has been idle for five minutes ends, and is started anew when it is wanted.
         """
         self._limiter = anyio.CapacityLimiter(self.count)
+        os.environ.setdefault(
+            "OPENBLAS_NUM_THREADS", "1"
+        )  # numpy's: a thread per core in every process, and never used
         how = Preprocessing(size=8)
         first = (self._decode(DOT, how, max_pixels=1, timeout_s=START_TIMEOUT_S) for _ in range(self.count))
         try:

@@ -40,9 +40,9 @@ class Admission(NamedTuple):
         left_s: seconds to its deadline; patient: the client chose that itself, and waits as long
         """
         added_s, alone_s = _added_s(scheduler, model, stage, client), model.alone_s(stage)
-        limit_s = math.inf if patient else self.patience * max(alone_s, model.alone_s(self.default_stage))
+        limit_s = self.patience * max(alone_s, model.alone_s(self.default_stage))
         if alone_s < left_s:  # otherwise it would be late with nobody beside it, too
-            limit_s = min(limit_s, left_s - alone_s)
+            limit_s = left_s - alone_s if patient else min(limit_s, left_s - alone_s)
         if added_s > limit_s:
             raise NotReadyError(
                 f"images in progress would take about {added_s:.2f} s, at most {limit_s:.2f} s may; try again",

@@ -15,6 +15,7 @@ from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import NOT_READY, OPEN, EngineState, Lifecycle
 from unperturb.service.engine.messages import (
     Cancel,
+    Cancelled,
     Loaded,
     LoadProgress,
     Outcome,
@@ -111,7 +112,7 @@ class Dispatcher:
         finally:
             self._finish(requests)
 
-    def update(self, index: int, report: StepReport | LoadProgress | Loaded | Upgraded) -> None:
+    def update(self, index: int, report: StepReport | Cancelled | LoadProgress | Loaded | Upgraded) -> None:
         """Take in what a worker reports, answer what it has ended, and fill its slots."""
         with self.lifecycle.changed:
             answered = self.scheduler.update(index, report)

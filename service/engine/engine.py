@@ -66,8 +66,10 @@ class Engine:
 
     @property
     def in_slots(self) -> int:
-        """Return how many images workers have."""
-        return self.scheduler.running
+        """Return how many slots have an image, or are wanted by one that waits: some are kept for short ones."""
+        workers = self.scheduler.workers
+        taken = sum(min(worker.slots, worker.running) for worker in workers)
+        return min(sum(worker.slots for worker in workers), taken + self.waiting)
 
     @property
     def gpu_memory(self) -> dict[str, int]:

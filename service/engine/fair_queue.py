@@ -41,12 +41,14 @@ class FairQueue:
         """Remove images that are served now."""
         served = set(requests)
         self._virtual_s = max([self._virtual_s, *(tag for tag, request in self._waiting if request in served)])
-        self.remove(requests)
+        self._waiting = [waiting for waiting in self._waiting if waiting[1] not in served]
 
     def remove(self, requests: Collection[ImageRequest]) -> None:
-        """Remove images that nobody waits for; others are passed over."""
+        """Remove images that nobody waits for, and that count for their client no more; others are passed over."""
         gone = set(requests)
         self._waiting = [waiting for waiting in self._waiting if waiting[1] not in gone]
+        for client in {request.client for request in gone} & self._last_s.keys():
+            self._last_s[client] = max((tag for tag, left in self._waiting if left.client == client), default=0.0)
 
     def _tag(self, client: str, cost_s: float) -> float:
         return max(self._virtual_s, self._last_s.get(client, 0.0)) + cost_s

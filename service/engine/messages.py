@@ -99,6 +99,12 @@ class Cancel(NamedTuple):
     ids: tuple[int, ...]
 
 
+class Cancelled(NamedTuple):
+    """Report, from a worker, that it does not work on these images any more, whose cancellation it has read."""
+
+    ids: tuple[int, ...]
+
+
 class LoadProgress(NamedTuple):
     """Report, from a worker, that one more piece of a model's warm-up is done, and of how many."""
 
@@ -144,4 +150,4 @@ class Failed(NamedTuple):
 
 
 ToWorker = Work | Cancel | Threads | Load | Unload
-FromWorker = StepReport | LoadProgress | Loaded | Upgraded | Failed
+FromWorker = StepReport | Cancelled | LoadProgress | Loaded | Upgraded | Failed

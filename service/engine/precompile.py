@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from unperturb.models.cache import cache_folder
 from unperturb.models.checkpoints import store
 from unperturb.models.inference.folding import prepared
 from unperturb.service.engine.batching import ContinuousBatch
@@ -47,8 +48,7 @@ def cache() -> Path:
 
     Not its own choice, a folder in /tmp that anybody may have made before.
     """
-    chosen = os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path("~/.cache/unperturb/compiled").expanduser()))
-    return Path(chosen)
+    return Path(os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder("compiled"))))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from unperturb.service.engine.fair_queue import FairQueue
-from unperturb.service.engine.messages import Loaded, LoadProgress, Outcome, StepReport, Upgraded
+from unperturb.service.engine.messages import Cancelled, Loaded, LoadProgress, Outcome, StepReport, Upgraded
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.stages import shape
@@ -36,6 +36,7 @@ class ScheduledWorker:
                 hold a slot for one step only
     staged:     the images with steps by id
     stageless:  the images without
+    leaving:    the ids of those that it was told to leave, and has not said to have left
     loading:    the models that it loads, by number, in order
     loaded:     its answers that nobody has read
     last_heard: seconds on the scheduler's clock
@@ -46,6 +47,7 @@ class ScheduledWorker:
     last_heard: float
     staged: dict[int, ImageRequest] = field(default_factory=dict)
     stageless: dict[int, ImageRequest] = field(default_factory=dict)
+    leaving: set[int] = field(default_factory=set)
     loading: dict[int, Model] = field(default_factory=dict)
     loaded: dict[int, Loaded] = field(default_factory=dict)
     memory: int = 0
@@ -60,7 +62,7 @@ class ScheduledWorker:
         """Return what it is busy with."""
         if self.loading:
             return WorkerState.LOADING
-        return WorkerState.STEPPING if self.running else WorkerState.IDLE
+        return WorkerState.STEPPING if self.running or self.leaving else WorkerState.IDLE
 
     def images(self, stage: str | None) -> dict[int, ImageRequest]:
         """Return its images that compete with one in a stage for slots."""
@@ -206,12 +208,14 @@ class Scheduler:
         return False
 
     def update(
-        self, index: int, report: StepReport | LoadProgress | Loaded | Upgraded
+        self, index: int, report: StepReport | Cancelled | LoadProgress | Loaded | Upgraded
     ) -> list[tuple[ImageRequest, Outcome | Exception]]:
         """Take in what a worker reports, and return the images that it has answered, without those finished before."""
         worker = self.workers[index]
         worker.last_heard = self._clock()
         match report:
+            case Cancelled(ids):
+                worker.leaving.difference_update(ids)
             case Loaded(number):
                 worker.loading.pop(number, None)
                 worker.loaded[number] = report
@@ -235,6 +239,7 @@ class Scheduler:
         for request in gone:
             for index, worker in enumerate(self.workers):
                 if self._take_back(worker, request.work.id) is not None:
+                    worker.leaving.add(request.work.id)
                     running.append((index, request.work.id))
         self.waiting.remove(gone)
         return running

@@ -27,6 +27,7 @@ from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.messages import (
     Cancel,
+    Cancelled,
     Failed,
     Load,
     Loaded,
@@ -106,6 +107,7 @@ class _Worker:
                     new = {model: [image for image in works if image.id not in ids] for model, works in new.items()}
                     for batch in (*self.batches.values(), *(batch for _, batch in self.retiring)):
                         batch.free(ids)
+                    self.server.send(Cancelled(ids))
                 case Threads(number):
                     torch.set_num_threads(number)
                 case Load(model, name, digest):

@@ -124,8 +124,13 @@ class Gateway:
             except RequestError as error:
                 raise (type(error)(f"image {i}: {error}") if upload.many else error) from error
 
-        every = asyncio.gather(*(one(i, payload) for i, payload in enumerate(upload.files)))
-        return await self._while_waited_for(ticket, "decode", every)
+        tasks = [asyncio.create_task(one(i, payload)) for i, payload in enumerate(upload.files)]
+        try:
+            return await self._while_waited_for(ticket, "decode", asyncio.gather(*tasks))
+        finally:  # where one is refused, those that still wait for a process are decoded for nobody
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def run(
         self,
@@ -138,8 +143,12 @@ class Gateway:
         wants_image: bool = False,
         begun: bool = False,
         gate: float | None = None,
+        counted: bool = True,
     ) -> list[Outcome]:
-        """Run images through the engine, each with the seed; `begun` and `gate` are those of Dispatcher.submit."""
+        """Run images through the engine, each with the seed; `begun` and `gate` are those of Dispatcher.submit.
+
+        counted: in the metrics of answered images; not what the page attacks itself
+        """
         ticket.context.model = model.id
         work = self.engine.dispatcher.submit(
             model,
@@ -154,6 +163,8 @@ class Gateway:
             patient=ticket.patient,
         )
         outcomes = await self._while_waited_for(ticket, stage or "classify", work)
+        if not counted:
+            return outcomes
         model.answered += len(outcomes)
         for outcome in outcomes:
             self.metrics.answered(outcome, model=model.id, preset=stage)

@@ -1,11 +1,13 @@
 """Bodies that a client has compressed: gzip and deflate (RFC 9110, 8.4.1), unpacked as they come, within a limit."""
 
+import asyncio
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable
 
 from unperturb.service.errors import MalformedRequestError, UnsupportedTypeError
 
-PIECE = 1 << 16  # bytes that are unpacked at a time: a small chunk may hold a large body
+PIECE = 1 << 16  # bytes that come out at a time: a small chunk may hold a large body
+LOOKED_AT = 1 << 12  # bytes that go in at a time: a chunk may hold a thousand empty members
 GZIP, ZLIB, RAW = 31, 15, -15  # zlib's window bits
 
 
@@ -24,7 +26,7 @@ async def inflated(chunks: AsyncIterable[bytes], encoding: str) -> AsyncGenerato
     """
     gzip = encoding.strip().lower() != "deflate"
     unpacker, begun = zlib.decompressobj(GZIP if gzip else ZLIB), False
-    async for chunk in chunks:
+    async for chunk in _pieces(chunks):
         while chunk:
             if unpacker.eof:
                 if not gzip:
@@ -44,3 +46,11 @@ async def inflated(chunks: AsyncIterable[bytes], encoding: str) -> AsyncGenerato
         yield piece
     if not unpacker.eof:
         raise MalformedRequestError(f"the body's {'gzip' if gzip else 'deflate'} stream breaks off")
+
+
+async def _pieces(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
+    """Yield the chunks in small pieces, and let others go on between them."""
+    async for chunk in chunks:
+        for begin in range(0, len(chunk), LOOKED_AT):
+            yield chunk[begin : begin + LOOKED_AT]
+            await asyncio.sleep(0)

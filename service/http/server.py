@@ -6,7 +6,10 @@ connection.
 """
 
 import asyncio
+import logging
 import math
+import os
+import resource
 import signal
 import socket
 import threading
@@ -25,6 +28,8 @@ from unperturb.service.http.gateway import Gateway
 from unperturb.service.http.protocol import Protocol
 from unperturb.service.settings import Settings
 
+log = logging.getLogger("unperturb.service")
+OTHER_FILES = 512  # beside connections: uploads that are spooled, decoders, workers, probes
 LAST_S = 2  # for the answers to what is refused at the end of the grace period
 
 
@@ -51,6 +56,8 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers="FORWARDED_ALLOW_IPS"
+                in os.environ,  # else a client behind one could name its own address
             )
         )
         self.engine: Engine = app.state.engine
@@ -63,6 +70,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does; serve the metrics on a port of their own where there is one."""
         settings = self.gateway.settings
+        allow_files(settings.max_connections + OTHER_FILES)
         if settings.metrics_port is not None:
             try:
                 self.metrics_server, _ = start_http_server(
@@ -114,3 +122,13 @@ class Server(uvicorn.Server):
         finally:
             for sig, handler in before.items():
                 signal.signal(sig, handler)
+
+
+def allow_files(count: int) -> None:
+    """Let this process open so many files, where it may; say so where it may not: connections are files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if resource.RLIM_INFINITY != soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < count:
+        log.warning("%d files may be open, fewer than UNPERTURB_MAX_CONNECTIONS needs (%d)", allowed, count)

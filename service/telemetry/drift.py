@@ -8,13 +8,12 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 WINDOW = 256  # images; the mean of so many clean ones stays within 0.2 of their own at 3 standard errors
-ENOUGH = 32
 
 
 class LossDrift(Collector):
     """Mean of the latest first losses minus the clean mean, in clean standard deviations, by model and preset.
 
-    There is no sample before ENOUGH images have come, and none of a model that is not among those `served`.
+    There is no sample before WINDOW images have come, and none of a model that is not among those `served`.
     """
 
     def __init__(self, served: Callable[[], Collection[str]]) -> None:
@@ -40,6 +39,6 @@ class LossDrift(Collector):
         with self._lock:
             self._latest = {key: latest for key, latest in self._latest.items() if key[0] in served}
             for key, latest in self._latest.items():
-                if len(latest) >= ENOUGH:
+                if len(latest) == WINDOW:
                     family.add_metric(key, sum(latest) / len(latest))
         yield family

@@ -108,7 +108,7 @@ class Metrics:
         Gauge("unperturb_slots", "Images at a time on all devices", registry=self.registry).set(slots)
         for name, help, read in (
             ("unperturb_queue_length", "Images that wait for a slot", queue_length),
-            ("unperturb_slots_in_use", "Images in slots", slots_in_use),
+            ("unperturb_slots_in_use", "Slots that have an image, or are wanted by one that waits", slots_in_use),
         ):
             Gauge(name, help, registry=self.registry).set_function(read)
         self.registry.register(_Devices(memory))

@@ -50,6 +50,24 @@ def test_queue_is_bounded_by_count_and_refuses_a_list_as_a_whole(
     asyncio.run(fill())
 
 
+def test_slots_that_are_kept_for_short_images_count_as_used_while_a_long_one_waits(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, pixels = engines(slots=4), uint8(images)
+    go = hold_steps(monkeypatch)
+
+    async def fill() -> None:
+        waiting = [asyncio.create_task(submit(engine, [pixels[0]], "published")) for _ in range(6)]
+        while engine.waiting < 3:
+            await asyncio.sleep(0.005)
+        assert (engine.scheduler.running, engine.in_slots) == (3, 4)
+        go.set()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(fill())
+    assert engine.in_slots == 0
+
+
 def test_queue_is_bounded_by_work(
     engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,12 @@ def test_client_is_told_what_is_wrong(address: str) -> None:
             official.infer("tiny", [images], outputs=[in_memory])
 
 
+def test_readiness_of_a_model_that_is_not_there_names_no_other(client: TestClient) -> None:
+    answer = client.get("/v2/models/other/ready")
+    assert answer.status_code == 404
+    assert "tiny" not in answer.text
+
+
 def test_scores_are_those_of_classify(client: TestClient) -> None:
     from io import BytesIO
 

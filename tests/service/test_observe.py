@@ -82,7 +82,7 @@ def test_metrics_say_what_runs_and_how_much_of_the_machine_it_takes(client: Test
 def test_drift_is_the_latest_losses_distance_from_the_clean_mean_in_clean_deviations(client: TestClient) -> None:
     name = 'unperturb_loss_drift{model="tiny",preset="transfer"}'
     losses: list[float] = []
-    for i in range(drift.ENOUGH):
+    for i in range(drift.WINDOW):
         assert name not in client.get("/metrics").text
         body = client.post("/inspect?preset=transfer&attack=false", files={"image": photo(i)}).json()
         losses.append(body["losses"][0])
@@ -91,6 +91,17 @@ def test_drift_is_the_latest_losses_distance_from_the_clean_mean_in_clean_deviat
     client.post("/classify?preset=transfer&seed=1", files={"image": photo()})  # other views: not comparable
     client.post("/classify?preset=published", files={"image": photo()})  # no clean loss on the card
     assert value(client, name) == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_the_page_attacks_itself_counts_in_no_figure_of_what_comes(client: TestClient) -> None:
+    def counted() -> list[str]:
+        names = ("unperturb_images_total{", "unperturb_loss_drift{", "unperturb_label_changes_total{")
+        return [line for line in client.get("/metrics").text.splitlines() if line.startswith(names)]
+
+    client.post("/inspect?attack=false", files={"image": photo()})
+    before = counted()
+    assert client.post("/inspect?attack=true", files={"image": photo()}).json()["attacked"] is not None
+    assert counted() == before
 
 
 def test_drift_forgets_old_images_and_models_that_are_served_no_more() -> None:

@@ -13,7 +13,7 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.fair_queue import FairQueue
-from unperturb.service.engine.messages import Loaded, LoadProgress, Outcome, StepReport, Work
+from unperturb.service.engine.messages import Cancelled, Loaded, LoadProgress, Outcome, StepReport, Work
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.scheduler import MARGIN, Scheduler, WorkerState
@@ -174,6 +174,25 @@ def test_silence_counts_from_the_first_image_and_from_each_report(request_of: Re
     assert scheduler.stalled(WorkerState.STEPPING, 1.0) is None
 
 
+def test_worker_that_hangs_is_found_though_its_images_leave_it_one_after_another(
+    request_of: Request, clock: Clock
+) -> None:
+    scheduler, limit_s = Scheduler([2], clock=clock), 60.0
+    for id in range(3):  # the next one comes after the last has gone at its deadline
+        assert scheduler.stalled(WorkerState.STEPPING, limit_s) is None
+        request = request_of(id)
+        scheduler.add([request])
+        scheduler.schedule()
+        clock.now += 30.0
+        assert scheduler.finish([request]) == [(0, id)]
+    assert scheduler.workers[0].state is WorkerState.STEPPING
+    assert scheduler.stalled(WorkerState.STEPPING, limit_s) == 0
+    scheduler.update(0, Cancelled((0, 1)))
+    assert scheduler.workers[0].state is WorkerState.STEPPING  # one is left
+    scheduler.update(0, Cancelled((2,)))
+    assert scheduler.workers[0].state is WorkerState.IDLE
+
+
 def test_loading_may_last_as_long_as_it_goes_on(request_of: Request, model: Model, clock: Clock) -> None:
     scheduler = Scheduler([1, 1], clock=clock)
     scheduler.add([request_of(1)])
@@ -226,6 +245,22 @@ def test_client_that_was_away_has_no_claim_to_what_it_did_not_ask_for(timed: Mod
     for id in range(10, 14):
         queue.add(of(timed, id, client="new"))
     assert [request.work.id for request in queue] == [4, 10, 5, 11, 12, 13]
+
+
+def test_work_that_was_dropped_counts_for_its_client_no_more(timed: Model) -> None:
+    queue = FairQueue()
+    dropped = [of(timed, id, client="a") for id in range(10)]
+    for request in [*dropped, *(of(timed, id, "default", client="b") for id in range(10, 20))]:
+        queue.add(request)
+    queue.remove(dropped[1:])
+    queue.add(of(timed, 20, "default", client="a"))
+    order = [request.work.id for request in queue]
+    assert order.index(20) == order.index(0) + 1  # behind its own one that is left
+    queue.remove(dropped[:1])
+    queue.add(of(timed, 21, "default", client="c"))
+    queue.add(of(timed, 22, "default", client="a"))
+    order = [request.work.id for request in queue]
+    assert order.index(21) < order.index(22)  # 20 still counts
 
 
 def test_clients_that_always_wait_get_equal_work_within_one_image_of_each(timed: Model) -> None:
@@ -310,3 +345,18 @@ def test_admission_counts_only_what_goes_before_the_newcomer(timed: Model) -> No
     with pytest.raises(NotReadyError, match="images in progress would take about"):
         check(client="many")
     check(client="few")
+
+
+def test_deadline_that_could_not_be_kept_alone_is_no_reason_to_be_let_in(timed: Model) -> None:
+    scheduler, admission = Scheduler([1]), Admission(100, 5.0, STAGE)
+    scheduler.add(of(timed, id) for id in range(20))
+    scheduler.schedule()
+    alone_s = timed.alone_s(STAGE)
+    for left_s, patient in ((30.0 * alone_s, True), (0.9 * alone_s, True), (0.9 * alone_s, False)):
+        check = partial(admission.check_added_time, scheduler, model=timed, stage=STAGE, client="", patient=patient)
+        if left_s > alone_s:
+            check(left_s=left_s)
+        else:
+            with pytest.raises(NotReadyError):
+                check(left_s=left_s)
+    admission.check_added_time(Scheduler([1]), model=timed, stage=STAGE, client="", left_s=0.01, patient=True)  # idle

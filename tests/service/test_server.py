@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from tests.support.engines import wait_until
 from tests.support.serving import photo
 from unperturb.benchmarks.serving import hostile, open_loop
 from unperturb.benchmarks.serving.watch import RunningServer, metric, tree
+from unperturb.service.http.server import OTHER_FILES, allow_files
 from unperturb.service.keys import digest
 
 
@@ -87,8 +89,9 @@ def test_stalled_and_leaving_clients_cost_nothing_and_sigterm_drains(server: Run
 
     with ThreadPoolExecutor(8) as pool:
         sent = [pool.submit(post, server.url) for _ in range(8)]
-        held = ("unperturb_slots_in_use", "unperturb_queue_length")  # all have arrived: a later one is refused
-        wait_until(lambda: sum(metric(server, name) for name in held) == 8, 10)
+        wait_until(
+            lambda: metric(server, "unperturb_queue_length") == 5, 10
+        )  # all have arrived: a later one is refused
         server.process.send_signal(signal.SIGTERM)
         statuses = [one.result() for one in sent]
     assert statuses == [200] * 8
@@ -105,7 +108,7 @@ def test_stalled_and_leaving_clients_cost_nothing_and_sigterm_drains(server: Run
 def test_dead_worker_is_answered_for_and_ends_the_process_with_a_status(server: RunningServer) -> None:
     with ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(post, server.url) for _ in range(4)]
-        wait_until(lambda: metric(server, "unperturb_slots_in_use") == 3, 10)  # of four: one is for short ones
+        wait_until(lambda: metric(server, "unperturb_queue_length") == 1, 10)  # a slot of four is for short ones
         (worker,) = [one for one in tree(server.process.pid) if "unperturb.service.engine.worker" in one.cmdline()]
         worker.kill()
         assert [one.result() for one in sent] == [503] * 4
@@ -180,3 +183,34 @@ def test_metrics_on_a_port_of_their_own_need_no_key_and_are_nowhere_else(tiny_fo
             urlopen(f"{server.url}/metrics", timeout=10)
         assert refused.value.code == 404
         refused.value.close()
+
+
+@pytest.mark.parametrize("addresses", [None, "127.0.0.1"])
+def test_address_in_a_header_counts_only_behind_a_proxy_that_the_operator_names(
+    tiny_folder: Path, tmp_path: Path, addresses: str | None
+) -> None:
+    more = {} if addresses is None else {"FORWARDED_ALLOW_IPS": addresses}
+    with serving(tiny_folder, tmp_path / "log", UNPERTURB_LOG_FORMAT="json", **more) as server:
+        request = Request(f"{server.url}/classify", data=photo(), headers={"content-type": "image/png"})
+        request.add_header("x-forwarded-for", "192.0.2.7")
+        urlopen(request, timeout=60).close()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines() if '"route"' in line]
+    assert [line["client"] for line in lines] == ["192.0.2.7" if addresses else "127.0.0.1"]
+
+
+@pytest.mark.parametrize(
+    ("limits", "asked", "warned"), [((64, 4096), (1512, 4096), False), ((64, 256), (256, 256), True)]
+)
+def test_connections_get_the_open_files_that_they_need(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    limits: tuple[int, int],
+    asked: tuple[int, int],
+    warned: bool,
+) -> None:
+    set_to: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: set_to.append(pair))
+    allow_files(1000 + OTHER_FILES)
+    assert set_to == [asked]
+    assert ("UNPERTURB_MAX_CONNECTIONS" in caplog.text) == warned

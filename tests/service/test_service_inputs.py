@@ -16,6 +16,8 @@ from PIL import Image
 
 from tests.support.serving import photo
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.decoding.decode import Decoded
+from unperturb.service.errors import UnprocessableError
 from unperturb.service.http.inflate import inflated
 
 
@@ -134,6 +136,45 @@ def test_bare_deflate_of_every_size_comes_out_whole(size: int) -> None:
         return b"".join([piece async for piece in inflated(chunks(), "deflate")])
 
     assert asyncio.run(unpacked()) == body
+
+
+def test_others_go_on_while_a_body_of_empty_members_is_unpacked() -> None:
+    async def turns() -> int:
+        async def chunks() -> AsyncIterator[bytes]:
+            yield gzip.compress(b"") * 20_000
+
+        async def count() -> None:
+            nonlocal taken
+            while True:
+                taken += 1
+                await asyncio.sleep(0)
+
+        taken, others = 0, asyncio.create_task(count())
+        assert [piece async for piece in inflated(chunks(), "gzip")] == []
+        others.cancel()
+        return taken
+
+    assert asyncio.run(turns()) > 50
+
+
+def test_list_with_a_bad_image_is_not_decoded_to_its_end(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[bytes] = []
+
+    async def decode(payload: bytes, *_: object, **__: object) -> Decoded:
+        if payload == b"bad":
+            raise UnprocessableError("it is damaged")
+        try:
+            await asyncio.sleep(60)
+        finally:
+            left.append(payload)
+        raise AssertionError
+
+    monkeypatch.setattr(client.app.state.gateway.decoders, "decode", decode)  # type: ignore[attr-defined]
+    payloads = (b"bad", b"one", b"two")
+    answer = client.post("/classify", files=[("images", (str(i), one, "image/png")) for i, one in enumerate(payloads)])
+    assert answer.status_code == 422
+    assert answer.json()["detail"] == "image 0: it is damaged"
+    assert sorted(left) == [b"one", b"two"]
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,10 @@ def _statistics(model: Model) -> dict[str, Any]:
 @router.get("/models/{id}/versions/1/ready", include_in_schema=False)
 async def model_ready(gateway: GatewayOfApp, id: str) -> dict[str, Any]:
     """Say whether requests to this model are served."""
-    model = gateway.engine.models.get(id)
+    if id not in gateway.engine.models.by_id:  # the models' names are for who has a key
+        raise NotFoundError(f"model {id!r} is not loaded")
     gateway.engine.lifecycle.require_ready()
-    return {"name": model.id, "ready": True}
+    return {"name": id, "ready": True}
 
 
 @router.post(

@@ -107,7 +107,7 @@ async def inspect(
         image, attack = torch.from_numpy(decoded.pixels), None
         if query.attack:
             (attack,) = await gateway.run(
-                ticket, model, [decoded.pixels], stage=ATTACK, seed=query.seed, wants_image=True
+                ticket, model, [decoded.pixels], stage=ATTACK, seed=query.seed, wants_image=True, counted=False
             )
             assert attack.image is not None
             attacked, received = torch.from_numpy(attack.image), pixels(decoded)
@@ -120,6 +120,7 @@ async def inspect(
             seed=query.seed,
             wants_image=True,
             begun=attack is not None,
+            counted=attack is None,
         )
         return await asyncio.to_thread(
             _inspection,
