@@ -1,6 +1,7 @@
 """The options of every training run, and what follows from them: rate, precision, what a resumed run must share."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,14 @@ class RunConfig:
                 f"resume_from={self.resume_from}, epoch={self.epoch}: the weights and the epochs behind them "
                 f"go together, 1 to {self.epochs - 1}"
             )
+
+
+def refuse_fresh(config: RunConfig, names: Sequence[str], start: str) -> None:
+    """Raise ConfigError for an option of a fresh network beside a checkpoint whose card says what it is."""
+    given = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(type(config), name)}
+    if given:
+        said = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ConfigError(f"{said}: of a fresh network; the card of {start} says what it is")
 
 
 def learning_rate(config: RunConfig, progress: float) -> float:

@@ -200,6 +200,8 @@ def test_purifier_begins_with_that_of_another_checkpoint(
     out = ["--out", str(tmp_path / "run")]
     assert main([*given, *little, *out, "--start", str(tmp_path / "base")]) == 2
     assert "has no purifier; train one" in capsys.readouterr().err
+    assert main([*given, *little, *out, "--start", str(tmp_path / "theirs"), "--scale", "8"]) == 2
+    assert "scale=8: of a fresh network; the card of" in capsys.readouterr().err
     assert main([*given, *little, *out, "--start", str(tmp_path / "theirs")]) == 0
     made = store.load(tmp_path / "run" / "checkpoint")
     assert (made.card.id, made.card.purifier) == (base.card.id, AUTOENCODER)

@@ -37,6 +37,8 @@ from unperturb.training.purifier.restorer import save_with
 from unperturb.training.supervised.base import measure
 from unperturb.training.supervised.n_fgsm import noisy_step
 
+FRESH = ("network", "width", "depth", "scale", "reach")  # options that the card of `start` answers
+
 
 @dataclass(frozen=True, kw_only=True)
 class PurifierConfig(RunConfig):
@@ -221,6 +223,7 @@ def begun(config: PurifierConfig) -> tuple[Restorer, RestorerCard, dict[str, str
             times=1.0,
         )
         return fresh(card), card, {}
+    options.refuse_fresh(config, FRESH, config.start)
     first = store.load(config.start)
     if first.purifier is None or first.card.purifier is None:
         raise ConfigError(f"start={config.start}: {lacking('purifier', f'checkpoint {first.card.id!r}')}")

@@ -58,10 +58,8 @@ class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
         super().__post_init__()
-        fresh = {name: getattr(self, name) for name in FRESH if getattr(self, name) != getattr(type(self), name)}
-        if self.classifier is not None and fresh:
-            given = ", ".join(f"{name}={value!r}" for name, value in fresh.items())
-            raise ConfigError(f"{given}: of a fresh network; the card of {self.classifier} says what it is")
+        if self.classifier is not None:
+            options.refuse_fresh(self, FRESH, self.classifier)
         if not (0 < self.labelled <= 1 and self.self_supervised_weight >= 0 and self.weight_perturbation >= 0):
             raise ConfigError(
                 f"labelled={self.labelled}, self_supervised_weight={self.self_supervised_weight}, "
