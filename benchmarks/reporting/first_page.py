@@ -78,10 +78,10 @@ def _beside_the_vote(run: dict[str, Any], vote_run: dict[str, Any]) -> str:
         return ""
     knows = points(gain(survivors(found["outcomes"]), survivors(other["outcomes"])))
     said = f" Over the vote `default`, which was attacked with less, gains {knows} points against who knows it"
-    unknowing = withstands_unknowing(found["outcomes"]), withstands_unknowing(other["outcomes"])
-    if unknowing[0] is None or unknowing[1] is None:
+    after, of_vote = withstands_unknowing(found["outcomes"]), withstands_unknowing(other["outcomes"])
+    if after is None or of_vote is None:
         return f"{said}."
-    return f"{said}, and {points(gain(*unknowing))} against who does not."
+    return f"{said}, and {points(gain(after, of_vote))} against who does not."
 
 
 def transfer_gain(run: dict[str, Any]) -> dict[str, Any] | None:

@@ -185,12 +185,11 @@ def test_worker_that_hangs_is_found_though_its_images_leave_it_one_after_another
         scheduler.schedule()
         clock.now += 30.0
         assert scheduler.finish([request]) == [(0, id)]
-    assert scheduler.workers[0].state is WorkerState.STEPPING
     assert scheduler.stalled(WorkerState.STEPPING, limit_s) == 0
     scheduler.update(0, Cancelled((0, 1)))
-    assert scheduler.workers[0].state is WorkerState.STEPPING  # one is left
+    assert not scheduler.is_alone(1, 0.0)  # one is left
     scheduler.update(0, Cancelled((2,)))
-    assert scheduler.workers[0].state is WorkerState.IDLE
+    assert scheduler.is_alone(1, 0.0)
 
 
 def test_loading_may_last_as_long_as_it_goes_on(request_of: Request, model: Model, clock: Clock) -> None:

@@ -140,6 +140,8 @@ def test_bare_deflate_of_every_size_comes_out_whole(size: int) -> None:
 
 def test_others_go_on_while_a_body_of_empty_members_is_unpacked() -> None:
     async def turns() -> int:
+        taken = 0
+
         async def chunks() -> AsyncIterator[bytes]:
             yield gzip.compress(b"") * 20_000
 
@@ -149,7 +151,7 @@ def test_others_go_on_while_a_body_of_empty_members_is_unpacked() -> None:
                 taken += 1
                 await asyncio.sleep(0)
 
-        taken, others = 0, asyncio.create_task(count())
+        others = asyncio.create_task(count())
         assert [piece async for piece in inflated(chunks(), "gzip")] == []
         others.cancel()
         return taken
