@@ -22,6 +22,7 @@ from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import results
 from unperturb.models.accuracy import correct
 from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import Card
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
@@ -38,6 +39,7 @@ class PurificationConfig(BenchmarkConfig):
     """Measure a checkpoint's purifier on test images."""
 
     data: str = option("cifar10, cifar100, or an image folder; its test split is used, in file order")
+    presets: str = option("presets with commas, `default` among them; all that it has unless set", "")
     n: int = option("test images, the first ones", 1000)
     adaptive_n: int = option("test images for the adaptive attack, the first ones; 0 for none", 500)
     epsilon: float = option("attack radius, L-infinity", 8 / 255)
@@ -57,6 +59,18 @@ class PurificationConfig(BenchmarkConfig):
         if self.timed < 2 or self.timed > self.n or not 0 <= self.adaptive_n <= self.n:
             raise ConfigError(f"timed={self.timed} must be 2 to n={self.n}, adaptive_n={self.adaptive_n} 0 to n")
 
+    def chosen(self, card: Card) -> list[str]:
+        """Return the presets that are measured; raise ConfigError for one that the checkpoint has not."""
+        had = presets_of(card)
+        chosen = self.presets.split(",") if self.presets else list(had)
+        if lacking := set(chosen).difference(had):
+            raise ConfigError(
+                f"presets={self.presets}: {card.id!r} has {', '.join(had)}, not {', '.join(sorted(lacking))}"
+            )
+        if self.adaptive_n and "default" not in chosen:
+            raise ConfigError(f"presets={self.presets}: the adaptive attack is on `default`, or --adaptive-n 0")
+        return chosen
+
 
 def measure(config: PurificationConfig, loaded: Checkpoint, images: Tensor, labels: Tensor) -> dict[str, Any]:
     """Accuracies of the classifier and of every preset, on the same points."""
@@ -66,7 +80,7 @@ def measure(config: PurificationConfig, loaded: Checkpoint, images: Tensor, labe
     )
     static = {name: correct(loaded.classifier, x, labels) for name, x in made.sets().items()}
     found: dict[str, Any] = {"classifier": {name: results.accuracy(values) for name, values in static.items()}}
-    for preset in presets_of(loaded.card):
+    for preset in config.chosen(loaded.card):
         defended = defend(loaded, PRESETS[preset])
         found[preset] = {}
         for name, x in made.sets().items():
@@ -102,7 +116,7 @@ def time_each(config: PurificationConfig, loaded: Checkpoint, images: Tensor) ->
         "classifier": lambda: loaded.classifier(x),
         "published_procedure": PublishedProcedureRun(fresh, x),
     }
-    for name in presets_of(loaded.card):
+    for name in config.chosen(loaded.card):
         defended = defend(loaded, PRESETS[name])
         runs[name] = lambda defended=defended: defended(x, seed=config.seed)  # type: ignore[misc]
     best: dict[str, float] = {}
@@ -117,7 +131,7 @@ def time_each(config: PurificationConfig, loaded: Checkpoint, images: Tensor) ->
     return {
         "batch": config.timed,
         "ms_per_image": best,
-        "times_faster_than_published_procedure": {name: plain / best[name] for name in presets_of(loaded.card)},
+        "times_faster_than_published_procedure": {name: plain / best[name] for name in config.chosen(loaded.card)},
     }
 
 
@@ -141,6 +155,7 @@ def _clock(device: str) -> float:
 def measure_purifier(config: PurificationConfig) -> int:
     """Measure, write the result file, and say the figures."""
     loaded = store.load(config.checkpoint, device=config.device)
+    config.chosen(loaded.card)
     dataset = data.load(config.data, loaded.card.pictures, cache=config.cache)
     images, labels = (t[: config.n].to(config.device) for t in dataset.test)
     found = {

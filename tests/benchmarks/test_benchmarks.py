@@ -91,6 +91,10 @@ def test_purification_figures_come_from_the_checkpoint_and_are_written_whole(
     assert store.load(folder).card.figures["purification"] == accuracy
     for table in (purifier_tables.purification_table(record), purifier_tables.time_table(record)):
         assert table.count("\n") >= 4
+    assert purification.main([*arguments, "--presets", "default,vote"]) == 0
+    few = json.loads(out.read_text())["results"]
+    assert list(few["accuracy"]) == ["classifier", "default", "vote"]
+    assert "published" not in few["time"]["ms_per_image"]
 
 
 def test_sweep_measures_on_images_that_training_kept_back(
@@ -180,7 +184,17 @@ def test_every_candidate_of_the_sweeps_can_be_built(spec: str) -> None:
         assert loop.steps * loop.step_size <= loop.epsilon + 1e-9
 
 
-@pytest.mark.parametrize("bad", [["--n", "0"], ["--timed", "1"], ["--checkpoint", "no/such"], ["--data", "nowhere"]])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        ["--n", "0"],
+        ["--timed", "1"],
+        ["--checkpoint", "no/such"],
+        ["--data", "nowhere"],
+        ["--presets", "default,restorer"],  # which it has not
+        ["--presets", "vote"],  # not without --adaptive-n 0
+    ],
+)
 def test_bad_argument_is_refused(bad: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", "nowhere", "--checkpoint", str(tiny_folder), "--device", "cpu", *bad]
     assert purification.main(arguments) == 2
