@@ -66,7 +66,7 @@ def gain(after: Sequence[float], before: Sequence[float]) -> dict[str, Any]:
         middle, half = gained - lost, Z * ((gained + lost - (gained - lost) ** 2) / (n + 2)) ** 0.5
     else:
         middle, half = mean, Z * float(difference.std()) / n**0.5 if n > 1 else 1.0
-    return {"mean": mean, "n": n, "interval": [middle - half, middle + half]}
+    return {"mean": mean, "n": n, "interval": [max(-1.0, middle - half), min(1.0, middle + half)]}
 
 
 def where(machine: dict[str, Any]) -> str:

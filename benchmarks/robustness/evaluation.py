@@ -110,7 +110,7 @@ class Evaluation:
             found.append(f"the full gradient goes through the first {allowed} of {purifier.loop.steps} steps")
         if isinstance(purifier, AnyPurifier) and not purifier.has_gradient:
             found.append(
-                "no gradient comes through the purifier: apgd-ce and AutoAttack's gradient attacks say nothing"
+                "no gradient comes through the purifier: apgd-ce and AutoAttack take the identity in its place"
             )
         if self.purifies and (less := self.plan.budget.less_than(BUDGETS["standard"])):
             found.append(f"the attacks have less than the budget `standard` ({', '.join(less)})")

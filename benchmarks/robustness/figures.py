@@ -139,7 +139,12 @@ def _signs(outcomes: Outcomes, left: list[bool], larger: Outcomes, by_part: Outc
     querying = [outcomes[name] for name in QUERYING if name in outcomes]
     querying += [by_part[part] for part in QUERYING if part in by_part]
     if querying and once is not None:
-        broken = sum(0 in row for row in zip(*querying, strict=True))
+        gradients = [values for name, values in outcomes.items() if name not in (*QUERYING, DEFENDED_AUTOATTACK)]
+        gradients += [values for part, values in by_part.items() if part not in QUERYING]
+        broken = sum(
+            0 in row and 0 not in others
+            for row, others in zip(zip(*querying, strict=True), zip(*gradients, strict=True), strict=True)
+        )
         signs["queries_beyond_gradient"] = {"broken": broken, "n": n}
         if broken / n > BEYOND_GRADIENT:
             warnings.append(f"queries alone break {broken} of {n} that no gradient does")
@@ -246,6 +251,7 @@ def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
     whole |= {
         "could_not_run": {name: reason for name, reason in lacking.items() if name not in whole["outcomes"]},
         "notes": sorted({note for run in runs for note in run["notes"]}),
+        "weaker": sorted({reason for run in runs for reason in run.get("weaker", ())}),
         "passes_per_image": {name: one for run in runs[::-1] for name, one in run["passes_per_image"].items()},
         "resubmitted": next((run["resubmitted"] for run in runs if run["resubmitted"] is not None), None),
         "timings": {**runs[0]["timings"], "seconds": seconds},

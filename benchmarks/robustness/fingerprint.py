@@ -17,18 +17,18 @@ TORCH_OWN = frozenset(vars(nn.Module()))  # parameters, buffers, hooks …: walk
 PLAIN = (bool, int, float, complex, str, bytes, type(None), Path, torch.dtype, torch.device, torch.Size)
 
 
-def fingerprint(thing: object, *, skip: Iterable[str] = ()) -> str:
-    """Return the SHA-256 over a thing and all that it holds, but for attributes of the names in `skip`.
+def fingerprint(thing: object, *, without: Iterable[object] = ()) -> str:
+    """Return the SHA-256 over a thing and all that it holds, but for those very objects in `without`.
 
     What can't be described, such as an open file, makes it another one every time.
     """
     digest = hashlib.sha256()
-    for piece in _pieces(thing, frozenset(skip), {}):
+    for piece in _pieces(thing, {id(one): one for one in without}):
         digest.update(piece)
     return digest.hexdigest()
 
 
-def _pieces(thing: Any, skip: frozenset[str], seen: dict[int, object]) -> Iterator[bytes]:  # noqa: ANN401
+def _pieces(thing: Any, seen: dict[int, object]) -> Iterator[bytes]:  # noqa: ANN401
     if isinstance(thing, PLAIN):
         yield repr(thing).encode()
         return
@@ -46,19 +46,27 @@ def _pieces(thing: Any, skip: frozenset[str], seen: dict[int, object]) -> Iterat
     elif isinstance(thing, type | types.ModuleType | types.BuiltinFunctionType):
         yield repr(thing).encode()
     elif isinstance(thing, types.FunctionType | types.MethodType):
-        yield from _of_function(thing, skip, seen)
+        yield from _of_function(thing, seen)
     else:
         for name, value in _held(thing):
-            if name not in skip:
-                yield name.encode()
-                yield from _pieces(value, skip, seen)
+            yield name.encode()
+            yield from _pieces(value, seen)
 
 
-def _of_function(thing: Any, skip: frozenset[str], seen: dict[int, object]) -> Iterator[bytes]:  # noqa: ANN401
-    yield thing.__code__.co_code + repr(thing.__code__.co_consts).encode()
-    yield from _pieces(getattr(thing, "__self__", None), skip, seen)
+def _of_function(thing: Any, seen: dict[int, object]) -> Iterator[bytes]:  # noqa: ANN401
+    yield from _of_code(thing.__code__)
+    yield from _pieces((thing.__defaults__, thing.__kwdefaults__, getattr(thing, "__self__", None)), seen)
     for cell in getattr(thing, "__closure__", None) or ():
-        yield from _pieces(cell.cell_contents, skip, seen)
+        yield from _pieces(cell.cell_contents, seen)
+
+
+def _of_code(code: types.CodeType) -> Iterator[bytes]:
+    yield code.co_code + repr(code.co_names).encode()
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _of_code(constant)
+        else:
+            yield repr(sorted(constant, key=repr) if isinstance(constant, frozenset) else constant).encode()
 
 
 def _held(thing: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
@@ -73,6 +81,7 @@ def _held(thing: Any) -> Iterator[tuple[str, Any]]:  # noqa: ANN401
         yield from thing.named_parameters(recurse=False)
         yield from thing.named_buffers(recurse=False)
         yield from thing.named_children()
+        yield "hooks", [*thing._forward_pre_hooks.values(), *thing._forward_hooks.values()]
         yield from ((name, value) for name, value in vars(thing).items() if name not in TORCH_OWN)
     elif isinstance(thing, partial):
         yield from (("func", thing.func), ("args", thing.args), ("keywords", thing.keywords))

@@ -17,7 +17,8 @@ A `torch.nn.Module` that maps images to images is one too, and so are ART's prep
 `estimate_gradient`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +30,8 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.base import Purifier
 from unperturb.models.shapes import Float, Int
+
+OPAQUE = (Tensor, np.ndarray, str, bytes, type, ModuleType, FunctionType, BuiltinFunctionType)  # they hold no network
 
 
 class AnyClassifier(ImageClassifier):
@@ -60,9 +63,8 @@ class AnyPurifier(Purifier):
             raise ConfigError(f"{_name(purifier)}.steps is {steps!r}, not a whole number")
         loop = ProjectedGradient(direction="descend", epsilon=1.0, step_size=0.0, steps=steps)
         super().__init__(classifier, loop)
-        for network in [purifier, *vars(purifier).values()] if hasattr(purifier, "__dict__") else []:
-            if isinstance(network, nn.Module):
-                network.eval().requires_grad_(False).to(device)
+        for network in _networks(purifier, {}):
+            network.eval().requires_grad_(False).to(device)
         self.purifier = purifier
         self.call = _call_of(purifier)
         self.train(False)
@@ -85,9 +87,10 @@ class AnyPurifier(Purifier):
         try:
             with torch.enable_grad():
                 found = self._opened(inside, seeds)
+                (slope,) = torch.autograd.grad((found * torch.rand_like(found)).sum(), inside)
         except (RuntimeError, TypeError):
             return False
-        return bool(found.requires_grad)
+        return bool(slope.any())
 
     @property
     def has_steps(self) -> bool:
@@ -108,7 +111,7 @@ class AnyPurifier(Purifier):
     def descend(
         self, x: Float[Tensor, "batch 3 h w"], *, seeds: Int[Tensor, " batch"], unrolled: bool = False
     ) -> Descent:
-        """Purify a copy of the images; with `unrolled`, by whatever gives a gradient."""
+        """Purify a copy of the images; with `unrolled`, by what gives a gradient, the identity if nothing does."""
         if unrolled and self.has_gradient:
             found = self._opened(x.clone(), seeds)
         else:
@@ -117,11 +120,14 @@ class AnyPurifier(Purifier):
             found = found.detach() if isinstance(found, Tensor) else found
         if not isinstance(found, Tensor) or found.shape != x.shape:
             self._check(found, x)
+        if unrolled and not self.has_gradient:
+            found = x + (found - x).detach()
         return Descent(found, x.new_zeros((0, len(x))))
 
     def _opened(self, x: Tensor, seeds: Tensor) -> Tensor:
         if hasattr(self.purifier, "unrolled"):
-            return cast(Tensor, self.purifier.unrolled(x, seeds))
+            near = cast(Tensor, self.purifier.unrolled(x, seeds))
+            return near + (self.descend(x, seeds=seeds).image - near).detach()  # what is served, with its gradient
         if hasattr(self.purifier, "estimate_gradient"):
             return cast(Tensor, _Estimated.apply(x, seeds, self.call, self.purifier.estimate_gradient))
         return self.call(x, seeds)
@@ -162,20 +168,57 @@ def _call_of(purifier: Any) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: ANN4
     if callable(getattr(purifier, "purify", None)):
         return cast(Callable[[Tensor, Tensor], Tensor], purifier.purify)
     if callable(purifier) and callable(getattr(purifier, "estimate_gradient", None)):
-        return lambda x, seeds: _seeded(lambda images: _as_tensor(purifier(_as_array(images))[0], images), x, seeds)
+        return _Seeded(lambda images: _as_tensor(purifier(_as_array(images))[0], images))
     if isinstance(purifier, nn.Module):
-        return lambda x, seeds: _seeded(purifier, x, seeds)
+        return _Seeded(purifier)
     raise ConfigError(
         f"{_name(purifier)} is no purifier: it needs purify(x, seeds) -> x, or to be a torch.nn.Module from images to "
         "images, or a preprocessor of ART's"
     )
 
 
-def _seeded(call: Callable[[Tensor], Tensor], x: Tensor, seeds: Tensor) -> Tensor:
-    """Call what takes no seeds under torch's own generator, seeded: what it draws is the same for the same batch."""
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        torch.manual_seed(int(seeds[0]) if len(seeds) else 0)
-        return call(x)
+class _Seeded:
+    """What takes no seeds, under torch's and NumPy's generators: each image under its own seed, where it draws."""
+
+    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+        self.call = call
+        self.draws: bool | None = None
+
+    def __call__(self, x: Tensor, seeds: Tensor) -> Tensor:
+        """Return what it makes of the images."""
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            state = np.random.get_state()  # ART's preprocessors draw from it
+            try:
+                if self.draws is None and len(x):
+                    with torch.no_grad():
+                        self.draws = not torch.equal(self._under(0, x[:1]), self._under(1, x[:1]))
+                if not self.draws:
+                    return self._under(0, x)
+                return torch.cat([self._under(int(seed), x[i : i + 1]) for i, seed in enumerate(seeds)])
+            finally:
+                np.random.set_state(state)
+
+    def _under(self, seed: int, x: Tensor) -> Tensor:
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        return self.call(x)
+
+
+def _networks(thing: object, seen: dict[int, object]) -> Iterator[nn.Module]:
+    """Yield the networks that a thing holds, however deep in lists and objects."""
+    if id(thing) in seen or isinstance(thing, OPAQUE):
+        return
+    seen[id(thing)] = thing
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif isinstance(thing, Mapping):
+        for value in thing.values():
+            yield from _networks(value, seen)
+    elif isinstance(thing, list | tuple | set):
+        for value in thing:
+            yield from _networks(value, seen)
+    for value in vars(thing).values() if hasattr(thing, "__dict__") else ():
+        yield from _networks(value, seen)
 
 
 def _as_array(x: Tensor) -> Any:  # noqa: ANN401

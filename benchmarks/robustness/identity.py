@@ -26,7 +26,6 @@ from unperturb.models.purifiers.defended import DefendedClassifier
 # What attacks import of these is the defense, which has a digest of its own.
 OTHERS = ("unperturb.models.purifiers", "unperturb.models.checkpoints")
 DEFENSE_PACKAGES = (*OTHERS, "unperturb.models.networks")
-NOT_OF_DEFENSE = ("classifier", "call")  # it is in the key by itself; what is called is the purifier
 JUDGE = "unperturb.benchmarks.robustness.judging"
 LIBRARIES = ("torch", "torchvision", "timm")
 # What a purifier could offer and does not; the other needs are those of another kind of defense.
@@ -47,7 +46,7 @@ class Identity:
             "device": next((parameter.device.type for parameter in classifier.parameters()), "cpu"),
             "classifier": fingerprint(classifier),
             "classifier_code": code_digest(_modules_of(defended.classifier.modules()), without=OTHERS),
-            "defense": fingerprint((defended.purifier, defended.vote), skip=NOT_OF_DEFENSE),
+            "defense": fingerprint((defended.purifier, defended.vote), without=(defended.classifier, classifier)),
             "defense_code": code_digest(modules_of_defense(defended)),
             "defended_code": code_digest([type(defended).__module__, JUDGE], without=(PROJECT,)),
         }

@@ -1,5 +1,6 @@
 """The harness as a library: any module, any purifier, from a folder of somebody's own."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -280,6 +281,98 @@ def test_buffer_that_is_not_saved_is_part_of_a_fingerprint() -> None:
     assert fingerprint(Shifted(0.0)) != fingerprint(Shifted(5.0))
 
 
+def sine(x: Tensor) -> Tensor:
+    return x.sin()
+
+
+def cosine(x: Tensor) -> Tensor:
+    return x.cos()
+
+
+def times(x: Tensor, by: int = 2) -> Tensor:
+    return x * by
+
+
+def times_three(x: Tensor, by: int = 3) -> Tensor:
+    return x * by
+
+
+def clamped(_: nn.Module, __: tuple[Tensor, ...], found: Tensor) -> Tensor:
+    return found.clamp(max=0)
+
+
+def test_fingerprint_tells_functions_hooks_and_networks_of_one_name_apart() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 2)
+    hooked = copy.deepcopy(layer)
+    hooked.register_forward_hook(clamped)
+    own, others = {"classifier": layer}, {"classifier": nn.Linear(2, 2)}
+    for one, other in ((sine, cosine), (times, times_three), (layer, hooked), (own, others)):
+        assert fingerprint(one) == fingerprint(one) != fingerprint(other)
+    assert fingerprint(own, without=[layer]) == fingerprint(own, without=[layer])
+    assert fingerprint({"of": layer}, without=[layer]) != fingerprint({"of": hooked}, without=[layer])
+
+
+class Noisy(nn.Module):
+    """It draws from torch, and from NumPy."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 0.1 * torch.randn_like(x) + 0.1 * float(np.random.rand())).clamp(0, 1)
+
+
+def test_module_that_draws_gives_an_image_the_same_whatever_is_beside_it(net: ImageClassifier) -> None:
+    purifier = AnyPurifier(net, Noisy())
+    x, seeds = torch.rand(4, 3, 32, 32), torch.tensor([3, 4, 5, 6])
+    state = np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    whole = purifier.descend(x, seeds=seeds).image
+    assert torch.equal(whole[2:3], purifier.descend(x[2:3], seeds=seeds[2:3]).image)
+    assert not torch.equal(whole, purifier.descend(x, seeds=seeds + 1).image)
+    assert np.random.get_state()[1].tolist() == state  # type: ignore[union-attr]
+
+
+class Nearly:
+    """Its differentiable form answers otherwise than itself; a network of its own lies deep inside."""
+
+    def __init__(self) -> None:
+        self.parts = [{"of": nn.Dropout(0.5)}]
+
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        return (self.parts[0]["of"](x.detach()) * 8).round() / 8
+
+    def unrolled(self, x: Tensor, seeds: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+def test_full_gradient_attack_sees_what_is_served_with_the_slope_of_the_differentiable_form(
+    net: ImageClassifier,
+) -> None:
+    purifier = AnyPurifier(net, Nearly())
+    x, seeds = torch.rand(2, 3, 32, 32).requires_grad_(), torch.arange(2)
+    found = purifier.descend(x, seeds=seeds, unrolled=True).image
+    assert torch.allclose(found, purifier.descend(x, seeds=seeds).image)  # no dropout either
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    assert torch.equal(slope, torch.full_like(x, 0.5))
+
+
+class Rounded:
+    """Autograd gives it a gradient, which is zero."""
+
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        return (x * 7).round() / 7
+
+
+class Drawn:
+    """It draws by the seeds, and gives no gradient."""
+
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        return (x + (seeds % 7).view(-1, 1, 1, 1) / 100).clamp(0, 1).detach()
+
+
+def test_random_purifier_without_a_gradient_is_attacked_by_its_expectation_too(net: ImageClassifier) -> None:
+    report = quick(net, Drawn(), n=4, attacks="apgd-ce-fresh")
+    assert "apgd-ce-fresh" in report.records[1]["results"]["outcomes"]
+
+
 class Detached:
     """No gradient comes through it; it takes one of its own."""
 
@@ -294,9 +387,9 @@ class OnArrays:
         return torch.from_numpy(np.round(x.numpy() * 32) / 32)
 
 
-@pytest.mark.parametrize("purifier", [Detached(), OnArrays()], ids=["detached", "NumPy"])
+@pytest.mark.parametrize("purifier", [Detached(), OnArrays(), Rounded()], ids=["detached", "NumPy", "zero"])
 def test_purifier_without_a_gradient_is_attacked_by_all_and_its_row_says_so(
-    net: ImageClassifier, purifier: Detached | OnArrays
+    net: ImageClassifier, purifier: Detached | OnArrays | Rounded
 ) -> None:
     report = quick(net, purifier, n=4, attacks="autoattack,batchmate,defended-autoattack")
     found = report.records[1]["results"]

@@ -173,6 +173,7 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
         (["classifier", "--labelled", "0"], "labelled=0"),
         (["classifier", "--weight-perturbation", "-1"], "weight_perturbation=-1"),
         (["classifier", "--self-adaptive-momentum", "2"], "self_adaptive_momentum=2"),
+        (["classifier", "--method", "n-fgsm", "--qub", "--self-adaptive-from", "2"], "qub=True"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

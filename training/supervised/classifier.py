@@ -65,6 +65,8 @@ class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
                 f"labelled={self.labelled}, self_supervised_weight={self.self_supervised_weight}, "
                 f"weight_perturbation={self.weight_perturbation}: out of range"
             )
+        if self.qub and self.self_adaptive_from is not None:
+            raise ConfigError("qub=True bounds a mean of cross-entropies, which self-adaptive targets weight: not both")
         if self.false_negatives != "keep" and not self.self_supervised_weight:
             raise ConfigError(
                 f"false_negatives={self.false_negatives!r}: only S4L has negatives; set --self-supervised-weight"
