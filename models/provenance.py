@@ -9,7 +9,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-RECORDED = ("torch", "torchvision", "numpy", "pillow", "safetensors", "robustbench", "pyautoattack")
+RECORDED = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "robustbench",
+    "pyautoattack",
+    "timm",
+    "kornia",
+    "imagecorruptions-imaug",
+    "adversarial-robustness-toolbox",
+)
 
 
 def versions() -> dict[str, str]:

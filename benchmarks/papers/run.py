@@ -37,6 +37,8 @@ MADE = {"generator": "generator"}  # the folder that a command writes, where it 
 UNTOLD = ("data", "transfer_data", "imported", "runs", "arm")  # which are places, or told otherwise
 SCRIPT = "benchmarks/papers/run.py"
 
+MEASURING = threading.Lock()  # torch's generator is the whole process's, and so is what the harness watches
+
 
 @dataclass(frozen=True, kw_only=True)
 class PapersConfig:
@@ -176,8 +178,9 @@ class Campaign:
             SCALES[self.config.scale],
             torch.device(self.config.device),
         )
-        started = time.perf_counter()
-        figures = {measure: MEASURES[measure](subject) for measure in arm.measures}
+        with MEASURING:
+            started = time.perf_counter()
+            figures = {measure: MEASURES[measure](subject) for measure in arm.measures}
         self._record(
             name,
             seed,

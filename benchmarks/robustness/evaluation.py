@@ -217,7 +217,7 @@ class Evaluation:
         if self.randomised:
             points = [hardest(seen), *(seen[fresh].points for fresh in FRESH_ATTACKS if fresh in seen)]
             compute = partial(self._resubmitted, scene, [x.to(self.device) for x in points])
-            over = {"over": digest_of_tensors(*points)}
+            over = {"over": digest_of_tensors(*points), "draws": RESUBMISSIONS, "first": FRESH // 2}
             yield RESUBMITTED, self._get(RESUBMITTED, number, scene, compute, over)
 
     def _attacked(

@@ -26,7 +26,7 @@ from unperturb.models.purifiers.defended import DefendedClassifier
 # What attacks import of these is the defense, which has a digest of its own.
 OTHERS = ("unperturb.models.purifiers", "unperturb.models.checkpoints")
 DEFENSE_PACKAGES = (*OTHERS, "unperturb.models.networks")
-JUDGE = "unperturb.benchmarks.robustness.judging"
+JUDGES = ("unperturb.benchmarks.robustness.judging", "unperturb.benchmarks.robustness.attacks.scene")
 LIBRARIES = ("torch", "torchvision", "timm")
 # What a purifier could offer and does not; the other needs are those of another kind of defense.
 REASONS: dict[Need | None, str] = {
@@ -48,7 +48,7 @@ class Identity:
             "classifier_code": code_digest(_modules_of(defended.classifier.modules()), without=OTHERS),
             "defense": fingerprint((defended.purifier, defended.vote), without=(defended.classifier, classifier)),
             "defense_code": code_digest(modules_of_defense(defended)),
-            "defended_code": code_digest([type(defended).__module__, JUDGE], without=(PROJECT,)),
+            "defended_code": code_digest([type(defended).__module__, *JUDGES], without=(PROJECT,)),
         }
         self._generator = None if generator is None else fingerprint(generator)
         self._attacks = {  # now: a file that is edited during the run is not what runs
