@@ -13,7 +13,7 @@ export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=1073741824:g
 train() { # NAME DATA EPOCHS, then options
   local name=$1 data=$2 epochs=$3
   shift 3
-  test -f "$runs/$name/checkpoint/card.json" && grep -q pgd_accuracy "$runs/$name/checkpoint/card.json" && return
+  test -f "$runs/$name/checkpoint/card.json" && grep -q '"pgd_accuracy"' "$runs/$name/checkpoint/card.json" && return
   local unfinished=training/unfinished/$name begun=$runs/$name.begun
   if ! test -f "$runs/$name/state.pt" && test -f "$unfinished/ema.safetensors"; then
     echo "--resume-from $unfinished/ema.safetensors --epoch $(sed -n '$s/^{"epoch": \([0-9]*\).*/\1/p' "$unfinished/log.jsonl")" > "$begun"
