@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The classifiers that are to ship beside `default`, `small` and `cifar10-natural`, one after another, each with its head,
-# restorer and gates; about eight hours on two cores:
-#   nohup nice training/queue.sh RUNS CIFAR10 CIFAR100 >> queue.log 2>&1 &
-# RUNS is a folder for the runs, the others image folders. A run that was ended goes on from its state; finished ones
+# The classifiers that are to ship beside the others, one after another, each with its head, restorer and gates; some
+# twelve hours on two cores:
+#   nohup nice training/queue.sh RUNS CIFAR10 >> queue.log 2>&1 &
+# RUNS is a folder for the runs, the other an image folder. A run that was ended goes on from its state; finished ones
 # are skipped. One without a state goes on from its averaged weights in training/unfinished, where there are some.
 # PYTHON chooses the interpreter.
 set -euo pipefail
-runs=$1 cifar10=$2 cifar100=$3
+runs=$1 cifar10=$2
 cd "$(dirname "$0")/.."
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296}
 
@@ -40,8 +40,6 @@ finish() { # NAME DATA: head, restorer and gates; what ships is $runs/$name-rest
 }
 
 mkdir -p "$runs"
-train cifar100 "$cifar100" 55 --width 0.5 --method n-fgsm # from the 40 epochs in unfinished, at the rate that 55 have there
-finish cifar100 "$cifar100"
 train cifar10-large "$cifar10" 30 --method n-fgsm
 finish cifar10-large "$cifar10"
 echo "$(date -u +%FT%TZ) done"

