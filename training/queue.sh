@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The classifiers that are to ship beside the others, one after another, each with its head, restorer and gates; some
-# twelve hours on two cores:
+# six hours on two cores:
 #   nohup nice training/queue.sh RUNS CIFAR10 >> queue.log 2>&1 &
 # RUNS is a folder for the runs, the other an image folder. A run that was ended goes on from its state; finished ones
 # are skipped. One without a state goes on from its averaged weights in training/unfinished, where there are some.
@@ -21,7 +21,7 @@ train() { # NAME DATA EPOCHS, then options
   test -f "$begun" && read -ra more < "$begun" && set -- "$@" "${more[@]}"
   echo "$(date -u +%FT%TZ) $name"
   "${PYTHON:-python3}" -m unperturb.training classifier --data "$data" --out "$runs/$name" --id "$name" --epochs "$epochs" \
-    --arch preact_resnet18 --activation silu --precision bfloat16 "$@" 2> "$runs/$name.err"
+    --precision bfloat16 "$@" 2> "$runs/$name.err"
 }
 
 finish() { # NAME DATA: head, restorer and gates; what ships is $runs/$name-restorer/checkpoint
@@ -40,6 +40,6 @@ finish() { # NAME DATA: head, restorer and gates; what ships is $runs/$name-rest
 }
 
 mkdir -p "$runs"
-train cifar10-large "$cifar10" 30 --method n-fgsm
+train cifar10-large "$cifar10" 12 --classifier default --widen 2 --method n-fgsm --lr 0.1 --warmup 0.1
 finish cifar10-large "$cifar10"
 echo "$(date -u +%FT%TZ) done"

@@ -34,6 +34,7 @@ from unperturb.training.supervised.base import SupervisedConfig, SupervisedTask,
 from unperturb.training.supervised.self_adaptive import AdaptiveTargets
 from unperturb.training.supervised.semi_supervised import SemiSupervisedTask
 from unperturb.training.supervised.weight_perturbation import at_worst_weights
+from unperturb.training.supervised.widening import widen
 from unperturb.training.world import World
 
 FRESH = ("arch", "width", "activation", "image_size", "pretrained")  # options that a checkpoint's card answers
@@ -44,6 +45,7 @@ class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
     """Train a classifier: natural, PGD, N-FGSM or TRADES."""
 
     classifier: str | None = option("checkpoint to go on from, of any classes, in place of a fresh network", None)
+    widen: int = option("factor on that checkpoint's channels, its logits kept (Net2Net); 1: as it is", 1)
     arch: str = option("architecture (see models/networks/registry.py)", "preact_resnet18")
     width: float = option("factor on preact_resnet18's channels", 1.0)
     activation: str = option("relu, silu, gelu, softplus, or native: as published", "native")
@@ -60,6 +62,8 @@ class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
         super().__post_init__()
         if self.classifier is not None:
             options.refuse_fresh(self, FRESH, self.classifier)
+        if self.widen < 1 or (self.widen > 1 and self.classifier is None):
+            raise ConfigError(f"widen={self.widen}: at least 1, and of a checkpoint: name it with --classifier")
         if not (0 < self.labelled <= 1 and self.self_supervised_weight >= 0 and self.weight_perturbation >= 0):
             raise ConfigError(
                 f"labelled={self.labelled}, self_supervised_weight={self.self_supervised_weight}, "
@@ -147,13 +151,16 @@ def _from_checkpoint(name: str, config: ClassifierConfig, here: World) -> Beginn
     base = store.load(name, device=here.device)
     dataset = data.load(config.data, base.card.pictures, cache=config.cache)
     torch.manual_seed(config.seed)
-    model, classes = base.classifier.requires_grad_(True), len(dataset.classes)
+    model, architecture = base.classifier.requires_grad_(True), base.card.architecture
+    if config.widen > 1:
+        model, architecture = widen(model, architecture, config.widen, seed=config.seed)
+    classes = len(dataset.classes)
     if base.card.classes != dataset.classes or base.card.readout.kind != "linear":
         attach(model, nn.Linear(model.feature_dim, classes).to(here.device))
         model.num_classes = classes
     card = Card(
         id=config.id,
-        architecture=replace(base.card.architecture, num_classes=classes),
+        architecture=replace(architecture, num_classes=classes),
         classes=dataset.classes,
         preprocessing=base.card.preprocessing,
         data={},
