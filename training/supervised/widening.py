@@ -48,7 +48,7 @@ def _weight(weight: Tensor, shape: torch.Size, draw: torch.Generator) -> Tensor:
     weight = weight.repeat(shape[0] // weight.shape[0], *[1] * (weight.ndim - 1))
     if weight.shape == shape:
         return weight
-    inputs, copies = weight.shape[1], shape[1] // weight.shape[1]
+    inputs, copies, rest = weight.shape[1], shape[1] // weight.shape[1], [1] * (weight.ndim - 2)
     noise = torch.randn(len(weight), copies, inputs, generator=draw) * copies**-0.5
-    shares = (1 / copies + noise - noise.mean(1, keepdim=True)).flatten(1).to(weight.device)
-    return weight.repeat(1, copies, *[1] * (weight.ndim - 2)) * shares.view(*shares.shape, *[1] * (weight.ndim - 2))
+    shares: Tensor = (1 / copies + noise - noise.mean(1, keepdim=True)).flatten(1).to(weight.device)
+    return weight.repeat(1, copies, *rest) * shares.view(*shares.shape, *rest)
