@@ -28,7 +28,7 @@ def main(given: argparse.Namespace) -> None:
     bank = ("--batch-size", "32", "--bank-size", given.bank_size)
     unperturb("train", "head", "--classifier", model, *data, *bank, "--epochs", given.epochs, "--out", head)
     trained = ("--checkpoint", head / "checkpoint", *data, "--batch-size", "16")
-    unperturb("train", "restorer", *trained, "--epochs", max(1, given.epochs // 2), "--out", restorer)
+    unperturb("train", "restorer", *trained, "--epochs", max(1, given.epochs * 2 // 5), "--out", restorer)
     unperturb("classify", given.picture, "--checkpoint", restorer / "checkpoint", "--device", "cpu")
     measured = ("--images", given.images, "--device", "cpu", "--out", given.out / "assessment", "--write-card")
     unperturb("assess", restorer / "checkpoint", "--data", given.data, *measured)
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     for name in ("weights", "classes", "data", "picture", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--epochs", type=int, default=8, help="for the head; half of them for the restorer")
+    parser.add_argument("--epochs", type=int, default=10, help="for the head; two fifths of them for the restorer")
     parser.add_argument("--held-out", type=int, default=60, help="photographs that choose the epoch")
     parser.add_argument("--bank-size", type=int, default=500, help="photographs that images are compared with")
     parser.add_argument("--images", type=int, default=70, help="test photographs to assess on")

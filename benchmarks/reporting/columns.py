@@ -108,7 +108,8 @@ def _threat(row: Row) -> Cell:
 
 def _milliseconds(row: Row) -> Cell:
     value = row.ms_per_image
-    return Cell("") if value is None else Cell(f"{value:.2f}", key=value)
+    beside = "" if row.times is None else f"({row.times:.1f})"
+    return Cell("") if value is None else Cell(f"{value:.2f}", beside, value)
 
 
 def with_minus(text: str, minus: str) -> str:
@@ -157,7 +158,7 @@ TRANSFER = Column("transfer, %", lambda row: percent(row.transfer))
 DRAWS = Column("mean / worst of draws, %", _draws)
 ATTACKS = Column("attacks", lambda row: Cell(str(row.attacks or ""), key=row.attacks))
 BUDGET = Column("budget", lambda row: Cell(row.budget, key=row.budget), number=False)
-TIME = Column("ms per image", _milliseconds)
+TIME = Column("ms per image (times bare)", _milliseconds)
 SOURCE = Column("source", _source, number=False)
 THREAT = Column("threat", _threat, number=False)
 BEHIND = Column("behind the purifier, % (95%)", WORST.cell)

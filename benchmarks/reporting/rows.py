@@ -60,6 +60,7 @@ class Row:
     static:    AutoAttack on the classifier alone; a published row's `worst` may be a lower figure of others
     weaker:    why the attacks were less than a judge's, so that the gain is at most this
     attacks:   how many the worst case is over, without the control
+    times:     the time of an image, in those of the bare classifier
     """
 
     group: Group
@@ -84,6 +85,7 @@ class Row:
     attacks: int = 0
     budget: str = ""
     ms_per_image: float | None = None
+    times: float | None = None
     signs: Signs | None = None
     warnings: tuple[str, ...] = ()
     could_not_run: tuple[tuple[str, str], ...] = ()
@@ -214,6 +216,7 @@ def measured_row(run: dict[str, Any]) -> Row:
         attacks=len([name for name in over if name not in ("clean", "noise")]),
         budget="" if averaged else found["budget"]["name"],
         ms_per_image=found["timings"].get("ms_per_image", {}).get("defended"),
+        times=found["timings"].get("ms_per_image", {}).get("times_the_classifier"),
         signs=_signs(figures.get("signs"), figures["clean"]["n"]),
         warnings=tuple(figures.get("signs", {}).get("warnings", ())),
         could_not_run=tuple(found.get("could_not_run", {}).items()),

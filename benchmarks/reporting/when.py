@@ -44,6 +44,12 @@ def when_table(
     others |= {(QUERIES, row.model, row.purifier): row for row in map(measured_row, queried)}
 
     unjudged = {key: one for record in purified for key, one in _unjudged(record, attacked).items()}
+    unknown_pgd = {
+        (record["results"]["checkpoint"]["id"], _purifier(preset)): figures["attacked"]
+        for record in purified
+        for preset, figures in record["results"]["accuracy"].items()
+        if preset in PRESETS
+    }
     lines = {key: row for key, (_, row) in attacked.items()}
     for model, purifier in unjudged:
         if bare := next((row for _, row in rows if row.model == model), None):
@@ -56,10 +62,14 @@ def when_table(
         return c.Cell(f"preset `{preset or 'default'}`" if purifier == DEFAULT else f"`{row.purifier}`")
 
     def unknowing(row: Row) -> c.Cell:
-        if one := unjudged.get((row.model, row.purifier)):
-            return c.Cell(f"{_gained(one.cells['attacked']).whole}, PGD-20 alone")
+        if (row.model, row.purifier) in unjudged:
+            return NOT_RUN
         gained = transfer_gain(attacked[row.model, row.purifier][0])
         return c.points(gained["mean"], tuple(gained["interval"])) if gained else NOT_RUN
+
+    def by_pgd(row: Row) -> c.Cell:
+        found = unknown_pgd.get((row.model, row.purifier))
+        return _gained(found) if found else NOT_RUN
 
     def knowing(row: Row) -> c.Cell:
         return NOT_RUN if (row.model, row.purifier) in unjudged else c.GAIN.cell(row)
@@ -87,7 +97,8 @@ def when_table(
     columns = (
         *([c.Column("before", lambda row: c.Cell(f"`{row.model}`"), number=False)] if several else []),
         c.Column("purifier", name, number=False),
-        c.Column("attacker does not know of it", unknowing),
+        c.Column("does not know of it, PGD-20", by_pgd),
+        c.Column("does not know of it, AutoAttack", unknowing),
         c.Column("sends queries alone", under(QUERIES)),
         c.Column("knows everything", knowing),
         c.Column("15 corruptions" + ", generated" * generated, under("corruptions")),
@@ -106,12 +117,17 @@ def _unjudged(record: dict[str, Any], attacked: Container[tuple[str, str]]) -> d
     if (model, DEFAULT) not in attacked:
         return {}
     ms = found["time"]["ms_per_image"]
-    names = {preset: VOTE if preset == VOTE else f"{DEFAULT}:{preset}" for preset in PRESETS if preset != "default"}
+    names = {preset: _purifier(preset) for preset in PRESETS if preset != "default"}
     return {
         (model, name): Unjudged(found["accuracy"][preset], ms[preset] / ms["classifier"])
         for preset, name in names.items()
         if preset in found["accuracy"] and (model, name) not in attacked
     }
+
+
+def _purifier(preset: str) -> str:
+    """Return the harness's name of a preset."""
+    return preset if preset == VOTE else DEFAULT if preset == "default" else f"{DEFAULT}:{preset}"
 
 
 def _gained(cell: dict[str, Any]) -> c.Cell:

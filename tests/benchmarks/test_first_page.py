@@ -53,7 +53,7 @@ def test_headline_is_the_paired_gain_of_the_default_and_says_that_it_makes_thing
     assert "the worst of 3 attacks, budget `fast`" in known
     assert "50.0% of the images withstand without it, 30.0% with it" in known
     assert "**+10.0 (+8.3 to +11.7) points**" in unknown  # 720 withstand AutoAttack's images, 600 do without it
-    assert clean.startswith("- On **clean** images: -5.0 (-")
+    assert clean.startswith("- Preset `default` on **clean** images: -5.0 (-")
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,13 @@ def test_headline_says_no_worse_where_the_interval_is_not_below_0(outcomes: Outc
 
 def test_headline_has_the_vote_where_it_was_run() -> None:
     vote = lines_of(record(KNOWN, BARE), record(HELPED, BARE, purifier="vote:views=8"))[1]
-    assert vote.startswith("- The vote alone (`vote:views=8`), likewise: **+10.0 (+")
+    assert vote.startswith("- The vote alone (`vote:views=8`), likewise (the worst of 3): **+10.0 (+")
     assert "n = 1,200; it helps" in vote
-    assert "Over the vote `default`, which was attacked with less, gains -30.0 (" in vote
+    assert "Over the vote `default` gains -30.0 (" in vote
+    weaker = record(KNOWN, BARE)
+    weaker["results"]["figures"]["weaker"] = ["too little"]
+    beside = lines_of(weaker, record(HELPED, BARE, purifier="vote:views=8"))[1]
+    assert "Over the vote `default` gains ≤ -30.0 (to -" in beside
     assert not any("vote" in line for line in lines_of(record(KNOWN, BARE)))
 
 
@@ -107,7 +111,7 @@ def test_table_of_what_helps_when_has_every_purifier_and_says_what_was_not_run()
     assert [row[0] for row in rows] == ["preset `default`", "preset `published`", "`vote`"]
     default, published, vote = (dict(zip(head, row, strict=True)) for row in rows)
     assert default["knows everything"].startswith("-20.0 (")
-    assert default["attacker does not know of it"].startswith("+10.0 (")
+    assert default["does not know of it, AutoAttack"].startswith("+10.0 (")
     assert default["15 corruptions, generated"].startswith("+50.0 (")
     assert default["clean images"].startswith("-5.0 (")
     assert default["n"] == "1,200"
@@ -173,7 +177,7 @@ def test_every_place_of_the_pages_is_filled_from_the_shipped_checkpoints_runs(
     assert list(dict.fromkeys(before for before, *_ in lines)) == [f"| `{shipped}`", f"| `{natural}`"]
     named = [name for _, name, *_ in lines[:-1]]  # those that were not judged have what purification.py measured
     assert named == ["preset `default`", "`vote`", "preset `transfer`", "preset `published`"]
-    assert all("PGD-20 alone" in unknowing for _, _, unknowing, *_ in lines[1:-1])
+    assert all(pgd[0] in "+-" and unknowing == "not run" for _, _, pgd, unknowing, *_ in lines[1:-1])
     assert made["headline"] == headline([runs["none"], runs["default"]])
     assert made["robustness"] == robustness_table([runs["none"], runs["default"]])
     assert made["threats"].count("`reverse-attack` |") == 2
