@@ -36,9 +36,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the checkout's commit, "+changes" added where tracked files (but results) differ; None outside one."""
+    """Return the checkout's commit, "+changes" added where tracked files (but results) differ.
+
+    None where this file is of no checkout: installed, it may lie within somebody else's.
+    """
     folder = Path(__file__).resolve().parent
     try:
+        own = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(own, cwd=folder, capture_output=True, check=True)
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True
         ).stdout.strip()

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from unperturb.models.pixels import Preprocessing, opened, to_rgb, to_size
 from unperturb.models.shapes import Int, UInt8
 from unperturb.training.options import RunConfig
 
+DECODING = 2  # raised where the same file becomes other pixels: what was decoded before is then not taken
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 
 
@@ -119,24 +120,39 @@ def training_images(train: Split, config: RunConfig) -> tuple[Split, Split]:
     return Split(kept.images[order], kept.labels[order]), held
 
 
-def training_images_for(card: Card, dataset: DataSet, config: RunConfig) -> tuple[Split, Split]:
-    """`training_images` of a part to be put before or behind a classifier; says how many of those held back that knows.
+def training_images_for(card: Card | None, dataset: DataSet, config: RunConfig) -> tuple[Split, Split]:
+    """`training_images` of a run that begins with a checkpoint; says how many of those held back that was trained on.
 
     On them its accuracy, and what is chosen and measured by them, looks better than on new images.
     """
-    known, total = card.data, len(dataset.train.labels)
+    if card is None:
+        return training_images(dataset.train, config)
+    total = len(dataset.train.labels)
     held = set(_held(total, config.held_out, config.seed).tolist()) if 0 < config.held_out < total else set()
-    if known.get("sha256") == dataset.digest and "held_out_of_train" in known:
-        own = set(_held(total, known["held_out_of_train"], card.training["seed"]).tolist())
+    if pairs := list(_held_out_by(card.data, card.training, dataset.digest)):
+        own = set.intersection(*(set(_held(total, *pair).tolist()) for pair in pairs))
         if seen := len(held - own):
+            new = ", and ".join(f"held_out={count}, seed={seed}" for count, seed in pairs)
             print(
                 f"held_out={config.held_out}, seed={config.seed}: {card.id!r} was trained on {seen} of these images; "
-                f"held_out={known['held_out_of_train']}, seed={card.training['seed']} are new to it",
+                f"{new} are new to it",
                 file=sys.stderr,
             )
-    elif "sha256" not in known:
+    elif "sha256" not in card.data:
         print(f"whether {card.id!r} was trained on the images that are held back is not known", file=sys.stderr)
     return training_images(dataset.train, config)
+
+
+def _held_out_by(known: dict[str, Any], training: dict[str, Any], digest: str) -> Iterator[tuple[int, int]]:
+    """Yield how many images a training on these held out, and by what seed; then the same of those before it.
+
+    known, training: `data` and `training` of a card
+    """
+    if known.get("sha256") == digest and "held_out_of_train" in known:
+        yield known["held_out_of_train"], training["seed"]
+    for before in ("classifier", "encoder"):
+        if f"{before}_data" in training:
+            yield from _held_out_by(training[f"{before}_data"], training[f"{before}_training"], digest)
 
 
 def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, cache: Path) -> Split:
@@ -157,13 +173,13 @@ def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, c
     said = f"{_shown(folder)}: {len(files):,} images of {len(classes)} classes{'; left out: ' * bool(why)}{why}"
     print(said, file=sys.stderr)
     labels = torch.tensor([label for _, label, _ in files])
-    key = hashlib.sha256(os.fsencode(folder.resolve()) + f" {how}".encode())
-    for name, _, path in files:
+    key = hashlib.sha256(os.fsencode(folder.resolve()) + f" {how} {DECODING}".encode())
+    for name, label, path in files:
         try:
             stat = path.stat()
         except OSError as error:
             raise DataError(f"{_shown(path)} cannot be read: {error.strerror}; repair or remove it") from error
-        key.update(os.fsencode(name) + f" {stat.st_size} {stat.st_mtime_ns}".encode())
+        key.update(os.fsencode(f"{classes[label]}/{name}") + f" {stat.st_size} {stat.st_mtime_ns}".encode())
     array_file = cache / f"{folder.name}-{key.hexdigest()[:32]}.npy"
     if not array_file.exists():
         _decode_all([path for *_, path in files], array_file, how)
@@ -309,7 +325,7 @@ def kept_back(dataset: DataSet, card: Card) -> Split:
         or head.get("data_sha256", dataset.digest) != dataset.digest
     ):
         raise ConfigError(f"{card.id!r} was trained on other images than {dataset.name} has")
-    pairs = [(known["held_out_of_train"], card.training["seed"])] if "held_out_of_train" in known else []
+    pairs = list(_held_out_by({"sha256": dataset.digest, **known}, card.training, dataset.digest))
     pairs += [(head["held_out"], head["seed"])] if head else []
     if not pairs or ("held_out_of_train" not in known and known):
         raise ConfigError(f"the card of {card.id!r} does not say which training images were held out")

@@ -124,13 +124,15 @@ class _Run:
         if self.config.resume and (self.config.out / STATE).exists():
             self._load(STATE)
         elif self.config.resume_from is not None:
-            state.take_over(self.config.resume_from, (self.task.model, self.average.module))
+            model = self.task.model
+            copies = [part for part in self.task.memory.modules() if type(part) is type(model)]  # that move after it
+            state.take_over(self.config.resume_from, (model, self.average.module, *copies))
             self.average.n_averaged.fill_(1)  # or the first step would put the model in the average's place
             self.progress.epoch = self.config.epoch
 
     def save(self, name: str) -> None:
         """Write a state of the run to its folder."""
-        state.save(self.config.out / name, self.comparable, self.parts, self.progress)
+        state.save(self.config.out / name, self.comparable, self.parts, self.progress, self.world.device)
 
     def _load(self, name: str) -> None:
         self.progress = state.load(self.config.out / name, self.comparable, self.parts, self.world.device)
@@ -139,18 +141,17 @@ class _Run:
         """Take one whole step and undo its effects: memory that is too small shows now, not in epoch 7."""
         task, local = self.task, self.config.batch_size // self.world.size
         kept = (*task.model.buffers(), *task.memory.buffers(), *task.memory.parameters())
-        before, random = [(value, value.detach().clone()) for value in kept], torch.get_rng_state()
+        before, device = [(value, value.detach().clone()) for value in kept], self.world.device
         try:
-            with autocast(self.config, self.world.device):
-                loss, _ = task.loss(torch.arange(local, device=self.world.device), 0, 0)
-            loss.backward()
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast(self.config, device):
+                loss, _ = task.loss(torch.arange(local, device=device), 0, 0)
+                loss.backward()
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"batch_size={self.config.batch_size} does not fit into the memory of {self.world.device}; "
                 "use a smaller one"
             ) from error
         task.model.zero_grad(set_to_none=True)
-        torch.set_rng_state(random)
         for tensor, value in before:
             tensor.detach().copy_(value)
 
@@ -207,6 +208,10 @@ class _Run:
 
     def _average(self, averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         """Move the average towards the weights: its decay grows to `ema`, so that a short run's is of its end."""
+        if not averaged[0].is_floating_point():  # counters and indices have no mean
+            for own, value in zip(averaged, current, strict=True):
+                own.copy_(value)
+            return
         taken = self.progress.epoch * self.steps + self.progress.step
         decay = min(self.config.ema, (1 + taken) / (10 + taken))
         get_ema_multi_avg_fn(decay)(averaged, current, count)

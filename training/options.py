@@ -10,7 +10,7 @@ import torch
 
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
-from unperturb.training import state
+from unperturb.training import seeds, state
 
 FILES = {"resume_from", "data", "checkpoint", "classifier", "encoder", "start"}  # what lies there counts, not where
 PLACE_ONLY = {"out", "device", "resume", "cache", "save_every_s", *FILES}  # may differ when a run is resumed
@@ -47,6 +47,8 @@ class RunConfig:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.seed < seeds.SEEDS:
+            raise ConfigError(f"seed={self.seed} must be from 0 to {seeds.SEEDS - 1}")
         if not (self.lr > 0 and self.weight_decay >= 0 and 0 <= self.momentum < 1):
             raise ConfigError(f"lr={self.lr}, weight_decay={self.weight_decay}, momentum={self.momentum}: out of range")
         if self.images < 0:

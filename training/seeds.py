@@ -6,6 +6,7 @@ from torch import Tensor
 from unperturb.models.shapes import Int
 
 EPOCHS = 1000  # of one seed, before the next seed's begin
+SEEDS = 2_000_000  # a run's seed is below; more would not leave 32 bits of 63 for the images
 
 
 def order(images: int, *, seed: int, epoch: int, attempt: int = 0) -> Int[Tensor, " images"]:

@@ -21,7 +21,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
 
 STATE, BEST, AVERAGED = "state.pt", "best.pt", "ema.safetensors"
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Progress:
     best: dict[str, Any] | None = None
 
 
-def save(file: Path, config: dict[str, Any], parts: dict[str, Any], progress: Progress) -> None:
+def save(file: Path, config: dict[str, Any], parts: dict[str, Any], progress: Progress, device: torch.device) -> None:
     """Write a state whole: a crash leaves the old one or the new one."""
     content = {
         "format": FORMAT,
@@ -47,6 +47,7 @@ def save(file: Path, config: dict[str, Any], parts: dict[str, Any], progress: Pr
         "parts": {name: part.state_dict() for name, part in parts.items()},
         "progress": vars(progress),
         "random": torch.get_rng_state(),
+        "random_of_device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -67,9 +68,14 @@ def load(file: Path, config: dict[str, Any], parts: dict[str, Any], device: torc
     theirs = content["config"]
     if differing := sorted(k for k in config.keys() | theirs.keys() if config.get(k) != theirs.get(k)):
         raise ConfigError(f"{file} is of a run with other {', '.join(differing)}; {remedy}")
-    for name, part in parts.items():
-        part.load_state_dict(content["parts"][name])
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(content["parts"][name])
+    except RuntimeError as error:  # it names the keys and shapes
+        raise ConfigError(f"{file} does not fit what is trained ({error}); {remedy}") from error
     torch.set_rng_state(content["random"])
+    if device.type == "cuda" and content["random_of_device"] is not None:
+        torch.cuda.set_rng_state(content["random_of_device"], device)
     progress = Progress(**content["progress"])
     progress.sums = {name: value.to(device) for name, value in progress.sums.items()}
     return progress
@@ -77,10 +83,10 @@ def load(file: Path, config: dict[str, Any], parts: dict[str, Any], device: torc
 
 def export(file: Path, model: nn.Module, *, epoch: int) -> None:
     """Write averaged weights as float16, with the number of epochs behind them."""
-    tensors = {
-        name: (value.half() if value.is_floating_point() else value).contiguous()
-        for name, value in model.state_dict().items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        half = value.half() if value.is_floating_point() else value
+        tensors[name] = (half if bool(half.isfinite().all()) else value).contiguous()  # some are beyond float16's range
     write_whole(file, save_tensors(tensors, metadata={"epoch": str(epoch)}))
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from unperturb.models.errors import ConfigError
+from unperturb.models.devices import opened_device
 
 
 class World(NamedTuple):
@@ -20,13 +20,14 @@ class World(NamedTuple):
 
 
 def join(device: str) -> World:
-    """Join torchrun's process group where its variables are set; `device` is cpu, cuda or cuda:N."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"device={device!r}, but torch finds no CUDA device here; use --device cpu")
+    """Join torchrun's process group where its variables are set; `device` is cpu, cuda or cuda:N.
+
+    Raises ConfigError for a device that is not there.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(0, 1, torch.device(device))
-    chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.startswith("cuda") else torch.device("cpu")
+        return World(0, 1, opened_device(device))
+    chosen = opened_device(f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else "cpu")
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")

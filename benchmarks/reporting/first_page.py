@@ -55,12 +55,13 @@ def headline(runs: list[dict[str, Any]]) -> str:
         gained = c.GAIN.cell(vote).whole
         lines.append(
             f"- The vote alone (`{vote.purifier}`), likewise (the worst of {vote.attacks}): **{gained} points**, "
-            f"n = {c.COUNT.cell(vote).text}; {VERDICTS[tone(vote)]}.{_beside_the_vote(run, vote_run, weaker=row.gain_at_most)}"
+            f"n = {c.COUNT.cell(vote).text}; {VERDICTS[tone(vote)]}."
+            + _beside_the_vote(run, vote_run, weaker=row.gain_at_most)
         )
     if transferred := transfer_gain(run):
         lines.append(
-            "- Preset `default`, the attacker **does not know** it (AutoAttack's images of the bare classifier, and the "
-            f"same moved on to where that is wrong by most): **{points(transferred)} points**, "
+            "- Preset `default`, the attacker **does not know** it (AutoAttack's images of the bare classifier, and "
+            f"the same moved on to where that is wrong by most): **{points(transferred)} points**, "
             f"n = {c.COUNT.cell(row).text}."
         )
     clean = c.points(row.clean_gain, row.clean_gain_interval).whole

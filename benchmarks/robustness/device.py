@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from unperturb.models.errors import ConfigError
+from unperturb.models.devices import opened_device
 from unperturb.models.memory import keep_freed_memory
 
 
@@ -15,16 +15,10 @@ def open_device(name: str) -> torch.device:
     """
     if name.startswith("cuda") and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device={name!r} is not on this machine ({reason}); --device cpu always is") from error
+    device = opened_device(name)
     if device.type == "cpu":
         keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     return device

@@ -63,6 +63,11 @@ class Card:
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def weights(self) -> str:
+        """Return what tells its weights from others: their digest, or the id where there is none (RobustBench's)."""
+        return self.weights_sha256 or self.id
+
+    @property
     def pictures(self) -> Preprocessing:
         """Return how a picture becomes the pixels that the classifier takes."""
         return self.preprocessing or Preprocessing(size=self.architecture.image_size)

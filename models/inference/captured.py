@@ -32,7 +32,7 @@ class CapturedStep:
 
     size: images at most; fewer are filled up with black ones, whose results nobody sees
     compiled: fuse the step's kernels by torch's compiler, for which `check_compiler` looks (some ten seconds)
-    pool: memory that graphs share which are never replayed at the same time
+    pool: memory that graphs share which are never replayed at the same time, all captured on one `stream`
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class CapturedStep:
         compiled: bool = False,
         backend: str = "inductor",
         pool: "_POOL_HANDLE | None" = None,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         side = classifier.image_size
         with torch.inference_mode(False):
@@ -61,7 +62,7 @@ class CapturedStep:
             return after.x, after.velocity, after.losses
 
         self._step: Function = _compiled(step, self._state, backend) if compiled else step
-        self._graph = self._captured(pool) if device.type == "cuda" else None
+        self._graph = self._captured(pool, stream) if device.type == "cuda" else None
 
     def load(self, slots: Slots) -> None:
         """Take the images' state; whatever was here before is gone. At most `size` of them."""
@@ -96,16 +97,17 @@ class CapturedStep:
             self._losses.copy_(losses)
             self._state.steps.add_(1)
 
-    def _captured(self, pool: "_POOL_HANDLE | None") -> torch.cuda.CUDAGraph:
+    def _captured(self, pool: "_POOL_HANDLE | None", stream: torch.cuda.Stream | None) -> torch.cuda.CUDAGraph:
+        """Return the graph of a step, captured on a stream of this device: torch's own is of another."""
         with torch.cuda.device(self.device):
-            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream, current = stream or torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     self._advance()
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
                 self._advance()
         return graph
 
@@ -122,6 +124,7 @@ class Stepper:
         self.classifier, self.device, self.execution = classifier, device, execution
         self._made: dict[tuple[Stage, int], CapturedStep] = {}
         self._pool: _POOL_HANDLE | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     @property
     def together(self) -> bool:
@@ -189,7 +192,7 @@ class Stepper:
         """Return the graph of a stage for so many images."""
         if (stage, size) not in self._made:
             if self._pool is None and self.device.type == "cuda":
-                self._pool = torch.cuda.graph_pool_handle()
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
             self._made[stage, size] = CapturedStep(
                 self.classifier,
                 stage,
@@ -197,6 +200,7 @@ class Stepper:
                 device=self.device,
                 compiled=self.execution == "compiled",
                 pool=self._pool,
+                stream=self._stream,
             )
         return self._made[stage, size]
 

@@ -125,15 +125,17 @@ def operator(name: str) -> Callable[..., Any]:
 
 def _parsed(written: list[Any], *, kept: set[str]) -> list[Call]:
     """Return the calls; ConfigError for an operator or value that is none, or a name that nothing has before."""
+    staying = {*kept}  # and what may be a view of it
     calls, known, last_use = [], {IMAGES, *kept}, dict[str, int]()
     for number, (name, results, arguments) in enumerate(written):
         used = set(_names(list(arguments.values())))
         own = str(arguments.get("self"))[1:]
-        if "out" in arguments or (_in_place(name) and own in kept):
+        if "out" in arguments or (_in_place(name) and own in staying):
             raise ConfigError(f"calls: {name} writes over what is to stay, {own!r}")
         if unknown := used - known:
             raise ConfigError(f"calls: {name} uses {sorted(unknown)[0]!r}, which nothing before it has made")
-        operator(name)
+        if own in staying and _may_alias(operator(name)):
+            staying.update(str(one) for one in results)
         if name in RESHAPED:
             arguments = {"shape" if key == "size" else key: one for key, one in arguments.items()}
         calls.append(Call(name, arguments, [str(one) for one in results], []))
@@ -143,6 +145,12 @@ def _parsed(written: list[Any], *, kept: set[str]) -> list[Call]:
         if name not in kept:
             calls[number].dead.append(name)
     return calls
+
+
+def _may_alias(called: Callable[..., Any]) -> bool:
+    """Return whether an operator's result may share memory with what it is given, by its schema."""
+    schema = getattr(called, "_schema", None)
+    return schema is not None and any(one.alias_info is not None for one in schema.returns)
 
 
 def _in_place(name: str) -> bool:

@@ -19,6 +19,7 @@ import torch
 
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.devices import opened_device
 from unperturb.models.errors import CheckpointError
 from unperturb.models.inference.captured import Execution
 from unperturb.models.inference.folding import prepared
@@ -66,7 +67,7 @@ def work(server: Connection, config: WorkerConfig) -> None:
 
 class _Worker:
     def __init__(self, server: Connection, config: WorkerConfig) -> None:
-        self.server, self.config, self.device = server, config, torch.device(config.device)
+        self.server, self.config, self.device = server, config, opened_device(config.device)
         self.batches: dict[int, ContinuousBatch] = {}
         self.costs: dict[int, Cost] = {}
         self.loading: deque[tuple[int, Iterator[int]]] = deque()  # of each the pieces of its warm-up

@@ -281,6 +281,22 @@ def test_altered_card_can_call_nothing_but_operators_on_tensors(tmp_path: Path, 
         store.load(tmp_path / "made")
 
 
+def test_weights_are_not_written_over_through_a_view(tmp_path: Path) -> None:
+    saved(tmp_path / "her.pt2", convolutions())
+    store.save(tmp_path / "made", imported(tmp_path / "her.pt2"), half=False)
+    card = json.loads((tmp_path / "made" / store.CARD).read_text())
+    size = card["architecture"]["options"]["tensors"][0].split()[2:]
+    calls = [
+        ["view.default", ["v"], {"self": "%p_0_weight", "size": [int(side) for side in size]}],
+        ["detach.default", ["w"], {"self": "%v"}],
+        ["relu_.default", ["y"], {"self": "%w"}],
+    ]
+    card["architecture"]["options"]["calls"][:0] = [json.dumps(call) for call in calls]
+    (tmp_path / "made" / store.CARD).write_text(json.dumps(card))
+    with pytest.raises(CheckpointError, match="writes over what is to stay"):
+        store.load(tmp_path / "made")
+
+
 def test_altered_weights_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "her.pt2", convolutions())
     store.save(tmp_path / "made", imported(tmp_path / "her.pt2"), half=False)

@@ -25,6 +25,12 @@ def test_commit_tells_changed_code_but_not_new_results(tmp_path: Path, monkeypat
     clean = provenance.commit()
     assert clean is not None
     assert len(clean) == 40
+    installed = tmp_path / ".venv" / "provenance.py"  # within a checkout of something else
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(provenance, "__file__", str(installed))
+    assert provenance.commit() is None
+    monkeypatch.setattr(provenance, "__file__", str(code))
     figures.write_text("2\n")
     assert provenance.commit() == clean
     code.write_text("2\n")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import CLASSES, make_checkpoint
+from tests.models.test_exported import convolutions, imported, saved
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.importing.imported import ImportConfig, import_classifier
 from unperturb.models.networks.imported import ALLOW
@@ -59,6 +60,15 @@ def test_imported_network_learns_other_classes_from_its_own_pictures(
     kernels = [name for name, value in base.classifier.named_parameters() if value.ndim == 4]
     assert kernels
     assert not [name for name in kernels if torch.equal(before[name].half().float(), after[name])]
+
+
+def test_exported_network_is_not_trained_in_part(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its weights stand among its program's constants: training would reach the last layer alone."""
+    store.save(tmp_path / "base", imported(saved(tmp_path / "her.pt2", convolutions())))
+    assert main(arguments(tmp_path / "base", image_folder, tmp_path / "run", "--epochs", "1")) == 2
+    assert "is an exported network, which cannot be trained further" in capsys.readouterr().err
 
 
 def test_last_layer_is_new_for_other_classes_alone(image_folder: Path, tmp_path: Path) -> None:

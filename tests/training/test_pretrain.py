@@ -165,6 +165,8 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
         (["pretrain", "--temperature", "0"], "temperature=0"),
         (["pretrain", "--false-negative-share", "1"], "false_negative_share=1"),
         (["pretrain", "--encoder", "nowhere"], "nowhere"),
+        (["pretrain", "--encoder", "x", "--arch", "resnet50"], "arch='resnet50': of a fresh network"),
+        (["head", "--classifier", "default", "--held-out", "1"], "held_out=1 must be at least 2"),
         (["pretrain", "--images", "1000"], "images=1000"),
         (["pretrain", "--queue", "0"], "queue=0"),
         (["linear", "--encoder", "nowhere"], "nowhere"),
@@ -180,7 +182,7 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
 def test_bad_argument_is_refused_with_its_name(
     arguments: list[str], message: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = [] if arguments[0] == "knn" else ["--held-out", "9"]
+    held = [] if arguments[0] in ("knn", "head") else ["--held-out", "9"]
     more = ["--data", str(image_folder), "--out", str(tmp_path / "run"), "--device", "cpu", "--cache", str(tmp_path)]
     assert main([*arguments, *more, *held]) == 2
     assert message in capsys.readouterr().err

@@ -78,6 +78,11 @@ def test_attack_grows_with_the_run(
     for epoch in range(4):
         made.loss(torch.tensor([0]), epoch, 0)
     assert shares == [0.0, 0.5, 1.0, 1.0]
+    shares.clear()
+    made.steps = 8  # of four processes, each of which takes two: their numbers are of one count
+    for step in (0, 3, 4, 7):
+        made.loss(torch.tensor([0]), 1, step)
+    assert shares == [0.5, 0.5 + 3 / 16, 0.75, 0.5 + 7 / 16]
 
 
 @pytest.mark.parametrize("vote", [None, Vote()], ids=["image", "vote"])

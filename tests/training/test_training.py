@@ -1,5 +1,6 @@
 """The trainer from the command line, on a small image folder whose classes are colours."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -17,9 +18,10 @@ import torch
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store
+from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
-from unperturb.training import loop, world
+from unperturb.training import loop, state, world
 from unperturb.training.__main__ import COMMANDS, main
 from unperturb.training.log import LOG
 from unperturb.training.options import RunConfig, learning_rate
@@ -236,7 +238,15 @@ def test_two_processes_train_one_model(image_folder: Path, tmp_path: Path) -> No
         (["--method", "magic"], "magic"),
         (["--surprise", "1"], "--surprise"),
         (["--label-smoothing", "2"], "label_smoothing=2"),
-        (["--device", "cuda:99"], "cuda"),
+        (["--device", "cuda:99"], "device='cuda:99' is not on this machine"),
+        (["--device", "gpu"], "device='gpu' is not on this machine"),
+        (["--seed", "20240101"], "seed=20240101 must be from 0 to 1999999"),
+        (["--pad", "-2"], "pad=-2"),
+        (["--beta", "-6"], "beta=-6"),
+        (
+            ["--self-adaptive-from", "1", "--epochs", "9", "--resume-from", "x", "--epoch", "2"],
+            "not the targets that have moved",
+        ),
         (["--false-negatives", "top"], "set --self-supervised-weight"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -326,22 +336,42 @@ class Rising:
         return {}
 
 
+def rising(out: Path, **options: Any) -> RunConfig:
+    plain: dict[str, Any] = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.0, "held_out": 0}
+    return RunConfig(data="none", out=out, device="cpu", batch_size=2, lr=1.0, **plain, **options)
+
+
+def test_whole_numbers_of_a_network_are_not_averaged(tmp_path: Path) -> None:
+    task, places = Rising(), torch.arange(200)
+    task.model.register_buffer("places", places.clone())  # as swin_t has them
+    fitted = loop.fit(task, rising(tmp_path, epochs=20), world.join("cpu"), made_of={})
+    assert torch.equal(fitted.model.get_buffer("places"), places)
+
+
+def test_run_from_averaged_weights_gives_them_to_a_copy_that_follows(tmp_path: Path) -> None:
+    before = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(before.weight, 1e6)  # beyond float16
+    state.export(tmp_path / "ema.safetensors", before, epoch=1)
+    task = Rising()
+    task.memory = torch.nn.ModuleDict({"follower": copy.deepcopy(task.model)})
+    config = rising(tmp_path / "run", epochs=2, resume_from=tmp_path / "ema.safetensors", epoch=1)
+    fitted = loop.fit(task, config, world.join("cpu"), made_of={})
+    assert task.memory.get_parameter("follower.weight").item() == 1e6
+    assert fitted.model.get_parameter("weight").item() > 1e6
+
+
+def test_state_of_a_network_of_another_shape_is_refused(tmp_path: Path) -> None:
+    loop.fit(Rising(), rising(tmp_path, epochs=1), world.join("cpu"), made_of={})
+    other = Rising()
+    other.model = torch.nn.Linear(2, 1, bias=False)
+    with pytest.raises(ConfigError, match="does not fit what is trained"):
+        loop.fit(other, rising(tmp_path, epochs=1), world.join("cpu"), made_of={})
+
+
 def test_average_of_a_short_run_is_of_its_end_and_of_a_long_one_has_the_decay(tmp_path: Path) -> None:
     found = {}
     for epochs, ema in ((1, 0.995), (30, 0.9)):
-        config = RunConfig(
-            data="none",
-            out=tmp_path / str(epochs),
-            device="cpu",
-            epochs=epochs,
-            batch_size=2,
-            lr=1.0,
-            ema=ema,
-            schedule="constant",
-            momentum=0.0,
-            weight_decay=0.0,
-            held_out=0,
-        )
+        config = rising(tmp_path / str(epochs), epochs=epochs, ema=ema)
         fitted = loop.fit(Rising(), config, world.join("cpu"), made_of={})
         expected = 1.0  # what the first step leaves
         for step in range(1, 10 * epochs):

@@ -14,7 +14,7 @@ from unperturb.models.errors import DataError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.pixels import Preprocessing
 from unperturb.training.augment import pad_crop_flip
-from unperturb.training.data import at_once, hold_out, load, load_for, training_images_for
+from unperturb.training.data import at_once, hold_out, kept_back, load, load_for, training_images_for
 from unperturb.training.purifier.restorer import RestorerConfig
 
 
@@ -173,6 +173,45 @@ def test_new_part_says_which_held_out_images_the_classifier_was_trained_on(
         said = capsys.readouterr().err
         assert says in said
         assert bool(said) == bool(says)
+
+
+def test_images_that_an_earlier_training_saw_count_as_seen(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
+    known = {"sha256": dataset.digest, "held_out_of_train": 30}
+    first = {"seed": 1}
+    card = dataclasses.replace(
+        make_checkpoint().card,
+        data=known,
+        training={"seed": 0, "classifier_training": first, "classifier_data": known},
+        head_training={},
+    )
+    new = kept_back(dataset, card)
+    both = [hold_out(dataset.train, 30, seed=seed)[1] for seed in (0, 1)]
+    seen = [{image.numpy().tobytes() for image in split.images} for split in both]
+    assert {image.numpy().tobytes() for image in new.images} == seen[0] & seen[1]
+    assert 0 < len(new.labels) < 30
+    capsys.readouterr()
+    training_images_for(card, dataset, RestorerConfig(checkpoint="x", data="x", out=tmp_path, held_out=30, seed=0))
+    assert "held_out=30, seed=0, and held_out=30, seed=1 are new to it" in capsys.readouterr().err
+    training_images_for(None, dataset, RestorerConfig(checkpoint="x", data="x", out=tmp_path, held_out=30, seed=0))
+    assert not capsys.readouterr().err
+
+
+def test_renamed_class_folder_keeps_its_own_images(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for name, colour in (("a", (255, 0, 0)), ("b", (0, 255, 0))):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), colour).save(tmp_path / split / name / "0.bmp")
+            os.utime(tmp_path / split / name / "0.bmp", (0, 0))  # as an archive may have it
+    load(str(tmp_path), Preprocessing(size=8), cache=tmp_path / "cache")
+    for split in ("train", "test"):
+        (tmp_path / split / "a").rename(tmp_path / split / "c")
+    again = load(str(tmp_path), Preprocessing(size=8), cache=tmp_path / "cache")
+    assert again.classes == ("b", "c")
+    red = [int(image[0].max()) == 255 for image in again.train.images]
+    assert [again.classes[label] for label, is_red in zip(again.train.labels, red, strict=True) if is_red] == ["c"]
 
 
 def test_pad_crop_flip_shifts_each_image_on_its_own() -> None:

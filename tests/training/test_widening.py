@@ -1,5 +1,6 @@
 """Net2WiderNet: a wider network of a checkpoint computes the same, and its copies part as soon as they are trained."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.readout import NoReadout, ReadoutCard, attach
 from unperturb.models.networks.registry import build
 from unperturb.training.__main__ import main
 from unperturb.training.supervised.widening import widen
@@ -42,15 +44,34 @@ def test_weights_have_the_scale_of_the_wider_network_and_copies_different_gradie
     assert (first - second).norm() > 0.1 * first.norm()
 
 
+def arguments(folder: Path, data: Path) -> list[str]:
+    run = ["classifier", "--classifier", str(folder / "base"), "--widen", "2", "--data", str(data)]
+    where = ["--out", str(folder / "run"), "--cache", str(folder), "--device", "cpu", "--held-out", "9"]
+    return [*run, *where, "--batch-size", "12", "--epochs", "1", "--method", "n-fgsm"]
+
+
 def test_run_goes_on_from_a_wider_network(image_folder: Path, tmp_path: Path) -> None:
     base = make_checkpoint(architecture=NARROW)
     store.save(tmp_path / "base", base)
-    run = ["classifier", "--classifier", str(tmp_path / "base"), "--widen", "2", "--data", str(image_folder)]
-    where = ["--out", str(tmp_path / "run"), "--cache", str(tmp_path), "--device", "cpu", "--held-out", "9"]
-    assert main([*run, *where, "--batch-size", "12", "--epochs", "1", "--method", "n-fgsm"]) == 0
+    assert main(arguments(tmp_path, image_folder)) == 0
     made = store.load(tmp_path / "run" / "checkpoint")
     assert made.card.architecture.width == 0.25
     assert made.card.training["widen"] == 2
+
+
+def test_encoder_without_a_readout_is_widened_with_a_new_one(image_folder: Path, tmp_path: Path) -> None:
+    base = make_checkpoint(architecture=NARROW)
+    attach(base.classifier, NoReadout())
+    base = replace(base, card=replace(base.card, readout=ReadoutCard(kind="none")))
+    store.save(tmp_path / "base", base)
+    assert main(arguments(tmp_path, image_folder)) == 0
+    assert store.load(tmp_path / "run" / "checkpoint").card.architecture.width == 0.25
+
+
+def test_width_of_no_whole_channels_is_refused() -> None:
+    odd = replace(NARROW, width=0.13)
+    with pytest.raises(ConfigError, match=r"widen=3: width=0\.13 has 8 channels, that times 3 25"):
+        widen(build(odd), odd, 3, seed=0)
 
 
 def test_widening_is_refused_without_a_width_or_a_checkpoint(

@@ -36,6 +36,15 @@ class Encoder(nn.Module):
         return cast(Tensor, self.projector(self.features(x)).float())
 
 
+def trainable(card: Card) -> None:
+    """Raise ConfigError for an exported network, whose weights stand in its program among constants."""
+    if card.architecture.name.startswith("export:"):
+        raise ConfigError(
+            f"{card.id!r} is an exported network, which cannot be trained further: import it from where its module is "
+            "made, or train what stands before or behind it (purifier, head, linear)"
+        )
+
+
 def fresh(architecture: Architecture, head: HeadCard) -> Encoder:
     """Return an encoder with random weights, in training mode."""
     backbone = build(architecture)
@@ -54,6 +63,7 @@ def reopened(name: str, *, image_size: int) -> tuple[Encoder, Checkpoint]:
         raise ConfigError(f"image_size={image_size}, but {name} takes images of {found.card.architecture.image_size}")
     if found.head is None:
         raise ConfigError(f"{name} has no projector; begin with one of `unperturb train pretrain` or `head`")
+    trainable(found.card)
     attach(found.classifier, NoReadout())
     return Encoder(found.classifier, found.head).train().requires_grad_(True), found
 

@@ -52,6 +52,7 @@ class PretrainingMethod(Protocol):
         ...
 
 
+FRESH = ("arch", "activation", "hidden", "embedding_dim")  # options that a checkpoint's card answers
 GOES_ON = ("deacl", "mutual-information")  # methods that need an encoder to begin with
 
 
@@ -84,6 +85,8 @@ class PretrainConfig(ContrastConfig):
                 f"queue={self.queue}, adversarial_weight={self.adversarial_weight}, "
                 f"key_momentum={self.key_momentum}: out of range"
             )
+        if self.encoder is not None:
+            options.refuse_fresh(self, FRESH, self.encoder)
         if self.method in GOES_ON and self.encoder is None:
             raise ConfigError(f"method={self.method} goes on from a trained encoder; name its checkpoint: --encoder")
 

@@ -18,6 +18,7 @@ from unperturb.models import provenance
 from unperturb.models.attacks.pgd import pgd
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import GATE_SEED
+from unperturb.models.devices import opened_device
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.folding import prepared
 from unperturb.models.options import option
@@ -48,9 +49,10 @@ class GateConfig:
 
 def set_gates(config: GateConfig) -> None:
     """Measure, and replace the card."""
-    loaded = store.load(config.checkpoint, device=config.device)
+    device = opened_device(config.device)
+    loaded = store.load(config.checkpoint, device=device)
     dataset = data.load_for(loaded.card, config.data, cache=config.cache)
-    held = data.first(data.kept_back(dataset, loaded.card), config.images, torch.device(config.device))
+    held = data.first(data.kept_back(dataset, loaded.card), config.images, device)
     gates: dict[str, Any] = {}
     for name, preset in PRESETS.items():
         if not preset.loop.steps:  # no loss is measured, and nothing saved

@@ -128,7 +128,7 @@ def train_generator(config: GeneratorConfig) -> None:
     task = GeneratorTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device), here
     )
-    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
+    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights})
     if here.rank == 0:
         assert isinstance(fitted.model, NoiseGenerator)
         test = data.first(dataset.test, config.test_images, here.device)

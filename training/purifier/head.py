@@ -5,6 +5,7 @@ The classifier is frozen; the head learns to tell an image's views from those of
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,7 +48,7 @@ class HeadConfig(ContrastConfig):
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
         super().__post_init__()
-        for name, least in (("views", 2), ("queue", 0)):
+        for name, least in (("views", 2), ("queue", 0), ("held_out", 2)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
 
@@ -86,16 +87,16 @@ class HeadTask:
         return found.loss, {**found.figures, "accuracy": _retrieval(embeddings.detach(), negatives, keep)}
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """Return InfoNCE and retrieval accuracy on held-out training images, in batches of the same size."""
-        losses, accuracies = [], []
+        """Return InfoNCE and retrieval accuracy on held-out training images, in batches of nearly the same size."""
+        losses, accuracies, count = [], [], len(self.held.labels)
         with torch.no_grad(), evaluating(averaged), options.autocast(self.config, self.held.images.device):
-            for indices in torch.arange(len(self.held.labels), device=self.held.images.device).split(BATCH):
+            for indices in torch.arange(count, device=self.held.images.device).tensor_split(math.ceil(count / BATCH)):
                 batch = ContrastiveBatch(self.held.images[indices], indices, indices, self.held.labels[indices], 0, 0)
                 embeddings = self._embed(averaged, self.contrast.views(batch, self.config.views))
                 negatives, keep = in_batch_negatives(embeddings)
-                losses.append(info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep).mean())
-                accuracies.append(_retrieval(embeddings, negatives, keep))
-        loss, accuracy = (float(torch.stack(values).mean()) for values in (losses, accuracies))
+                losses.append(info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep).sum())
+                accuracies.append(_retrieval(embeddings, negatives, keep) * len(indices))
+        loss, accuracy = (float(torch.stack(values).sum()) / count for values in (losses, accuracies))
         return {"loss": loss, "accuracy": accuracy, "score": -loss}
 
     def _embed(self, head: nn.Module, views: Tensor) -> Float[Tensor, "batch views dim"]:
@@ -139,7 +140,7 @@ def train_head(config: HeadConfig) -> None:
     ).to(here.device)
     train, held = data.resident(kept, here.device), data.resident(held, here.device)
     task = HeadTask(config, base.classifier, head, train, held, here)
-    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
+    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights})
     if here.rank == 0:
         assert isinstance(fitted.model, ProjectionHead)
         encoder = Encoder(base.classifier, fitted.model)

@@ -89,13 +89,13 @@ class PurifierConfig(RunConfig):
         """Raise ConfigError for values out of range."""
         super().__post_init__()
         if (
-            min(self.beta or 0, self.gamma or 0) < 0
+            min(self.beta or 0, self.gamma or 0, self.pad) < 0
             or not 0 <= self.label_smoothing < 1
             or not 0 <= (self.ramp or 0) <= 1
         ):
             raise ConfigError(
-                f"beta={self.beta}, gamma={self.gamma}, label_smoothing={self.label_smoothing}, ramp={self.ramp}: "
-                "out of range"
+                f"beta={self.beta}, gamma={self.gamma}, label_smoothing={self.label_smoothing}, ramp={self.ramp}, "
+                f"pad={self.pad}: out of range"
             )
         if self.attack_steps < 1:
             raise ConfigError(f"attack_steps={self.attack_steps} must be at least 1")
@@ -124,12 +124,20 @@ class PurifierTask:
     """The loop's task: the loss above, of a restorer in front of a frozen classifier."""
 
     def __init__(
-        self, config: PurifierConfig, classifier: nn.Module, vote: Vote | None, model: Restorer, train: data.Split
+        self,
+        config: PurifierConfig,
+        classifier: nn.Module,
+        vote: Vote | None,
+        model: Restorer,
+        train: data.Split,
+        *,
+        processes: int = 1,
     ) -> None:
         self.config, self.classifier, self.model, self.train = config, classifier, model, train
         self.beta, self.gamma, self.ramp = config.beta or 0.0, config.gamma or 0.0, config.ramp or 0.0
         self.vote, self.views = vote, [Vote(shifts=(one,), mirrored=False) for one in vote.shifts] if vote else []
         self.images, self.memory = len(train.labels), nn.Module()
+        self.steps = processes * max(1, self.images // config.batch_size)  # of an epoch, over all processes
         self.held: data.Split | None = None
         self.attack = ProjectedGradient(
             direction="ascend",
@@ -146,7 +154,7 @@ class PurifierTask:
         x, labels = pad_crop_flip(self.train.images[indices], pad=self.config.pad, generator=draw), self.train.labels
         view = self.views[int(torch.randint(len(self.views), (), generator=draw))] if self.views else None
         own = seeds.of_images(indices, seed=self.config.seed, epoch=epoch)
-        done = (epoch + step / max(1, self.images // self.config.batch_size)) / self.config.epochs
+        done = (epoch + step / self.steps) / self.config.epochs
         share = min(1.0, done / self.ramp) if self.ramp else 1.0
         return self.of_batch(Whole(self.model, self.classifier, view), x, labels[indices], own, share=share)
 
@@ -259,7 +267,9 @@ def train_purifier(config: PurifierConfig) -> None:
     made_of = {"data": dataset.digest, "checkpoint": base.card.weights_sha256, **start}
     kept, held = data.training_images_for(base.card, dataset, config)
     vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None
-    task = PurifierTask(config, prepared(base).classifier, vote, model, data.resident(kept, here.device))
+    task = PurifierTask(
+        config, prepared(base).classifier, vote, model, data.resident(kept, here.device), processes=here.size
+    )
     task.held = data.resident(held, here.device)
     with options.autocast(config, here.device):
         bare = measure(Whole(None, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)

@@ -122,7 +122,7 @@ def train_restorer(config: RestorerConfig) -> None:
     task = RestorerTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device)
     )
-    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256})
+    fitted = loop.fit(task, config, here, made_of={"data": dataset.digest, "checkpoint": base.card.weights})
     if here.rank == 0:
         out = save_with("restorer", config, base, card, fitted, data_sha256=dataset.digest)
         print(f"{out}: {fitted.figures['held_out_signs']:.1%} of the signs of an attack's pixels are found")

@@ -42,8 +42,11 @@ class SupervisedConfig(RunConfig):
         super().__post_init__()
         if self.test_images < 0:
             raise ConfigError(f"test_images={self.test_images} is below 0")
-        if not 0 <= self.label_smoothing < 1 or self.attack_steps < 1:
-            raise ConfigError(f"label_smoothing={self.label_smoothing}, attack_steps={self.attack_steps}: out of range")
+        if not 0 <= self.label_smoothing < 1 or self.attack_steps < 1 or min(self.pad, self.beta) < 0:
+            raise ConfigError(
+                f"label_smoothing={self.label_smoothing}, attack_steps={self.attack_steps}, pad={self.pad}, "
+                f"beta={self.beta}: out of range"
+            )
         if self.qub and self.method not in ("pgd", "n-fgsm"):
             raise ConfigError(f"qub=True bounds the loss of attacked images: --method pgd or n-fgsm, not {self.method}")
         if not 0 <= self.collapse < 1:

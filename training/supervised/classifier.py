@@ -27,7 +27,7 @@ from unperturb.models.networks.registry import TORCHVISION, build
 from unperturb.models.options import option
 from unperturb.models.pixels import Preprocessing
 from unperturb.training import data, loop, options, world
-from unperturb.training.contrastive.encoder import Encoder
+from unperturb.training.contrastive.encoder import Encoder, trainable
 from unperturb.training.contrastive.false_negatives import FalseNegativeConfig
 from unperturb.training.supervised.adversarial import Fit, SupervisedBatch
 from unperturb.training.supervised.base import SupervisedConfig, SupervisedTask, report
@@ -68,6 +68,11 @@ class ClassifierConfig(SupervisedConfig, FalseNegativeConfig):
             raise ConfigError(
                 f"labelled={self.labelled}, self_supervised_weight={self.self_supervised_weight}, "
                 f"weight_perturbation={self.weight_perturbation}: out of range"
+            )
+        if self.self_adaptive_from is not None and self.epoch > self.self_adaptive_from:
+            raise ConfigError(
+                f"epoch={self.epoch}, self_adaptive_from={self.self_adaptive_from}: resume_from holds weights, not the "
+                "targets that have moved by then; go on from the run's own folder"
             )
         if self.qub and self.self_adaptive_from is not None:
             raise ConfigError("qub=True bounds a mean of cross-entropies, which self-adaptive targets weight: not both")
@@ -119,12 +124,15 @@ class ClassifierTask(SupervisedTask):
 
 
 class Beginning(NamedTuple):
-    """What a training begins with: the images, the network, its card so far, the digests of what it is made of."""
+    """What a training begins with: the images, the network, its card so far, the digests of what it is made of, and the
+    card of the checkpoint that it was, if it was one.
+    """
 
     dataset: data.DataSet
     model: ImageClassifier
     card: Card
     made_of: dict[str, str]
+    was: Card | None = None
 
 
 def _fresh(config: ClassifierConfig, here: World) -> Beginning:
@@ -149,24 +157,29 @@ def _fresh(config: ClassifierConfig, here: World) -> Beginning:
 def _from_checkpoint(name: str, config: ClassifierConfig, here: World) -> Beginning:
     """Return a checkpoint's network and the pictures as it takes them; for other classes its last layer is new."""
     base = store.load(name, device=here.device)
+    trainable(base.card)
     dataset = data.load(config.data, base.card.pictures, cache=config.cache)
     torch.manual_seed(config.seed)
-    model, architecture = base.classifier.requires_grad_(True), base.card.architecture
-    if config.widen > 1:
-        model, architecture = widen(model, architecture, config.widen, seed=config.seed)
-    classes = len(dataset.classes)
+    model, classes = base.classifier.requires_grad_(True), len(dataset.classes)
     if base.card.classes != dataset.classes or base.card.readout.kind != "linear":
         attach(model, nn.Linear(model.feature_dim, classes).to(here.device))
         model.num_classes = classes
+    architecture = replace(base.card.architecture, num_classes=classes)
+    if config.widen > 1:
+        model, architecture = widen(model, architecture, config.widen, seed=config.seed)
     card = Card(
         id=config.id,
-        architecture=replace(architecture, num_classes=classes),
+        architecture=architecture,
         classes=dataset.classes,
         preprocessing=base.card.preprocessing,
         data={},
-        training={"classifier_sha256": base.card.weights_sha256, "classifier_training": base.card.training},
+        training={
+            "classifier_sha256": base.card.weights_sha256,
+            "classifier_training": base.card.training,
+            "classifier_data": base.card.data,
+        },
     )
-    return Beginning(dataset, model, card, {"data": dataset.digest, "checkpoint": base.card.weights_sha256})
+    return Beginning(dataset, model, card, {"data": dataset.digest, "checkpoint": base.card.weights}, base.card)
 
 
 def train_classifier(config: ClassifierConfig) -> None:
@@ -174,7 +187,7 @@ def train_classifier(config: ClassifierConfig) -> None:
     here = world.join(config.device)
     begun = _fresh(config, here) if config.classifier is None else _from_checkpoint(config.classifier, config, here)
     dataset, model = begun.dataset, begun.model
-    kept, held = data.training_images(dataset.train, config)
+    kept, held = data.training_images_for(begun.was, dataset, config)
     labelled = max(1, round(config.labelled * len(kept.labels)))
     if config.labelled < 1:  # those whose labels are used come first
         order = torch.randperm(len(kept.labels), generator=torch.Generator().manual_seed(config.seed + 2))

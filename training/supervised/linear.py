@@ -85,13 +85,13 @@ def train_linear(config: LinearConfig) -> None:
     card = ReadoutCard(kind="dense", hidden=config.hidden) if config.hidden else ReadoutCard()
     readout = blank_readout(card, feature_dim=classifier.feature_dim, num_classes=classifier.num_classes)
     attach(classifier, (readout or nn.Linear(classifier.feature_dim, classifier.num_classes)).to(here.device))
-    kept, held = data.training_images(dataset.train, config)
+    kept, held = data.training_images_for(base.card, dataset, config)
     task = LinearTask(config, classifier, data.resident(kept, here.device), data.resident(held, here.device))
     fitted = loop.fit(
         task,
         config,
         here,
-        made_of={"data": dataset.digest, "checkpoint": base.card.weights_sha256},
+        made_of={"data": dataset.digest, "checkpoint": base.card.weights},
         collapsed=task.collapsed,
     )
     if here.rank == 0:
@@ -110,6 +110,7 @@ def train_linear(config: LinearConfig) -> None:
                 "at_that_epoch": fitted.figures,
                 "encoder_sha256": base.card.weights_sha256,
                 "encoder_training": base.card.training,
+                "encoder_data": base.card.data,
             },
         )
         out = config.out / "checkpoint"

@@ -23,7 +23,7 @@ def widen(
 ) -> tuple[ImageClassifier, Architecture]:
     """Return `model` with `factor` times its channels and the same logits, and the architecture of that.
 
-    Raises ConfigError for an architecture without a width.
+    Raises ConfigError for an architecture without a width, and for a width whose channels are not a whole number.
     """
     if architecture.name != WIDENED:
         raise ConfigError(f"widen={factor}: of {WIDENED} alone, whose width is a choice, not {architecture.name!r}")
@@ -33,6 +33,11 @@ def widen(
     narrow = dict(model.named_parameters())
     layers = {name: module for name, module in model.named_modules() if not isinstance(module, nn.BatchNorm2d)}
     state = model.state_dict()
+    stems = [one.get_parameter("stem.weight").shape[0] for one in (model, widened)]
+    if stems[1] != factor * stems[0]:
+        raise ConfigError(
+            f"widen={factor}: width={architecture.width} has {stems[0]} channels, that times {factor} {stems[1]}"
+        )
     for name, target in widened.state_dict().items():
         value = state[name]
         if name in narrow and isinstance(layers.get(name.rpartition(".")[0]), nn.Conv2d | nn.Linear):
