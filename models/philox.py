@@ -32,6 +32,12 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
+def gaussian(seeds: Int[Tensor, " batch"], step: int, stream: int, count: int) -> Float[Tensor, "batch count"]:
+    """Return `count` draws of the standard normal distribution per image, within 4.9 of 0; see `uniform`."""
+    draws = uniform(seeds, step, stream, count)
+    return torch.erfinv((2 * draws - 1).clamp(-0.999999, 0.999999)) * 2**0.5
+
+
 def uniform(
     seeds: Int[Tensor, " batch"],
     step: int | Int[Tensor, " batch"],

@@ -36,7 +36,9 @@ def replicas(text: str) -> tuple[int, int]:
 def build_app() -> FastAPI:
     """Return the app of one replica, in its process; Ray shows it one GPU, or none."""
     settings = Settings()
-    changed: dict[str, Any] = {} if "patience" in settings.model_fields_set else {"patience": 2.0 * settings.slots}
+    changed: dict[str, Any] = (
+        {} if "patience" in settings.model_fields_set else {"patience": 2.0 * settings.slots_in_all}
+    )
     if settings.authentication == "auto":
         changed["authentication"] = "on"
     settings = settings.model_copy(update=changed)
@@ -62,15 +64,16 @@ def build() -> serve.Application:
         raise ConfigError("under Ray /metrics is on the service's own port; unset UNPERTURB_METRICS_PORT")
     least, most = replicas(os.environ.get("UNPERTURB_REPLICAS", "1-4"))
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    slots = settings.slots if on_gpu else settings.slots_in_all  # a replica is given one GPU of this machine's
     deployment: serve.Deployment = serve.deployment(  # type: ignore[assignment]
         serve.ingress(build_app)(),
         name="unperturb",
-        max_ongoing_requests=max(2 * settings.slots, settings.max_in_progress),
+        max_ongoing_requests=max(2 * slots, settings.max_in_progress),
         ray_actor_options={"num_gpus": 1} if on_gpu else {"num_cpus": 1},
         autoscaling_config={
             "min_replicas": least,
             "max_replicas": most,
-            "target_ongoing_requests": max(1.0, TARGET_SHARE * settings.slots),
+            "target_ongoing_requests": max(1.0, TARGET_SHARE * slots),
         },
         health_check_period_s=2.0,
         graceful_shutdown_timeout_s=settings.grace_s,

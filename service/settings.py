@@ -17,7 +17,8 @@ from unperturb.service.keys import PAIR, KeyRing
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Keys = Annotated[dict[str, str], NoDecode]
-MAX_BATCH = {"cpu": 16, "cuda": 64}
+MAX_BATCH = 64
+SLOTS_OF_A_THREAD = 4  # more make a CPU's batch longer, and an image in it no cheaper
 CPU_WORKERS = 2  # what interrupts one thread of a step keeps the others waiting, in that worker alone
 PREFIX = "UNPERTURB_"
 ELSEWHERE = {f"{PREFIX}{name}" for name in ("CACHE", "DATA", "ALLOW_CODE", "REPLICAS")}  # read by other parts
@@ -50,7 +51,7 @@ class Settings(BaseSettings):
     )
     max_connections: Positive = Field(default=2048, description="open connections; one more is closed at once")
     max_batch: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="slots of one worker; 0: 64 on a GPU, and on a CPU its workers share 16"
+        default=0, description="slots of one worker; 0: 64 on a GPU, and on a CPU four for each of its threads"
     )
     max_queue: Positive = Field(default=256, description="images that may wait; past it 503")
     patience: Annotated[float, Field(gt=0, le=1e6)] = Field(
@@ -106,7 +107,7 @@ class Settings(BaseSettings):
                 device = torch.device(name)
             except RuntimeError as error:
                 raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N") from error
-            if device.type not in MAX_BATCH:
+            if device.type not in ("cpu", "cuda"):
                 raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N")
             if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
                 raise ValueError(f"{name!r}: torch finds {torch.cuda.device_count()} CUDA device(s) here")
@@ -193,9 +194,14 @@ class Settings(BaseSettings):
 
     @property
     def slots(self) -> int:
-        """Return how many images may be in progress in one worker: those on a CPU share what it takes at a time."""
-        kind = self.devices[0].type
-        return self.max_batch or max(1, MAX_BATCH[kind] // (len(self.devices) if kind == "cpu" else 1))
+        """Return how many images may be in progress in one worker."""
+        fitting = SLOTS_OF_A_THREAD * self.threads_each if self.devices[0].type == "cpu" else MAX_BATCH
+        return self.max_batch or min(fitting, MAX_BATCH)
+
+    @property
+    def slots_in_all(self) -> int:
+        """Return the same of all workers together."""
+        return self.slots * len(self.devices)
 
 
 def automatic(threads: int) -> list[torch.device]:

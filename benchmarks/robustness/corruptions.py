@@ -136,9 +136,8 @@ class NoiseRun(CorruptionRun):
         """Return all images under noise of a standard deviation in 255ths, rounded to 8 bits."""
         sigma = int(kind.rpartition("-")[2]) / 255
         seeds = (self.plan.seed << 24) + torch.arange(len(self.data.labels))
-        draws = philox.uniform(seeds, 0, NOISE_STREAM, self.data.images[0].numel()).view_as(self.data.images)
-        gaussian = torch.erfinv((2 * draws - 1).clamp(-0.999999, 0.999999)) * 2**0.5
-        return ((self.data.images + sigma * gaussian).clamp(0, 1) * 255).round() / 255
+        noise = philox.gaussian(seeds, 0, NOISE_STREAM, self.data.images[0].numel()).view_as(self.data.images)
+        return ((self.data.images + sigma * noise).clamp(0, 1) * 255).round() / 255
 
 
 def generate(images: UInt8[Tensor, "n 3 h w"], kind: str, severity: int) -> UInt8[Tensor, "n 3 h w"]:

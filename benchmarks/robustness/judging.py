@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from unperturb.benchmarks.robustness.attacks.scene import Scene
+from unperturb.benchmarks.robustness.attacks.scene import Scene, margin
 from unperturb.benchmarks.robustness.units import Unit
 from unperturb.models.errors import ConfigError
 from unperturb.models.shapes import Bool, Float
@@ -19,10 +19,8 @@ def judged(scene: Scene, points: Float[Tensor, "n 3 h w"], *, title: str) -> Uni
         logits = scene.logits(points).float()
     if not logits.isfinite().all():
         raise ConfigError(f"{title}: the defended classifier returns NaN or infinite scores")
-    own = logits.gather(1, scene.labels[:, None])
-    others = logits.scatter(1, scene.labels[:, None], float("-inf")).amax(1)
     right = logits.argmax(1).eq(scene.labels)
-    return Unit(points, torch.ones_like(right), right, own[:, 0] - others, 0, 0, 0.0)
+    return Unit(points, torch.ones_like(right), right, margin(logits, scene.labels), 0, 0, 0.0)
 
 
 def nothing(scene: Scene) -> Unit:

@@ -88,7 +88,7 @@ def create_app(
         precision=settings.precision,
     )
     metrics.watch(
-        slots=settings.slots * len(settings.devices),
+        slots=settings.slots_in_all,
         queue_length=lambda: engine.waiting,
         slots_in_use=lambda: engine.in_slots,
         memory=lambda: engine.gpu_memory,

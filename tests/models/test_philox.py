@@ -1,7 +1,9 @@
+from statistics import NormalDist
+
 import pytest
 import torch
 
-from unperturb.models.philox import philox, uniform
+from unperturb.models.philox import gaussian, philox, uniform
 
 
 @pytest.mark.parametrize(
@@ -46,3 +48,13 @@ def test_uniform_of_an_image_does_not_depend_on_the_batch_or_the_count() -> None
     for i, step in enumerate((3, 4, 5)):
         assert torch.equal(uniform(seeds[i : i + 1], step, 2, 7)[0], together[i, :7])
     assert not torch.equal(together[0], uniform(seeds[1:2], 3, 2, 11)[0])  # the seed's upper half counts
+
+
+def test_gaussian_draws_are_the_quantiles_of_the_uniform_ones() -> None:
+    seeds = torch.arange(4)
+    draws = gaussian(seeds, 0, 3, 5_000)
+    expected = [NormalDist().inv_cdf(float(one)) for one in uniform(seeds, 0, 3, 5_000)[1, :500].clamp(1e-6, 1 - 1e-6)]
+    assert draws[1, :500].tolist() == pytest.approx(expected, abs=2e-3)
+    assert abs(float(draws.mean())) < 0.03
+    assert float(draws.std()) == pytest.approx(1, abs=0.02)
+    assert torch.equal(draws[2:3], gaussian(seeds[2:3], 0, 3, 5_000))

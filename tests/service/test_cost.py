@@ -97,7 +97,7 @@ def test_an_image_takes_as_many_passes_as_it_is_said_to(stage: str | None, monke
     assert sum(count * (1 + BACKWARD * backward) for count, backward in rows) == passes(stage) - begin_passes(stage)
 
 
-def test_two_workers_share_the_cores_of_a_cpu_and_its_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_share_the_cores_of_a_cpu_and_have_slots_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     def workers(**given: Any) -> list[tuple[str, int, int]]:
         chosen = Settings(**given)
         return [(str(device), chosen.threads_each, chosen.slots) for device in chosen.devices]
@@ -105,11 +105,12 @@ def test_two_workers_share_the_cores_of_a_cpu_and_its_slots(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for count, each in ((1, [1]), (2, [1, 1]), (7, [3, 3])):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=count: set(range(count)), raising=False)
-        assert workers() == [("cpu", threads, 16 // len(each)) for threads in each]
-        assert workers(device="cpu") == [("cpu", count, 16)]
-    assert workers(threads=1) == [("cpu", 1, 16)]
+        assert workers() == [("cpu", threads, 4 * threads) for threads in each]
+        assert workers(device="cpu") == [("cpu", count, 4 * count)]
+    assert workers(threads=1) == [("cpu", 1, 4)]
     assert workers(threads=4) == [("cpu", 2, 8), ("cpu", 2, 8)]
-    assert workers(device="cpu,cpu,cpu", threads=2) == [("cpu", 1, 5)] * 3
+    assert workers(threads=64) == [("cpu", 32, 64)] * 2
+    assert workers(device="cpu,cpu,cpu", threads=2) == [("cpu", 1, 4)] * 3
     assert workers(max_batch=12) == [("cpu", 3, 12)] * 2
 
 

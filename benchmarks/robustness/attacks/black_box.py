@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from unperturb.benchmarks.robustness.attacks.autoattack import run_part
 from unperturb.benchmarks.robustness.attacks.scene import Scene
 
 RADIUS_TOLERANCE = 1e-3  # of RayS's binary search, in pixel units of [0, 1]
@@ -10,26 +11,17 @@ RADIUS_TOLERANCE = 1e-3  # of RayS's binary search, in pixel units of [0, 1]
 
 def square(scene: Scene) -> Tensor:
     """Square Attack (Andriushchenko et al., ECCV 2020), margin loss, as in AutoAttack."""
-    from pyautoattack.square import SquareAttack
-
-    def predict(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return scene.logits(x)
-
-    attack = SquareAttack(
-        predict,
-        norm="Linf" if scene.threat.norm == "linf" else "L2",
-        n_queries=scene.budget.square_queries,
-        eps=scene.threat.epsilon,
-        p_init=0.8,
-        n_restarts=1,
+    return run_part(
+        "square",
+        scene.logits,
+        scene.x,
+        scene.labels,
+        classes=scene.classifier.num_classes,
+        threat=scene.threat,
+        steps=0,
+        queries=scene.budget.square_queries,
         seed=int(scene.seeds[0]),
-        resc_schedule=False,
-        device=scene.x.device,
     )
-    with torch.random.fork_rng(devices=[scene.x.device] if scene.x.is_cuda else []):
-        found: Tensor = attack.perturb(scene.x, scene.labels)
-    return found.detach()
 
 
 def rays(scene: Scene) -> Tensor:

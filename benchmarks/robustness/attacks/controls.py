@@ -22,10 +22,9 @@ def noise(scene: Scene) -> Tensor:
     """The control: random signs of size epsilon (L-infinity), or a Gaussian direction of length epsilon (L2)."""
     if scene.threat.norm == "linf":
         return signs(scene.x, scene.seeds, epsilon=scene.threat.epsilon)
-    draws = philox.uniform(scene.seeds, 0, NOISE_STREAM, scene.x[0].numel()).view_as(scene.x)
-    gaussian = torch.erfinv((2 * draws - 1).clamp(-0.999999, 0.999999))
-    length = gaussian.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    return scene.project(scene.x + scene.threat.epsilon * gaussian / length)
+    direction = philox.gaussian(scene.seeds, 0, NOISE_STREAM, scene.x[0].numel()).view_as(scene.x)
+    length = direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    return scene.project(scene.x + scene.threat.epsilon * direction / length)
 
 
 def batchmate(scene: Scene) -> tuple[Tensor, Tensor]:

@@ -95,6 +95,13 @@ def cross_entropy_loss(logits: Float[Tensor, "batch classes"], labels: Int[Tenso
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def margin(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Return each label's score less the best of the others."""
+    logits = logits.float()
+    own = logits.gather(1, labels[:, None])
+    return own[:, 0] - logits.scatter(1, labels[:, None], float("-inf")).amax(1)
+
+
 def dlr_loss(
     logits: Float[Tensor, "batch classes"],
     labels: Int[Tensor, " batch"],
@@ -106,17 +113,15 @@ def dlr_loss(
     """
     logits = logits.float()
     ordered = logits.sort(dim=1, descending=True).values
-    own = logits.gather(1, labels[:, None])[:, 0]
     classes = logits.shape[1]
     if targets is not None and classes >= 4:
+        own = logits.gather(1, labels[:, None])[:, 0]
         wanted = logits.gather(1, targets[:, None])[:, 0]
         return (wanted - own) / (ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2 + 1e-12)
-    rival = logits.masked_fill(F.one_hot(labels, classes).bool(), float("-inf")).amax(1)
-    return rival - own if classes < 3 else (rival - own) / (ordered[:, 0] - ordered[:, 2] + 1e-12)
+    lost = -margin(logits, labels)
+    return lost if classes < 3 else lost / (ordered[:, 0] - ordered[:, 2] + 1e-12)
 
 
 def clearly_wrong(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
     """Return which are misclassified by more than rounding turns around when they are judged in another batch."""
-    logits = logits.detach().float()
-    own = logits.gather(1, labels[:, None])[:, 0]
-    return logits.scatter(1, labels[:, None], float("-inf")).amax(1) - own > 1e-3
+    return margin(logits.detach(), labels) < -1e-3

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from unperturb.benchmarks.robustness.attacks.apgd import apgd
-from unperturb.benchmarks.robustness.attacks.scene import Judged, Scene
+from unperturb.benchmarks.robustness.attacks.scene import Judged, Scene, margin
 from unperturb.models.shapes import Float
 
 
@@ -24,8 +24,6 @@ def transferred_further(scene: Scene) -> Float[Tensor, "n 3 h w"]:
     assert scene.known is not None
 
     def objective(x: Tensor, rows: Tensor) -> Judged:
-        logits, own = scene.classifier(x).float(), scene.labels[rows, None]
-        others = logits.scatter(1, own, float("-inf")).amax(1)
-        return Judged(others - logits.gather(1, own)[:, 0], None)
+        return Judged(-margin(scene.classifier(x), scene.labels[rows]), None)
 
     return apgd(scene, objective, steps=scene.budget.apgd_steps, start=scene.known)
