@@ -140,9 +140,13 @@ def _rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
     first, *_ = runs = sorted(runs, key=lambda run: -len(run["results"]["outcomes"]))
-    return (
-        first if group_of(first).threat in AVERAGED else {**first, "results": joined([run["results"] for run in runs])}
-    )
+    if group_of(first).threat in AVERAGED:
+        return first
+    found = joined([run["results"] for run in runs])
+    commits = list(dict.fromkeys(str(run["commit"])[:7] for run in runs))
+    if len(commits) > 1:
+        found["notes"] = [*found["notes"], f"its attacks were run at different commits, {', '.join(commits)}"]
+    return {**first, "results": found}
 
 
 def check_schema(record: dict[str, Any], name: str) -> None:

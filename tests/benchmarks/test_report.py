@@ -342,13 +342,16 @@ def test_runs_of_one_row_by_different_attacks_are_taken_together(tmp_path: Path)
     write(
         tmp_path, "known", record(known, {"clean": [1] * 4, "apgd-ce": [1, 1, 1, 0]}, could_not_run={"square": "why"})
     )
-    write(tmp_path, "asked", record(asked, {"clean": [1] * 4, "autoattack": [0, 1, 1, 1]}))
+    later = {**record(asked, {"clean": [1] * 4, "autoattack": [0, 1, 1, 1]}), "commit": "b" * 40}
+    write(tmp_path, "asked", later)
     write(tmp_path, "other", record(known, {"clean": [1] * 4}, purifier="vote"))
     rows_found = [measured_row(run) for run in load_runs(tmp_path)]
     joint, vote = rows_found
     assert (joint.purifier, joint.worst, joint.bare, joint.attacks) == ("reverse-attack", 0.25, 0.5, 3)
     assert joint.gain == pytest.approx(-0.25)
     assert (joint.could_not_run, joint.weaker) == ((), ())
+    assert joint.notes == (f"its attacks were run at different commits, bbbbbbb, {str(record(known)['commit'])[:7]}",)
+    assert not vote.notes
     assert (vote.purifier, vote.worst) == ("vote", 0.5)
 
 
