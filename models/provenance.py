@@ -1,5 +1,6 @@
 """The makers of an artefact: package versions, and the commit where the code is a checkout; a module's digest."""
 
+import functools
 import hashlib
 import platform
 import subprocess
@@ -35,8 +36,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache  # what runs is the code that was imported
 def commit() -> str | None:
-    """Return the checkout's commit, "+changes" added where tracked files (but results) differ; None outside one."""
+    """Return the checkout's commit, "+changes" added where tracked files (but results) differ; None outside one.
+
+    It is what it was at the process's first call.
+    """
     folder = Path(__file__).resolve().parent
     try:
         head = subprocess.run(
