@@ -1,5 +1,6 @@
 """The makers of an artefact: package versions, and the commit where the code is a checkout; a module's digest."""
 
+import functools
 import hashlib
 import platform
 import subprocess
@@ -35,8 +36,9 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache  # what runs is the code that was imported
 def commit() -> str | None:
-    """Return the checkout's commit, "+changes" added where tracked files (but results) differ.
+    """Return the checkout's commit, "+changes" added where tracked files (but results) differ, as it was at first.
 
     None where this file is of no checkout: installed, it may lie within somebody else's.
     """

@@ -22,6 +22,7 @@ from unperturb.models.purifiers.defended import DefendedClassifier
 from unperturb.models.purifiers.reverse_attack import ReverseAttack, ReverseAttackConfig
 
 os.environ.setdefault("UNPERTURB_EXECUTION", "eager")  # of services that tests start: nothing is compiled beside them
+os.environ.setdefault("UNPERTURB_THREADS", "1")  # nor do they take the cores of the tests that run beside them
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -33,6 +34,15 @@ SMALL = Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu")
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Leaves torch's threads as they were, whatever a command has set."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def make_checkpoint(*, head: bool = True, architecture: Architecture = SMALL) -> Checkpoint:
@@ -77,6 +87,10 @@ def make_defended(config: ReverseAttackConfig | None = None) -> DefendedClassifi
 
 @pytest.fixture
 def images() -> torch.Tensor:
+    return make_images()
+
+
+def make_images() -> torch.Tensor:
     """Eight 8-bit images in [0, 1] with structure, not only noise."""
     generator = torch.Generator().manual_seed(3)
     coarse = torch.rand(8, 3, 8, 8, generator=generator)

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 
 import unperturb
 from tests.conftest import make_checkpoint
-from tests.support.serving import photo, serving
+from tests.support.serving import photo
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.decoding.decode import decode
 
@@ -29,19 +30,18 @@ def test_import_is_light_and_every_public_name_is_there() -> None:
 
 
 @pytest.mark.parametrize("preset", [name for name, one in PRESETS.items() if not one.restores])
-def test_defended_module_gives_what_the_service_answers(preset: str, tiny_folder: Path) -> None:
+def test_defended_module_gives_what_the_service_answers(client: TestClient, preset: str, tiny_folder: Path) -> None:
     how = unperturb.load(tiny_folder).card.pictures
     sent = photo(3)
     model = unperturb.defend(unperturb.load(tiny_folder), preset=preset, seed=5)
     images = torch.from_numpy(decode(sent, how, max_pixels=10**6).pixels)[None].float() / 255
     with torch.no_grad():
         expected = model(images)[0].softmax(0).numpy()
-    with serving(tiny_folder) as client:
-        answer = client.post(
-            f"/classify?preset={preset}&seed=5&top_k=3",
-            content=sent,
-            headers={"content-type": "image/png", "authorization": "Bearer user's"},
-        )
+    answer = client.post(
+        f"/classify?preset={preset}&seed=5&top_k=3",
+        content=sent,
+        headers={"content-type": "image/png", "authorization": "Bearer user's"},
+    )
     assert answer.status_code == 200, answer.text
     scores = {entry["label"]: entry["score"] for entry in answer.json()["predictions"]}
     found = [scores[name] for name in unperturb.load(tiny_folder).card.classes]

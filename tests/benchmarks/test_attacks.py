@@ -224,12 +224,16 @@ def test_generator_is_scaled_to_the_ball_and_asked_for_where_it_is_missing(image
 
 @pytest.mark.parametrize("threat", THREATS, ids=str)
 @pytest.mark.parametrize("name", [*attacks.ATTACKS])
-def test_every_attack_stays_in_the_ball_and_changes_no_weight(images: Tensor, name: str, threat: Threat) -> None:
+def test_every_attack_stays_in_the_ball_does_the_same_twice_and_changes_no_weight(
+    images: Tensor, name: str, threat: Threat
+) -> None:
     scene = replace(tiny_scene(images, threat), known=images)
     before = {key: value.clone() for key, value in scene.defended.state_dict().items()}
     for run in attacks.ATTACKS[name].runs.values():
-        found = run(scene)
-        points = found[0] if isinstance(found, tuple) else found
+        found = tensors_of(run(scene))
+        if threat.norm == "linf":
+            assert all(torch.equal(one, other) for one, other in zip(found, tensors_of(run(scene)), strict=True))
+        points = found[0]
         points = scene.project(points) if name == attacks.DEFENDED_AUTOATTACK else points  # FAB's is the nearest one
         delta = (points - images).flatten(1)
         size = delta.abs().amax(1) if threat.norm == "linf" else delta.norm(dim=1)
@@ -240,13 +244,8 @@ def test_every_attack_stays_in_the_ball_and_changes_no_weight(images: Tensor, na
     assert all(torch.equal(value, before[key]) for key, value in scene.defended.state_dict().items())
 
 
-@pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name not in ("noise", *attacks.UNKNOWING)])
-def test_every_attack_does_the_same_twice(images: Tensor, name: str) -> None:
-    scene = tiny_scene(images, THREATS[0])
-    for run in attacks.ATTACKS[name].runs.values():
-        one, other = (run(scene) for _ in range(2))
-        for a, b in zip(*(found if isinstance(found, tuple) else (found,) for found in (one, other)), strict=True):
-            assert torch.equal(a, b)
+def tensors_of(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 @pytest.mark.parametrize("purifier", [AntiAdversary, Hedge])
@@ -254,7 +253,9 @@ def test_adaptive_attacks_run_on_the_rivals(images: Tensor, purifier: type[AntiA
     classifier = make_defended().classifier
     scene = tiny_scene(images, THREATS[0], DefendedClassifier(classifier, purifier(classifier)))
     for name in ("bpda-contrastive", "apgd-ce", "apgd-t", "intermediate"):
-        assert scene.project(attacks.ATTACKS[name].run(scene)).isfinite().all()  # type: ignore[arg-type]
+        (points,) = tensors_of(attacks.ATTACKS[name].run(scene))
+        delta = (points - images).abs()
+        assert 0 < delta.max() <= scene.threat.epsilon + 1e-6  # which NaN is not
 
 
 def test_square_and_rays_break_a_classifier_without_its_gradient() -> None:

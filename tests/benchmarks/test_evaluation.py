@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import make_checkpoint
+from tests.conftest import make_checkpoint, make_images
 from tests.support import broken_defenses
 from tests.support.broken_defenses import FineAndCoarse, RandomResizing, Replay, Rounding
 from tests.support.real_images import first_test_images, real_images
@@ -122,13 +122,18 @@ def tiny_evaluation(
     return bare if spec == "none" else Evaluation(defense_of(spec, subject), data, plan, folder=folder, bare=bare)
 
 
-def test_run_that_is_stopped_at_every_unit_ends_with_the_same_record(
-    images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The record of the tiny evaluation, whole and in one go."""
+    return tiny_evaluation(tmp_path_factory.mktemp("undisturbed"), make_images()).run()
+
+
+def test_run_that_is_stopped_every_few_units_ends_with_the_same_record(
+    undisturbed: dict[str, Any], images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = tiny_evaluation(tmp_path / "a", images).run()
     left = 0
 
-    def stop_after_one(
+    def stop_after_a_few(
         self: Units, name: str, chunk: int, identity: dict[str, Any], compute: Callable[[], Unit]
     ) -> Unit:
         def once() -> Unit:
@@ -141,23 +146,22 @@ def test_run_that_is_stopped_at_every_unit_ends_with_the_same_record(
         return get(self, name, chunk, identity, once)
 
     get = Units.get
-    monkeypatch.setattr(Units, "get", stop_after_one)
-    for _ in range(200):
-        left = 1
+    monkeypatch.setattr(Units, "get", stop_after_a_few)
+    for start in range(60):
+        left = 1 if start == 0 else 4
         try:
-            resumed = tiny_evaluation(tmp_path / "b", images).run()
+            resumed = tiny_evaluation(tmp_path, images).run()
             break
         except KeyboardInterrupt:
             continue
     assert json.dumps(comparable(resumed)) == json.dumps(comparable(undisturbed))
 
 
-def test_shards_merge_to_the_whole(images: Tensor, tmp_path: Path) -> None:
-    whole = tiny_evaluation(tmp_path / "whole", images).run()
-    parts = [tiny_evaluation(tmp_path / "parts", images, replace(QUICK, shard=(number, 2))).run() for number in (1, 0)]
+def test_shards_merge_to_the_whole(undisturbed: dict[str, Any], images: Tensor, tmp_path: Path) -> None:
+    parts = [tiny_evaluation(tmp_path, images, replace(QUICK, shard=(number, 2))).run() for number in (1, 0)]
     merged = merge(parts)
     for key in ("indices", "outcomes", "bare_outcomes", "resubmitted", "figures", "purifier"):
-        assert merged[key] == whole[key], key
+        assert merged[key] == undisturbed[key], key
     with pytest.raises(ValueError, match="missing"):
         merge(parts[:1])
     with pytest.raises(ValueError, match="budget"):
@@ -276,8 +280,10 @@ def test_signs_of_masked_gradients_are_told(outcomes: Outcomes, larger: Outcomes
     assert len(signs["warnings"]) == (0 if says is None else 1)
 
 
-def test_reverse_attack_trips_the_flags_of_a_loop_and_of_randomness(images: Tensor, tmp_path: Path) -> None:
-    flags = tiny_evaluation(tmp_path, images).run()["flags"]
+def test_reverse_attack_trips_the_flags_of_a_loop_and_of_randomness(
+    undisturbed: dict[str, Any], images: Tensor, tmp_path: Path
+) -> None:
+    flags = undisturbed["flags"]
     assert flags["optimisation_loop"]
     assert flags["randomised"]
     assert flags["zero_gradients"] == flags["of_images"]
@@ -290,10 +296,9 @@ def test_restorer_without_steps_is_flagged_by_the_gradient_that_the_attacks_use(
     assert flags == {"randomised": False, "zero_gradients": 0, "of_images": 4, "optimisation_loop": False}
 
 
-def test_passes_are_counted_per_image(images: Tensor, tmp_path: Path) -> None:
-    found = tiny_evaluation(tmp_path, images).run()
+def test_passes_are_counted_per_image(undisturbed: dict[str, Any]) -> None:
     # the restored view, 2 steps of 2 views and the answer; only the views are differentiated
-    assert found["passes_per_image"]["clean"] == {"forward": 6.0, "backward": 4.0}
+    assert undisturbed["passes_per_image"]["clean"] == {"forward": 6.0, "backward": 4.0}
 
 
 class NotANumber(ImageClassifier):
@@ -315,10 +320,11 @@ def test_classifier_that_returns_nan_is_refused_before_any_attack(images: Tensor
 
 
 @pytest.mark.parametrize(
-    ("n", "seeds", "tolerance"), [(48, 1, 0.05), pytest.param(256, 3, 0.01, marks=pytest.mark.slow)]
+    ("n", "seeds", "tolerance", "queries"),
+    [(48, 1, 0.05, 500), pytest.param(256, 3, 0.01, 5000, marks=pytest.mark.slow)],
 )
 def test_apgd_is_as_strong_as_the_reference_implementation(
-    gratings_net: ImageClassifier, tmp_path: Path, n: int, seeds: int, tolerance: float
+    gratings_net: ImageClassifier, tmp_path: Path, n: int, seeds: int, tolerance: float, queries: int
 ) -> None:
     from pyautoattack.autopgd_base import APGDAttack
 
@@ -332,7 +338,7 @@ def test_apgd_is_as_strong_as_the_reference_implementation(
         budget=replace(BUDGETS["fast"], apgd_steps=50, targets=3, square_queries=200),
     )
     found = evaluate(gratings_net, NoPurifier, data, tmp_path, plan)
-    standard = replace(plan, attacks=("autoattack",), budget=BUDGETS["standard"])
+    standard = replace(plan, attacks=("autoattack",), budget=replace(BUDGETS["standard"], autoattack_queries=queries))
     reference = evaluate(gratings_net, NoPurifier, data, tmp_path, standard)
     ours, theirs = [], []
     for seed in range(seeds):  # one random start is worth a point by itself

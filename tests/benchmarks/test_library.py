@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import unperturb.benchmarks as benchmarks
 from tests.support import broken_defenses
+from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.code import modules_behind
 from unperturb.benchmarks.robustness.fingerprint import fingerprint
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
@@ -24,7 +26,17 @@ from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.networks.classifier import ImageClassifier
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "robustbench_eval.py"
-EVERYTHING = "all"
+TINY = replace(
+    BUDGETS["fast"],
+    apgd_steps=3,
+    targets=1,
+    autoattack_steps=2,
+    autoattack_queries=5,
+    eot=1,
+    lambdas=(1.0,),
+    unrolled_steps=2,
+    adaptive_steps=2,
+)
 
 
 class Blur(nn.Module):
@@ -99,8 +111,9 @@ class _Scores(nn.Module):
 
 def quick(net: nn.Module, purifier: Any, *, n: int = 12, **more: Any) -> Any:
     images, labels, *_ = broken_defenses.evaluation_set(n)
-    arguments: dict[str, Any] = {"attacks": "apgd-ce,transfer,bpda-apgd-ce,intermediate,bpda-contrastive", **more}
-    return benchmarks.evaluate(net, images, labels, purifier=purifier, budget="fast", chunk=n, **arguments)
+    attacks = "apgd-ce,transfer,bpda-apgd-ce,intermediate,bpda-contrastive"
+    arguments: dict[str, Any] = {"attacks": attacks, "budget": TINY, **more}
+    return benchmarks.evaluate(net, images, labels, purifier=purifier, chunk=n, **arguments)
 
 
 def test_module_of_ones_own_is_evaluated_alone_and_behind_each_kind_of_purifier(net: ImageClassifier) -> None:
@@ -370,7 +383,7 @@ class Drawn:
 
 
 def test_random_purifier_without_a_gradient_is_attacked_by_its_expectation_too(net: ImageClassifier) -> None:
-    report = quick(net, Drawn(), n=4, attacks="apgd-ce-fresh")
+    report = quick(net, Drawn(), n=4, attacks="apgd-ce-fresh", budget="fast")
     assert "apgd-ce-fresh" in report.records[1]["results"]["outcomes"]
 
 
@@ -392,7 +405,7 @@ class OnArrays:
 def test_purifier_without_a_gradient_is_attacked_by_all_and_its_row_says_so(
     net: ImageClassifier, purifier: Detached | OnArrays | Rounded
 ) -> None:
-    report = quick(net, purifier, n=4, attacks="autoattack,batchmate,defended-autoattack")
+    report = quick(net, purifier, n=4, attacks="autoattack,batchmate,defended-autoattack", budget="fast")
     found = report.records[1]["results"]
     assert "no gradient comes through" in found["figures"]["weaker"][0]
     assert "no gradient comes through" in report.to_markdown()

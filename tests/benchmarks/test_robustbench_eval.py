@@ -1,13 +1,16 @@
+import io
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -75,15 +78,25 @@ def records(folder: Path) -> dict[str, Any]:
     return {file.name: without_times(json.loads(file.read_text())) for file in sorted(folder.glob("*.json"))}
 
 
-def test_each_model_and_purifier_is_one_result_file_with_what_made_it(
-    tiny_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *QUICK)) == 0
-    found = records(tmp_path / "out")
+class QuickRun(NamedTuple):
+    folder: Path
+    said: str
+
+
+@pytest.fixture(scope="module")
+def quick_run(tiny_folder: Path, image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> QuickRun:
+    """The run of QUICK, whole and by one process."""
+    folder = tmp_path_factory.mktemp("quick") / "out"
+    with redirect_stdout(io.StringIO()) as said:
+        assert robustbench_eval.main(arguments(tiny_folder, image_folder, folder, *QUICK)) == 0
+    return QuickRun(folder, said.getvalue())
+
+
+def test_each_model_and_purifier_is_one_result_file_with_what_made_it(quick_run: QuickRun, tiny_folder: Path) -> None:
+    found = records(quick_run.folder)
     assert len(found) == 2
-    said = capsys.readouterr().out
-    assert "at most" in said
-    assert said.count("worst case") == 2
+    assert "at most" in quick_run.said
+    assert quick_run.said.count("worst case") == 2
     for record in found.values():
         results = record["results"]
         assert record["config"]["seed"] == 0
@@ -104,7 +117,7 @@ def test_each_model_and_purifier_is_one_result_file_with_what_made_it(
     assert none["figures"]["gain"] is None
     assert purified["bare_outcomes"] == none["outcomes"]
     assert purified["figures"]["gain"]["n"] == 8
-    assert str(tmp_path) not in json.dumps(found)
+    assert str(quick_run.folder.parent) not in json.dumps(found)
     assert str(tiny_folder) not in json.dumps(found)
 
 
@@ -197,12 +210,13 @@ def test_bad_argument_is_refused_before_any_compute(
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_are_merged_by_the_report(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
-    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "whole", *QUICK)) == 0
+def test_shards_are_merged_by_the_report(
+    quick_run: QuickRun, tiny_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
     for shard in ("1/2", "2/2"):
         more = (*QUICK, "--shard", shard)
         assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "parts", *more)) == 0
-    whole, parts = load_runs(tmp_path / "whole"), load_runs(tmp_path / "parts")
+    whole, parts = load_runs(quick_run.folder), load_runs(tmp_path / "parts")
     assert [run["results"]["figures"] for run in whole] == [run["results"]["figures"] for run in parts]
     next((tmp_path / "parts").glob("*.shard-2-of-2.json")).unlink()
     with pytest.raises(DataError, match="shard"):
@@ -210,14 +224,13 @@ def test_shards_are_merged_by_the_report(tiny_folder: Path, image_folder: Path, 
 
 
 def test_workers_share_a_run(
-    tiny_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick_run: QuickRun, tiny_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "one", *QUICK)) == 0
     computed: list[str] = []
     monkeypatch.setattr(Evaluation, "_run", lambda *_: computed.append("by the parent"))
     assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "two", *QUICK, "--workers", "2")) == 0
     assert not computed
-    one, two = load_runs(tmp_path / "one"), load_runs(tmp_path / "two")
+    one, two = load_runs(quick_run.folder), load_runs(tmp_path / "two")
     assert [run["results"]["figures"] for run in one] == [run["results"]["figures"] for run in two]
     assert len(list((tmp_path / "two").glob("*.json"))) == len(two)
 
@@ -251,11 +264,15 @@ def test_processes_of_torchrun_are_shards(
 
 
 def test_report_is_whole_and_marks_published_rows(
-    tiny_folder: Path, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick_run: QuickRun,
+    tiny_folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    for epsilon in ("4/255", "8/255"):
-        more = (*QUICK, "--epsilon", epsilon)
-        assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
+    shutil.copytree(quick_run.folder, tmp_path / "out")  # of 8/255
+    more = (*QUICK, "--epsilon", "4/255")
+    assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
     assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
     text = (tmp_path / "report" / "report.md").read_text()
     assert text.count("| measured") == 4
@@ -276,10 +293,16 @@ def test_published_rows_are_those_of_the_same_threat() -> None:
     assert len(published_rows(("cifar10", "L2", 0.5))) > 5
 
 
+def test_there_are_15_corruptions_of_5_severities() -> None:
+    assert (len(set(corruptions.KINDS)), corruptions.SEVERITIES) == (15, (1, 2, 3, 4, 5))
+
+
 def test_corruptions_are_generated_from_local_images_and_say_so(
-    tiny_folder: Path, image_folder: Path, tmp_path: Path
+    tiny_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("imagecorruptions", exc_type=ImportError)
+    monkeypatch.setattr(corruptions, "KINDS", ("fog", "contrast"))
+    monkeypatch.setattr(corruptions, "SEVERITIES", (1, 5))
     more = (
         "--threat-model",
         "corruptions",
@@ -296,9 +319,9 @@ def test_corruptions_are_generated_from_local_images_and_say_so(
     for record in records(tmp_path / "out").values():
         found = record["results"]
         assert found["corruptions"] == "generated"
-        assert len(found["outcomes"]) == 1 + 15 * 5
+        assert len(found["outcomes"]) == 1 + 2 * 2
         cells = [cell["alone"]["accuracy"] for cell in found["figures"]["attacks"].values()]
-        assert found["figures"]["corruptions_mean"] == pytest.approx(sum(cells) / 75)
+        assert found["figures"]["corruptions_mean"] == pytest.approx(sum(cells) / 4)
         assert (found["figures"]["gain"] is None) == (found["purifier_spec"] == "none")
     assert report.main([str(tmp_path / "out"), "--out", str(tmp_path / "report")]) == 0
     assert "generated corruptions" in (tmp_path / "report" / "report.md").read_text()
@@ -346,7 +369,7 @@ def test_imagenet_images_and_class_order_work_end_to_end(tmp_path: Path) -> None
     assert ids[0] == "n01440764"  # tench
     assert ids[207] == "n02099601"  # golden retriever
     torch.manual_seed(0)
-    architecture = Architecture(name="resnet50", num_classes=1000, image_size=224)
+    architecture = Architecture(name="resnet18", num_classes=1000, image_size=224)
     subject = Checkpoint(
         Card(id="random", architecture=architecture, classes=ids, data={}, training={"by": "nobody"}),
         build(architecture),

@@ -67,6 +67,19 @@ def saved(file: Path, network: nn.Module, *, shape: tuple[int, ...] = (2, 3, SID
     return file
 
 
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The saved program of the convolutions."""
+    return saved(tmp_path_factory.mktemp("program") / "good.pt2", convolutions())
+
+
+@pytest.fixture
+def made(good: Path, tmp_path: Path) -> Path:
+    """A checkpoint of it that a test may alter."""
+    store.save(tmp_path / "made", imported(good), half=False)
+    return tmp_path / "made"
+
+
 def imported(file: Path, **settings: Any) -> store.Checkpoint:
     return import_classifier(ImportConfig(source=f"export:{file}", **settings))
 
@@ -144,23 +157,22 @@ def test_network_that_is_no_classifier_of_single_images_is_refused(
         imported(tmp_path / "her.pt2")
 
 
-def test_size_is_the_exported_one_unless_any_will_do(tmp_path: Path) -> None:
-    saved(tmp_path / "one.pt2", convolutions())
+def test_size_is_the_exported_one_unless_any_will_do(good: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="exported for 16 pixels"):
-        imported(tmp_path / "one.pt2", image_size=32)
+        imported(good, image_size=32)
     side = Dim("side", min=8, max=64)
     saved(tmp_path / "any.pt2", convolutions(), dynamic_shapes=({0: Dim("batch"), 2: side, 3: side},))
     assert imported(tmp_path / "any.pt2", image_size=24).card.pictures.size == 24
 
 
 @pytest.mark.parametrize("what", ["weights", "pretrained"])
-def test_program_brings_its_own_weights(tmp_path: Path, what: str) -> None:
-    saved(tmp_path / "her.pt2", convolutions(bias=False))
-    torch.save(convolutions().state_dict(), tmp_path / "w.pth")
+def test_program_brings_its_own_weights(good: Path, tmp_path: Path, what: str) -> None:
     if what == "weights":
+        torch.save(convolutions().state_dict(), tmp_path / "w.pth")
         with pytest.raises(ConfigError, match="one of the two"):
-            imported(tmp_path / "her.pt2", weights=tmp_path / "w.pth")
+            imported(good, weights=tmp_path / "w.pth")
     else:
+        saved(tmp_path / "her.pt2", convolutions(bias=False))
         assert imported(tmp_path / "her.pt2").classifier.num_classes == 5
 
 
@@ -186,10 +198,8 @@ def pickled(trace: Path) -> bytes:
     return buffer.getvalue()
 
 
-def test_no_code_of_a_program_is_run(tmp_path: Path) -> None:
+def test_no_code_of_a_program_is_run(good: Path, tmp_path: Path) -> None:
     trace = tmp_path / "code was run"
-    network = convolutions()
-    saved(tmp_path / "good.pt2", network)
 
     def example(name: str, content: bytes) -> bytes:
         return pickled(trace) if "sample_inputs" in name else content
@@ -205,13 +215,13 @@ def test_no_code_of_a_program_is_run(tmp_path: Path) -> None:
         evil = f"__import__('os').mkdir('{trace}')".encode()
         return re.sub(rb"Symbol\('(\w+)', positive=True, integer=True\)", evil, content)
 
-    file = rewritten(tmp_path / "good.pt2", tmp_path / "example.pt2", example)
+    file = rewritten(good, tmp_path / "example.pt2", example)
     x = torch.rand(3, 3, SIDE, SIDE)
-    assert torch.allclose(imported(file).classifier(x), network(x), atol=1e-5)
+    assert torch.allclose(imported(file).classifier(x), convolutions()(x), atol=1e-5)
     with pytest.raises(CheckpointError, match="is a pickled object, and loading it would run code"):
-        imported(rewritten(tmp_path / "good.pt2", tmp_path / "weight.pt2", weight))
+        imported(rewritten(good, tmp_path / "weight.pt2", weight))
     with pytest.raises(ConfigError, match="limited to __import__"):
-        imported(rewritten(tmp_path / "good.pt2", tmp_path / "expression.pt2", expression))
+        imported(rewritten(good, tmp_path / "expression.pt2", expression))
     assert not trace.exists()
     assert pickle.loads(pickle.dumps(Evil(trace))) is None  # it would have
     assert trace.is_dir()
@@ -230,9 +240,8 @@ def test_no_code_of_a_program_is_run(tmp_path: Path) -> None:
         ("half", "can be read: KeyError"),
     ],
 )
-def test_file_that_is_no_program_is_refused(tmp_path: Path, kind: str, says: str) -> None:
+def test_file_that_is_no_program_is_refused(good: Path, tmp_path: Path, kind: str, says: str) -> None:
     file = tmp_path / "her.pt2"
-    saved(tmp_path / "good.pt2", convolutions())
     changes: dict[str, Callable[[str, bytes], bytes]] = {
         "newer": lambda _, content: content.replace(b'"schema_version": {"major": 8', b'"schema_version": {"major": 9'),
         "cut": lambda name, content: content[:8] if name.endswith("weight_0") else content,
@@ -240,7 +249,7 @@ def test_file_that_is_no_program_is_refused(tmp_path: Path, kind: str, says: str
         "compiled": lambda _, content: content,
     }
     if kind in changes:
-        rewritten(tmp_path / "good.pt2", file, changes[kind])
+        rewritten(good, file, changes[kind])
     if kind == "text":
         file.write_text("program")
     elif kind == "weights":
@@ -271,20 +280,16 @@ def test_file_that_is_no_program_is_refused(tmp_path: Path, kind: str, says: str
     ],
     ids=str,
 )
-def test_altered_card_can_call_nothing_but_operators_on_tensors(tmp_path: Path, call: list[Any], says: str) -> None:
-    saved(tmp_path / "her.pt2", convolutions())
-    store.save(tmp_path / "made", imported(tmp_path / "her.pt2"), half=False)
-    card = json.loads((tmp_path / "made" / store.CARD).read_text())
+def test_altered_card_can_call_nothing_but_operators_on_tensors(made: Path, call: list[Any], says: str) -> None:
+    card = json.loads((made / store.CARD).read_text())
     card["architecture"]["options"]["calls"].insert(0, json.dumps(call))
-    (tmp_path / "made" / store.CARD).write_text(json.dumps(card))
+    (made / store.CARD).write_text(json.dumps(card))
     with pytest.raises(CheckpointError, match=says):
-        store.load(tmp_path / "made")
+        store.load(made)
 
 
-def test_weights_are_not_written_over_through_a_view(tmp_path: Path) -> None:
-    saved(tmp_path / "her.pt2", convolutions())
-    store.save(tmp_path / "made", imported(tmp_path / "her.pt2"), half=False)
-    card = json.loads((tmp_path / "made" / store.CARD).read_text())
+def test_weights_are_not_written_over_through_a_view(made: Path) -> None:
+    card = json.loads((made / store.CARD).read_text())
     size = card["architecture"]["options"]["tensors"][0].split()[2:]
     calls = [
         ["view.default", ["v"], {"self": "%p_0_weight", "size": [int(side) for side in size]}],
@@ -292,24 +297,22 @@ def test_weights_are_not_written_over_through_a_view(tmp_path: Path) -> None:
         ["relu_.default", ["y"], {"self": "%w"}],
     ]
     card["architecture"]["options"]["calls"][:0] = [json.dumps(call) for call in calls]
-    (tmp_path / "made" / store.CARD).write_text(json.dumps(card))
+    (made / store.CARD).write_text(json.dumps(card))
     with pytest.raises(CheckpointError, match="writes over what is to stay"):
-        store.load(tmp_path / "made")
+        store.load(made)
 
 
-def test_altered_weights_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path / "her.pt2", convolutions())
-    store.save(tmp_path / "made", imported(tmp_path / "her.pt2"), half=False)
-    weights = tmp_path / "made" / store.WEIGHTS
+def test_altered_weights_are_refused(made: Path) -> None:
+    weights = made / store.WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(CheckpointError, match="its card says"):
-        store.load(tmp_path / "made")
+        store.load(made)
     for line in ("p_0_weight float32 8 3 3", "p_0_weight object 1", "0 float32 1"):
-        card = json.loads((tmp_path / "made" / store.CARD).read_text())
+        card = json.loads((made / store.CARD).read_text())
         card["architecture"]["options"]["tensors"][0] = line
-        (tmp_path / "made" / store.CARD).write_text(json.dumps(card))
+        (made / store.CARD).write_text(json.dumps(card))
         with pytest.raises(CheckpointError):
-            store.load(tmp_path / "made")
+            store.load(made)
 
 
 def test_operators_all_exist() -> None:

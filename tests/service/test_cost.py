@@ -102,6 +102,7 @@ def test_two_workers_share_the_cores_of_a_cpu_and_have_slots_for_each(monkeypatc
         chosen = Settings(**given)
         return [(str(device), chosen.threads_each, chosen.slots) for device in chosen.devices]
 
+    monkeypatch.delenv("UNPERTURB_THREADS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for count, each in ((1, [1]), (2, [1, 1]), (7, [3, 3])):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=count: set(range(count)), raising=False)

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from tests.support.engines import ThreadHandle
-from tests.support.serving import listening, photo, settings, wait_until_ready
-from unperturb.service.http.app import create_app
+from tests.support.serving import listening, photo
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -20,13 +18,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.fixture(scope="module")
 def address(tiny_folder: Path) -> Iterator[str]:
     with listening(tiny_folder) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def client(tiny_folder: Path) -> Iterator[TestClient]:
-    with TestClient(create_app(settings(tiny_folder), handle=ThreadHandle)) as opened:
-        wait_until_ready(opened)
         yield opened
 
 

@@ -21,6 +21,7 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 NEXT = b"GET /next HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 LAST = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 SLOW_S, LARGE = 0.2, 50_000_000
+LOOPS = ("uvloop", "asyncio")
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
@@ -69,7 +70,7 @@ def listening(protocol: type[Protocol], loop: Literal["uvloop", "asyncio"]) -> I
     assert not thread.is_alive()
 
 
-@pytest.fixture(scope="module", params=["uvloop", "asyncio"])
+@pytest.fixture(scope="module", params=LOOPS)
 def port(request: pytest.FixtureRequest) -> Iterator[int]:
     with listening(Patient, request.param) as one:
         yield one
@@ -244,15 +245,17 @@ VALID = {
 
 
 STEPS = {"in one packet": None, "byte by byte": 1, "in pieces of 7": 7}
+ON_BOTH = ("length", "chunks", "request in a chunk", "upgrade to a WebSocket")
 CUT = {
-    f"{step}-{name}": (STEPS[step], *VALID[name])
+    f"{loop}-{step}-{name}": (loop, STEPS[step], *VALID[name])
+    for loop in LOOPS
     for step in STEPS
-    for name in VALID
+    for name in (VALID if loop == "uvloop" else ON_BOTH)
     if STEPS[step] is None or len(VALID[name][0]) < 2000  # a large one would be thousands of packets
 }
 
 
-@pytest.mark.parametrize(("step", "request_", "body"), CUT.values(), ids=CUT)
+@pytest.mark.parametrize(("port", "step", "request_", "body"), CUT.values(), ids=CUT, indirect=["port"])
 def test_request_ends_where_it_says_however_it_is_cut_and_the_next_is_another(
     port: int, step: int | None, request_: bytes, body: str
 ) -> None:

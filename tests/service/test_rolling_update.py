@@ -13,13 +13,13 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from tests.support.balancer import Balancer
 from tests.support.engines import wait_until
 from tests.support.serving import photo
 from unperturb.benchmarks.serving import open_loop
 
-REPLACEMENTS = 10
 CLIENTS = 4
 
 
@@ -62,7 +62,8 @@ async def send(url: str, answered: "Counter[str]", stopped: Callable[[], bool], 
                     return
 
 
-def test_ten_rolling_replacements_under_load_lose_no_request(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("replacements", [3, pytest.param(10, marks=pytest.mark.slow)])
+def test_rolling_replacements_under_load_lose_no_request(replacements: int, tiny_folder: Path, tmp_path: Path) -> None:
     answered: Counter[str] = Counter()
     ended = threading.Event()
 
@@ -77,7 +78,7 @@ def test_ten_rolling_replacements_under_load_lose_no_request(tiny_folder: Path, 
             await balancer.until_ready(running[1][0], 30)
             url = f"http://127.0.0.1:{port}/classify?purify=never"
             clients = [asyncio.create_task(send(url, answered, ended.is_set, keep=i % 2 == 0)) for i in range(CLIENTS)]
-            for _ in range(REPLACEMENTS):
+            for _ in range(replacements):
                 before = answered.total()
                 running.append(await asyncio.to_thread(instance))
                 balancer.instances = [port for port, _ in running]

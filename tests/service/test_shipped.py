@@ -127,12 +127,15 @@ def test_posted_images_give_the_accuracy_that_the_card_states(
 
 @real_images
 @pytest.mark.parametrize("checkpoint", [name for name in FLOORS if name != "default"])
-def test_images_posted_to_the_others_give_the_accuracy_that_their_cards_state(checkpoint: str) -> None:
+@pytest.mark.parametrize(
+    ("purify", "preset"), [pytest.param("always", "default", marks=pytest.mark.slow), ("never", "classifier")]
+)
+def test_images_posted_to_the_others_give_the_accuracy_that_their_cards_state(
+    checkpoint: str, purify: str, preset: str
+) -> None:
     images = posted(store.read_card(store.resolve(checkpoint)).data["name"])
     with serving(checkpoint) as client:
-        for purify, preset in (("always", "default"), ("never", "classifier")):
-            found = share_of_right_answers(client, *images, purify)
-            assert abs(found - stated(checkpoint, preset)) <= 0.005, purify
+        assert abs(share_of_right_answers(client, *images, purify) - stated(checkpoint, preset)) <= 0.005
 
 
 @real_images

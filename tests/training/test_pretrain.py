@@ -137,6 +137,8 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
         "quantile",
         "--false-negatives-from",
         "1",
+        "--epochs",
+        "4",
     ]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert main(pretrain_arguments(image_folder, whole, *more)) == 0
@@ -151,8 +153,10 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
     assert main(pretrain_arguments(image_folder, stopped, *more)) == 130
     monkeypatch.setattr("unperturb.training.state.save", saving)
     assert main(pretrain_arguments(image_folder, stopped, *more)) == 0
-    ends = [json.loads((out / "log.jsonl").read_text().splitlines()[-1]) for out in (whole, stopped)]
-    assert abs(ends[0]["loss"] - ends[1]["loss"]) < 0.02  # without its queue it would be 0.5 lower
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (whole, stopped)]
+    assert [entry["epoch"] for entry in logs[1]] == [1, 2, 3, 4]
+    for one, other in zip(*logs, strict=True):  # the third's: without the queue 0.6 lower, without thresholds 0.07 more
+        assert abs(one["loss"] - other["loss"]) < 0.02
     weights = [store.load(out / "checkpoint").classifier.state_dict() for out in (whole, stopped)]
     for name, value in weights[0].items():
         assert torch.allclose(value.float(), weights[1][name].float(), atol=5e-3), name
@@ -189,11 +193,11 @@ def test_bad_argument_is_refused_with_its_name(
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-@pytest.mark.parametrize("command", ["moco", "generator", "self-adaptive"])
+@pytest.mark.parametrize("command", ["moco", "generator"])
 def test_two_processes_share_what_they_remember(
     command: str, image_folder: Path, tmp_path: Path, tiny_folder: Path
 ) -> None:
-    """torchrun with two CPU processes: queues, thresholds and targets are of both; a generator has no float buffer."""
+    """torchrun with two CPU processes: queues and thresholds are of both; a generator has no float buffer."""
     out = tmp_path / "run"
     places = ["--data", str(image_folder), "--out", str(out), "--cache", str(tmp_path), "--device", "cpu"]
     small = ["--batch-size", "20", "--held-out", "9", "--epochs", "1"]
@@ -215,7 +219,6 @@ def test_two_processes_share_what_they_remember(
             "30",
         ],
         "generator": ["generator", "--classifier", str(tiny_folder), "--width", "8"],
-        "self-adaptive": ["classifier", "--method", "natural", *FRESH, "--self-adaptive-from", "0"],
     }[command]
     launch = [
         sys.executable,
@@ -239,5 +242,3 @@ def test_two_processes_share_what_they_remember(
     if command == "moco":
         assert memory["filled"] == 120  # 3 steps of 20 images with 2 views, of both processes
         assert memory["false_negatives.seen"].sum() == 60
-    elif command == "self-adaptive":
-        assert (memory["targets"].amax(1) < 1).sum() == 60
