@@ -1,4 +1,4 @@
-# make serve | test | check | docs | oldest | install        a bare machine needs Python 3.11 and make, nothing else
+# make serve | test | slow | check | docs | oldest | install        a bare machine needs Python 3.11 and make, nothing else
 PYTHON ?= python3
 HOST ?= 127.0.0.1
 PORT ?= 8000
@@ -7,7 +7,7 @@ BIN := .venv/bin
 # step; on a CPU that can cost as much as the arithmetic.
 export GLIBC_TUNABLES ?= glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
 
-.PHONY: install serve test check docs oldest clean
+.PHONY: install serve test slow check docs oldest clean
 
 install: .venv/installed
 
@@ -22,8 +22,13 @@ install: .venv/installed
 serve: install
 	$(BIN)/unperturb serve --host $(HOST) --port $(PORT)
 
+# Either process takes half of what is left to the other once it has nothing to do.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What takes minutes, and what needs Ray.
+slow: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 check: install docs
 	$(BIN)/ruff check .
@@ -38,7 +43,7 @@ check: install docs
 	touch $@
 
 oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -n 2 --dist loadfile -o addopts="-q --strict-markers -m 'not gpu and not slow'" tests/models tests/training
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -o addopts="-q --strict-markers -m 'not gpu and not slow'" tests/models tests/training
 
 # The site, in build/site; every warning is an error, and nothing is fetched from the network.
 docs: install
