@@ -70,10 +70,15 @@ def listening(protocol: type[Protocol], loop: Literal["uvloop", "asyncio"]) -> I
     assert not thread.is_alive()
 
 
-@pytest.fixture(scope="module", params=LOOPS)
-def port(request: pytest.FixtureRequest) -> Iterator[int]:
-    with listening(Patient, request.param) as one:
-        yield one
+@pytest.fixture(scope="module")
+def ports() -> Iterator[dict[str, int]]:
+    with listening(Patient, "uvloop") as one, listening(Patient, "asyncio") as other:
+        yield {"uvloop": one, "asyncio": other}
+
+
+@pytest.fixture(params=LOOPS)
+def port(request: pytest.FixtureRequest, ports: dict[str, int]) -> int:
+    return ports[request.param]
 
 
 @pytest.fixture(scope="module")
