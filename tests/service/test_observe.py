@@ -70,13 +70,13 @@ def test_metrics_count_what_happened(client: TestClient) -> None:
     assert client.get("/metrics").headers["content-type"].startswith("text/plain; version=0.0.4")
 
 
-def test_metrics_say_what_runs_and_how_much_of_the_machine_it_takes(client: TestClient) -> None:
+def test_metrics_say_what_runs_and_how_much_of_the_machine_it_takes(client: TestClient, tiny_folder: Path) -> None:
     text = client.get("/metrics").text
     (line,) = [line for line in text.splitlines() if line.startswith("unperturb_build_info{")]
     for fact in (f'torch="{torch.__version__}"', 'devices="cpu"', 'execution="eager"', 'precision="float32"'):
         assert fact in line
     assert value(client, "process_resident_memory_bytes") > 1e7
-    assert value(client, "unperturb_slots") == 16
+    assert value(client, "unperturb_slots") == settings(tiny_folder).slots
 
 
 def test_drift_is_the_latest_losses_distance_from_the_clean_mean_in_clean_deviations(client: TestClient) -> None:

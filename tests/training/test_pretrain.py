@@ -169,7 +169,7 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
         (["pretrain", "--temperature", "0"], "temperature=0"),
         (["pretrain", "--false-negative-share", "1"], "false_negative_share=1"),
         (["pretrain", "--encoder", "nowhere"], "nowhere"),
-        (["pretrain", "--encoder", "x", "--arch", "resnet50"], "arch='resnet50': of a fresh network"),
+        (["pretrain", "--encoder", "default", "--arch", "resnet50"], "arch='resnet50': of a fresh network"),
         (["head", "--classifier", "default", "--held-out", "1"], "held_out=1 must be at least 2"),
         (["pretrain", "--images", "1000"], "images=1000"),
         (["pretrain", "--queue", "0"], "queue=0"),

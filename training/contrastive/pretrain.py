@@ -85,8 +85,6 @@ class PretrainConfig(ContrastConfig):
                 f"queue={self.queue}, adversarial_weight={self.adversarial_weight}, "
                 f"key_momentum={self.key_momentum}: out of range"
             )
-        if self.encoder is not None:
-            options.refuse_fresh(self, FRESH, self.encoder)
         if self.method in GOES_ON and self.encoder is None:
             raise ConfigError(f"method={self.method} goes on from a trained encoder; name its checkpoint: --encoder")
 
@@ -163,6 +161,9 @@ def pretrain(config: PretrainConfig) -> None:
             "activation": architecture.activation,
             "embedding_dim": head.embedding_dim,
         }
+        options.refuse_fresh(
+            config, [name for name in FRESH if getattr(config, name) != resolved[name]], config.encoder
+        )
     encoder.to(here.device)
     kept, held = data.training_images(dataset.train, config)
     train = data.resident(kept, here.device)
