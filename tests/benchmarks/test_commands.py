@@ -84,6 +84,13 @@ def test_what_the_system_refuses_is_one_line(
     assert line.startswith(f"script.py: {said}")
 
 
+def test_folder_in_a_files_place_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module("serving.load").main(["--out", str(tmp_path)]) == 2
+    assert f"out={tmp_path} is a folder; name a file, such as {tmp_path / 'load.json'}" in capsys.readouterr().err
+
+
 def test_plot_and_tables_that_cannot_be_made_are_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
