@@ -132,10 +132,10 @@ def training_images_for(card: Card | None, dataset: DataSet, config: RunConfig) 
     if pairs := list(_held_out_by(card.data, card.training, dataset.digest)):
         own = set.intersection(*(set(_held(total, *pair).tolist()) for pair in pairs))
         if seen := len(held - own):
-            new = ", and ".join(f"held_out={count}, seed={seed}" for count, seed in pairs)
+            new = " and by ".join(f"held_out={count}, seed={seed}" for count, seed in pairs)
             print(
                 f"held_out={config.held_out}, seed={config.seed}: {card.id!r} was trained on {seen} of these images; "
-                f"{new} are new to it",
+                f"new to it are those held back by {new}",
                 file=sys.stderr,
             )
     elif "sha256" not in card.data:

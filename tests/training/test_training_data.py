@@ -194,7 +194,7 @@ def test_images_that_an_earlier_training_saw_count_as_seen(
     assert 0 < len(new.labels) < 30
     capsys.readouterr()
     training_images_for(card, dataset, RestorerConfig(checkpoint="x", data="x", out=tmp_path, held_out=30, seed=0))
-    assert "held_out=30, seed=0, and held_out=30, seed=1 are new to it" in capsys.readouterr().err
+    assert "new to it are those held back by held_out=30, seed=0 and by held_out=30, seed=1" in capsys.readouterr().err
     training_images_for(None, dataset, RestorerConfig(checkpoint="x", data="x", out=tmp_path, held_out=30, seed=0))
     assert not capsys.readouterr().err
 
