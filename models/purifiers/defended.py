@@ -11,7 +11,7 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.base import NoPurifier, Purified, Purifier, Trace, lacking
-from unperturb.models.purifiers.restored import restored_of
+from unperturb.models.purifiers.restored import Restored
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack, ReverseAttackConfig, preset
 from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int
@@ -105,9 +105,9 @@ class DefendedClassifier(nn.Module):
 def defend(
     checkpoint: Checkpoint, config: ReverseAttackConfig, *, seed: int = 0, gradient: Gradient = "bpda"
 ) -> DefendedClassifier:
-    """Return a checkpoint's classifier behind its reverse attack or restorer, and the vote.
+    """Return a checkpoint's classifier behind its reverse attack or its purifier, and the vote.
 
-    CheckpointError where it has no head, or neither purifier nor restorer.
+    CheckpointError where it has no head, or no purifier.
     """
     purifier, vote = purifier_of(checkpoint, config), vote_of(checkpoint.card, config)
     return DefendedClassifier(checkpoint.classifier, purifier, seed=seed, gradient=gradient, vote=vote)
@@ -116,7 +116,9 @@ def defend(
 def purifier_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Purifier:
     """Return the purifier of a preset, without its vote; CheckpointError where the checkpoint lacks its parts."""
     if config.restores:
-        return restored_of(checkpoint)
+        if checkpoint.purifier is None:
+            raise CheckpointError(lacking("purifier", f"checkpoint {checkpoint.card.id!r}"))
+        return Restored(checkpoint.classifier, checkpoint.purifier)
     return reverse_attack_of(checkpoint, config) if config.loop.steps else NoPurifier(checkpoint.classifier)
 
 
@@ -132,8 +134,8 @@ def preset_of(card: Card, name: str) -> ReverseAttackConfig:
     """Return a preset as a checkpoint has it: with its own views of the vote, and its purifier's reach."""
     config = preset(name)
     loop = config.loop
-    if config.restores and (network := card.purifier or card.restorer):
-        loop = dataclasses.replace(loop, epsilon=network.reach)
+    if config.restores and card.purifier is not None:
+        loop = dataclasses.replace(loop, epsilon=card.purifier.reach)
     return dataclasses.replace(config, loop=loop, vote=vote_of(card, config))
 
 

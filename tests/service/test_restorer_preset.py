@@ -41,6 +41,13 @@ def made(*, vote: bool = False, restorer: RestorerCard = ALONE) -> Checkpoint:
     return dataclasses.replace(bare, card=card, purifier=network)
 
 
+def with_view(bare: Checkpoint) -> Checkpoint:
+    """The checkpoint with what `train restorer` makes, a view inside other presets, and no purifier."""
+    view = Restorer(ALONE).eval().requires_grad_(False)
+    card = dataclasses.replace(bare.card, restorer=ALONE, restorer_training={"epochs": 1})
+    return dataclasses.replace(bare, card=card, restorer=view)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("restoring")
@@ -111,15 +118,15 @@ def test_inference_protocol_has_its_image_and_no_losses(client: TestClient) -> N
 
 
 def test_checkpoint_without_one_says_how_to_train_it(tiny_folder: Path) -> None:
-    view = dataclasses.replace(make_checkpoint().card, restorer=ALONE)
-    assert "restorer" not in presets_of(view)
+    viewing = with_view(make_checkpoint())
+    assert "restorer" not in presets_of(viewing.card)
     with serving(tiny_folder) as client:
         refused = client.post("/classify?preset=restorer", files={"image": photo()})
     assert refused.status_code == 422
     assert "no purifier" in refused.json()["detail"]
     assert "unperturb train purifier --checkpoint" in refused.json()["detail"]
     with pytest.raises(CheckpointError, match="unperturb train purifier"):
-        defend(make_checkpoint(head=False), PRESETS["restorer"])
+        defend(viewing, PRESETS["restorer"])
     with pytest.raises(ConfigError, match="takes none"):
         build_defense("reverse-attack:restorer,steps=2", made())
 
@@ -136,10 +143,8 @@ def test_one_trained_for_the_vote_is_followed_by_it(images: Tensor) -> None:
 
 def test_other_presets_are_what_they_are_without_it(images: Tensor, tmp_path: Path) -> None:
     bare, one = make_checkpoint(), made()
-    view = Restorer(ALONE).eval().requires_grad_(False)
-    card = dataclasses.replace(bare.card, restorer=ALONE, restorer_training={"epochs": 1})
-    whole = dataclasses.replace(bare, card=card, restorer=view)
-    card = dataclasses.replace(card, purifier=one.card.purifier, purifier_training={"epochs": 2})
+    whole = with_view(bare)
+    card = dataclasses.replace(whole.card, purifier=one.card.purifier, purifier_training={"epochs": 2})
     store.save(tmp_path / "whole", whole, half=False)
     store.save(tmp_path / "both", dataclasses.replace(whole, card=card, purifier=one.purifier), half=False)
     whole, both = store.load(tmp_path / "whole"), store.load(tmp_path / "both")
