@@ -164,7 +164,7 @@ def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, c
     files: list[tuple[str, int, Path]] = []
     left_out: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        found = list(_images_below(folder / name, left_out))
+        found = list(images_below(folder / name, left_out))
         if not found:
             raise DataError(f"class folder {_shown(folder / name)} holds no image ({', '.join(sorted(SUFFIXES))})")
         files += [(path.relative_to(folder / name).as_posix(), label, path) for path in found]
@@ -187,8 +187,8 @@ def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, c
     return Split(torch.from_numpy(np.load(array_file, mmap_mode="c")), labels)
 
 
-def _images_below(folder: Path, left_out: Counter[str], within: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """Yield the image files of a class folder and of the folders in it; count what else is there."""
+def images_below(folder: Path, left_out: Counter[str], within: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Yield the image files of a class folder and of the folders in it, sorted; count what else is there."""
     within = (*within, folder.resolve())
     for path in sorted(folder.iterdir()):
         if is_hidden(Path(path.name)):
@@ -197,7 +197,7 @@ def _images_below(folder: Path, left_out: Counter[str], within: tuple[Path, ...]
             if path.resolve() in within:
                 left_out["links to a folder that they lie in"] += 1
             else:
-                yield from _images_below(path, left_out, within)
+                yield from images_below(path, left_out, within)
         elif path.suffix.lower() in SUFFIXES:
             yield path
         else:

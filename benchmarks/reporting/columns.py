@@ -102,7 +102,7 @@ def _source(row: Row) -> Cell:
 
 
 def _threat(row: Row) -> Cell:
-    text = row.remark or threat_of(row.group)  # generated corruptions say so
+    text = threat_of(row.group)
     return Cell(text, key=text)
 
 
@@ -119,11 +119,11 @@ def with_minus(text: str, minus: str) -> str:
 
 def remarks(row: Row) -> list[str]:
     """Return what is to be known of a row's figures: the signs of masked gradients, and what speaks against them."""
-    return [*([said] if row.signs and (said := masking(row.signs)) else []), *cautions(row)]
+    return [*([masking(row.signs, purified=row.gain is not None)] if row.signs else []), *cautions(row)]
 
 
-def masking(signs: Signs) -> str:
-    """Return what was measured to see whether gradients are masked; "" where nothing was."""
+def masking(signs: Signs, *, purified: bool) -> str:
+    """Return what was measured to see whether gradients are masked, and what was not."""
     said = []
     if signs.once is not None:
         once, twice = (percent(share).text for share in (signs.once, signs.twice))
@@ -135,7 +135,15 @@ def masking(signs: Signs) -> str:
         said.append(f"transferred images break {signs.transfer} of {signs.n:,} that it does not")
     if signs.queries is not None:
         said.append(f"queries break {signs.queries} of {signs.n:,} that nothing before them does")
-    return f"signs of masked gradients: {'; '.join(said)}" if said else ""
+    tested = {
+        "twice the iterations": signs.once is not None,
+        "larger ε": bool(signs.larger),
+        "transfer": signs.transfer is not None or not purified,
+        "queries": signs.queries is not None,
+    }
+    if lacking := [name for name, done in tested.items() if not done]:
+        said.append(f"not tested: {', '.join(lacking)}")
+    return "signs of masked gradients: " + "; ".join(said)
 
 
 def cautions(row: Row) -> list[str]:
@@ -163,7 +171,6 @@ SOURCE = Column("source", _source, number=False)
 THREAT = Column("threat", _threat, number=False)
 BEHIND = Column("behind the purifier, % (95%)", WORST.cell)
 MEAN = Column("mean, %", WORST.cell)
-REMARKS = Column("remarks", lambda row: Cell("; ".join(remarks(row))), number=False)
 ACROSS = (THREAT, GAIN, COUNT, BEHIND, BARE)  # of a table across threats
 
 
@@ -182,7 +189,7 @@ def threat_of(group: Group) -> str:
         case "L2":
             return f"L2 {group.epsilon:g}"
         case "corruptions":
-            return "common corruptions"
+            return "generated corruptions" if group.generated else "common corruptions"
         case "noise":
             return "Gaussian noise"
     return f"{group.threat} {group.epsilon:g}"

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from unperturb.benchmarks.reporting import columns as c
 from unperturb.benchmarks.reporting.rows import AVERAGED, FEW, Row, Signs
@@ -47,8 +47,25 @@ def markdown_table(columns: Sequence[c.Column], rows: Sequence[Row]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def with_remarks(
+    columns: Sequence[c.Column],
+    rows: list[Row],
+    say: Callable[[Row], list[str]] = c.cautions,
+    name: Callable[[Row], str] = lambda row: f"`{row.purifier}`",
+) -> str:
+    """Return the table, and below it the legend of its marks and what is said of its rows, which it calls by `name`."""
+    alike: dict[tuple[str, str], list[str]] = {}  # what is said of several rows stands once
+    for row in rows:
+        for text in say(row):
+            alike.setdefault((c.threat_of(row.group), text), []).append(name(row))
+    said = [f"- {', '.join(names)}, {threat}: {text}" for (threat, text), names in alike.items()]
+    few = [c.LEGEND] if any(row.few for row in rows) else []
+    below = [*few, *(["\n".join(map(markdown_text, said))] if said else [])]
+    return "\n\n".join([markdown_table(columns, rows), *below])
+
+
 def markdown(title: str, sections: Sequence[Section], summary: Summary | None = None) -> str:
-    """Return the sections in Markdown: gains in words, the table, and all published rows folded away."""
+    """Return the sections in Markdown: gains in words, the table with its remarks, all published rows folded away."""
     text = [f"# {title}"]
     if summary is not None:
         lines = [summary.heads, ("---", *["---:"] * (len(summary.heads) - 1)), *summary.rows]
@@ -58,14 +75,16 @@ def markdown(title: str, sections: Sequence[Section], summary: Summary | None = 
         text.append(f"## {section.title}")
         if section.in_words:
             text.append("\n".join(f"- {markdown_text(said)}" for said in section.in_words))
-        text.append(markdown_table((*section.named, c.REMARKS), [*section.ours, *section.near]))
-        if section.few:
-            text.append(c.LEGEND)
+        text.append(with_remarks(section.named, [*section.ours, *section.near], section.remarks, _named))
         if section.published:
             folded = f"<details><summary>All {len(section.published)} published rows</summary>"
             text += [folded, markdown_table(section.named, section.published), "</details>"]
     notes = [f"- **{name}**: {meaning}" for name, meaning in notes_of(sections).items()]
     return "\n\n".join([*text, "## How to read it", "\n".join(notes)]) + "\n"
+
+
+def _named(row: Row) -> str:
+    return f"`{row.purifier}` before `{row.model}`"
 
 
 def latex_text(text: str) -> str:
@@ -82,12 +101,14 @@ def latex(title: str, sections: Sequence[Section]) -> str:
 
 def latex_table(section: Section, *, caption: str) -> str:
     """Return our rows and the near published ones; remarks on a row stand below, by the letter beside its name."""
-    columns = [column for column in section.named if column not in (c.ATTACKS, c.BUDGET, c.TIME)]
+    columns = [column for column in section.named if column not in (c.BUDGET, c.TIME)]
+    budgets = ", ".join(dict.fromkeys(row.budget for row in section.ours if row.budget))
+    caption += f" Budget of the attacks: {budgets}." if budgets else ""
     said = [latex_text(c.LEGEND)] if section.few else []
     lines, marked = [], 0
     for row in section.ours:
         cells = [latex_text(column.cell(row).whole) for column in columns]
-        if spoken := c.remarks(row):
+        if spoken := section.remarks(row):
             mark, marked = rf"$^{{\mathrm{{{_letters(marked)}}}}}$", marked + 1
             said.append(f"{mark} {latex_text('; '.join(spoken))}")
             cells[0] += mark
@@ -98,6 +119,7 @@ def latex_table(section: Section, *, caption: str) -> str:
             r"\begin{table*}",
             r"\centering\footnotesize\setlength{\tabcolsep}{3pt}",
             rf"\caption{{{latex_text(caption)}}}",
+            rf"\label{{tab:{_slug(section.title)}}}",
             rf"\begin{{tabular}}{{{''.join('r' if column.number else 'l' for column in columns)}}}",
             r"\toprule",
             _latex_line([latex_text(column.head) for column in columns]),
@@ -110,6 +132,11 @@ def latex_table(section: Section, *, caption: str) -> str:
             r"\end{table*}",
         ]
     )
+
+
+def _slug(title: str) -> str:
+    """Return a title as a label: letters and digits, the rest hyphens."""
+    return "-".join("".join(letter if letter.isalnum() and letter.isascii() else " " for letter in title).split())
 
 
 def _latex_line(cells: Sequence[str]) -> str:

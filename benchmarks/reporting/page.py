@@ -80,7 +80,7 @@ def _table(section: Section) -> dict[str, Any]:
             "far": not row.measured and row not in near,
             "cells": [(column, column.cell(row)) for column in columns],
             "scale": _on_scale(row, scale),
-            "remarks": [] if section.across else c.remarks(row),
+            "remarks": section.remarks(row),
         }
         for row in (*section.ours, *section.published)
     ]

@@ -1,12 +1,12 @@
 """The tables of what the purifier is worth and costs, from the result files and the shipped card."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from unperturb.benchmarks.reporting import columns as c
-from unperturb.benchmarks.reporting.formats import markdown_table, markdown_text
+from unperturb.benchmarks.reporting.formats import with_remarks
 from unperturb.benchmarks.reporting.results import where
-from unperturb.benchmarks.reporting.rows import Row, measured_row
+from unperturb.benchmarks.reporting.rows import measured_row
 from unperturb.models.checkpoints import store
 
 PURIFIER = c.Column("purifier", lambda row: c.Cell(f"`{row.purifier}`"), number=False)
@@ -137,23 +137,6 @@ def threats_table(runs: list[dict[str, Any]]) -> str:
     models = [c.MODEL] if len({row.model for row in rows}) > 1 else []
     rows.sort(key=lambda row: names.index((row.model, row.purifier)))
     return with_remarks((*models, PURIFIER, *c.ACROSS), rows)
-
-
-def with_remarks(
-    columns: Sequence[c.Column],
-    rows: list[Row],
-    say: Callable[[Row], list[str]] = c.cautions,
-    name: Callable[[Row], str] = lambda row: f"`{row.purifier}`",
-) -> str:
-    """Return the table, and below it the legend of its marks and what is said of its rows, which it calls by `name`."""
-    alike: dict[tuple[str, str], list[str]] = {}  # what is said of several rows stands once
-    for row in rows:
-        for text in say(row):
-            alike.setdefault((c.threat_of(row.group), text), []).append(name(row))
-    said = [f"- {', '.join(names)}, {threat}: {text}" for (threat, text), names in alike.items()]
-    few = [c.LEGEND] if any(row.few for row in rows) else []
-    below = [*few, *(["\n".join(map(markdown_text, said))] if said else [])]
-    return "\n\n".join([markdown_table(columns, rows), *below])
 
 
 def sweep_table(record: dict[str, Any]) -> str:

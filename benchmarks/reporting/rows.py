@@ -26,12 +26,15 @@ Interval = tuple[float, float]
 
 
 class Group(NamedTuple):
-    """What makes runs comparable: data set, threat, epsilon, and whether the data are somebody's own."""
+    """What makes runs comparable: data set, threat, epsilon, whether the data are somebody's own, and whether its
+    corruptions were generated, which are not the published ones.
+    """
 
     dataset: str
     threat: str
     epsilon: float
     own: bool = False
+    generated: bool = False
 
 
 class Signs(NamedTuple):
@@ -182,11 +185,12 @@ def ordered(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def group_of(run: dict[str, Any]) -> Group:
-    """Return the run's data set, threat, epsilon (0 for corruptions and noise), and whether its data are own."""
+    """Return what a run is comparable with; epsilon is 0 for corruptions and noise."""
     found = run["results"]
     threat = found["threat"]["model"]
     epsilon = 0.0 if threat in AVERAGED else found["threat"]["epsilon"]
-    return Group(found["data"]["dataset"], threat, epsilon, found["data"]["own"])
+    generated = threat == "corruptions" and found["corruptions"] == "generated"
+    return Group(found["data"]["dataset"], threat, epsilon, found["data"]["own"], generated)
 
 
 def measured_row(run: dict[str, Any]) -> Row:
@@ -224,7 +228,6 @@ def measured_row(run: dict[str, Any]) -> Row:
         signs=_signs(figures.get("signs"), figures["clean"]["n"]),
         warnings=tuple(figures.get("signs", {}).get("warnings", ())),
         could_not_run=tuple(found.get("could_not_run", {}).items()),
-        remark="generated corruptions" if group.threat == "corruptions" and found["corruptions"] == "generated" else "",
     )
 
 
@@ -256,12 +259,16 @@ def _interval(cell: dict[str, Any] | None) -> Interval | None:
 
 
 def published_rows(group: tuple[str, str, float] | Group) -> list[Row]:
-    """Return RobustBench's figures for the same data set, threat and epsilon, best first; none for own data."""
+    """Return RobustBench's figures for the same data set, threat and epsilon, best first; none for data of one's own or
+    generated ones.
+    """
     group = Group(*group)
-    rows = []
+    rows: list[Row] = []
+    if group.own or group.generated:
+        return rows
     with LEADERBOARD.open(newline="") as opened:
         for card in csv.DictReader(opened):
-            same = card["dataset"] == group.dataset and card["threat_model"] == group.threat and not group.own
+            same = card["dataset"] == group.dataset and card["threat_model"] == group.threat
             if same and group.threat != "corruptions":
                 same = abs(float(Fraction(card["epsilon"])) - group.epsilon) < 5e-4
             if not same:

@@ -40,16 +40,20 @@ class Section:
 
     @property
     def near(self) -> list[Row]:
-        """Return the published rows that lie nearest to the bare classifier's figure, in their order."""
+        """Return the published rows that lie nearest to a bare classifier's figure, in their order."""
         bare = [row.worst for row in self.ours if row.purifier == "none"] + [row.bare for row in self.ours]
-        at = next((value for value in bare if value is not None), 0.0)
-        near = sorted(self.published, key=lambda row: abs((row.worst or 0.0) - at))[:NEAREST]
+        at = [value for value in bare if value is not None] or [0.0]
+        near = sorted(self.published, key=lambda row: min(abs((row.worst or 0.0) - one) for one in at))[:NEAREST]
         return [row for row in self.published if row in near]
 
     @property
     def in_words(self) -> list[str]:
         """Return the gain of each purified row as a sentence; of rows that are repeated none."""
         return [] if self.across else [in_words(row) for row in self.ours if row.gain is not None]
+
+    def remarks(self, row: Row) -> list[str]:
+        """Return what is to be known of a row's figures; of one that is repeated or published nothing."""
+        return [] if self.across or not row.measured else c.remarks(row)
 
     @property
     def few(self) -> bool:

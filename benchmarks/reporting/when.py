@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from unperturb.benchmarks.reporting import columns as c
 from unperturb.benchmarks.reporting.assessment import preset_of
 from unperturb.benchmarks.reporting.first_page import DEFAULT, VOTE, transfer_gain
-from unperturb.benchmarks.reporting.purifier_tables import with_remarks
+from unperturb.benchmarks.reporting.formats import with_remarks
 from unperturb.benchmarks.reporting.rows import AVERAGED, Row, measured_row
 from unperturb.models.purifiers.reverse_attack import PRESETS
 
@@ -93,7 +93,7 @@ def when_table(
         return cell
 
     several = len({model for model, _ in attacked}) > 1
-    generated = any(row.remark for (threat, *_), row in others.items() if threat == "corruptions")
+    generated = any(row.group.generated for row in others.values())
     columns = (
         *([c.Column("before", lambda row: c.Cell(f"`{row.model}`"), number=False)] if several else []),
         c.Column("purifier", name, number=False),

@@ -1,12 +1,14 @@
 """The images that a classifier is judged on: RobustBench's own, or a local folder or .npz file."""
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from unperturb.models.cache import cache_folder
@@ -15,9 +17,10 @@ from unperturb.models.networks.benchmark_classes import IMAGENET_CLASSES, class_
 from unperturb.models.networks.robustbench import robustbench_data
 from unperturb.models.pixels import Preprocessing
 from unperturb.models.shapes import Float, Int
-from unperturb.training.data import class_folders, read_folder
+from unperturb.training.data import class_folders, images_below, read_folder
 
-NPZ = ".npz"
+NPZ, OWN = ".npz", "own folder"
+CIFAR_SIZE = (32, 32)
 PUBLISHED = ("cifar10", "cifar100", "imagenet")  # data sets with published rows; any other name is somebody's own
 
 
@@ -45,7 +48,8 @@ def load_images(
     With a seed `draw`, n random ones of the folder instead, or all of them where it has fewer.
 
     `folder` holds <class>/*, or test/<class>/*, or is an .npz file with `images` (uint8 [n, h, w, 3]) and `labels`,
-    which says not what they are: somebody's own. Pictures become pixels as `how` says. `classes` are the classifier's,
+    which says not what they are: somebody's own, as is a folder that lacks classes of `dataset`, or whose pictures have
+    another size (`is_own`). Pictures become pixels as `how` says. `classes` are the classifier's,
     in its order: class folders are matched by name, and refused where it, or a published `dataset`, has none of the
     name, or the two differ; for ImageNet the folders are WordNet ids. Raises DataError naming what is missing, wrong
     or too little.
@@ -62,7 +66,7 @@ def load_images(
         source = "npz"
     else:
         images, labels = _from_folder(dataset, folder, how, classes, cache or cache_folder("images"))
-        source = "folder"
+        source = "folder" if _may_be(dataset, folder) else OWN
     if draw is None and len(labels) < n:
         raise DataError(f"n_examples={n}, but {folder or dataset} holds {len(labels)} images")
     rows = torch.arange(min(n, len(labels)))
@@ -82,7 +86,23 @@ def load_images(
 
 def is_own(dataset: str, source: str) -> bool:
     """Return whether images are somebody's own, and no published figure is to stand beside theirs."""
-    return dataset not in PUBLISHED or source == "npz"
+    return dataset not in PUBLISHED or source in ("npz", OWN)
+
+
+def _may_be(dataset: str, folder: Path) -> bool:
+    """Return whether a folder holds every class of a published data set, with pictures of its size."""
+    root, found = _root(folder), folder_classes(folder) or ()
+    if dataset == "imagenet":
+        return len(found) == IMAGENET_CLASSES
+    if dataset not in PUBLISHED or set(found) != set(class_names(dataset)):
+        return False
+    firsts = [next(images_below(root / name, Counter()), None) for name in found]
+    return all(first is not None and _size(first) == CIFAR_SIZE for first in firsts)
+
+
+def _size(picture: Path) -> tuple[int, int]:
+    with Image.open(picture) as opened:
+        return opened.size
 
 
 def _require_classes(dataset: str, classes: tuple[str, ...], *, in_order: bool) -> None:

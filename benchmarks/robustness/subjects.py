@@ -26,7 +26,7 @@ from unperturb.models.networks.robustbench import PREFIX
 from unperturb.models.provenance import digest_of
 from unperturb.models.purifiers.base import Purifier
 from unperturb.models.purifiers.defended import DefendedClassifier
-from unperturb.models.purifiers.registry import REGISTRY, VOTE, build_defense
+from unperturb.models.purifiers.registry import REGISTRY, VOTE, build_defense, chosen_vote
 
 IMPORTED = re.compile(r"(?P<module>[A-Za-z_][\w.]*):(?P<name>[A-Za-z_]\w*)(?::(?P<values>.*))?")
 
@@ -102,9 +102,11 @@ def _faster(classifier: ImageClassifier) -> ImageClassifier:
 def defense_of(purifier: Any, subject: Checkpoint) -> DefendedClassifier:  # noqa: ANN401
     """Return the subject's classifier behind a specification, a purifier of one's own (see `foreign`), or none.
 
-    A specification is one of this project's, or `package.module:Class[:key=value,…]` on the Python path. Raises
-    ConfigError or CheckpointError saying what is wrong with it.
+    A specification is one of this project's, or `package.module:Class[:key=value,…]` on the Python path, with a vote
+    behind it where `vote` is among the values and the class takes none. Raises ConfigError or CheckpointError saying
+    what is wrong with it.
     """
+    vote = None
     if purifier is None:
         purifier = "none"
     if isinstance(purifier, str):
@@ -112,12 +114,15 @@ def defense_of(purifier: Any, subject: Checkpoint) -> DefendedClassifier:  # noq
         match = IMPORTED.fullmatch(purifier)
         if name in (*REGISTRY, VOTE) or match is None:
             return build_defense(purifier, subject)
-        kind = _imported(match, purifier)
-        purifier = _made(kind, _values(match["values"] or ""), subject, purifier)
+        kind, values = _imported(match, purifier), _values(match["values"] or "")
+        if VOTE in values and VOTE not in _wanted(kind):
+            spelled = {key: str(values.pop(key)).replace(" ", "") for key in (VOTE, "mirrored") if key in values}
+            vote = chosen_vote(subject, spelled[VOTE], spelled.get("mirrored"))
+        purifier = _made(kind, values, subject, purifier)
     device = next((parameter.device for parameter in subject.classifier.parameters()), torch.device("cpu"))
     if not isinstance(purifier, Purifier):
         purifier = AnyPurifier(subject.classifier, purifier, device=device)
-    return DefendedClassifier(subject.classifier, purifier.requires_grad_(False).to(device))
+    return DefendedClassifier(subject.classifier, purifier.requires_grad_(False).to(device), vote=vote)
 
 
 def described_model(subject: Checkpoint, spec: str) -> dict[str, Any]:
@@ -148,15 +153,19 @@ def _imported(match: re.Match[str], spec: str) -> Callable[..., Any]:
 
 def _made(kind: Callable[..., Any], values: dict[str, Any], subject: Checkpoint, spec: str) -> Any:  # noqa: ANN401
     """Return the purifier, given the classifier where it asks for one."""
-    try:
-        wants = inspect.signature(kind).parameters
-    except ValueError:  # written in C
-        wants = {}  # type: ignore[assignment]
-    own = {"classifier": subject.classifier} if "classifier" in wants else {}
+    own = {"classifier": subject.classifier} if "classifier" in _wanted(kind) else {}
     try:
         return kind(**own, **values)
     except TypeError as error:
         raise ConfigError(f"{spec}: {error}") from error
+
+
+def _wanted(kind: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of what a class or function takes."""
+    try:
+        return tuple(inspect.signature(kind).parameters)
+    except ValueError:  # written in C
+        return ()
 
 
 def _values(text: str) -> dict[str, Any]:

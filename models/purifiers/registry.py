@@ -30,6 +30,7 @@ LOOP_KEYS = {
 REVERSE_ATTACK_KEYS = {"views": int, "temperature": Fraction, "restored": Fraction}
 NEGATIVES_KEYS = {"negatives": str, "count": int, "fraction": Fraction}
 REVERSE_ATTACK = "reverse-attack"
+RESTORER = "restorer"
 VOTE, VOTE_KEYS = "vote", ("shifts", "mirrored")
 MIRRORED = {"yes": True, "no": False}
 
@@ -80,7 +81,7 @@ def _rival(
 
 def _restorer(checkpoint: Checkpoint, words: list[str], changes: Mapping[str, str]) -> Purifier:
     known = {"times": Fraction}
-    _refuse("restorer", words, changes, known)
+    _refuse(RESTORER, words, changes, known)
     return restored_of(checkpoint, **_values(changes, known))
 
 
@@ -89,29 +90,29 @@ REGISTRY: dict[str, Callable[[Checkpoint, list[str], Mapping[str, str]], Purifie
     REVERSE_ATTACK: _reverse_attack,
     "anti-adversary": _rival(AntiAdversary, "anti-adversary", ANTI_ADVERSARY_LOOP),
     "hedge": _rival(Hedge, "hedge", HEDGE_LOOP),
-    "restorer": _restorer,
+    RESTORER: _restorer,
 }
 
 
 def build_defense(spec: str, checkpoint: Checkpoint, *, gradient: Gradient = "bpda") -> DefendedClassifier:
     """Return the checkpoint's classifier behind the defense that `spec` names: a purifier, a vote, or both.
 
-    `vote[:shifts=2,mirrored=no]` is a vote alone; `vote=2` (with `mirrored=no`) among a purifier's values puts one
-    behind it, and `vote=none` leaves out the preset's own. Raises ConfigError for an unknown name, preset or key or a
-    value out of range, CheckpointError where the reverse attack finds no head, or `restorer` no network.
+    `vote` is the preset's vote alone, of the views that the checkpoint is served with; with `shifts=2` or `mirrored=no`
+    of other views. `vote=2` (with `mirrored=no`) among a purifier's values puts one behind it, and `vote=none` leaves
+    out the one that it is served with. Raises ConfigError for an unknown name, preset or key or a value out of range,
+    CheckpointError where the reverse attack finds no head, or `restorer` no network.
     """
     name, words, changes = _parsed(spec)
     vote = None
     if name == VOTE:
         _refuse(VOTE, words, changes, dict.fromkeys(VOTE_KEYS))
-        vote, spec = _vote(changes.get("shifts"), changes), "none"
-    elif name == REVERSE_ATTACK and VOTE not in changes:
-        vote = vote_of(checkpoint.card, reverse_attack.preset(words[0] if words else "default"))
+        vote, spec = chosen_vote(checkpoint, **changes), "none"
     elif VOTE in changes:
-        shifts = changes.pop(VOTE)
-        vote = None if shifts == "none" else _vote(shifts, changes)
-        changes.pop("mirrored", None)
+        vote = chosen_vote(checkpoint, changes.pop(VOTE), changes.pop("mirrored", None))
         spec = f"{name}:" + ",".join([*words, *(f"{key}={value}" for key, value in changes.items())])
+    elif name in (REVERSE_ATTACK, RESTORER):
+        preset = RESTORER if name == RESTORER else words[0] if words else "default"
+        vote = vote_of(checkpoint.card, reverse_attack.preset(preset))
     purifier = build_purifier(spec, checkpoint)
     return DefendedClassifier(checkpoint.classifier, purifier, gradient=gradient, vote=vote)
 
@@ -132,11 +133,19 @@ def _parsed(spec: str) -> tuple[str, list[str], dict[str, str]]:
     return name, words, dict(part.split("=", 1) for part in parts if "=" in part)
 
 
-def _vote(shifts: str | None, changes: Mapping[str, str]) -> Vote:
-    mirrored = changes.get("mirrored", "yes")
-    if mirrored not in MIRRORED:
+def chosen_vote(checkpoint: Checkpoint, shifts: str | None = None, mirrored: str | None = None) -> Vote | None:
+    """Return the vote of the views that are spelled, the others those that the checkpoint is served with; None where
+    `shifts` is `none`. Raises ConfigError for another spelling.
+    """
+    if mirrored not in (None, *MIRRORED):
         raise ConfigError(f"mirrored={mirrored!r} is neither yes nor no")
-    return Vote(shifts=Vote().shifts if shifts is None else parse_shifts(shifts), mirrored=MIRRORED[mirrored])
+    usual = vote_of(checkpoint.card, reverse_attack.preset(VOTE))
+    if shifts == "none" or usual is None:
+        return None
+    return Vote(
+        shifts=usual.shifts if shifts is None else parse_shifts(shifts),
+        mirrored=MIRRORED.get(mirrored or "", usual.mirrored if shifts is None else True),
+    )
 
 
 def _refuse(name: str, words: list[str], changes: Mapping[str, str], known: Mapping[str, object]) -> None:

@@ -93,6 +93,23 @@ def test_published_classifiers_have_their_data_sets_class_names() -> None:
     assert list(class_names("cifar100")) == sorted(class_names("cifar100"))
 
 
+@pytest.mark.parametrize(
+    ("without", "side", "own"),
+    [((), 32, False), (("ship",), 32, True), ((), 48, True)],
+    ids=["whole", "lacking", "size"],
+)
+def test_folder_is_a_published_data_set_where_it_has_its_classes_and_its_size(
+    without: tuple[str, ...], side: int, own: bool, tmp_path: Path
+) -> None:
+    for name in class_names("cifar10"):
+        if name not in without:
+            (tmp_path / "data" / name).mkdir(parents=True)
+            Image.new("RGB", (side, 32)).save(tmp_path / "data" / name / "a.png")
+    how, classes = Preprocessing(size=32), class_names("cifar10")
+    found = load_images("cifar10", tmp_path / "data", n=2, how=how, classes=classes, cache=tmp_path)
+    assert is_own("cifar10", found.source) == own
+
+
 def offline(*_: object) -> None:
     raise OSError("no network")
 

@@ -103,11 +103,12 @@ def test_row_without_a_purifier_has_no_gain_and_no_transfer() -> None:
 
 def test_row_of_corruptions_has_the_mean_and_its_gain() -> None:
     row = measured_row(averaged_record(CORRUPTED, CORRUPTED_BARE))
-    assert row.group == Group("cifar10", "corruptions", 0.0)
+    assert row.group == Group("cifar10", "corruptions", 0.0, generated=True)
     assert (row.worst, row.bare, row.clean, row.interval, row.attacks) == (0.375, 0.875, 0.75, None, 0)
     assert row.gain == pytest.approx(-0.5)
-    assert row.remark == "generated corruptions"
-    assert measured_row(averaged_record(CORRUPTED, CORRUPTED_BARE, threat="noise")).remark == ""
+    (section,) = Report([averaged_record(CORRUPTED, CORRUPTED_BARE)]).sections
+    assert (section.title, section.published) == ("cifar10, generated corruptions", [])
+    assert published_rows(Group("cifar10", "corruptions", 0.0))
 
 
 def test_rows_are_in_the_order_of_threats_and_purifiers() -> None:
@@ -145,6 +146,10 @@ def test_published_rows_that_are_near_lie_around_the_bare_classifier(made: Repor
     assert shares == sorted(shares, reverse=True)
     (alone,) = Report([worse()]).sections  # without a run of none, the bare classifier of the purified run
     assert alone.near == section.near
+    strong = in_order({"clean": 4, "apgd-ce": 2, "autoattack": 0}, N)  # 14 of 20 are left
+    (both,) = Report([record(BARE), record(strong, model="strong")]).sections
+    assert all(min(abs((row.worst or 0) - at) for at in (0.5, 0.7)) < 0.05 for row in both.near)
+    assert {(row.worst or 0) > 0.6 for row in both.near} == {True, False}
 
 
 def test_markdown_has_the_gain_first_and_marks_few_images(made: Report) -> None:
@@ -198,6 +203,8 @@ def test_latex_is_balanced_escaped_and_of_one_number_of_cells_a_table(made: Repo
         assert [body.count(rule) for rule in (r"\toprule", r"\bottomrule")] == [1, 1]
     assert text.count(r"\begin{table*}") == text.count(r"\end{table*}") == 3
     assert "$-$30.0 ($-$47." in text
+    assert "L$_\\infty$ 8/255. Budget of the attacks: fast." in text
+    assert r"\label{tab:cifar10-L-8-255}" in text
     assert r"20 $^\dagger$" in text
     assert r"$^\dagger$ fewer than 1,000 images" in text
     assert r"6 images more \& 5\% \textbar{} of \textless{}b\textgreater{}all" in text
@@ -266,7 +273,7 @@ def test_page_prints_gain_marks_and_remarks_in_the_row(page: str) -> None:
     assert "20 †" in row
     assert row[-1] == (
         "signs of masked gradients: APGD's cross-entropy leaves 30.0%, with twice the iterations 0.0%; "
-        "of what all attacks left, 5.0% at 2 times ε; transferred images break 3 of 20 that it does not"
+        "of what all attacks left, 5.0% at 2 times ε; transferred images break 3 of 20 that it does not; not tested: queries"
         f"gradients may be masked: {SIGN}square could not be run: no 8_bit & no images"
     )
     assert "<b>all" not in page

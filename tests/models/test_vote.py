@@ -63,7 +63,14 @@ def test_presets_own_vote_is_left_out_by_name_and_scaled_to_the_images() -> None
     own = Vote(shifts=((0, 1),), mirrored=False)
     carded = replace(checkpoint, card=replace(checkpoint.card, vote=own))
     assert defend(carded, PRESETS["default"]).vote == own
+    assert build_defense("vote", carded).vote == own
+    assert build_defense("vote:mirrored=yes", carded).vote == Vote(shifts=own.shifts)
+    assert build_defense("vote:shifts=1", carded).vote == Vote(shifts=((-1, -1), (1, 1)))
     assert defend(carded, PRESETS["published"]).vote is None
+    architecture = replace(checkpoint.card.architecture, image_size=224)
+    assert build_defense(
+        "vote", replace(checkpoint, card=replace(checkpoint.card, architecture=architecture))
+    ).vote == (Vote(shifts=((-14, -14), (14, 14))))
     assert Vote(shifts=((0, 0), (-2, 1))).scaled(224).shifts == ((0, 0), (-14, 7))
     assert Vote(shifts=((2, 2),)).scaled(1056).shifts == ((66, 66),)
     with pytest.raises(ConfigError, match="34 views; at most 32"):

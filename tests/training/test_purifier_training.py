@@ -167,8 +167,9 @@ def test_purifier_is_trained_and_the_classifier_is_not(
     for name, value in before.classifier.state_dict().items():
         assert torch.equal(value, made.classifier.state_dict()[name])
     assert log[-1]["loss"] < log[0]["loss"]
-    defended = build_defense("restorer:vote=2", made, gradient="full")
-    assert defended.vote == Vote()
+    assert build_defense("restorer", made).vote == Vote()  # as it is served
+    assert build_defense("restorer:vote=none", made).vote is None
+    assert build_defense("restorer:vote=1", made).vote == Vote(shifts=((-1, -1), (1, 1)))
     assert (
         made.card.purifier_training["at_that_epoch"]["held_out_pgd_accuracy"]
         >= (made.card.purifier_training["held_out_bare"]["pgd_accuracy"])
