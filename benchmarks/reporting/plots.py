@@ -1,7 +1,9 @@
 """The report's plots, from result records alone; PNG bytes."""
 
+import re
+import textwrap
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from unperturb.benchmarks.reporting.columns import threat_of
@@ -12,6 +14,7 @@ from unperturb.benchmarks.reporting.rows import AVERAGED, group_of, measured_row
 Runs = list[dict[str, Any]]
 MARKERS = "osD^v"  # other in number than the colours: no pair comes twice soon
 LINE = 0.25  # inches of a line of a legend
+LONG, WIDE = 48, 40  # letters of a name that takes a legend's whole width, and of a line above a stair
 
 
 def all_plots(runs: Runs, theme: Theme = LIGHT) -> dict[str, bytes]:
@@ -87,12 +90,26 @@ def _stairs(runs: Runs, theme: Theme) -> bytes:
     places = [grid] if len(runs) == 1 else list(grid.flat)
     for axes, run in zip(places, runs, strict=False):
         _stair(axes, run, theme)
-        axes.set_title(label(run, runs), loc="left", pad=22 if run["results"]["figures"]["bare"] else 6)
+        axes.set_title(_wrapped(label(run, runs)), loc="left", pad=22 if run["results"]["figures"]["bare"] else 6)
     for axes in places[len(runs) :]:
         axes.set_visible(False)
     for axes in places[max(0, len(runs) - columns) : len(runs)]:
         axes.set_xlabel("accuracy that is left, %")
     return png(plt, figure)
+
+
+def _wrapped(name: str) -> str:
+    """Return a name on lines that a stair is wide enough for, broken after commas."""
+    return textwrap.fill(re.sub(r",\s*", ", ", name), WIDE, break_long_words=False, break_on_hyphens=False)
+
+
+def _legend(figure: Any, names: Sequence[str]) -> None:  # noqa: ANN401
+    """Put the legend below, in as many columns as fit."""
+    figure.legend(loc="outside lower left", ncols=_columns(names), fontsize=10)
+
+
+def _columns(names: Sequence[str]) -> int:
+    return 1 if max(map(len, names)) > LONG else 2
 
 
 def _stair(axes: Any, run: dict[str, Any], theme: Theme) -> None:  # noqa: ANN401
@@ -160,7 +177,8 @@ def _by_time(runs: Runs, theme: Theme) -> bytes | None:
     shown = [(name, row) for name, row in rows if row.ms_per_image and row.worst is not None and row.interval]
     if not shown:
         return None
-    plt, figure, axes = open_figure(9, 4.2 + LINE * -(-len(shown) // 2))
+    names = [name for name, _ in shown]
+    plt, figure, axes = open_figure(9, 4.2 + LINE * -(-len(shown) // _columns(names)))
     for number, (name, row) in enumerate(shown):
         assert row.ms_per_image is not None
         assert row.worst is not None
@@ -174,13 +192,15 @@ def _by_time(runs: Runs, theme: Theme) -> bytes | None:
             "color": _colour(theme, number),
         }
         axes.errorbar(row.ms_per_image, 100 * row.worst, yerr=ends, label=name, **look)
-    axes.set_xscale("log")
+    axes.set_xscale("log", subs=())
+    axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(f"ms per image, purified and classified ({where(runs[0]['machine'])}; logarithmic)")
+    machines = ", ".join(sorted({where(run["machine"]) for run in runs if measured_row(run).ms_per_image}))
+    axes.set_xlabel(f"ms per image, purified and classified ({machines}; logarithmic)")
     axes.set_ylabel("worst case, % (95% interval)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=-1)
     axes.grid()
-    figure.legend(loc="outside lower left", ncols=2, fontsize=10)
+    _legend(figure, names)
     return png(plt, figure)
 
 
@@ -189,7 +209,8 @@ def _curves(runs: Runs, theme: Theme) -> bytes | None:
     shown = [run for run in runs if len(run["results"]["curves"]["clean"]) > 1]
     if not shown:
         return None
-    plt, figure, axes = open_figure(9, 4.2 + LINE * len(shown))
+    names = [f"{label(run, shown)}, attacked" for run in shown]
+    plt, figure, axes = open_figure(9, 4.2 + LINE * len(shown) * 2 / _columns(names))
     for number, run in enumerate(shown):
         curves = run["results"]["curves"]
         scale = curves["clean"][0] or 1.0
@@ -202,5 +223,5 @@ def _curves(runs: Runs, theme: Theme) -> bytes | None:
     axes.set_xlabel("step")
     axes.set_ylabel("mean objective, first on clean = 1")
     axes.grid()
-    figure.legend(loc="outside lower left", ncols=2, fontsize=10)
+    _legend(figure, names)
     return png(plt, figure)

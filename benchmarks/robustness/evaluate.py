@@ -30,7 +30,7 @@ SCRIPT = "benchmarks/robustbench_eval.py"
 
 def evaluate(
     model: nn.Module | Checkpoint,
-    images: Float[Tensor, "n 3 h w"],
+    images: Float[Tensor, "n 3 side side"],
     labels: Int[Tensor, " n"],
     *,
     purifier: Any = None,  # noqa: ANN401
@@ -48,7 +48,8 @@ def evaluate(
 ) -> Report:
     """Attack a classifier, alone and behind purifiers, on the same images under the same budget.
 
-    model:    maps images in [0, 1] to class scores; a module of yours, or a checkpoint of `unperturb.load`
+    model:    maps images in [0, 1] to class scores; a module of yours, or a checkpoint of `unperturb.load`, which has
+              an image size and classes of its own
     purifier: None; a specification (`reverse-attack:transfer`, `vote:shifts=2`, `package.module:Class:key=value`); an
               object of the protocol in `unperturb.benchmarks.robustness.foreign`, a module from images to images, or a
               preprocessor of ART's; or several of them by name
@@ -114,7 +115,9 @@ def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return both as float32 and int64 on the CPU; raise DataError for what they can't be."""
     images, labels = images.detach().cpu(), labels.detach().cpu()
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not len(images):
-        raise DataError(f"images are {list(images.shape)} {images.dtype}; floats [n, 3, height, width] are needed")
+        raise DataError(f"images are {list(images.shape)} {images.dtype}; floats [n, 3, side, side] are needed")
+    if images.shape[2] != images.shape[3]:
+        raise DataError(f"images of {images.shape[2]} x {images.shape[3]} pixels: square ones are needed")
     if labels.shape != (len(images),) or labels.dtype != torch.int64:
         raise DataError(f"labels are {list(labels.shape)} {labels.dtype}; int64 [{len(images)}] is needed")
     if not (images.min() >= 0 and images.max() <= 1):

@@ -57,7 +57,12 @@ def _of_function(thing: Any, seen: dict[int, object]) -> Iterator[bytes]:  # noq
     yield from _of_code(thing.__code__)
     yield from _pieces((thing.__defaults__, thing.__kwdefaults__, getattr(thing, "__self__", None)), seen)
     for cell in getattr(thing, "__closure__", None) or ():
-        yield from _pieces(cell.cell_contents, seen)
+        try:
+            held = cell.cell_contents
+        except ValueError:  # of a name that has no value yet
+            yield b"empty"
+        else:
+            yield from _pieces(held, seen)
 
 
 def _of_code(code: types.CodeType) -> Iterator[bytes]:

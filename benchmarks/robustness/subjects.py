@@ -36,15 +36,25 @@ def subject_of(
 ) -> Checkpoint:
     """Return a model as a checkpoint; a plain module is run once for its number of classes.
 
-    Raises ConfigError where it gives no scores [n, classes], or other than `classes` names.
+    Raises ConfigError where it gives no scores [n, classes], or other than `classes` names, or is known to be for
+    images of another size.
     """
+    known = model.classifier if isinstance(model, Checkpoint) else model
+    if isinstance(known, ImageClassifier) and known.image_size != image_size:
+        side = known.image_size
+        raise ConfigError(f"{name} is for images of {side} x {side}; these are {image_size} x {image_size}")
     if isinstance(model, Checkpoint):
+        if classes is not None and classes != model.card.classes:
+            raise ConfigError(f"{name} has its own classes, {', '.join(model.card.classes[:10])}: leave `classes` out")
         return model
     model = copy.deepcopy(model).eval().requires_grad_(False)
     probe = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     parameter = next(iter(model.parameters()), probe)
     with torch.no_grad():
-        scores = model(probe.to(parameter.device))
+        try:
+            scores = model(probe.to(parameter.device))
+        except RuntimeError as error:
+            raise ConfigError(f"{name} takes no images [n, 3, {image_size}, {image_size}]: {error}") from error
     if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or len(scores) != len(probe):
         raise ConfigError(f"{name}: class scores [n, classes] are needed for images [n, 3, {image_size}, {image_size}]")
     count = scores.shape[1]
@@ -69,6 +79,8 @@ def load_subject(spec: str, *, classes: tuple[str, ...] | None, image_size: int)
     model = _imported(match, spec)()
     if not isinstance(model, nn.Module | Checkpoint):
         raise ConfigError(f"model {spec} returned a {type(model).__name__}, not a torch.nn.Module")
+    if isinstance(model, Checkpoint):
+        return model
     return subject_of(model, name=spec, classes=classes, image_size=image_size)
 
 

@@ -77,7 +77,7 @@ class DefendedClassifier(nn.Module):
         self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch 3 h w"]:
         """Return the purified images, with the gradient that an attacker sees."""
-        _require_images(x)
+        _require_images(x, self.classifier.image_size)
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
         unrolled = wants_gradient and self.gradient == "full"
         purified = self.purifier.descend(x, seeds=self._seeds(seed, x), unrolled=unrolled).image
@@ -92,7 +92,7 @@ class DefendedClassifier(nn.Module):
 
     def purify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Purified:
         """Return the purified images and their trace. Raises ConfigError for what are no images."""
-        _require_images(x)
+        _require_images(x, self.classifier.image_size)
         return cast(Purified, self.purifier(x, seeds=self._seeds(seed, x)))
 
     def classify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Defended:
@@ -154,10 +154,10 @@ def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Re
     return ReverseAttack(checkpoint.classifier, checkpoint.head, checkpoint.bank, config, checkpoint.restorer)
 
 
-def _require_images(x: Tensor) -> None:
-    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+def _require_images(x: Tensor, side: int) -> None:
+    if x.shape[1:] != (3, side, side) or not x.is_floating_point():
         raise ConfigError(
-            f"images of shape {list(x.shape)} and {x.dtype}: floats in [0, 1], [batch, 3, height, width], are needed"
+            f"images of shape {list(x.shape)} and {x.dtype}: floats in [0, 1], [batch, 3, {side}, {side}], are needed"
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import unperturb.benchmarks as benchmarks
+from tests.conftest import make_checkpoint
 from tests.support import broken_defenses
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.code import modules_behind
@@ -24,6 +25,7 @@ from unperturb.benchmarks.robustness.subjects import _values, defense_of, ready,
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.networks.classifier import ImageClassifier
+from unperturb.models.purifiers.vote import Vote
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "robustbench_eval.py"
 TINY = replace(
@@ -160,6 +162,8 @@ def test_stored_units_are_used_again_and_another_purifier_leaves_those_of_the_ba
     [
         ({"images": torch.full((2, 3, 32, 32), 255.0)}, "divide 8-bit"),
         ({"images": torch.zeros(2, 32, 32, 3)}, "floats"),
+        ({"images": torch.zeros(2, 3, 32, 16)}, "32 x 16 pixels: square"),
+        ({"images": torch.zeros(2, 3, 16, 16)}, "for images of 32 x 32; these are 16 x 16"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"int64 \[2\]"),
         ({"labels": torch.tensor([0, 9])}, "4 classes"),
         ({"epsilon": 8}, "8/255"),
@@ -176,6 +180,17 @@ def test_what_is_wrong_is_named_before_any_attack(net: ImageClassifier, change: 
     more = {name: value for name, value in change.items() if name not in given}
     with pytest.raises((ConfigError, DataError), match=says):
         benchmarks.evaluate(net, images, labels, budget="fast", **more)
+
+
+def test_checkpoints_size_and_classes_and_a_modules_size_are_its_own() -> None:
+    checkpoint, linear = make_checkpoint(), nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 3))
+    with pytest.raises(ConfigError, match="tiny is for images of 32 x 32"):
+        subject_of(checkpoint, name="tiny", classes=None, image_size=16)
+    with pytest.raises(ConfigError, match="its own classes, blue"):
+        subject_of(checkpoint, name="tiny", classes=("a", "b", "c"), image_size=32)
+    with pytest.raises(ConfigError, match=r"linear takes no images \[n, 3, 32, 32\]"):
+        subject_of(linear, name="linear", classes=None, image_size=32)
+    assert subject_of(linear, name="linear", classes=None, image_size=16).classifier.num_classes == 3
 
 
 PURIFIER = """
@@ -284,6 +299,20 @@ def test_two_purifiers_that_differ_in_something_private_are_not_taken_for_each_o
     assert one > 0.5 > two
 
 
+def test_vote_stands_behind_a_purifier_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "voted_defense.py").write_text(PURIFIER + "\n\ndef own_vote(vote=3):\n    return Smooth(vote / 10)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    subject = make_checkpoint()
+    behind = defense_of("voted_defense:Smooth:strength=0.3,vote=-1/0+1/1,mirrored=no", subject)
+    assert behind.vote == Vote(shifts=((-1, 0), (1, 1)), mirrored=False)
+    assert defense_of("voted_defense:Smooth:vote=none", subject).vote is None
+    own = defense_of("voted_defense:own_vote:vote=7", subject)  # a value of its own of that name
+    assert (own.vote, own.purifier.purifier.strength) == (None, 0.7)  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="maybe"):
+        defense_of("voted_defense:Smooth:vote=2,mirrored=maybe", subject)
+
+
 def test_buffer_that_is_not_saved_is_part_of_a_fingerprint() -> None:
     class Shifted(nn.Module):
         def __init__(self, mean: float) -> None:
@@ -324,6 +353,13 @@ def test_fingerprint_tells_functions_hooks_and_networks_of_one_name_apart() -> N
         assert fingerprint(one) == fingerprint(one) != fingerprint(other)
     assert fingerprint(own, without=[layer]) == fingerprint(own, without=[layer])
     assert fingerprint({"of": layer}, without=[layer]) != fingerprint({"of": hooked}, without=[layer])
+
+    def early() -> object:
+        return late
+
+    without_a_value = fingerprint(early)
+    late = 1
+    assert fingerprint(early) != without_a_value
 
 
 class Noisy(nn.Module):

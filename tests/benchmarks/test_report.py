@@ -273,7 +273,8 @@ def test_page_prints_gain_marks_and_remarks_in_the_row(page: str) -> None:
     assert "20 †" in row
     assert row[-1] == (
         "signs of masked gradients: APGD's cross-entropy leaves 30.0%, with twice the iterations 0.0%; "
-        "of what all attacks left, 5.0% at 2 times ε; transferred images break 3 of 20 that it does not; not tested: queries"
+        "of what all attacks left, 5.0% at 2 times ε; transferred images break 3 of 20 that it does not; "
+        "not tested: queries"
         f"gradients may be masked: {SIGN}square could not be run: no 8_bit & no images"
     )
     assert "<b>all" not in page
