@@ -24,7 +24,15 @@ from tests.support.manifests import (
 from unperturb.service.keys import new_key
 from unperturb.service.settings import Settings
 
-CUSTOM = ("ServiceMonitor", "PrometheusRule", "ScaledObject", "ServingRuntime", "InferenceService", "RayService")
+CUSTOM = (
+    "ServiceMonitor",
+    "PodMonitor",
+    "PrometheusRule",
+    "ScaledObject",
+    "ServingRuntime",
+    "InferenceService",
+    "RayService",
+)
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 WARM_UP_S = 300  # compiled steps, on the shipped checkpoint three minutes
 
@@ -223,6 +231,18 @@ def test_kserve_asks_for_the_runtime_that_is_there() -> None:
     assert container["name"] == "kserve-container"
     assert environment(container)["UNPERTURB_CHECKPOINT"] == "/mnt/models"
     assert len(container["ports"]) == 1
+
+
+def test_kserves_pods_are_scraped_where_their_metrics_are_as_the_job_that_the_alerts_ask_for() -> None:
+    (container,) = the("ServingRuntime", standing())["spec"]["containers"]
+    monitor = the("PodMonitor", standing(), "unperturb-kserve")["spec"]
+    policy = the("NetworkPolicy", standing(), "unperturb-kserve")["spec"]
+    assert monitor["selector"] == policy["podSelector"]
+    assert the("InferenceService", standing(), *monitor["selector"]["matchLabels"].values())
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    assert endpoint["port"] == container["ports"][0]["name"]
+    relabelled = {one["targetLabel"]: one["replacement"] for one in endpoint["relabelings"]}
+    assert relabelled == {"job": "unperturb", "__address__": f"$1:{environment(container)['UNPERTURB_METRICS_PORT']}"}
 
 
 def test_ray_serves_the_app_by_its_own_schema() -> None:
