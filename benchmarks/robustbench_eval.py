@@ -154,8 +154,7 @@ def run_all(config: EvaluationConfig) -> list[Path]:
         print(f"shard {plan.shard[0] + 1}/{plan.shard[1]} of {config.n_examples} images is empty: nothing to do")
         return []
     runs = _runs(config, plan, device)
-    if config.threat_model not in RUNS:
-        announce([run for *_, run in runs], workers=config.workers)
+    announce([run for *_, run in runs], workers=config.workers)
     if config.workers > 1:
         share(_work, config, config.workers)  # what follows finds all of it stored
     files = []

@@ -2,18 +2,23 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from unperturb.benchmarks.robustness.attacks import ATTACKS, GRADIENT, Queries
+from unperturb.benchmarks.robustness.corruptions import CorruptionRun
 from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.figures import LARGER
 
 TIMED_IMAGES = 32
 LIKELY = 0.5  # share of the images that an attack is run on, if half are right and not broken before
+
+
+Run = TypeVar("Run", bound=Evaluation)
 
 
 class Cost(NamedTuple):
@@ -25,21 +30,22 @@ class Cost(NamedTuple):
 
 
 def announce(runs: list[Evaluation], *, workers: int = 1) -> None:
-    """Print a line per run and attack: how many calls of the defense per image, and how long that takes here.
+    """Print a line per run and attack: how many calls of the defense per image, and how long that takes here; of
+    corruptions one per run.
 
     `at most` is if every image withstands everything; an image that is broken costs nothing more, so that it is mostly
     nearer to the second figure, for half of the images. What is stored already takes no time, and is not known here.
     """
     _choose_threads(runs[0])
+    if isinstance(runs[0], CorruptionRun):
+        return _announce_kinds(cast(list[CorruptionRun], runs), workers)
     budget = dataclasses.asdict(runs[0].plan.budget)
     print("budget: " + ", ".join(f"{name} {value}" for name, value in budget.items()))
     print("calls of the defense per image, with the full gradient, by BPDA, without; and the time:")
     print(f"{'run':40} {'attack':20} {'full':>7} {'bpda':>7} {'none':>7}   {'at most':>8} {'half':>8}")
     total = 0.0
-    every = list(dict.fromkeys([*(run.bare for run in runs if run.bare is not None), *runs]))
-    for run in every:
-        images = sum(len(chunk) for chunk in run.plan.chunks(len(run.data.labels)))
-        cost = _cost(run)
+    for run in _with_bare(runs):
+        images, cost = _images(run), _cost(run)
         every_part = {name: ATTACKS[name].queries(run.plan.budget) for name in run.names}
         if GRADIENT in every_part:
             once = every_part[GRADIENT]
@@ -61,10 +67,41 @@ def announce(runs: list[Evaluation], *, workers: int = 1) -> None:
     )
 
 
-def _cost(run: Evaluation) -> Cost:
-    """Time the defended classifier on a few images; on a GPU on a chunk, which takes hardly longer than a few."""
+def _announce_kinds(runs: list[CorruptionRun], workers: int) -> None:
+    """Print a line per run: how many images are classified, and how long that takes here."""
+    total = 0.0
+    for run in _with_bare(runs):
+        images = _images(run) * len(run.kinds)
+        seconds = images * _fastest(partial(_classified, run, x := _timed(run))) / len(x) / workers
+        total += seconds
+        print(f"{run.title[:40]:40} {len(run.kinds):4} kinds, {images:9,} images   {_span(seconds):>8}")
+    made = "; to make the corrupted images takes its own time" * (runs[0].source == "generated")
+    print(f"all of it on {runs[0].device}, less what is stored: about {_span(total)}{made}", flush=True)
+
+
+def _with_bare(runs: Sequence[Run]) -> list[Run]:
+    bare = [cast(Run, run.bare) for run in runs if run.bare is not None]
+    return list(dict.fromkeys([*bare, *runs]))
+
+
+def _images(run: Evaluation) -> int:
+    return sum(len(chunk) for chunk in run.plan.chunks(len(run.data.labels)))
+
+
+def _timed(run: Evaluation) -> Tensor:
+    """Return a few images to time; on a GPU a chunk, which takes hardly longer than a few."""
     count = run.plan.chunk if run.device.type == "cuda" else min(TIMED_IMAGES, run.plan.chunk)
-    x = run.data.images[:count].to(run.device)
+    return run.data.images[:count].to(run.device)
+
+
+def _classified(run: Evaluation, x: Tensor) -> None:
+    with torch.no_grad():
+        float(run.defended(x).sum())
+
+
+def _cost(run: Evaluation) -> Cost:
+    """Time the defended classifier."""
+    x = _timed(run)
     full = run.defended.attacked_by("full", steps=run.plan.budget.unrolled_steps)
     bpda = run.defended.attacked_by("bpda")
 
@@ -74,11 +111,7 @@ def _cost(run: Evaluation) -> Cost:
         if scores.requires_grad:
             float(torch.autograd.grad(scores.sum(), inside)[0].sum())
 
-    def plain() -> None:
-        with torch.no_grad():
-            float(run.defended(x).sum())
-
-    calls = (lambda: differentiated(full), lambda: differentiated(bpda), plain)
+    calls = (lambda: differentiated(full), lambda: differentiated(bpda), partial(_classified, run, x))
     return Cost(*(_fastest(call) / len(x) for call in calls))
 
 

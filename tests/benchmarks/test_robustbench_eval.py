@@ -298,7 +298,11 @@ def test_there_are_15_corruptions_of_5_severities() -> None:
 
 
 def test_corruptions_are_generated_from_local_images_and_say_so(
-    tiny_folder: Path, image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("imagecorruptions", exc_type=ImportError)
     monkeypatch.setattr(corruptions, "KINDS", ("fog", "contrast"))
@@ -316,6 +320,9 @@ def test_corruptions_are_generated_from_local_images_and_say_so(
         "2",
     )
     assert robustbench_eval.main(arguments(tiny_folder, image_folder, tmp_path / "out", *more)) == 0
+    planned = capsys.readouterr().out
+    assert planned.count("5 kinds,        20 images") == 2  # of the bare classifier, and behind the purifier
+    assert "to make the corrupted images takes its own time" in planned
     for record in records(tmp_path / "out").values():
         found = record["results"]
         assert found["corruptions"] == "generated"
