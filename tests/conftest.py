@@ -45,6 +45,12 @@ def same_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread(same_threads: None) -> None:
+    """For work so small that two threads wait for each other, many times as long where the cores are busy."""
+    torch.set_num_threads(1)
+
+
 def make_checkpoint(*, head: bool = True, architecture: Architecture = SMALL) -> Checkpoint:
     """Random weights with BatchNorm statistics that are not the initial ones, so that modes can be told apart."""
     torch.manual_seed(1)

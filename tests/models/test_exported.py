@@ -22,7 +22,7 @@ from unperturb.models.networks.exported import operator
 
 SIDE = 16
 BATCH = ({0: Dim("batch")},)
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Attending(nn.Module):

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from unperturb.service.cli import app
 NAMES = ["a.png", "b.PNG", "c.jpeg", "deep/e.jpg", "deep/er/d.webp"]  # in sorted order
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 PNGS = ["a.png", "b.png", "c.png", "deep/e.png", "deep/er/d.png"]
+pytestmark = pytest.mark.usefixtures("one_thread")  # as Ray's actors have
 # Prints the process's peak memory in MiB after its second chunk and after its last.
 PEAKS = """
 import resource, sys
@@ -44,15 +44,6 @@ source, out, checkpoint = sys.argv[1:]
 bulk.run(bulk.BulkJob(source=Path(source), out=Path(out), checkpoint=checkpoint, device="cpu", chunk=16, batch=16))
 print(peaks[1], peaks[-1])
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine two threads that wait for each other take many times as long; Ray's actors have one, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def encoded(seed: int, *, size: tuple[int, int] = (32, 32), kind: str = "PNG") -> bytes:
