@@ -140,6 +140,14 @@ def engines(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
 
 
 @pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from tests.support.browser import opened
+
+    with opened() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
 def client(tiny_folder: Path) -> Iterator[Any]:
     from tests.support.serving import serving
 

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from tests.support.pictures import encode
 from tests.support.serving import photo
 from unperturb.models.checkpoints import store
 from unperturb.models.purifiers.defended import defend
@@ -47,10 +48,8 @@ print(peaks[1], peaks[-1])
 
 
 def encoded(seed: int, *, size: tuple[int, int] = (32, 32), kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, kind, lossless=True)
-    return buffer.getvalue()
+    return encode(Image.fromarray(pixels), kind, lossless=True)
 
 
 @pytest.fixture

@@ -2,9 +2,6 @@
 
 import base64
 import json
-import re
-import shutil
-import threading
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -12,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect
 
+from tests.support import serving
+from tests.support.browser import assert_readable, needs_chromium
 from unperturb.benchmarks.purifier.samples import ASSETS, SHOWN
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
@@ -25,12 +23,11 @@ from unperturb.service.http.app import create_app
 from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEY = "the-key-of-the-tests"
 UNASSESSED = 'Not assessed yet; "unperturb assess" does it.'
 
 expect.set_options(timeout=20_000)  # a page shares the machine's cores with the service
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +43,8 @@ def address(tiny_folder: Path) -> Iterator[str]:
         api_keys=keys,
         authentication="off",
     )
-    app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        assert app.state.engine.lifecycle.wait_until_ready(60.0)
-        port = server.servers[0].sockets[0].getsockname()[1]
+    with serving.in_thread(create_app(settings)) as port:
         yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with (
-        sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as opened,
-    ):
-        yield opened
 
 
 @pytest.fixture
@@ -89,10 +68,7 @@ def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iter
 
 
 def photo(seed: int = 0) -> FilePayload:
-    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    buffer = BytesIO()
-    Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+    return {"name": "photo.png", "mimeType": "image/png", "buffer": serving.photo(seed, 48)}
 
 
 def use_sample(page: Page, name: str = "Sample: restored") -> None:
@@ -343,25 +319,15 @@ def test_phone_needs_no_sideways_scrolling(page: Page) -> None:
 )
 def test_colours_follow_the_system_and_can_be_read(page: Page, dark: bool) -> None:
     page.get_by_role("button", name="Run").click()  # an error has a colour of its own
-
-    def luminance(selector: str, colour: str) -> float:
-        found = page.locator(selector).first.evaluate("(one, name) => getComputedStyle(one)[name]", colour)
-        channels = np.array([int(part) for part in re.findall(r"\d+", found)[:3]]) / 255
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        return float(linear @ (0.2126, 0.7152, 0.0722))
-
-    ground = luminance("body", "backgroundColor")
-    assert ground < 0.05 if dark else ground > 0.8
-    for selector, behind in (
+    texts = (
         ("body", "body"),
         ("header p", "body"),
         ("#status", "body"),
         ("footer a", "body"),
         ("#hint", "#drop"),
         ("#run", "#run"),
-    ):
-        pair = sorted((luminance(selector, "color"), luminance(behind, "backgroundColor")))
-        assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, selector  # WCAG 2.2, 1.4.3
+    )
+    assert_readable(page, texts, dark=dark)
 
 
 @pytest.mark.parametrize("page", [{"viewport": {"width": 320, "height": 700}}], ids=["320 px"], indirect=True)

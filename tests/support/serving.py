@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.service.test_decode import encode
 from tests.support.engines import ThreadHandle, wait_until
+from tests.support.pictures import encode
 from unperturb.service.engine.engine import Engine
 from unperturb.service.http.app import create_app
 from unperturb.service.keys import digest
