@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,9 +10,9 @@ from typing import Any, Literal
 
 import h11
 import pytest
-import uvicorn
 
 from tests.support.engines import wait_until
+from tests.support.serving import in_thread
 from unperturb.service.http.protocol import MAX_LINES_BYTES, Protocol
 
 HOST = b"Host: a\r\n"
@@ -61,19 +60,8 @@ class Full(Protocol):
 
 @contextmanager
 def listening(protocol: type[Protocol], loop: Literal["uvloop", "asyncio"]) -> Iterator[int]:
-    config = uvicorn.Config(
-        echo, port=0, http=protocol, ws="none", loop=loop, lifespan="off", log_config=None, access_log=False
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join(10)
-    assert not thread.is_alive()
+    with in_thread(echo, http=protocol, loop=loop, lifespan="off") as port:
+        yield port
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from tests.support.engines import wait_until
-from tests.support.serving import photo
+from tests.support.serving import in_process, photo
 from unperturb.benchmarks.serving import hostile, open_loop
 from unperturb.benchmarks.serving.watch import RunningServer, metric, tree
 from unperturb.service.http.server import OTHER_FILES, allow_files
@@ -33,21 +33,9 @@ PNG = {"content-type": "image/png"}
 
 @contextmanager
 def serving(checkpoint: Path, log: Path, **more: str) -> Iterator[RunningServer]:
-    port = open_loop.free_port()
-    environment = {
-        "UNPERTURB_CHECKPOINT": str(checkpoint),
-        "UNPERTURB_DEVICE": "cpu",
-        "UNPERTURB_HEADER_TIMEOUT_S": "1",
-        "UNPERTURB_UPLOAD_TIMEOUT_S": "1",
-        "UNPERTURB_MAX_BATCH": "4",
-        "UNPERTURB_PATIENCE": "1000",
-        "UNPERTURB_THREADS": "1",
-        **more,
-    }
-    with open_loop.running(
-        open_loop.service(port), port=port, ready="/readyz", log=log, environment=environment
-    ) as process:
-        yield RunningServer(port, f"http://127.0.0.1:{port}", process)
+    limits = {"UNPERTURB_HEADER_TIMEOUT_S": "1", "UNPERTURB_UPLOAD_TIMEOUT_S": "1", "UNPERTURB_MAX_BATCH": "4"}
+    with in_process(checkpoint, log, **limits, **more) as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A client of the service over a tiny model, and what it sends."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from PIL import Image
 
 from tests.support.engines import ThreadHandle, wait_until
 from tests.support.pictures import encode
+from unperturb.benchmarks.serving import open_loop
+from unperturb.benchmarks.serving.watch import RunningServer
 from unperturb.service.engine.engine import Engine
 from unperturb.service.http.app import create_app
 from unperturb.service.keys import digest
@@ -58,6 +61,30 @@ def in_thread(app: Callable[..., Any], *, timeout_s: float = 120.0, **options: A
         server.should_exit = True
         thread.join(30)
     assert not thread.is_alive()
+
+
+@contextmanager
+def in_process(
+    checkpoint: Path | str,
+    log: Path,
+    *,
+    python: Path | str = sys.executable,
+    folder: Path = open_loop.ROOT,
+    **environment: str,
+) -> Iterator[RunningServer]:
+    """The service as a process of its own, once it is ready, its log in a file; everybody may wait."""
+    port = open_loop.free_port()
+    _, *command = open_loop.service(port)
+    usual = {"CHECKPOINT": str(checkpoint), "DEVICE": "cpu", "THREADS": "1", "PATIENCE": "1000"}
+    with open_loop.running(
+        [str(python), *command],
+        port=port,
+        ready="/readyz",
+        log=log,
+        environment={**{f"UNPERTURB_{name}": value for name, value in usual.items()}, **environment},
+        folder=folder,
+    ) as process:
+        yield RunningServer(port, f"http://127.0.0.1:{port}", process)
 
 
 @contextmanager
