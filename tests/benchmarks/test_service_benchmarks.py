@@ -33,6 +33,8 @@ from unperturb.benchmarks.serving import (
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
 from unperturb.benchmarks.serving.watch import RunningServer
 from unperturb.models.errors import ConfigError
+from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.lifecycle import EngineState
 from unperturb.service.engine.stages import passes, shape
 
 
@@ -281,6 +283,34 @@ def test_capacity_counts_what_was_answered() -> None:
     with standing_in(service) as server:
         found = shares.capacity_of(server, PLAIN, config)
     assert found == (service.asked.total() + 1) // 2 / 0.5
+
+
+def test_calibration_that_nobody_answered_is_told_and_nothing_is_offered() -> None:
+    config = shares.SharesConfig(device="cpu", seconds=0.1, calibration_seconds=0.1)
+    with standing_in(StandIn(lambda *_: True)) as server:
+        with pytest.raises(ConfigError, match=r"rate=0 .* no answer of status 200"):
+            shares.clients(server, PLAIN, config)
+        with pytest.raises(ConfigError, match=r"rate=0 .* no answer of status 200"):
+            shares.presets(server, MIXED, PLAIN, config)
+
+
+def test_engine_is_stopped_where_the_service_beside_it_fails(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Engine] = []
+    starting = Engine.start
+
+    def start(engine: Engine) -> None:
+        started.append(engine)
+        starting(engine)
+
+    monkeypatch.setattr(Engine, "start", start)
+    monkeypatch.setattr(open_loop, "service", lambda port: [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit, match="did not become ready"):
+        http_cost.measure(http_cost.HttpCostConfig(checkpoint=str(tiny_folder), device="cpu"))
+    (engine,) = started
+    assert engine.lifecycle.state is EngineState.STOPPED
+    assert not any(worker.process and worker.process.poll() is None for worker in engine.workers)
 
 
 @pytest.mark.slow
