@@ -125,7 +125,7 @@ def test_training_works_there(installed: Path, elsewhere: Path, image_folder: Pa
 
 @pytest.fixture
 def server(installed: Path, elsewhere: Path) -> Iterator[str]:
-    with in_process("default", elsewhere / "log", python=installed, folder=elsewhere, PYTHONPATH="") as running:
+    with in_process("default", elsewhere / "log", {"PYTHONPATH": ""}, python=installed, folder=elsewhere) as running:
         yield running.url
 
 

@@ -27,7 +27,7 @@ NUMBERS = itertools.count()  # of the instances' logs
 def start(stack: ExitStack, checkpoint: Path, folder: Path, **settings: str) -> tuple[int, subprocess.Popen[bytes]]:
     """An instance that is ready: its port and its process."""
     log = folder / f"{next(NUMBERS)}.log"
-    server = stack.enter_context(in_process(checkpoint, log, UNPERTURB_DECODERS="1", **settings))
+    server = stack.enter_context(in_process(checkpoint, log, {"UNPERTURB_DECODERS": "1", **settings}))
     return server.port, server.process
 
 

@@ -34,7 +34,7 @@ PNG = {"content-type": "image/png"}
 @contextmanager
 def serving(checkpoint: Path, log: Path, **more: str) -> Iterator[RunningServer]:
     limits = {"UNPERTURB_HEADER_TIMEOUT_S": "1", "UNPERTURB_UPLOAD_TIMEOUT_S": "1", "UNPERTURB_MAX_BATCH": "4"}
-    with in_process(checkpoint, log, **limits, **more) as server:
+    with in_process(checkpoint, log, {**limits, **more}) as server:
         yield server
 
 

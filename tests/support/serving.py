@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,21 +67,26 @@ def in_thread(app: Callable[..., Any], *, timeout_s: float = 120.0, **options: A
 def in_process(
     checkpoint: Path | str,
     log: Path,
+    environment: Mapping[str, str],
     *,
     python: Path | str = sys.executable,
     folder: Path = open_loop.ROOT,
-    **environment: str,
 ) -> Iterator[RunningServer]:
     """The service as a process of its own, once it is ready, its log in a file; everybody may wait."""
     port = open_loop.free_port()
     _, *command = open_loop.service(port)
-    usual = {"CHECKPOINT": str(checkpoint), "DEVICE": "cpu", "THREADS": "1", "PATIENCE": "1000"}
+    usual = {
+        "UNPERTURB_CHECKPOINT": str(checkpoint),
+        "UNPERTURB_DEVICE": "cpu",
+        "UNPERTURB_THREADS": "1",
+        "UNPERTURB_PATIENCE": "1000",
+    }
     with open_loop.running(
         [str(python), *command],
         port=port,
         ready="/readyz",
         log=log,
-        environment={**{f"UNPERTURB_{name}": value for name, value in usual.items()}, **environment},
+        environment={**usual, **environment},
         folder=folder,
     ) as process:
         yield RunningServer(port, f"http://127.0.0.1:{port}", process)
