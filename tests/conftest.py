@@ -45,6 +45,12 @@ def same_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def one_thread(same_threads: None) -> None:
+    """For work so small that two threads wait for each other, many times as long where the cores are busy."""
+    torch.set_num_threads(1)
+
+
 def make_checkpoint(*, head: bool = True, architecture: Architecture = SMALL) -> Checkpoint:
     """Random weights with BatchNorm statistics that are not the initial ones, so that modes can be told apart."""
     torch.manual_seed(1)
@@ -131,6 +137,14 @@ def engines(tiny_folder: Path) -> Iterator[Callable[..., Any]]:
 
     with starting(tiny_folder) as make:
         yield make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from tests.support.browser import opened
+
+    with opened() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ from typing import Literal
 import pytest
 import torch
 
-from tests.training.test_pretrain import FRESH, pretrain_arguments
-from tests.training.test_training import classifier_arguments
+from tests.support.training import FRESH, classifier_arguments, pretrain_arguments
 from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.purifier import purify_speed
 from unperturb.models.checkpoints import store

@@ -128,3 +128,13 @@ def test_folders_are_imported_by_their_name_in_the_namespace() -> None:
 def test_robustbench_is_imported_by_its_adapter_alone(imports: dict[str, list[tuple[str, ...]]]) -> None:
     users = {module for module, named in imports.items() for names in named if names[0].split(".")[0] == "robustbench"}
     assert users == {ROBUSTBENCH}
+
+
+def test_tests_share_what_they_need_by_support_alone() -> None:
+    shared = [
+        f"{file.relative_to(ROOT)}: {names[-1]}"
+        for file in sorted((ROOT / "tests").rglob("*.py"))
+        for names in imported(file.read_text())
+        if names[0].startswith("tests.") and ".test_" in names[0]
+    ]
+    assert not shared, "\n".join(shared)

@@ -5,16 +5,14 @@ import shutil
 import site
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import pytest
 
-from unperturb.benchmarks.serving.open_loop import free_port
+from tests.support.serving import in_process
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("models", "training", "service", "benchmarks", "unperturb")
@@ -127,26 +125,11 @@ def test_training_works_there(installed: Path, elsewhere: Path, image_folder: Pa
 
 @pytest.fixture
 def server(installed: Path, elsewhere: Path) -> Iterator[str]:
-    port = free_port()
-    command = [str(installed), "-m", "unperturb.service", "--port", str(port), "--device", "cpu"]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    with (elsewhere / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=elsewhere, stdout=log, stderr=log, env=environment)
-    yield f"http://127.0.0.1:{port}"
-    process.terminate()
-    process.wait(60)
+    with in_process("default", elsewhere / "log", {"PYTHONPATH": ""}, python=installed, folder=elsewhere) as running:
+        yield running.url
 
 
-def test_service_with_its_workers_and_decoders_works_there(server: str, installed: Path, elsewhere: Path) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        try:
-            with urlopen(f"{server}/readyz", timeout=5) as answer:
-                if answer.status == 200:
-                    break
-        except (URLError, OSError):
-            assert time.monotonic() < deadline, (elsewhere / "log").read_text()[-2000:]
-        time.sleep(0.2)
+def test_service_with_its_workers_and_decoders_works_there(server: str, installed: Path) -> None:
     sample = next(installed.parents[1].glob("lib/python*/site-packages/unperturb/service/assets/sample.png"))
     with urlopen(
         Request(f"{server}/classify", sample.read_bytes(), {"content-type": "image/png"}), timeout=60

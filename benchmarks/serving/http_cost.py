@@ -5,6 +5,7 @@ clients on the same machine; in turn, the median of several turns. Before that, 
 """
 
 import asyncio
+import contextlib
 import statistics
 import sys
 import tempfile
@@ -74,23 +75,22 @@ def measure(config: HttpCostConfig) -> dict[str, Any]:
     clients = config.clients or 2 * settings.slots * len(settings.devices)
     files = open_loop.photos(64, seed=config.seed)
     engine = make_engine(settings, Metrics())
-    engine.start()
-    if not engine.lifecycle.wait_until_ready(WARM_UP_S):
-        raise ConfigError(f"the engine has not warmed up: {engine.lifecycle.failure}")
     alone: list[float] = []
     served: list[float] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open_loop.running(
-            open_loop.service(port), port=port, ready="/readyz", log=Path(folder) / "log", environment=environment
-        ),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.callback(engine.stop, 10.0)
+        engine.start()
+        if not engine.lifecycle.wait_until_ready(WARM_UP_S):
+            raise ConfigError(f"the engine has not warmed up: {engine.lifecycle.failure}")
+        log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
+        stack.enter_context(
+            open_loop.running(open_loop.service(port), port=port, ready="/readyz", log=log, environment=environment)
+        )
         lone = through_http(f"http://127.0.0.1:{port}", files, config, clients=1)
         for _ in range(config.turns):
             alone.append(asyncio.run(through_engine(engine, files, config, clients=clients)))
             served.append(through_http(f"http://127.0.0.1:{port}", files, config, clients=clients))
             print(f"engine {alone[-1]:.1f} images/s, service {served[-1]:.1f} images/s", file=sys.stderr)
-    engine.stop(10.0)
     middle = statistics.median(one / other for one, other in zip(served, alone, strict=True))
     return {
         "clients": clients,

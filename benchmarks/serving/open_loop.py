@@ -27,6 +27,7 @@ import uvloop
 from PIL import Image
 
 from unperturb.benchmarks.command import BenchmarkConfig
+from unperturb.models.errors import ConfigError
 from unperturb.models.inference.captured import fastest
 from unperturb.models.options import option
 from unperturb.service.settings import automatic, cores
@@ -86,7 +87,12 @@ def photos(count: int, *, seed: int, side: int = 32) -> list[bytes]:
 async def offer(
     url: str, requests: Sequence[Prepared], *, rate: float, seconds: float, seed: int, address: str = "127.0.0.1"
 ) -> list[Sent]:
-    """POST requests, drawn from those, from a loopback address, at Poisson arrivals of `rate` a second."""
+    """POST requests, drawn from those, from a loopback address, at Poisson arrivals of `rate` a second.
+
+    Raises ConfigError for a rate of 0: a share of a capacity at which nothing was answered.
+    """
+    if rate <= 0:
+        raise ConfigError(f"rate={rate:g} must be above 0; it is 0 where a calibration had no answer of status 200")
     generator, tasks, moment = random.Random(seed), [], 0.0
     async with client_session(address) as session:
         started = time.perf_counter()

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.conftest import make_checkpoint, make_config
-from tests.training.test_training import classifier_arguments
+from tests.support.training import classifier_arguments
 from unperturb.benchmarks.purifier import points, preset_sweep, purification, purify_speed, worst_case_sweep
 from unperturb.benchmarks.purifier.published_procedure import PublishedProcedure
 from unperturb.benchmarks.reporting import purifier_tables, results, speed_tables

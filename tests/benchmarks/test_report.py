@@ -4,18 +4,20 @@ import csv
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.support.records import Outcomes, averaged_record, in_order, record, write
+from tests.support.records import NO_SIGNS, Outcomes, averaged_record, in_order, record, write
 from unperturb.benchmarks.reporting import report, rows
 from unperturb.benchmarks.reporting.columns import LEGEND
 from unperturb.benchmarks.reporting.report import Report
 from unperturb.benchmarks.reporting.results import accuracy, gain
 from unperturb.benchmarks.reporting.rows import Group, load_runs, measured_row, published_rows
+from unperturb.benchmarks.robustness.figures import NO_AUTOATTACK
 from unperturb.models.errors import DataError
 
 N = 20
@@ -316,31 +318,39 @@ def test_file_of_another_schema_is_refused_by_name(tmp_path: Path) -> None:
         load_runs(tmp_path)
 
 
-def sharded(folder: Path) -> dict[str, Any]:
-    """Write a run in two shards of every other image; return the whole."""
-    for number in (0, 1):
-        outcomes, bare = ({name: values[number::2] for name, values in of.items()} for of in (WORSE, BARE))
-        part = record(outcomes, bare, shard=f"{number + 1}/2", indices=range(number, N, 2))
+EVERY_OTHER = (slice(0, N, 2), slice(1, N, 2))
+HALVES = (slice(0, N // 2), slice(N // 2, N))
+
+
+def sharded(folder: Path, images: Sequence[slice] = EVERY_OTHER) -> dict[str, Any]:
+    """Write a run in two shards of these images; return the whole."""
+    for number, taken in enumerate(images):
+        outcomes, bare = ({name: values[taken] for name, values in of.items()} for of in (WORSE, BARE))
+        part = record(outcomes, bare, shard=f"{number + 1}/2", indices=range(N)[taken])
         part["config"]["n_examples"] = N
         write(folder, f"run.shard-{number + 1}-of-2", part)
     return record(WORSE, BARE)
 
 
-def test_shards_are_merged_to_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = sharded(tmp_path)["results"]
-    given: list[list[dict[str, Any]]] = []
-
-    def merged(parts: list[dict[str, Any]]) -> dict[str, Any]:
-        given.append(parts)
-        return {**parts[0], **{name: whole[name] for name in ("indices", "outcomes", "bare_outcomes", "figures")}}
-
-    monkeypatch.setattr(rows, "merge", merged)
+@pytest.mark.parametrize("images", [EVERY_OTHER, HALVES], ids=["every other", "halves"])
+def test_shards_are_merged_to_one_row(images: Sequence[slice], tmp_path: Path) -> None:
+    sharded(tmp_path, images)
     (run,) = load_runs(tmp_path)
-    assert [part["indices"][:2] for parts in given for part in parts] == [[0, 2], [1, 3]]
-    assert measured_row(run) == measured_row(record(WORSE, BARE))
+    broken = "transferred images break 1 of 20 that the full gradient does not"  # of WORSE
+    signs = {**NO_SIGNS, "transfer_beyond_gradient": {"broken": 1, "n": N}, "warnings": [broken]}
+    whole = measured_row(record(WORSE, BARE, signs=signs))
+    assert measured_row(run) == replace(whole, weaker=(NO_AUTOATTACK,))
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [(HALVES, "shards of 20 images hold 10"), (EVERY_OTHER, "images are missing")],
+    ids=["halves", "every other"],
+)
+def test_row_of_which_a_shard_is_missing_is_refused(images: Sequence[slice], says: str, tmp_path: Path) -> None:
+    sharded(tmp_path, images)
     (tmp_path / "run.shard-2-of-2.json").unlink()
-    monkeypatch.setattr(rows, "merge", lambda parts: parts[0])
-    with pytest.raises(DataError, match="shards of 20 images hold 10"):
+    with pytest.raises(DataError, match=says):
         load_runs(tmp_path)
 
 

@@ -5,6 +5,10 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import pytest
 from aiohttp import web
 from PIL import Image
 
+from tests.support.serving import in_thread
 from unperturb.benchmarks.reporting import service_tables, speed_tables
 from unperturb.benchmarks.serving import (
     faults,
@@ -26,7 +31,11 @@ from unperturb.benchmarks.serving import (
     watch,
 )
 from unperturb.benchmarks.serving.open_loop import Prepared, Sent
+from unperturb.benchmarks.serving.watch import RunningServer
 from unperturb.models.errors import ConfigError
+from unperturb.service.engine.engine import Engine
+from unperturb.service.engine.lifecycle import EngineState
+from unperturb.service.engine.stages import passes, shape
 
 
 def test_summary_counts_by_status_and_takes_percentiles_of_the_good() -> None:
@@ -183,14 +192,136 @@ def test_loads_are_medians_of_the_rounds_and_refusals_of_all_of_them(monkeypatch
     assert "| 10% | 9.0 | 34.0% | 5 | 8 | 19 |" in lines
 
 
+class StandIn:
+    """Stands for the service: refuses as `refuses(client, name, number of its requests so far)` says.
+
+    asked: requests by client and preset
+    steps: that it says it has taken, for those that it refuses, too
+    """
+
+    def __init__(self, refuses: Callable[[str, str, int], bool] = lambda *_: False) -> None:
+        self.refuses, self.steps = refuses, 0
+        self.asked: Counter[tuple[str, str]] = Counter()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        status, body = 200, b""
+        if scope["path"] == "/metrics":
+            body = f"unperturb_steps_total {self.steps}\n".encode()
+        else:
+            name = scope["query_string"].decode().removeprefix("preset=") or "default"
+            asked = scope["client"][0], name
+            while (await receive()).get("more_body"):
+                pass
+            status = 503 if self.refuses(*asked, self.asked[asked]) else 200
+            self.asked[asked] += 1
+            self.steps += shape(name)[0]
+        headers = [(b"content-length", str(len(body)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+@contextmanager
+def standing_in(service: StandIn) -> Iterator[RunningServer]:
+    with in_thread(service, lifespan="off") as port:
+        yield RunningServer(port, f"http://127.0.0.1:{port}", None)  # type: ignore[arg-type]  # it is no process
+
+
+PLAIN = [Prepared("/classify", b"x", name="default")]
+MIXED = [Prepared("/classify?preset=published", b"x", name="published"), *PLAIN]
+CAPACITY = 100.0
+
+
+def test_shares_are_of_the_two_clients_and_of_what_each_preset_was_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = shares.SharesConfig(device="cpu", seconds=1.0)
+    monkeypatch.setattr(shares, "capacity_of", lambda *_: CAPACITY)
+    service = StandIn(lambda client, _, number: client == shares.OTHER and number % 2 == 1)
+    with standing_in(service) as server:
+        of_clients = shares.clients(server, PLAIN, config)
+    rows = of_clients["rows"]
+    assert [row["times_its_share"] for row in rows] == [0.0, 1.0, 10.0]
+    assert [row["modest"]["requests"] for row in rows] == [rows[0]["modest"]["requests"]] * 3  # the same arrivals
+    assert 25 <= rows[0]["modest"]["requests"] <= 60  # 40 are expected, 50 of the other, and 500
+    assert rows[0]["other"]["requests"] == 0
+    assert 30 <= rows[1]["other"]["requests"] <= 75
+    assert 400 <= rows[2]["other"]["requests"] <= 600
+    assert all(row["modest"]["statuses"] == {"200": row["modest"]["requests"]} for row in rows)
+    assert rows[2]["other"]["rejected"] == pytest.approx(0.5, abs=0.01)
+    asked = Counter({client: count for (client, _), count in service.asked.items()})
+    assert asked["127.0.0.1"] == sum(row["modest"]["requests"] for row in rows)
+    assert asked[shares.OTHER] == sum(row["other"]["requests"] for row in rows)
+    assert of_clients[service_tables.RATIO] == rows[2]["modest"]["p99_ms"] / rows[1]["modest"]["p99_ms"]
+
+    service = StandIn(lambda _, name, number: name == "published" and number % 2 == 1)
+    with standing_in(service) as server:
+        of_presets = shares.presets(server, MIXED, PLAIN, replace(config, load=20.0))
+    short, long = (of_presets["presets"][name] for name in ("default", "published"))
+    answered = {name: one["statuses"]["200"] for name, one in of_presets["presets"].items()}
+    work = {name: count * passes(name) for name, count in answered.items()}
+    assert of_presets["capacity"] == pytest.approx(CAPACITY / ((1 + passes("published") / passes("default")) / 2))
+    assert short["share_of_work"] == pytest.approx(work["default"] / sum(work.values()))
+    assert long["share_of_work"] == pytest.approx(work["published"] / sum(work.values()))
+    assert of_presets["steps"] == service.steps
+    assert long["statuses"]["503"] > 10
+    assert of_presets["steps_not_answered"] == long["statuses"]["503"] * shape("published")[0]
+
+    record = {
+        "results": {"rounds": [{"clients": of_clients, "presets": of_presets}]},
+        "config": {"load": 20.0},
+        "machine": {"cpu_threads": 2, "device": "cpu"},
+    }
+    lines = service_tables.shares_table(record).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| nothing", "| 1 times its share", "| 10 times its share"]
+    assert [line.split(" | ")[0] for line in lines[8:10]] == ["| `default`", "| `published`"]
+    for ratio, said in ((1.5, "makes the modest client's p99 1.50 times as long."), (None, "no answer.")):
+        of_clients[service_tables.RATIO] = ratio
+        assert said in service_tables.shares_table(record)
+
+
+def test_capacity_counts_what_was_answered() -> None:
+    config = shares.SharesConfig(device="cpu", calibration_seconds=0.5)
+    service = StandIn(lambda *given: given[-1] % 2 == 1)
+    with standing_in(service) as server:
+        found = shares.capacity_of(server, PLAIN, config)
+    assert found == (service.asked.total() + 1) // 2 / 0.5
+
+
+def test_calibration_that_nobody_answered_is_told_and_nothing_is_offered() -> None:
+    config = shares.SharesConfig(device="cpu", seconds=0.1, calibration_seconds=0.1)
+    with standing_in(StandIn(lambda *_: True)) as server:
+        with pytest.raises(ConfigError, match=r"rate=0 .* no answer of status 200"):
+            shares.clients(server, PLAIN, config)
+        with pytest.raises(ConfigError, match=r"rate=0 .* no answer of status 200"):
+            shares.presets(server, MIXED, PLAIN, config)
+
+
+def test_engine_is_stopped_where_the_service_beside_it_fails(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Engine] = []
+    starting = Engine.start
+
+    def start(engine: Engine) -> None:
+        started.append(engine)
+        starting(engine)
+
+    monkeypatch.setattr(Engine, "start", start)
+    monkeypatch.setattr(open_loop, "service", lambda port: [sys.executable, "-c", "raise SystemExit(3)"])
+    with pytest.raises(SystemExit, match="did not become ready"):
+        http_cost.measure(http_cost.HttpCostConfig(checkpoint=str(tiny_folder), device="cpu"))
+    (engine,) = started
+    assert engine.lifecycle.state is EngineState.STOPPED
+    assert not any(worker.process and worker.process.poll() is None for worker in engine.workers)
+
+
+@pytest.mark.slow
 def test_shares_of_two_clients_and_two_presets(tiny_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "shares.json"
     options = {
         "checkpoint": tiny_folder,
         "device": "cpu",
         "execution": "eager",
-        "seconds": 1,
-        "calibration-seconds": 1,
+        "seconds": 10,
+        "calibration-seconds": 5,
         "rounds": 1,
         "load": 10,
         "out": out,
@@ -205,12 +336,7 @@ def test_shares_of_two_clients_and_two_presets(tiny_folder: Path, tmp_path: Path
     assert rows[0]["modest"]["statuses"].get("200", 0) > 0
     assert sum(one["share_of_work"] for one in found["presets"]["presets"].values()) == pytest.approx(1.0)
     assert 0 <= found["presets"]["steps_not_answered"] < found["presets"]["steps"]
-    lines = service_tables.shares_table(record).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| nothing", "| 1 times its share", "| 10 times its share"]
-    assert [line.split(" | ")[0] for line in lines[8:10]] == ["| `default`", "| `published`"]
-    for ratio, said in ((1.5, "makes the modest client's p99 1.50 times as long."), (None, "no answer.")):
-        found["clients"][service_tables.RATIO] = ratio
-        assert said in service_tables.shares_table(record)
+    assert service_tables.shares_table(record).count("\n") > 10
 
 
 def test_results_of_the_service_beside_its_engine_are_named_by_how_both_ran() -> None:

@@ -10,8 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from tests.deploy.test_kubernetes import CUSTOM
-from tests.support.manifests import COMPONENTS, Manifest, build, read, standing
+from tests.support.manifests import COMPONENTS, CUSTOM, Manifest, build, read, standing
 
 FOLDER = os.environ.get("UNPERTURB_CRDS")
 

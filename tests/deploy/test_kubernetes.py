@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from tests.support.manifests import (
     COMPONENTS,
+    CUSTOM,
     DEPLOY,
     OVERLAYS,
     ROOT,
@@ -24,15 +25,6 @@ from tests.support.manifests import (
 from unperturb.service.keys import new_key
 from unperturb.service.settings import Settings
 
-CUSTOM = (
-    "ServiceMonitor",
-    "PodMonitor",
-    "PrometheusRule",
-    "ScaledObject",
-    "ServingRuntime",
-    "InferenceService",
-    "RayService",
-)
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 WARM_UP_S = 300  # compiled steps, on the shipped checkpoint three minutes
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_checkpoint
-from tests.training.test_training import classifier_arguments
+from tests.support.training import classifier_arguments
 from unperturb.models import command
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import DataError

@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, PngImagePlugin
 
+from tests.support.pictures import chunk, encode
 from unperturb.models.container import orientation_of, pixels_alone
 from unperturb.models.pixels import Preprocessing, opened, to_rgb
 from unperturb.service.decoding.decode import decode
@@ -39,9 +40,7 @@ def exif(orientation: int | None, **more: Any) -> bytes:
 
 
 def file_of(kind: str, **options: Any) -> bytes:
-    buffer = BytesIO()
-    picture().save(buffer, kind, **options)
-    return buffer.getvalue()
+    return encode(picture(), kind, **options)
 
 
 def shown(payload: bytes) -> NDArray[np.uint8]:
@@ -71,12 +70,6 @@ def test_orientation_of_big_endian_long_or_odd_values() -> None:
         assert orientation_of(b"II*\0" + struct.pack("<IH", 8, 1) + entry) == 1
     for odd in (b"", b"II*\0", b"not a TIFF", b"II*\0" + b"\xff" * 40, b"II*\0" + struct.pack("<IH", 8, 65535)):
         assert orientation_of(odd) == 1
-
-
-def chunk(kind: bytes, body: bytes, *, crc: int | None = None) -> bytes:
-    return (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) if crc is None else crc)
-    )
 
 
 def png_with(*chunks: bytes) -> bytes:

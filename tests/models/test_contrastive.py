@@ -3,6 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.support.purifiers import numpy_info_nce
 from unperturb.models.contrastive.loss import NegativePolicy, in_batch_negatives, info_nce
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
@@ -10,21 +11,6 @@ from unperturb.models.networks.head import NegativesBank, ProjectionHead
 
 def unit(*shape: int) -> torch.Tensor:
     return F.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
-
-
-def numpy_info_nce(z: np.ndarray, k: np.ndarray, tau: float, keep: np.ndarray | None = None) -> np.ndarray:
-    """The formula of the docstring, term by term."""
-    losses = []
-    for b in range(len(z)):
-        counted = k if keep is None else k[keep[b]]
-        terms = []
-        for i in range(z.shape[1]):
-            for j in range(z.shape[1]):
-                if i != j:
-                    positive = np.exp(z[b, i] @ z[b, j] / tau)
-                    terms.append(-np.log(positive / (positive + np.exp(counted @ z[b, i] / tau).sum())))
-        losses.append(np.mean(terms))
-    return np.array(losses)
 
 
 @pytest.mark.parametrize("views", [2, 4])

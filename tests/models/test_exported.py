@@ -14,15 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, export
 
+from tests.support.checkpoints import BATCH, SIDE, convolutions, imported, saved
 from unperturb.models.checkpoints import store
-from unperturb.models.checkpoints.importing.imported import ImportConfig, import_classifier
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.inference.folding import folded
 from unperturb.models.networks.exported import operator
 
-SIDE = 16
-BATCH = ({0: Dim("batch")},)
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Attending(nn.Module):
@@ -46,25 +44,9 @@ class Attending(nn.Module):
         return scores
 
 
-def convolutions(*, end: nn.Module | None = None, bias: bool = True) -> nn.Module:
-    torch.manual_seed(3)
-    parts = [nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Hardswish()]
-    network = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.5), nn.Linear(32, 5, bias=bias))
-    network(2 * torch.rand(8, 3, SIDE, SIDE) - 1)  # running statistics that are their own
-    if end is not None:
-        network.append(end)
-    return network.eval()
-
-
 def attending() -> nn.Module:
     torch.manual_seed(4)
     return Attending().eval()
-
-
-def saved(file: Path, network: nn.Module, *, shape: tuple[int, ...] = (2, 3, SIDE, SIDE), **options: Any) -> Path:
-    program = export(network, (torch.rand(shape),), **{"dynamic_shapes": BATCH, **options})
-    torch.export.save(program, file)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +60,6 @@ def made(good: Path, tmp_path: Path) -> Path:
     """A checkpoint of it that a test may alter."""
     store.save(tmp_path / "made", imported(good), half=False)
     return tmp_path / "made"
-
-
-def imported(file: Path, **settings: Any) -> store.Checkpoint:
-    return import_classifier(ImportConfig(source=f"export:{file}", **settings))
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")  # torch 2.11, of itself

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import make_checkpoint
-from tests.training.test_training import classifier_arguments
+from tests.support.training import classifier_arguments
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import gate_of
 from unperturb.models.errors import CheckpointError, ConfigError

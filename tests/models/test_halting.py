@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import make_config, make_defended
+from tests.conftest import make_defended
+from tests.support.purifiers import differing, some_end
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.errors import ConfigError
-from unperturb.models.purifiers.reverse_attack import ReverseAttackConfig
 
 TABLE = torch.tensor(
     [
@@ -76,23 +76,6 @@ def test_unrolled_gradient_of_images_that_end_is_that_of_the_steps_they_took() -
     (gradient,) = torch.autograd.grad(image[0].sum(), x, retain_graph=True)
     assert torch.equal(gradient[0], torch.ones_like(x[0]))
     assert torch.autograd.gradcheck(lambda z: p.run(z, objective, seeds=torch.arange(2), unrolled=True).image[1], (x,))
-
-
-def halting(**changed: object) -> ReverseAttackConfig:
-    config = make_config(steps=12)
-    loop = ProjectedGradient(**{**vars(config.loop), **changed})
-    return ReverseAttackConfig(loop=loop, views=2)
-
-
-def some_end(images: torch.Tensor) -> ReverseAttackConfig:
-    """A gate that half the images stay under, and a settling that ends others early."""
-    first = make_defended(halting()).purifier.descend(images, seeds=torch.arange(8)).losses[0]
-    return halting(gate=float(first.median()), settle=2)
-
-
-def differing(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The share of values that differ by more than rounding."""
-    return float(((one - other).abs() > 1e-3).float().mean())
 
 
 def test_images_left_out_of_later_batches_end_as_in_the_whole_one(images: torch.Tensor) -> None:

@@ -26,7 +26,7 @@ from unperturb.models.pixels import Preprocessing
 
 ROOT = Path(__file__).parents[2]
 PETS = ("cat", "dog", "hamster")
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tests.conftest import make_checkpoint
+from tests.support.checkpoints import CARDS, with_readout
 from unperturb.models.accuracy import correct
 from unperturb.models.attacks.pgd import pgd
 from unperturb.models.checkpoints import store
-from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
-from unperturb.models.networks.readout import WHOLE_BANK, NoReadout, ReadoutCard, SoftNeighbours, attach, blank_readout
+from unperturb.models.networks.readout import WHOLE_BANK, NoReadout, ReadoutCard, SoftNeighbours
 
 
 def neighbours(*, k: int = 5, temperature: float = 0.1, bank: int = 30) -> SoftNeighbours:
@@ -25,24 +25,6 @@ def neighbours(*, k: int = 5, temperature: float = 0.1, bank: int = 30) -> SoftN
         neighbours=k,
         temperature=temperature,
     )
-
-
-def with_readout(card: ReadoutCard) -> Checkpoint:
-    made = make_checkpoint()
-    readout = blank_readout(card, feature_dim=made.classifier.feature_dim, num_classes=3)
-    assert readout is not None
-    if isinstance(readout, SoftNeighbours):
-        readout.bank.copy_(torch.nn.functional.normalize(torch.rand_like(readout.bank), dim=1))
-        readout.labels.copy_(torch.arange(len(readout.labels)) % 3)
-    attach(made.classifier, readout.requires_grad_(False))
-    return Checkpoint(dataclasses.replace(made.card, readout=card), made.classifier, made.head, made.bank)
-
-
-CARDS = {
-    "knn": ReadoutCard(kind="knn", neighbours=4, bank_size=12),
-    "dense": ReadoutCard(kind="dense", hidden=7),
-    "none": ReadoutCard(kind="none"),
-}
 
 
 @pytest.mark.parametrize("k", [0, 1, 5, 30])

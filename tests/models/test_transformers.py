@@ -15,7 +15,7 @@ from unperturb.models.checkpoints.importing.imported import ImportConfig, import
 from unperturb.models.errors import CheckpointError
 
 LABELS = {0: "cat", 1: "dog", 2: "hamster"}
-torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL: dict[str, dict[str, Any]] = {
     "ViT": {

@@ -15,8 +15,7 @@ from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.importing.imported import ImportConfig, import_classifier
 from unperturb.models.errors import ConfigError
 
-pytestmark = pytest.mark.slow
-torch.set_num_threads(1)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 LARGEST = 150e6  # parameters; beyond, the same code at other widths would fill the memory
 SIZES = {"vit": 224, "maxvit": 224, "inception": 96, "alexnet": 64}  # whose networks take no other, or none smaller

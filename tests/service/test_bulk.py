@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from tests.support.pictures import encode
 from tests.support.serving import photo
 from unperturb.models.checkpoints import store
 from unperturb.models.purifiers.defended import defend
@@ -29,6 +29,7 @@ from unperturb.service.cli import app
 NAMES = ["a.png", "b.PNG", "c.jpeg", "deep/e.jpg", "deep/er/d.webp"]  # in sorted order
 FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 PNGS = ["a.png", "b.png", "c.png", "deep/e.png", "deep/er/d.png"]
+pytestmark = pytest.mark.usefixtures("one_thread")  # as Ray's actors have
 # Prints the process's peak memory in MiB after its second chunk and after its last.
 PEAKS = """
 import resource, sys
@@ -46,20 +47,9 @@ print(peaks[1], peaks[-1])
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine two threads that wait for each other take many times as long; Ray's actors have one, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def encoded(seed: int, *, size: tuple[int, int] = (32, 32), kind: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, kind, lossless=True)
-    return buffer.getvalue()
+    return encode(Image.fromarray(pixels), kind, lossless=True)
 
 
 @pytest.fixture

@@ -1,20 +1,11 @@
-import struct
-import zlib
-from io import BytesIO
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.support.pictures import encode, png_of_claimed_size
 from unperturb.models.pixels import Preprocessing
 from unperturb.service.decoding.decode import Decoded, decode
 from unperturb.service.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
-
-
-def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def read(payload: bytes, size: int = 32, max_pixels: int = 50_000_000) -> Decoded:
@@ -130,16 +121,6 @@ def test_truncated_file_is_unprocessable(kind: str, share: float) -> None:
     payload = encode(noise, kind)
     with pytest.raises(UnprocessableError, match="damaged"):
         read(payload[: int(len(payload) * share)])
-
-
-def png_of_claimed_size(width: int, height: int) -> bytes:
-    """A PNG header that claims a size, with next to no data behind it."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("side", [7_100, 9_600, 60_000])

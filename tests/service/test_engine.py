@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.engines import close, one, submit, uint8, wait_until
+from tests.support.engines import close, hold_steps, one, submit, uint8, wait_until
 from unperturb.models.checkpoints import store
 from unperturb.models.inference.captured import Execution, Stepper
 from unperturb.models.inference.continuous import step_together
@@ -181,29 +181,39 @@ def test_attack_raises_the_loss_within_its_ball(engines: Callable[..., Engine], 
     assert np.abs(outcome.image - images[0].numpy()).max() <= 8 / 255 + 1e-6
 
 
-def test_newcomer_with_few_steps_overtakes_one_with_many(engines: Callable[..., Engine], images: torch.Tensor) -> None:
+def test_newcomer_with_few_steps_overtakes_one_with_many(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, pixels, order = engines(), uint8(images), []
+    go = hold_steps(monkeypatch)
 
-    async def noted(name: str, delay_s: float) -> None:
-        await asyncio.sleep(delay_s)
+    async def noted(name: str) -> None:
         await submit(engine, [pixels[0]], name)
         order.append(name)
 
     async def both() -> None:
-        await asyncio.gather(noted("published", 0), noted("default", 0.02))
+        first, newcomer = asyncio.create_task(noted("published")), asyncio.create_task(noted("default"))
+        await asyncio.sleep(0)
+        assert engine.in_slots == 2
+        go.set()
+        await asyncio.gather(first, newcomer)
 
     asyncio.run(both())
     assert order == ["default", "published"]
 
 
-def test_two_devices_share_one_queue(engines: Callable[..., Engine], images: torch.Tensor) -> None:
+def test_two_devices_share_one_queue(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = engines(workers=2, slots=2)
+    go = hold_steps(monkeypatch)
 
     async def run() -> list[Outcome]:
         task = asyncio.create_task(submit(engine, uint8(images) * 2))
         await asyncio.sleep(0)
         assert [worker.running for worker in engine.scheduler.workers] == [2, 2]
         assert engine.waiting == 12
+        go.set()
         return await task
 
     found = asyncio.run(run())

@@ -72,17 +72,21 @@ def test_worker_that_stops_stepping_fails_the_engine(
     go.set()
 
 
-def test_stopping_finishes_what_is_here_and_takes_no_more(engines: Callable[..., Engine], images: torch.Tensor) -> None:
+def test_stopping_finishes_what_is_here_and_takes_no_more(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine, pixels = engines(slots=2), uint8(images)
+    go = hold_steps(monkeypatch)
 
     async def run() -> list[Outcome]:
         task = asyncio.create_task(submit(engine, pixels))
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0)  # it is let in
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop, 60.0))
-        while engine.lifecycle.state is not EngineState.DRAINING:
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(wait_until, lambda: engine.lifecycle.state is EngineState.DRAINING)
         with pytest.raises(NotReadyError, match="stopping"):
             engine.dispatcher.refuse_if_full(None, "default")
+        assert (engine.in_slots, engine.waiting) == (2, 6)
+        go.set()
         found = await task
         await stopping
         return found

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.service.test_scheduler import OUTCOME
-from tests.support.engines import hold_steps, submit, uint8
+from tests.support.engines import OUTCOME, hold_steps, submit, uint8
 from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.admission import Admission

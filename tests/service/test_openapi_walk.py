@@ -2,6 +2,7 @@
 
 import base64
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,16 +14,36 @@ from fastapi.testclient import TestClient
 from tests.support.serving import photo, serving
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.registry import Model
-from unperturb.service.http.app import create_app
-from unperturb.service.settings import Settings
+from unperturb.service.settings import PREFIX
 
 ADMIN = {"authorization": "Bearer admin's"}
 EMPTY: tuple[Any, ...] = ("", [], {}, 0, False)
 OF_TEXT = ("", "null", " ")  # what a query, a header or a form can say of nothing
 VOLATILE = ("request_id", "timings_ms", "inference_count", "users")
 MISSING = object()
-DOCUMENT: dict[str, Any] = create_app(Settings(device="cpu")).openapi()
-OPERATIONS = [(method, path) for path, operations in DOCUMENT["paths"].items() for method in operations]
+OPERATIONS = [
+    "post /classify",
+    "post /purify",
+    "get /v2",
+    "get /v2/health/live",
+    "get /v2/health/ready",
+    "get /v2/models/stats",
+    "get /v2/models/{id}",
+    "post /v2/repository/index",
+    "get /v2/models/{id}/config",
+    "get /v2/models/{id}/stats",
+    "get /v2/models/{id}/ready",
+    "post /v2/models/{id}/infer",
+    "get /models",
+    "post /models",
+    "get /models/{id}",
+    "delete /models/{id}",
+    "get /model",
+    "get /healthz",
+    "get /readyz",
+    "get /metrics",
+    "post /inspect",
+]
 TENSOR = {"name": "image", "shape": [1], "datatype": "BYTES", "parameters": {}}
 
 
@@ -36,9 +57,18 @@ class Member(NamedTuple):
 
 @pytest.fixture(scope="module")
 def client(tiny_folder: Path) -> Iterator[TestClient]:
-    with serving(tiny_folder) as opened:
-        opened.headers.update(ADMIN)
-        yield opened
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(PREFIX)]:
+            patch.delenv(name)  # the developer's own would be walked
+        patch.setenv(f"{PREFIX}EXECUTION", "eager")
+        with serving(tiny_folder) as opened:
+            opened.headers.update(ADMIN)
+            yield opened
+
+
+@pytest.fixture(scope="module")
+def document(client: TestClient) -> dict[str, Any]:
+    return dict(client.app.openapi())  # type: ignore[attr-defined]
 
 
 def bodies(path: str, folder: Path) -> dict[str, Any]:
@@ -105,9 +135,9 @@ def gist(answer: httpx2.Response) -> Any:
 class Walk:
     """The requests of one operation; each is checked as it is answered."""
 
-    def __init__(self, client: TestClient, method: str, path: str, folder: Path) -> None:
+    def __init__(self, client: TestClient, document: dict[str, Any], method: str, path: str, folder: Path) -> None:
         self.client, self.method, self.path, self.folder = client, method, path, folder
-        self.operation = DOCUMENT["paths"][path][method]
+        self.operation = document["paths"][path][method]
         self.declared = {int(status) for status in self.operation["responses"]}
         self.sent = 0
 
@@ -178,16 +208,17 @@ def checked(client: TestClient) -> Callable[..., Model]:
     return add
 
 
-@pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=[f"{method} {path}" for method, path in OPERATIONS])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_members_that_are_absent_null_or_empty_never_break_the_service(
     client: TestClient,
+    document: dict[str, Any],
     tiny_folder: Path,
-    method: str,
-    path: str,
+    operation: str,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    walk = Walk(client, method, path, tiny_folder)
+    method, path = operation.split()
+    walk = Walk(client, document, method, path, tiny_folder)
     walk.parameters()
     if path == "/models":  # the plain one was loaded and warmed up: those that follow are no more than checked
         monkeypatch.setattr(client.app.state.engine, "add", checked(client))  # type: ignore[attr-defined]
@@ -202,10 +233,11 @@ def test_members_that_are_absent_null_or_empty_never_break_the_service(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_walk_sees_every_route_and_the_members_of_each_body() -> None:
-    assert {path for _, path in OPERATIONS} >= {"/classify", "/purify", "/inspect", "/v2/models/{id}/infer", "/models"}
+def test_walk_sees_every_route_and_the_members_of_each_body(document: dict[str, Any]) -> None:
+    described = {f"{method} {path}" for path, operations in document["paths"].items() for method in operations}
+    assert set(OPERATIONS) == described
     schemas = {
-        path: DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        path: document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         for path in ("/classify", "/v2/models/{id}/infer", "/models")
     }
     seen = {path: {".".join(map(str, one.path)) for one in members(schema)} for path, schema in schemas.items()}

@@ -2,35 +2,40 @@
 
 import base64
 import json
-import re
-import shutil
-import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect
 
+from tests.conftest import make_checkpoint
+from tests.support import serving
+from tests.support.browser import assert_readable, needs_chromium
 from unperturb.benchmarks.purifier.samples import ASSETS, SHOWN
+from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import Card
+from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
+from unperturb.service.engine.registry import Model
 from unperturb.service.engine.stages import ATTACK_LOOP
 from unperturb.service.http.app import create_app
+from unperturb.service.http.routes import models
+from unperturb.service.http.routes.models import Described
 from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEY = "the-key-of-the-tests"
 UNASSESSED = 'Not assessed yet; "unperturb assess" does it.'
 
 expect.set_options(timeout=20_000)  # a page shares the machine's cores with the service
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +51,8 @@ def address(tiny_folder: Path) -> Iterator[str]:
         api_keys=keys,
         authentication="off",
     )
-    app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        assert app.state.engine.lifecycle.wait_until_ready(60.0)
-        port = server.servers[0].sockets[0].getsockname()[1]
+    with serving.in_thread(create_app(settings)) as port:
         yield f"http://127.0.0.1:{port}/"
-    finally:
-        server.should_exit = True
-        thread.join(30)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with (
-        sync_playwright() as playwright,
-        playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as opened,
-    ):
-        yield opened
 
 
 @pytest.fixture
@@ -89,10 +76,7 @@ def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iter
 
 
 def photo(seed: int = 0) -> FilePayload:
-    pixels = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    buffer = BytesIO()
-    Image.fromarray(pixels).resize((48, 48), Image.Resampling.BICUBIC).save(buffer, "PNG")
-    return {"name": "photo.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+    return {"name": "photo.png", "mimeType": "image/png", "buffer": serving.photo(seed, 48)}
 
 
 def use_sample(page: Page, name: str = "Sample: restored") -> None:
@@ -343,25 +327,15 @@ def test_phone_needs_no_sideways_scrolling(page: Page) -> None:
 )
 def test_colours_follow_the_system_and_can_be_read(page: Page, dark: bool) -> None:
     page.get_by_role("button", name="Run").click()  # an error has a colour of its own
-
-    def luminance(selector: str, colour: str) -> float:
-        found = page.locator(selector).first.evaluate("(one, name) => getComputedStyle(one)[name]", colour)
-        channels = np.array([int(part) for part in re.findall(r"\d+", found)[:3]]) / 255
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
-        return float(linear @ (0.2126, 0.7152, 0.0722))
-
-    ground = luminance("body", "backgroundColor")
-    assert ground < 0.05 if dark else ground > 0.8
-    for selector, behind in (
+    texts = (
         ("body", "body"),
         ("header p", "body"),
         ("#status", "body"),
         ("footer a", "body"),
         ("#hint", "#drop"),
         ("#run", "#run"),
-    ):
-        pair = sorted((luminance(selector, "color"), luminance(behind, "backgroundColor")))
-        assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, selector  # WCAG 2.2, 1.4.3
+    )
+    assert_readable(page, texts, dark=dark)
 
 
 @pytest.mark.parametrize("page", [{"viewport": {"width": 320, "height": 700}}], ids=["320 px"], indirect=True)
@@ -433,23 +407,52 @@ def test_model_without_a_head_says_what_it_lacks(page: Page) -> None:
     expect(page.get_by_label("Purifier")).to_have_value("vote")
 
 
-def test_what_an_assessment_found_stands_below_the_presets(page: Page) -> None:
+def carded(card: Card) -> Any:
+    """What the service says of a model with this card."""
+    return json.loads(bytes(models._card(Model(1, card.id, card.id, card)).body))
+
+
+def listed(card: Card, *, default: bool = False) -> dict[str, Any]:
+    """The model in the service's list."""
+    model = Model(1, card.id, card.id, card)
+    return Described(
+        id=model.id,
+        digest=card.weights_sha256,
+        classes=len(card.classes),
+        image_size=model.image_size,
+        presets=model.presets,
+        execution=model.execution,
+        default=default,
+    ).model_dump(mode="json")
+
+
+def bare(id: str, *classes: str) -> Card:
+    """The card of a classifier without a head."""
+    return replace(make_checkpoint(head=False).card, id=id, classes=classes)
+
+
+def test_what_an_assessment_found_stands_below_the_presets(page: Page, tiny_folder: Path) -> None:
     expect(page.locator("#advice")).to_be_hidden()
-
-    def assessed(route: Route) -> None:
-        answer = route.fetch()
-        default = {
-            "n": 200,
-            "epsilon": 8 / 255,
-            "budget": "standard",
-            "knows_everything": {"mean": -0.031, "interval": [-0.05, -0.012], "at_most": True},
-            "does_not_know": {"mean": 0.087, "interval": [0.06, 0.114], "at_most": False},
-            "clean": None,
-        }
-        advice = "use `vote`: +3.0 (+1.0 to +5.0) points in the worst case"
-        route.fulfill(response=answer, json={**answer.json(), "worth": {"default": default}, "advice": advice})
-
-    page.route("**/models/tiny", assessed)
+    card = store.read_card(tiny_folder)
+    default = {
+        "parameters": parameters(PRESETS["default"]),
+        "gain": -0.031,
+        "gain_interval": [-0.05, -0.012],
+        "gain_at_most": True,
+        "transfer_gain": {"mean": 0.087, "interval": [0.06, 0.114]},
+        "clean_gain": None,
+        "clean_gain_interval": None,
+    }
+    assessment = {
+        "n": 200,
+        "epsilon": 8 / 255,
+        "budget": "standard",
+        "weights_sha256": card.weights_sha256,
+        "presets": {"default": default},
+        "verdict": "use `vote`: +3.0 (+1.0 to +5.0) points in the worst case",
+    }
+    assessed = replace(card, figures={"assessment": assessment})
+    page.route("**/models/tiny", lambda route: route.fulfill(json=carded(assessed)))
     page.reload()
     told = "Assessed: use vote: +3.0 (+1.0 to +5.0) points in the worst case."
     gained = "\u2264 -3.1 (to -1.2) against who knows it, +8.7 (+6.0 to +11.4) against who does not"
@@ -470,13 +473,10 @@ def test_purified_picture_can_be_downloaded(page: Page) -> None:
     assert saved == base64.b64decode(answer["purified"]["image"])
 
 
-def test_one_of_several_models_is_chosen_with_the_presets_that_it_has(page: Page) -> None:
-    both = [
-        {"id": "tiny", "presets": list(PRESETS), "default": True},
-        {"id": "bare", "presets": ["vote"], "default": False},
-    ]
-    page.route("**/models", lambda route: route.fulfill(json=both))
-    page.route("**/models/bare", lambda route: route.fulfill(json={"classes": ["yes", "no"], "figures": {}}))
+def test_one_of_several_models_is_chosen_with_the_presets_that_it_has(page: Page, tiny_folder: Path) -> None:
+    tiny, other = store.read_card(tiny_folder), bare("bare", "yes", "no")
+    page.route("**/models", lambda route: route.fulfill(json=[listed(tiny, default=True), listed(other)]))
+    page.route("**/models/bare", lambda route: route.fulfill(json=carded(other)))
     page.reload()
     expect(page.get_by_label("Model")).to_have_value("tiny")
     page.get_by_label("Model").select_option("bare")
@@ -490,10 +490,10 @@ def test_one_of_several_models_is_chosen_with_the_presets_that_it_has(page: Page
 
 
 def test_late_answer_about_a_model_is_not_shown_with_the_one_chosen_since(page: Page) -> None:
-    both = [{"id": "tiny", "presets": ["vote"], "default": True}, {"id": "late", "presets": ["vote"], "default": False}]
+    tiny, late = bare("tiny", "yes", "no"), bare("late", "one", "two", "three")
     waiting: list[Route] = []
-    page.route("**/models", lambda route: route.fulfill(json=both))
-    page.route("**/models/tiny", lambda route: route.fulfill(json={"classes": ["yes", "no"]}))
+    page.route("**/models", lambda route: route.fulfill(json=[listed(tiny, default=True), listed(late)]))
+    page.route("**/models/tiny", lambda route: route.fulfill(json=carded(tiny)))
     page.route("**/models/late", lambda route: waiting.append(route))
     page.reload()
     with page.expect_request("**/models/late"):
@@ -501,7 +501,7 @@ def test_late_answer_about_a_model_is_not_shown_with_the_one_chosen_since(page: 
     page.get_by_label("Model").select_option("tiny")
     expect(page.locator("#knows")).to_contain_text("yes, no")
     with page.expect_response("**/models/late"):
-        waiting[0].fulfill(json={"classes": ["one", "two", "three"]})
+        waiting[0].fulfill(json=carded(late))
     page.evaluate("new Promise((done) => setTimeout(done))")
     expect(page.locator("#knows")).to_contain_text("yes, no")
 

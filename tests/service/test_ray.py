@@ -74,10 +74,14 @@ def cluster(tiny_folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
         text=True,
         env=environment,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "running"
-    yield f"http://127.0.0.1:{port}", process
-    process.communicate("\n", timeout=60)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "running"
+        yield f"http://127.0.0.1:{port}", process
+        process.communicate("\n", timeout=60)
+    finally:
+        process.kill()  # its cluster ends with it
+        process.wait()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import asyncio
 import http.client
+import itertools
 import signal
 import subprocess
 import threading
@@ -17,33 +18,17 @@ import pytest
 
 from tests.support.balancer import Balancer
 from tests.support.engines import wait_until
-from tests.support.serving import photo
-from unperturb.benchmarks.serving import open_loop
+from tests.support.serving import in_process, photo
 
 CLIENTS = 4
+NUMBERS = itertools.count()  # of the instances' logs
 
 
 def start(stack: ExitStack, checkpoint: Path, folder: Path, **settings: str) -> tuple[int, subprocess.Popen[bytes]]:
     """An instance that is ready: its port and its process."""
-    port = open_loop.free_port()
-    environment = {
-        "UNPERTURB_CHECKPOINT": str(checkpoint),
-        "UNPERTURB_DEVICE": "cpu",
-        "UNPERTURB_THREADS": "1",
-        "UNPERTURB_DECODERS": "1",
-        "UNPERTURB_PATIENCE": "1000",
-        **settings,
-    }
-    process = stack.enter_context(
-        open_loop.running(
-            open_loop.service(port),
-            port=port,
-            ready="/readyz",
-            log=folder / f"{port}.log",
-            environment=environment,
-        )
-    )
-    return port, process
+    log = folder / f"{next(NUMBERS)}.log"
+    server = stack.enter_context(in_process(checkpoint, log, {"UNPERTURB_DECODERS": "1", **settings}))
+    return server.port, server.process
 
 
 async def send(url: str, answered: "Counter[str]", stopped: Callable[[], bool], *, keep: bool) -> None:

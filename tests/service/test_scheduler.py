@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 
+from tests.support.engines import OUTCOME
 from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.admission import Admission
@@ -20,7 +21,6 @@ from unperturb.service.engine.scheduler import MARGIN, Scheduler, WorkerState
 from unperturb.service.errors import NotReadyError
 
 BLACK = np.zeros((3, 8, 8), dtype=np.uint8)
-OUTCOME = Outcome(np.ones(2, dtype=np.float32), np.ones(2, dtype=np.float32))
 Request = Callable[..., ImageRequest]
 STAGE = "published"  # of many steps
 

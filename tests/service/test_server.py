@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -20,30 +21,21 @@ import psutil
 import pytest
 
 from tests.support.engines import wait_until
-from tests.support.serving import photo
+from tests.support.serving import in_process, photo
 from unperturb.benchmarks.serving import hostile, open_loop
 from unperturb.benchmarks.serving.watch import RunningServer, metric, tree
 from unperturb.service.http.server import OTHER_FILES, allow_files
 from unperturb.service.keys import digest
 
+PUBLISHED = "/classify?preset=published"  # 40 steps
+PNG = {"content-type": "image/png"}
+
 
 @contextmanager
 def serving(checkpoint: Path, log: Path, **more: str) -> Iterator[RunningServer]:
-    port = open_loop.free_port()
-    environment = {
-        "UNPERTURB_CHECKPOINT": str(checkpoint),
-        "UNPERTURB_DEVICE": "cpu",
-        "UNPERTURB_HEADER_TIMEOUT_S": "1",
-        "UNPERTURB_UPLOAD_TIMEOUT_S": "1",
-        "UNPERTURB_MAX_BATCH": "4",
-        "UNPERTURB_PATIENCE": "1000",
-        "UNPERTURB_THREADS": "1",
-        **more,
-    }
-    with open_loop.running(
-        open_loop.service(port), port=port, ready="/readyz", log=log, environment=environment
-    ) as process:
-        yield RunningServer(port, f"http://127.0.0.1:{port}", process)
+    limits = {"UNPERTURB_HEADER_TIMEOUT_S": "1", "UNPERTURB_UPLOAD_TIMEOUT_S": "1", "UNPERTURB_MAX_BATCH": "4"}
+    with in_process(checkpoint, log, {**limits, **more}) as server:
+        yield server
 
 
 @pytest.fixture
@@ -64,14 +56,28 @@ def lasting(tiny_folder: Path, lasting_log: Path) -> Iterator[RunningServer]:
         yield one
 
 
-def post(url: str, path: str = "/classify?preset=published") -> int:
+def post(url: str) -> int:
     """The status of an answer."""
-    request = Request(url + path, data=photo(), headers={"content-type": "image/png"})
+    request = Request(url + PUBLISHED, data=photo(), headers=PNG)
     try:
         with urlopen(request, timeout=60) as answer:
             return int(answer.status)
     except HTTPError as error:
         return error.code
+
+
+def named(server: RunningServer, module: str) -> list[psutil.Process]:
+    """The server's processes that run this module."""
+    found = []
+    for one in tree(server.process.pid):
+        with suppress(psutil.Error):  # it has just ended
+            found += [one] * (module in one.cmdline())
+    return found
+
+
+def worker_of(server: RunningServer) -> psutil.Process:
+    (worker,) = named(server, "unperturb.service.engine.worker")
+    return worker
 
 
 def kill(processes: list[psutil.Process]) -> None:
@@ -84,21 +90,25 @@ def test_stalled_and_leaving_clients_cost_nothing_and_sigterm_drains(server: Run
     ended = asyncio.run(hostile.stall(server.port, count=6, seconds=8.0))
     assert ended == {"closed": 3, "HTTP/1.1 408 Request Timeout": 3}
 
-    steps = "unperturb_steps_total"
-    asyncio.run(hostile.leave_early(server.port, photo(), count=4, after_s=0.2))
-    wait_until(lambda: metric(server, "unperturb_slots_in_use") + metric(server, "unperturb_queue_length") == 0, 10)
-    time.sleep(1.0)  # the step that they left in
-    done = metric(server, steps)
-    assert done < 4 * 40  # not all of their steps
-    time.sleep(0.5)
-    assert metric(server, steps) == done
+    worker = worker_of(server)
+    worker.suspend()  # so that all leave before theirs is done
+    leaving = [HTTPConnection("127.0.0.1", server.port) for _ in range(4)]
+    for client in leaving:
+        client.request("POST", PUBLISHED, photo(), PNG)
+    wait_until(lambda: metric(server, "unperturb_slots_in_use") == 4)  # of one that waits, too
+    for client in leaving:
+        client.close()
+    wait_until(lambda: metric(server, "unperturb_slots_in_use") == 0)
+    worker.resume()
+    assert post(server.url) == 200  # beside which theirs would be done, too
+    assert metric(server, "unperturb_steps_total") < 2 * 40
 
     with ThreadPoolExecutor(8) as pool:
+        worker.suspend()
         sent = [pool.submit(post, server.url) for _ in range(8)]
-        wait_until(
-            lambda: metric(server, "unperturb_queue_length") == 5, 10
-        )  # all have arrived: a later one is refused
+        wait_until(lambda: metric(server, "unperturb_queue_length") == 5)  # all have arrived: a later one is refused
         server.process.send_signal(signal.SIGTERM)
+        worker.resume()
         statuses = [one.result() for one in sent]
     assert statuses == [200] * 8
     assert server.process.wait(30) == 0
@@ -112,21 +122,18 @@ def test_stalled_and_leaving_clients_cost_nothing_and_sigterm_drains(server: Run
 
 
 def test_dead_worker_is_answered_for_and_ends_the_process_with_a_status(server: RunningServer) -> None:
+    worker = worker_of(server)
     with ThreadPoolExecutor(4) as pool:
+        worker.suspend()  # it answers nobody before its end
         sent = [pool.submit(post, server.url) for _ in range(4)]
-        wait_until(lambda: metric(server, "unperturb_queue_length") == 1, 10)  # a slot of four is for short ones
-        (worker,) = [one for one in tree(server.process.pid) if "unperturb.service.engine.worker" in one.cmdline()]
+        wait_until(lambda: metric(server, "unperturb_queue_length") == 1)  # a slot of four is for short ones
         worker.kill()
         assert [one.result() for one in sent] == [503] * 4
     assert server.process.wait(30) == 1
 
 
 def decoders(server: RunningServer) -> list[psutil.Process]:
-    found = []
-    for one in tree(server.process.pid):
-        with suppress(psutil.Error):  # it has just ended
-            found += [one] * ("anyio.to_process" in one.cmdline())
-    return found
+    return named(server, "anyio.to_process")
 
 
 def test_file_that_crashes_every_decoder_it_meets_answers_422_and_others_go_on(lasting: RunningServer) -> None:

@@ -18,9 +18,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from tests.conftest import make_checkpoint
-from tests.models.test_readout import CARDS, with_readout
-from tests.service.test_decode import png_of_claimed_size
+from tests.support.checkpoints import CARDS, with_readout
 from tests.support.engines import ThreadHandle, wait_until
+from tests.support.pictures import png_of_claimed_size
 from tests.support.serving import photo, serving, settings
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import CheckpointError

@@ -11,8 +11,8 @@ import torch
 from fastapi.testclient import TestClient
 
 from tests.conftest import make_checkpoint, make_defended
-from tests.models.test_halting import differing, some_end
 from tests.support.engines import submit, uint8
+from tests.support.purifiers import differing, some_end
 from tests.support.serving import photo, serving
 from unperturb.models.checkpoints import store
 from unperturb.models.purifiers.reverse_attack import PRESETS

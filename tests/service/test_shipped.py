@@ -4,13 +4,13 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from io import BytesIO
 
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from tests.support.pictures import encode
 from tests.support.real_images import first_test_images, real_images
 from tests.support.serving import wait_until_ready
 from unperturb.benchmarks.purifier.samples import ASSETS, SHOWN
@@ -48,12 +48,7 @@ def test_images() -> tuple[list[bytes], list[int]]:
 def posted(dataset: str) -> tuple[list[bytes], list[int]]:
     """The first 1,000 real test images as PNG files, and their labels."""
     images, labels = first_test_images(dataset, 1000)
-    files = []
-    for image in images:
-        buffer = BytesIO()
-        Image.fromarray(image).save(buffer, "PNG")
-        files.append(buffer.getvalue())
-    return files, labels
+    return [encode(Image.fromarray(image)) for image in images], labels
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from unperturb.service.engine.worker import work
 from unperturb.service.telemetry.metrics import Metrics
 
 Pixels = NDArray[Any]
+OUTCOME = Outcome(np.ones(2, dtype=np.float32), np.ones(2, dtype=np.float32))
 
 
 class ThreadHandle(WorkerHandle):

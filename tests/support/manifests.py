@@ -13,6 +13,15 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 OVERLAYS = ("cpu", "gpu")
 COMPONENTS = ("checkpoints", "monitoring", "scaling")
+CUSTOM = (
+    "ServiceMonitor",
+    "PodMonitor",
+    "PrometheusRule",
+    "ScaledObject",
+    "ServingRuntime",
+    "InferenceService",
+    "RayService",
+)
 
 Manifest = dict[str, Any]
 

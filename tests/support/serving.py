@@ -1,19 +1,23 @@
 """A client of the service over a tiny model, and what it sends."""
 
+import sys
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import uvicorn
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.service.test_decode import encode
-from tests.support.engines import ThreadHandle
+from tests.support.engines import ThreadHandle, wait_until
+from tests.support.pictures import encode
+from unperturb.benchmarks.serving import open_loop
+from unperturb.benchmarks.serving.watch import RunningServer
 from unperturb.service.engine.engine import Engine
 from unperturb.service.http.app import create_app
 from unperturb.service.keys import digest
@@ -42,18 +46,57 @@ def serving(tiny_folder: Path) -> Iterator[TestClient]:
 
 
 @contextmanager
-def listening(tiny_folder: Path) -> Iterator[str]:
-    """The address of a real server in a thread."""
-    app = create_app(settings(tiny_folder), handle=ThreadHandle)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
+def in_thread(app: Callable[..., Any], *, timeout_s: float = 120.0, **options: Any) -> Iterator[int]:
+    """The port of a real server of any app, in a thread; of the service, once it is ready."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, ws="none", log_config=None, access_log=False, **options))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not (server.started and app.state.engine.lifecycle.wait_until_ready(0.0)):
+    try:
+        wait_until(lambda: server.started or not thread.is_alive(), timeout_s)
         assert thread.is_alive()
-        time.sleep(0.02)
-    yield f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
-    thread.join(30)
+        if isinstance(app, FastAPI):
+            assert app.state.engine.lifecycle.wait_until_ready(timeout_s)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+@contextmanager
+def in_process(
+    checkpoint: Path | str,
+    log: Path,
+    environment: Mapping[str, str],
+    *,
+    python: Path | str = sys.executable,
+    folder: Path = open_loop.ROOT,
+) -> Iterator[RunningServer]:
+    """The service as a process of its own, once it is ready, its log in a file; everybody may wait."""
+    port = open_loop.free_port()
+    _, *command = open_loop.service(port)
+    usual = {
+        "UNPERTURB_CHECKPOINT": str(checkpoint),
+        "UNPERTURB_DEVICE": "cpu",
+        "UNPERTURB_THREADS": "1",
+        "UNPERTURB_PATIENCE": "1000",
+    }
+    with open_loop.running(
+        [str(python), *command],
+        port=port,
+        ready="/readyz",
+        log=log,
+        environment={**usual, **environment},
+        folder=folder,
+    ) as process:
+        yield RunningServer(port, f"http://127.0.0.1:{port}", process)
+
+
+@contextmanager
+def listening(tiny_folder: Path) -> Iterator[str]:
+    """The address of the service over a tiny model, in a thread."""
+    with in_thread(create_app(settings(tiny_folder), handle=ThreadHandle)) as port:
+        yield f"127.0.0.1:{port}"
 
 
 def photo(seed: int = 0, size: int = 32) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.models.test_contrastive import numpy_info_nce
+from tests.support.purifiers import numpy_info_nce
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.checkpoints.card import HeadCard
 from unperturb.models.contrastive.views import make_views

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.training.test_training import classifier_arguments, read_log
+from tests.support.training import classifier_arguments, read_log
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError

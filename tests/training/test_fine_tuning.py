@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.conftest import CLASSES, make_checkpoint
-from tests.models.test_exported import convolutions, imported, saved
+from tests.support.checkpoints import convolutions, imported, saved
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.importing.imported import ImportConfig, import_classifier
 from unperturb.models.networks.imported import ALLOW

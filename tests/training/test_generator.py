@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import make_checkpoint
+from tests.support.checkpoints import CARDS, with_readout
+from tests.support.training import assert_lowered, run_arguments
 from unperturb.models.checkpoints import store
 from unperturb.models.contrastive.views import make_views
 from unperturb.models.errors import CheckpointError, ConfigError
@@ -104,54 +106,28 @@ def test_training_moves_the_features_and_leaves_the_classifier_as_it_was(image_f
     store.save(tmp_path / "base", make_checkpoint())
     before = digest_of(store.load(tmp_path / "base").classifier)
     out = tmp_path / "run"
-    arguments = [
+    arguments = run_arguments(
         "generator",
-        "--classifier",
-        str(tmp_path / "base"),
-        "--data",
-        str(image_folder),
-        "--out",
-        str(out),
-        "--cache",
-        str(tmp_path),
-        "--epochs",
-        "6",
-        "--batch-size",
-        "21",
-        "--held-out",
-        "9",
-        "--width",
-        "8",
-        "--lr",
-        "1e-2",
-        "--device",
-        "cpu",
-    ]
+        image_folder,
+        out,
+        classifier=tmp_path / "base",
+        epochs=6,
+        batch_size=21,
+        held_out=9,
+        width=8,
+        lr=1e-2,
+    )
     assert main(arguments) == 0
     _, card = generator.load(out / "generator")
     assert card.classifier_sha256 == (before, before)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert log[-1]["loss"] < log[0]["loss"]  # less the contrastive loss, which is raised
-    assert log[-1]["cosine"] < log[0]["cosine"]
+    assert_lowered(out, "loss", "cosine")  # the loss is less the contrastive one, which is raised
     assert card.figures["test"]["n"] == 18
 
 
 def test_encoder_without_a_readout_is_refused(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tests.models.test_readout import CARDS, with_readout
-
     store.save(tmp_path / "base", with_readout(CARDS["none"]))
-    arguments = [
-        "generator",
-        "--classifier",
-        str(tmp_path / "base"),
-        "--data",
-        str(image_folder),
-        "--out",
-        str(tmp_path / "run"),
-        "--device",
-        "cpu",
-    ]
+    arguments = run_arguments("generator", image_folder, tmp_path / "run", classifier=tmp_path / "base")
     assert main(arguments) == 2
     assert "without a classifier" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Pre-training and readouts from the command line."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,37 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.training import FRESH, pretrain_arguments, read_log
 from unperturb.models.checkpoints import store
 from unperturb.models.networks.readout import NoReadout, SoftNeighbours
 from unperturb.training import state
 from unperturb.training.__main__ import main
 from unperturb.training.contrastive.pretrain import GOES_ON, PRETRAINING_METHODS
-
-SMALL = [
-    "--batch-size",
-    "21",
-    "--held-out",
-    "9",
-    "--device",
-    "cpu",
-    "--hidden",
-    "16",
-    "--embedding-dim",
-    "8",
-    "--attack-steps",
-    "1",
-    "--attack-step-size",
-    "8/255",
-    "--bank-size",
-    "30",
-]
-
-
-def pretrain_arguments(data: Path, out: Path, *more: str) -> list[str]:
-    return ["pretrain", "--data", str(data), "--out", str(out), "--cache", str(out.parent), *SMALL, *more]
-
-
-FRESH = ["--arch", "wide_resnet_10_1", "--activation", "silu"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +47,7 @@ def test_method_learns_and_makes_an_encoder(method: str, image_folder: Path, tmp
         "sim",
     )
     assert main(arguments) == 0
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    log = read_log(out)
     last = log[-1]["loss"] if method != "moco" else log[-1]["loss"] - 1.5  # its queue grows
     assert last < log[0]["loss"]
     loaded = store.load(out / "checkpoint")
@@ -153,7 +127,7 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
     assert main(pretrain_arguments(image_folder, stopped, *more)) == 130
     monkeypatch.setattr("unperturb.training.state.save", saving)
     assert main(pretrain_arguments(image_folder, stopped, *more)) == 0
-    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (whole, stopped)]
+    logs = [read_log(out) for out in (whole, stopped)]
     assert [entry["epoch"] for entry in logs[1]] == [1, 2, 3, 4]
     for one, other in zip(*logs, strict=True):  # the third's: without the queue 0.6 lower, without thresholds 0.07 more
         assert abs(one["loss"] - other["loss"]) < 0.02

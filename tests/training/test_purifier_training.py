@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.conftest import make_checkpoint
-from tests.training.test_training import read_log
+from tests.support.training import read_log, run_arguments
 from unperturb.models.checkpoints import store
 from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.purifiers.registry import build_defense
@@ -126,38 +126,22 @@ def test_purifier_is_trained_and_the_classifier_is_not(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.save(tmp_path / "base", make_checkpoint(head=False))
-    arguments = [
+    arguments = run_arguments(
         "purifier",
-        "--checkpoint",
-        str(tmp_path / "base"),
-        "--data",
-        str(image_folder),
-        "--out",
-        str(tmp_path / "run"),
-        "--cache",
-        str(tmp_path),
-        "--epochs",
-        "10",
-        "--batch-size",
-        "21",
-        "--held-out",
-        "9",
-        "--width",
-        "16",
-        "--depth",
-        "2",
-        "--reach",
-        "60/255",
-        "--gamma",
-        "0",
-        "--lr",
-        "0.02",
-        "--ema",
-        "0.8",
-        "--vote",
-        "--device",
-        "cpu",
-    ]
+        image_folder,
+        tmp_path / "run",
+        checkpoint=tmp_path / "base",
+        epochs=10,
+        batch_size=21,
+        held_out=9,
+        width=16,
+        depth=2,
+        reach="60/255",
+        gamma=0,
+        lr=0.02,
+        ema=0.8,
+        vote=True,
+    )
     assert main(arguments) == 0
     said, log = capsys.readouterr().out, read_log(tmp_path / "run")
     assert "on 9 held-out images, with the purifier (without, the vote alone)" in said

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import RESTORER, make_checkpoint, make_config
-from tests.training.test_training import read_log
+from tests.support.training import assert_lowered, read_log, run_arguments
 from unperturb.models.checkpoints import store
 from unperturb.models.contrastive.loss import info_nce
 from unperturb.models.contrastive.views import make_views
@@ -126,39 +126,23 @@ def test_round_trip_and_refusals(tmp_path: Path, images: torch.Tensor) -> None:
 def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> None:
     store.save(tmp_path / "base", make_checkpoint())
     out = tmp_path / "run"
-    arguments = [
+    arguments = run_arguments(
         "restorer",
-        "--checkpoint",
-        str(tmp_path / "base"),
-        "--data",
-        str(image_folder),
-        "--out",
-        str(out),
-        "--cache",
-        str(tmp_path),
-        "--epochs",
-        "12",
-        "--batch-size",
-        "21",
-        "--held-out",
-        "9",
-        "--width",
-        "8",
-        "--depth",
-        "2",
-        "--attack-steps",
-        "3",
-        "--epsilon",
-        "40/255",
-        "--attack-step-size",
-        "20/255",
-        "--device",
-        "cpu",
-    ]
+        image_folder,
+        out,
+        checkpoint=tmp_path / "base",
+        epochs=12,
+        batch_size=21,
+        held_out=9,
+        width=8,
+        depth=2,
+        attack_steps=3,
+        epsilon="40/255",
+        attack_step_size="20/255",
+    )
     assert main(arguments) == 0
-    log = read_log(out)
-    assert log[-1]["held_out_error"] < log[0]["held_out_error"]
-    assert log[-1]["held_out_signs"] > 0.55
+    assert_lowered(out, "held_out_error")
+    assert read_log(out)[-1]["held_out_signs"] > 0.55
     made, before = store.load(out / "checkpoint"), store.load(tmp_path / "base")
     assert made.card.restorer == RestorerCard(width=8, depth=2, epsilon=40 / 255)
     assert made.card.restorer_training["attack_steps"] == 3
@@ -170,18 +154,6 @@ def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> 
 def test_bad_argument_is_refused(
     bad: list[str], image_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "restorer",
-        "--checkpoint",
-        str(tiny_folder),
-        "--data",
-        str(image_folder),
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-        "--cache",
-        str(tmp_path),
-    ]
+    arguments = run_arguments("restorer", image_folder, tmp_path / "run", checkpoint=tiny_folder)
     assert main([*arguments, *bad]) == 2
     assert bad[0].strip("-").replace("-", "_") in capsys.readouterr().err

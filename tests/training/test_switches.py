@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import make_checkpoint
-from tests.training.test_training import classifier_arguments, read_log
+from tests.support.training import assert_lowered, classifier_arguments, read_log, run_arguments
 from unperturb.models.checkpoints import store
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
@@ -106,39 +106,23 @@ def test_resumed_self_adaptive_run_has_its_targets(image_folder: Path, tmp_path:
 def test_adversarial_head_learns_on_attacked_views(image_folder: Path, tmp_path: Path) -> None:
     store.save(tmp_path / "base", make_checkpoint(head=False))
     out = tmp_path / "head"
-    arguments = [
+    arguments = run_arguments(
         "head",
-        "--classifier",
-        str(tmp_path / "base"),
-        "--data",
-        str(image_folder),
-        "--out",
-        str(out),
-        "--cache",
-        str(tmp_path),
-        "--batch-size",
-        "21",
-        "--epochs",
-        "3",
-        "--held-out",
-        "9",
-        "--bank-size",
-        "30",
-        "--hidden",
-        "16",
-        "--embedding-dim",
-        "8",
-        "--adversarial",
-        "--attack-steps",
-        "2",
-        "--false-negatives",
-        "top",
-        "--device",
-        "cpu",
-    ]
+        image_folder,
+        out,
+        classifier=tmp_path / "base",
+        batch_size=21,
+        epochs=3,
+        held_out=9,
+        bank_size=30,
+        hidden=16,
+        embedding_dim=8,
+        adversarial=True,
+        attack_steps=2,
+        false_negatives="top",
+    )
     assert main(arguments) == 0
     loaded = store.load(out / "checkpoint")
     assert loaded.card.head_training["adversarial"]
-    log = read_log(out)
-    assert log[-1]["loss"] < log[0]["loss"]
-    assert "precision" in log[-1]
+    assert_lowered(out, "loss")
+    assert "precision" in read_log(out)[-1]

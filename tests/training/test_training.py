@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.training import assert_lowered, classifier_arguments, read_log, run_arguments
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints import store
@@ -21,40 +21,10 @@ from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
 from unperturb.training import loop, state, world
 from unperturb.training.__main__ import COMMANDS, main
-from unperturb.training.log import LOG
 from unperturb.training.options import RunConfig, learning_rate
 from unperturb.training.state import STATE
 from unperturb.training.supervised.adversarial import SUPERVISED_METHODS, SupervisedBatch, SupervisedMethod, smoothed
 from unperturb.training.supervised.classifier import ClassifierConfig
-
-SMALL = [
-    "--arch",
-    "wide_resnet_10_1",
-    "--activation",
-    "silu",
-    "--batch-size",
-    "12",
-    "--held-out",
-    "9",
-    "--lr",
-    "0.05",
-    "--ema",
-    "0.8",
-    "--attack-steps",
-    "1",
-    "--attack-step-size",
-    "10/255",
-    "--device",
-    "cpu",
-]
-
-
-def classifier_arguments(data: Path, out: Path, *more: str) -> list[str]:
-    return ["classifier", "--data", str(data), "--out", str(out), "--cache", str(out.parent), *SMALL, *more]
-
-
-def read_log(out: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", SUPERVISED_METHODS)
@@ -69,46 +39,29 @@ def test_classifier_learns_and_ships_a_loadable_checkpoint(method: str, image_fo
     assert loaded.card.data["train_images"] == 72
     assert loaded.card.training["method"] == method
     assert "out" not in loaded.card.training
-    log = read_log(out)
-    assert [entry["epoch"] for entry in log] == [1, 2, 3, 4, 5, 6]
-    assert log[-1]["loss"] < log[0]["loss"]
+    assert [entry["epoch"] for entry in read_log(out)] == [1, 2, 3, 4, 5, 6]
+    assert_lowered(out, "loss")
 
 
 def test_head_trains_on_the_frozen_classifier_and_builds_a_bank(image_folder: Path, tmp_path: Path) -> None:
     base = tmp_path / "classifier"
     assert main(classifier_arguments(image_folder, base, "--epochs", "1")) == 0
     out = tmp_path / "head"
-    arguments = [
+    arguments = run_arguments(
         "head",
-        "--classifier",
-        str(base / "checkpoint"),
-        "--data",
-        str(image_folder),
-        "--out",
-        str(out),
-        "--cache",
-        str(tmp_path),
-        "--batch-size",
-        "21",
-        "--epochs",
-        "4",
-        "--held-out",
-        "9",
-        "--bank-size",
-        "30",
-        "--queue",
-        "16",
-        "--lr",
-        "0.01",
-        "--ema",
-        "0.5",
-        "--hidden",
-        "16",
-        "--embedding-dim",
-        "8",
-        "--device",
-        "cpu",
-    ]
+        image_folder,
+        out,
+        classifier=base / "checkpoint",
+        batch_size=21,
+        epochs=4,
+        held_out=9,
+        bank_size=30,
+        queue=16,
+        lr=0.01,
+        ema=0.5,
+        hidden=16,
+        embedding_dim=8,
+    )
     assert main(arguments) == 0
     loaded, before = store.load(out / "checkpoint"), store.load(base / "checkpoint")
     for name, value in before.classifier.state_dict().items():
@@ -117,8 +70,7 @@ def test_head_trains_on_the_frozen_classifier_and_builds_a_bank(image_folder: Pa
     assert loaded.bank.embeddings.shape == (30, 8)
     assert loaded.card.figures == before.card.figures
     assert loaded.card.head_training["queue"] == 16
-    log = read_log(out)
-    assert log[-1]["held_out_loss"] < log[0]["held_out_loss"]
+    assert_lowered(out, "held_out_loss")
 
 
 def test_state_of_another_configuration_is_refused_by_the_fields_name(
