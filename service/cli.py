@@ -334,14 +334,15 @@ def assess(context: typer.Context) -> None:
 
 def _load(name: str, preset: str | None, device: str) -> "tuple[DefendedClassifier, Card, torch.device]":
     from unperturb.models.checkpoints import store
+    from unperturb.models.devices import opened_device
     from unperturb.models.purifiers import reverse_attack
     from unperturb.models.purifiers.base import NoPurifier
     from unperturb.models.purifiers.defended import DefendedClassifier, defend
-    from unperturb.service.settings import Settings
+    from unperturb.service.settings import Computing
 
-    settings = Settings(checkpoint=name, device=device)
-    config, place = None if preset is None else reverse_attack.preset(preset), settings.devices[0]
-    loaded = store.load(settings.checkpoint, device=place)
+    place = opened_device(str(Computing(device=device).first_device))
+    config = None if preset is None else reverse_attack.preset(preset)
+    loaded = store.load(name, device=place)
     if config is None:
         return DefendedClassifier(loaded.classifier, NoPurifier(loaded.classifier)), loaded.card, place
     return defend(loaded, config), loaded.card, place
@@ -350,10 +351,10 @@ def _load(name: str, preset: str | None, device: str) -> "tuple[DefendedClassifi
 def _read(file: Path, card: "Card") -> "Decoded":
     from unperturb.models.files import read_whole
     from unperturb.service.decoding.decode import decode
-    from unperturb.service.settings import Settings
+    from unperturb.service.settings import Computing
 
-    try:
-        return decode(read_whole(file), card.pictures, max_pixels=Settings().max_pixels)
+    try:  # a device that only UNPERTURB_DEVICE names is none of a file's business
+        return decode(read_whole(file), card.pictures, max_pixels=Computing(device="auto").max_pixels)
     except RequestError as error:
         raise type(error)(f"{file}: {error}") from error
 

@@ -55,6 +55,39 @@ def test_purify_writes_a_png_within_epsilon(file: Path, tiny_folder: Path, tmp_p
     assert 0 < difference.max() <= 8
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["classify", "{file}"],
+        ["purify", "{file}", "--out", "{out}/a.png"],
+        ["purify", "{folder}", "--out", "{out}"],
+        ["demo", "{file}", "--out", "{out}/demo.png"],
+    ],
+    ids=["classify", "purify", "purify a folder", "demo"],
+)
+def test_settings_that_only_serving_needs_are_no_matter_to_a_command(
+    file: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    for name, value in (("HOST", "0.0.0.0"), ("EXECUTION", "compiled"), ("DEVICE", "cuda:99")):
+        monkeypatch.setenv(f"UNPERTURB_{name}", value)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "photo.png").write_bytes(photo())
+    (tmp_path / "out").mkdir()
+    names = {"file": file, "folder": tmp_path / "folder", "out": tmp_path / "out"}
+    given = [one.format(**names) for one in arguments]
+    result = run(app, [*given, "--checkpoint", str(tiny_folder), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+
+
+def test_classify_heeds_the_setting_of_how_many_pixels_a_file_may_have(
+    file: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNPERTURB_MAX_PIXELS", "1000")
+    result = run(app, ["classify", str(file), "--checkpoint", str(tiny_folder), "--device", "cpu"])
+    assert (result.exit_code, "1,000" in result.output) == (1, True)
+
+
 @pytest.mark.parametrize("given", [True, False], ids=["file", "shipped drawing"])
 def test_demo_prints_three_predictions_and_writes_a_picture(
     file: Path, tiny_folder: Path, tmp_path: Path, given: bool
