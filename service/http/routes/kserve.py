@@ -167,7 +167,8 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
         gateway.admit(request, key, timeout_s, None) as ticket,
         gateway.engine.models.use(id) as model,
     ):
-        body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
+        with gateway.uploading(ticket) as upload_s:
+            body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=upload_s)
         asked, given = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
         wanted = json_body.validate(InferParameters, _own(asked.parameters), within=("body", "parameters"))
         if wanted.model not in (None, id):
