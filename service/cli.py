@@ -261,20 +261,21 @@ def purify(
             raise typer.Exit(1)
         return
     from unperturb.models.files import write_whole
-    from unperturb.models.purifiers.reverse_attack import to_uint8
+    from unperturb.models.purifiers.reverse_attack import changing, to_uint8
     from unperturb.service.http.answer import png
 
+    changing(preset)
     defended, card, place = _load(checkpoint, preset, device)
     x = _batch(_read(file, card), place)
     started = time.perf_counter()
     purified = defended.purify(x, seed=seed)
     pixels = to_uint8(purified.image, x, epsilon=defended.purifier.loop.epsilon)[0].cpu()
     write_whole(out, png(pixels))
-    trace = purified.trace
-    print(
-        f"{out}: InfoNCE {float(trace.loss_before):.3f} -> {float(trace.loss_after):.3f}, largest change "
-        f"{float(trace.linf) * 255:.0f}/255, {time.perf_counter() - started:.2f} s"
-    )
+    trace, loss = purified.trace, ""
+    if defended.purifier.has_objective:
+        loss = f"InfoNCE {float(trace.loss_before):.3f} -> {float(trace.loss_after):.3f}, "
+    seconds = time.perf_counter() - started
+    print(f"{out}: {loss}largest change {float(trace.linf) * 255:.0f}/255, {seconds:.2f} s")
 
 
 @app.command()

@@ -51,6 +51,7 @@ def test_purify_writes_a_png_within_epsilon(file: Path, tiny_folder: Path, tmp_p
     out = tmp_path / "purified.png"
     result = run(app, ["purify", str(file), "--out", str(out), "--checkpoint", str(tiny_folder)])
     assert result.exit_code == 0, result.output
+    assert "InfoNCE" in result.output
     difference = np.abs(np.asarray(Image.open(out)).astype(int) - np.asarray(Image.open(BytesIO(photo()))).astype(int))
     assert 0 < difference.max() <= 8
 
