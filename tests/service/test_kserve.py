@@ -83,6 +83,27 @@ def test_readiness_of_a_model_that_is_not_there_names_no_other(client: TestClien
     assert "tiny" not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed", "message"),
+    [
+        ("GET", "1/infer", 405, "POST", "Method Not Allowed"),
+        ("POST", "1", 405, "GET", "Method Not Allowed"),
+        ("POST", "1/ready", 405, "GET", "Method Not Allowed"),
+        ("GET", "1/nonsense", 404, None, "Not Found"),
+        ("GET", "2", 404, None, "version '2' of model 'tiny' is not there; it has: 1"),
+        ("POST", "10/infer", 404, None, "version '10' of model 'tiny' is not there; it has: 1"),
+        ("GET", "1", 200, None, "tiny"),
+    ],
+)
+def test_version_that_is_there_is_never_said_to_be_missing(
+    client: TestClient, method: str, path: str, status: int, allowed: str | None, message: str
+) -> None:
+    answer = client.request(method, f"/v2/models/tiny/versions/{path}")
+    assert (answer.status_code, answer.headers.get("allow")) == (status, allowed)
+    assert message in answer.text
+    assert answer.json().get("error") == (None if status == 200 else message)
+
+
 def test_scores_are_those_of_classify(client: TestClient) -> None:
     from io import BytesIO
 
