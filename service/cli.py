@@ -68,7 +68,7 @@ def serve(
 ) -> None:
     """Start the HTTP service; every other setting is an environment variable UNPERTURB_…"""
     from unperturb.service.demo import SAMPLE
-    from unperturb.service.http.address import taken
+    from unperturb.service.http.address import joined, taken
     from unperturb.service.http.app import create_app
     from unperturb.service.http.server import Server
     from unperturb.service.settings import Settings
@@ -81,7 +81,7 @@ def serve(
     with taken(settings.host, settings.port) as sockets:
         service = create_app(settings, on_failure=failed.append)
         server = Server(service, settings, failed)
-        url = f"http://{settings.host}:{sockets[0].getsockname()[1]}"
+        url = f"http://{joined(settings.host, sockets[0].getsockname()[1])}"
         models, workers = service.state.engine.models.by_id, Counter(str(device) for device in settings.devices)
         devices = ", ".join(
             f"{count} workers on {name}" if count > 1 else f"on {name}" for name, count in workers.items()

@@ -4,6 +4,8 @@ import json
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +16,9 @@ from typer.testing import CliRunner
 
 from tests.support.serving import photo
 from unperturb.service.cli import app
+from unperturb.service.http import address
 from unperturb.service.http.address import taken
+from unperturb.service.http.server import Server
 from unperturb.service.keys import digest
 
 run = CliRunner().invoke
@@ -165,6 +169,26 @@ def test_address_in_use_is_one_line_before_anything_is_loaded(tmp_path: Path) ->
         assert line.startswith(f"unperturb: 127.0.0.1:{port}: Address already in use; something listens there already")
     result = run(app, ["serve", "--port", "0", "--checkpoint", str(tmp_path / "none"), "--device", "cpu"])
     assert "is neither a folder with a card.json" in result.stderr
+
+
+@pytest.mark.parametrize(("host", "shown"), [("::1", "[::1]"), ("127.0.0.1", "127.0.0.1")])
+def test_banner_shows_an_address_that_can_be_opened(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, host: str, shown: str
+) -> None:
+    @contextmanager
+    def given(_host: str, _port: int) -> Iterator[list[socket.socket]]:  # whether this machine has IPv6 or not
+        with socket.create_server(("127.0.0.1", 0)) as one:
+            ports.append(one.getsockname()[1])
+            yield [one]
+
+    ports: list[int] = []
+    monkeypatch.setattr(address, "taken", given)
+    monkeypatch.setattr(Server, "run", lambda *_, **__: None)
+    result = run(app, ["serve", "--host", host, "--port", "0", "--checkpoint", str(tiny_folder), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    (port,) = ports
+    assert f"serving  http://{shown}:{port} " in result.stdout
+    assert f"'http://{shown}:{port}/classify?top_k=3'" in result.stdout
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
