@@ -5,6 +5,7 @@ What is heavy is imported by the command that needs it: the decoding processes i
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ Files = Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP")]
 CheckpointOption = Annotated[str, typer.Option(help="a shipped checkpoint's name, or a folder")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 PresetOption = Annotated[str, typer.Option(help="default, vote, transfer, restorer or published")]
+INTERRUPT_S = 5.0  # for a terminal's Ctrl-C to end what it was sent to as well
 SeedOption = Annotated[int, typer.Option(min=0, help="of the random views")]
 
 
@@ -309,7 +311,7 @@ def train(context: typer.Context) -> None:
     training = [*run, "unperturb.training", *given]
     if given[:1] != ["purifier"] or {"-h", "--help"} & set(given):
         os.execv(sys.executable, training)
-    if status := subprocess.run(training, check=False).returncode:
+    if status := _ended(training):
         raise typer.Exit(status)
     from unperturb.models.options import parse
     from unperturb.training.purifier.purifier import PurifierConfig
@@ -331,6 +333,26 @@ def train(context: typer.Context) -> None:
 def assess(context: typer.Context) -> None:
     """Measure whether a purifier helps a checkpoint's classifier, on images of one's own."""
     os.execv(sys.executable, [sys.executable, "-m", "unperturb.benchmarks.assess", *context.args])
+
+
+def _ended(program: list[str]) -> int:
+    """Run a program to its end, and return its exit status as a shell does.
+
+    Ctrl-C is for the program: a terminal sends it to both, and this process waits until it has said how to go on. One
+    that nobody else has sent on is sent on after INTERRUPT_S.
+    """
+    child = subprocess.Popen(program)  # not `run`, which kills it a quarter of a second after Ctrl-C
+    interrupted = False
+    while True:
+        try:
+            status = child.wait(INTERRUPT_S if interrupted else None)
+        except KeyboardInterrupt:
+            interrupted = True
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)
+            interrupted = False
+        else:
+            return status if status >= 0 else 128 - status
 
 
 def _load(name: str, preset: str | None, device: str) -> "tuple[DefendedClassifier, Card, torch.device]":

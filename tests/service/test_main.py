@@ -1,6 +1,8 @@
 """The command line."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,15 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.conftest import make_checkpoint
+from tests.support.engines import wait_until
 from tests.support.serving import photo
+from unperturb.benchmarks import assess
+from unperturb.models.checkpoints import store
+from unperturb.service import cli
 from unperturb.service.cli import app
 from unperturb.service.http import address
 from unperturb.service.http.address import taken
 from unperturb.service.http.server import Server
 from unperturb.service.keys import digest
+from unperturb.training import __main__ as training
 
 run = CliRunner().invoke
 
@@ -228,6 +237,100 @@ def test_train_is_the_training_module() -> None:
     assert done.returncode == 0
     assert "classifier" in done.stdout
     assert "head" in done.stdout
+
+
+def purifier_arguments(folder: Path, images: Path, out: Path, *more: str) -> list[str]:
+    given = ["train", "purifier", "--classifier", str(folder), "--data", str(images), "--out", str(out)]
+    small = ["--batch-size", "20", "--held-out", "9", "--width", "4", "--depth", "1", "--device", "cpu"]
+    return [*given, *small, "--cache", str(out.parent / "cache"), *more]
+
+
+@contextmanager
+def command_line(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process in a group of its own, as a shell starts it in a terminal."""
+    with subprocess.Popen(
+        [sys.executable, "-c", "from unperturb.service.cli import main; main()", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_trained_purifier_is_assessed_and_the_card_says_so(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def instead(_: str, program: list[str]) -> None:  # of what ends this process
+        assert program[:3] == [sys.executable, "-m", "unperturb.benchmarks.assess"]
+        assert assess.main([*program[3:], "--presets", "restorer"]) == 0
+
+    monkeypatch.setattr(cli, "_ended", lambda program: training.main(program[3:]))
+    monkeypatch.setattr(os, "execv", instead)
+    store.save(tmp_path / "base", make_checkpoint(head=False))
+    arguments = purifier_arguments(tmp_path / "base", image_folder, tmp_path / "run", "--epochs", "1", "--assess", "3")
+    context = typer.Context(typer.main.get_command(app))
+    context.args = arguments[1:]
+    cli.train(context)
+    assessment = store.read_card(tmp_path / "run" / "checkpoint").figures["assessment"]
+    assert (assessment["n"], set(assessment["presets"])) == (3, {"none", "restorer"})
+    assert (tmp_path / "run" / "assessment" / "report.html").is_file()
+
+
+def test_training_that_is_refused_is_not_assessed_and_its_status_is_the_commands(
+    tiny_folder: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    with command_line(
+        purifier_arguments(tiny_folder, image_folder, tmp_path / "run", "--attack-steps", "0")
+    ) as process:
+        _, said = process.communicate(timeout=120)
+    assert (process.returncode, said) == (2, "unperturb train purifier: attack_steps=0 must be at least 1\n")
+
+
+def test_interrupted_training_says_how_to_go_on(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
+    with command_line(purifier_arguments(tiny_folder, image_folder, tmp_path / "run", "--epochs", "9999")) as process:
+        wait_until(lambda: (tmp_path / "run" / "log.jsonl").exists() or process.poll() is not None, 120)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert said.endswith("unperturb train purifier: interrupted; the same command goes on from its last state\n")
+
+
+SLOW_TO_END = """
+import sys, time
+print("begun", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    print("goes on", flush=True)
+    sys.exit(130)
+"""
+ENDED = "import sys; from unperturb.service import cli; cli.INTERRUPT_S = 0.2; sys.exit(cli._ended(sys.argv[1:]))"
+
+
+@pytest.mark.parametrize("everyone", [True, False], ids=["a terminal's Ctrl-C", "a signal to the command alone"])
+def test_interrupted_command_waits_for_what_it_runs(everyone: bool) -> None:
+    program = [sys.executable, "-c", SLOW_TO_END if everyone else SLOW_TO_END.replace("time.sleep(1)", "pass")]
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDED.replace("0.2", "30") if everyone else ENDED, *program],
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "goes on\n")
+
+
+def test_killed_program_has_the_status_that_a_shell_gives_it() -> None:
+    killed = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert cli._ended([sys.executable, "-c", killed]) == 137
 
 
 @pytest.mark.parametrize(

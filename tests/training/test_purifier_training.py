@@ -128,7 +128,7 @@ def test_purifier_is_trained_and_the_classifier_is_not(
     store.save(tmp_path / "base", make_checkpoint(head=False))
     arguments = [
         "purifier",
-        "--checkpoint",
+        "--classifier",  # as `train head` calls it, beside --checkpoint
         str(tmp_path / "base"),
         "--data",
         str(image_folder),
