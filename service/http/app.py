@@ -104,6 +104,7 @@ def create_app(
         queue_length=lambda: engine.waiting,
         slots_in_use=lambda: engine.in_slots,
         memory=lambda: engine.gpu_memory,
+        executions=lambda: {id: model.execution for id, model in engine.models.by_id.items()},
     )
     gateway = Gateway(settings, engine, metrics)
 
