@@ -22,6 +22,7 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
 from unperturb.service.engine.stages import ATTACK_LOOP
 from unperturb.service.http.app import create_app
+from unperturb.service.http.worth import PURPOSES
 from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
 
@@ -431,6 +432,17 @@ def test_model_without_a_head_says_what_it_lacks(page: Page) -> None:
         'This model has no head, which default, transfer, published need; "unperturb train head" makes one.'
     )
     expect(page.get_by_label("Purifier")).to_have_value("vote")
+
+
+def test_purpose_of_the_chosen_preset_stands_below_it_in_the_services_words(page: Page) -> None:
+    presets = page.get_by_label("Purifier")
+    for preset in ("default", "vote", "transfer", "published"):
+        presets.select_option(preset)
+        words = PURPOSES[preset]
+        expect(page.locator("#purpose")).to_have_text(f"{words[0].upper()}{words[1:]}.")
+        expect(presets).to_have_accessible_description(f"{words[0].upper()}{words[1:]}.")
+    use_sample(page)
+    expect(page.locator("#purpose")).to_contain_text(PURPOSES["transfer"][1:])
 
 
 def test_what_an_assessment_found_stands_below_the_presets(page: Page) -> None:

@@ -296,6 +296,7 @@ def test_health_readiness_card_and_docs(client: TestClient, tiny_folder: Path) -
     assert client.get("/model").json() == {
         **card,
         "presets": ["default", "vote", "transfer", "published"],
+        "purposes": {name: PURPOSES[name] for name in ("default", "vote", "transfer", "published")},
         "worth": {},
         "advice": None,
     }
