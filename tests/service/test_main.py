@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 from typer.testing import CliRunner
@@ -22,6 +23,8 @@ from tests.support.engines import wait_until
 from tests.support.serving import photo
 from unperturb.benchmarks import assess
 from unperturb.models.checkpoints import store
+from unperturb.models.purifiers.defended import defend
+from unperturb.models.purifiers.reverse_attack import PRESETS, to_uint8
 from unperturb.service import cli
 from unperturb.service.cli import app
 from unperturb.service.http import address
@@ -49,6 +52,26 @@ def test_classify_prints_a_line_for_each_file_and_json_on_request(file: Path, ti
     record = json.loads(result.output)
     assert len(record["predictions"]) == 2
     assert record["predictions"][0]["label"] in ("red", "green", "blue")
+
+
+def test_seed_of_a_command_is_the_models_own(file: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    defended = defend(store.load(tiny_folder), PRESETS["transfer"])
+    x = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None].float() / 255
+    scores, images = [], []
+    for seed in (1, 2):
+        own, out = defended.classify(x, seed=seed), tmp_path / f"{seed}.png"
+        given = ["--checkpoint", str(tiny_folder), "--preset", "transfer", "--seed", str(seed), "--device", "cpu"]
+        result = run(app, ["classify", str(file), "--json", *given])
+        expected = own.logits[0].softmax(0)
+        found = {one["index"]: one["score"] for one in json.loads(result.output)["predictions"]}
+        scores.append([found[index] for index in range(3)])
+        assert scores[-1] == pytest.approx(expected.tolist(), abs=1e-6)
+        assert run(app, ["purify", str(file), "--out", str(out), *given]).exit_code == 0
+        images.append(np.asarray(Image.open(out)))
+        pixels = to_uint8(own.image, x, epsilon=PRESETS["transfer"].loop.epsilon)[0].permute(1, 2, 0)
+        assert np.array_equal(images[-1], pixels)
+    assert scores[0] != pytest.approx(scores[1], abs=1e-4)
+    assert not np.array_equal(*images)
 
 
 def test_classify_names_a_broken_file_and_goes_on(file: Path, tiny_folder: Path, tmp_path: Path) -> None:
