@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,8 @@ def test_classify_prints_a_line_for_each_file_and_json_on_request(file: Path, ti
 def test_seed_of_a_command_is_the_models_own(file: Path, tiny_folder: Path, tmp_path: Path) -> None:
     defended = defend(store.load(tiny_folder), PRESETS["transfer"])
     x = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)[None].float() / 255
-    scores, images = [], []
+    scores: list[list[float]] = []
+    images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     for seed in (1, 2):
         own, out = defended.classify(x, seed=seed), tmp_path / f"{seed}.png"
         given = ["--checkpoint", str(tiny_folder), "--preset", "transfer", "--seed", str(seed), "--device", "cpu"]
@@ -71,7 +73,7 @@ def test_seed_of_a_command_is_the_models_own(file: Path, tiny_folder: Path, tmp_
         pixels = to_uint8(own.image, x, epsilon=PRESETS["transfer"].loop.epsilon)[0].permute(1, 2, 0)
         assert np.array_equal(images[-1], pixels)
     assert scores[0] != pytest.approx(scores[1], abs=1e-4)
-    assert not np.array_equal(*images)
+    assert not np.array_equal(images[0], images[1])
 
 
 def test_classify_names_a_broken_file_and_goes_on(file: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -371,6 +373,7 @@ def test_module_and_command_refuse_a_bad_setting_alike(command: list[str]) -> No
 WITHOUT_ROBUSTBENCH = """
 import sys
 from pathlib import Path
+from typing import Any
 sys.modules.update(robustbench=None, pkg_resources=None)
 from tests.support.serving import photo, serving
 with serving(Path(sys.argv[1])) as client:
