@@ -13,12 +13,19 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 Config = TypeVar("Config")
 
 
-def option(help: str, default: Any = dataclasses.MISSING, *, positional: bool = False) -> Any:  # noqa: ANN401
+def option(
+    help: str,
+    default: Any = dataclasses.MISSING,  # noqa: ANN401
+    *,
+    positional: bool = False,
+    also: tuple[str, ...] = (),
+) -> Any:  # noqa: ANN401
     """Return a dataclass field with its `--help` text; required where no default is given.
 
     positional: given by its place, without a flag
+    also: other flags of the same option, as `--classifier`
     """
-    return dataclasses.field(default=default, metadata={"help": help, "positional": positional})
+    return dataclasses.field(default=default, metadata={"help": help, "positional": positional, "also": also})
 
 
 def parse(config_class: type[Config], arguments: Sequence[str], *, program: str) -> Config:
@@ -36,6 +43,8 @@ def parse(config_class: type[Config], arguments: Sequence[str], *, program: str)
         required = field.default is dataclasses.MISSING
         parser.add_argument(
             f"--{field.name.replace('_', '-')}",
+            *field.metadata["also"],
+            dest=field.name,
             required=required,
             default=None if required or get_origin(hints[field.name]) is tuple else field.default,
             help=help_text,

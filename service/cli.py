@@ -5,6 +5,7 @@ What is heavy is imported by the command that needs it: the decoding processes i
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -36,6 +37,7 @@ Files = Annotated[list[Path], typer.Argument(help="JPEG, PNG or WebP")]
 CheckpointOption = Annotated[str, typer.Option(help="a shipped checkpoint's name, or a folder")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
 PresetOption = Annotated[str, typer.Option(help="default, vote, transfer, restorer or published")]
+INTERRUPT_S = 5.0  # for a terminal's Ctrl-C to end what it was sent to as well
 SeedOption = Annotated[int, typer.Option(min=0, help="of the random views")]
 
 
@@ -68,7 +70,7 @@ def serve(
 ) -> None:
     """Start the HTTP service; every other setting is an environment variable UNPERTURB_…"""
     from unperturb.service.demo import SAMPLE
-    from unperturb.service.http.address import taken
+    from unperturb.service.http.address import joined, taken
     from unperturb.service.http.app import create_app
     from unperturb.service.http.server import Server
     from unperturb.service.settings import Settings
@@ -81,7 +83,7 @@ def serve(
     with taken(settings.host, settings.port) as sockets:
         service = create_app(settings, on_failure=failed.append)
         server = Server(service, settings, failed)
-        url = f"http://{settings.host}:{sockets[0].getsockname()[1]}"
+        url = f"http://{joined(settings.host, sockets[0].getsockname()[1])}"
         models, workers = service.state.engine.models.by_id, Counter(str(device) for device in settings.devices)
         devices = ", ".join(
             f"{count} workers on {name}" if count > 1 else f"on {name}" for name, count in workers.items()
@@ -261,20 +263,21 @@ def purify(
             raise typer.Exit(1)
         return
     from unperturb.models.files import write_whole
-    from unperturb.models.purifiers.reverse_attack import to_uint8
+    from unperturb.models.purifiers.reverse_attack import changing, to_uint8
     from unperturb.service.http.answer import png
 
+    changing(preset)
     defended, card, place = _load(checkpoint, preset, device)
     x = _batch(_read(file, card), place)
     started = time.perf_counter()
     purified = defended.purify(x, seed=seed)
     pixels = to_uint8(purified.image, x, epsilon=defended.purifier.loop.epsilon)[0].cpu()
     write_whole(out, png(pixels))
-    trace = purified.trace
-    print(
-        f"{out}: InfoNCE {float(trace.loss_before):.3f} -> {float(trace.loss_after):.3f}, largest change "
-        f"{float(trace.linf) * 255:.0f}/255, {time.perf_counter() - started:.2f} s"
-    )
+    trace, loss = purified.trace, ""
+    if defended.purifier.has_objective:
+        loss = f"InfoNCE {float(trace.loss_before):.3f} -> {float(trace.loss_after):.3f}, "
+    seconds = time.perf_counter() - started
+    print(f"{out}: {loss}largest change {float(trace.linf) * 255:.0f}/255, {seconds:.2f} s")
 
 
 @app.command()
@@ -308,7 +311,7 @@ def train(context: typer.Context) -> None:
     training = [*run, "unperturb.training", *given]
     if given[:1] != ["purifier"] or {"-h", "--help"} & set(given):
         os.execv(sys.executable, training)
-    if status := subprocess.run(training, check=False).returncode:
+    if status := _ended(training):
         raise typer.Exit(status)
     from unperturb.models.options import parse
     from unperturb.training.purifier.purifier import PurifierConfig
@@ -332,16 +335,37 @@ def assess(context: typer.Context) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "unperturb.benchmarks.assess", *context.args])
 
 
+def _ended(program: list[str]) -> int:
+    """Run a program to its end, and return its exit status as a shell does.
+
+    Ctrl-C is for the program: a terminal sends it to both, and this process waits until it has said how to go on. One
+    that nobody else has sent on is sent on after INTERRUPT_S.
+    """
+    child = subprocess.Popen(program)  # not `run`, which kills it a quarter of a second after Ctrl-C
+    interrupted = False
+    while True:
+        try:
+            status = child.wait(INTERRUPT_S if interrupted else None)
+        except KeyboardInterrupt:
+            interrupted = True
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)
+            interrupted = False
+        else:
+            return status if status >= 0 else 128 - status
+
+
 def _load(name: str, preset: str | None, device: str) -> "tuple[DefendedClassifier, Card, torch.device]":
     from unperturb.models.checkpoints import store
+    from unperturb.models.devices import opened_device
     from unperturb.models.purifiers import reverse_attack
     from unperturb.models.purifiers.base import NoPurifier
     from unperturb.models.purifiers.defended import DefendedClassifier, defend
-    from unperturb.service.settings import Settings
+    from unperturb.service.settings import Computing
 
-    settings = Settings(checkpoint=name, device=device)
-    config, place = None if preset is None else reverse_attack.preset(preset), settings.devices[0]
-    loaded = store.load(settings.checkpoint, device=place)
+    place = opened_device(str(Computing(device=device).first_device))
+    config = None if preset is None else reverse_attack.preset(preset)
+    loaded = store.load(name, device=place)
     if config is None:
         return DefendedClassifier(loaded.classifier, NoPurifier(loaded.classifier)), loaded.card, place
     return defend(loaded, config), loaded.card, place
@@ -350,10 +374,10 @@ def _load(name: str, preset: str | None, device: str) -> "tuple[DefendedClassifi
 def _read(file: Path, card: "Card") -> "Decoded":
     from unperturb.models.files import read_whole
     from unperturb.service.decoding.decode import decode
-    from unperturb.service.settings import Settings
+    from unperturb.service.settings import Computing
 
-    try:
-        return decode(read_whole(file), card.pictures, max_pixels=Settings().max_pixels)
+    try:  # a device that only UNPERTURB_DEVICE names is none of a file's business
+        return decode(read_whole(file), card.pictures, max_pixels=Computing(device="auto").max_pixels)
     except RequestError as error:
         raise type(error)(f"{file}: {error}") from error
 

@@ -24,26 +24,51 @@ PREFIX = "UNPERTURB_"
 ELSEWHERE = {f"{PREFIX}{name}" for name in ("CACHE", "DATA", "ALLOW_CODE", "REPLICAS")}  # read by other parts
 
 
-class Settings(BaseSettings):
-    """UNPERTURB_PORT=9000 sets `port`, and so on; an unknown value is refused at start."""
+class Computing(BaseSettings):
+    """What the command line needs of the settings to run a model; nothing that is about serving is looked at."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
 
-    host: str = Field(default="127.0.0.1", description="address to listen on")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8000, description="port; 0: any that is free")
-    checkpoint: str = Field(default="default", description="a shipped checkpoint's name, or a folder")
     device: str = Field(
         default="auto",
         description="auto (every GPU; else the CPU, in halves where it has two cores or more), cpu, cuda, "
         "cuda:N, or several with commas: a worker each",
     )
+    max_pixels: Positive = Field(default=50_000_000, description="of one image, before it is decoded; past it 413")
+
+    @field_validator("device")
+    @classmethod
+    def device_exists(cls, value: str) -> str:
+        """Refuse a device that torch does not know or that is not here."""
+        for name in () if value == "auto" else value.split(","):
+            try:
+                device = torch.device(name)
+            except RuntimeError as error:
+                raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N") from error
+            if device.type not in ("cpu", "cuda"):
+                raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N")
+            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+                raise ValueError(f"{name!r}: torch finds {torch.cuda.device_count()} CUDA device(s) here")
+        return value
+
+    @property
+    def first_device(self) -> torch.device:
+        """Return the device, the first one where there are several."""
+        return automatic(1)[0] if self.device == "auto" else torch.device(self.device.split(",")[0])
+
+
+class Settings(Computing):
+    """UNPERTURB_PORT=9000 sets `port`, and so on; an unknown value is refused at start."""
+
+    host: str = Field(default="127.0.0.1", description="address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(default=8000, description="port; 0: any that is free")
+    checkpoint: str = Field(default="default", description="a shipped checkpoint's name, or a folder")
     threads: Annotated[int, Field(ge=0)] = Field(
         default=0, description="torch's CPU threads, shared by the workers; 0: one per core"
     )
     preset: str = Field(default="default", description="the purifier's preset where a request names none")
 
     max_body_bytes: Positive = Field(default=10_000_000, description="of one request; past it 413")
-    max_pixels: Positive = Field(default=50_000_000, description="of one image, before it is decoded; past it 413")
     max_images: Positive = Field(default=32, description="images in one request")
     max_per_client: Positive = Field(default=64, description="one client's images in progress; past it 429")
     max_in_progress: Positive = Field(
@@ -97,21 +122,6 @@ class Settings(BaseSettings):
     log_format: Literal["json", "text"] = Field(
         default="json", description="one JSON object a line, or text for people"
     )
-
-    @field_validator("device")
-    @classmethod
-    def device_exists(cls, value: str) -> str:
-        """Refuse a device that torch does not know or that is not here."""
-        for name in () if value == "auto" else value.split(","):
-            try:
-                device = torch.device(name)
-            except RuntimeError as error:
-                raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N") from error
-            if device.type not in ("cpu", "cuda"):
-                raise ValueError(f"{name!r} is not auto, cpu, cuda or cuda:N")
-            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-                raise ValueError(f"{name!r}: torch finds {torch.cuda.device_count()} CUDA device(s) here")
-        return value
 
     @field_validator("preset")
     @classmethod

@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 import unperturb
 from tests.conftest import make_checkpoint
 from tests.support.serving import photo
+from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.decoding.decode import decode
 
@@ -66,11 +67,14 @@ def test_full_gradient_goes_through_the_steps_and_the_others_do_not(images: torc
 
 def test_purified_images_are_near_and_seeded(images: torch.Tensor) -> None:
     tiny = make_checkpoint()
-    purified, trace = unperturb.purify(tiny, images, preset="default", seed=1)
-    loop = PRESETS["default"].loop
+    purified, trace = unperturb.purify(tiny, images, preset="transfer", seed=1)
+    loop = PRESETS["transfer"].loop
     assert float((purified - images).abs().max()) <= loop.epsilon + 1e-6
     assert trace.losses.shape == (loop.steps, 8)
-    assert torch.equal(purified, unperturb.purify(tiny, images, seed=1).image)
+    own, other = (defend(tiny, PRESETS["transfer"]).purify(images, seed=seed) for seed in (1, 2))
+    assert torch.equal(purified, own.image)
+    assert torch.equal(trace.loss_before, own.trace.loss_before)
+    assert not torch.equal(purified, other.image)
 
 
 REFUSED = """

@@ -134,9 +134,18 @@ def clean_loss_of(card: Card, preset: str | None) -> tuple[float, float] | None:
 def check_gates(gates: Any, file: Path) -> None:  # noqa: ANN401
     """Raise CheckpointError where a card's gates are not what `unperturb train gate` writes."""
     for preset, gate in gates.items() if isinstance(gates, dict) else [("gates", None)]:
-        loss = gate.get("loss") if isinstance(gate, dict) else None
-        if not isinstance(loss, int | float) or not math.isfinite(loss):
+        if not isinstance(gate, dict) or not _finite(gate.get("loss")):
             raise CheckpointError(f"{file}: the gate of {preset!r} has no finite loss")
+        mean, deviation = gate.get("clean_mean", 0.0), gate.get("clean_std", 1.0)
+        if not (_finite(mean) and _finite(deviation) and deviation > 0):
+            raise CheckpointError(
+                f"{file}: the gate of {preset!r} has clean_mean={mean!r}, clean_std={deviation!r}: a finite mean and a "
+                "finite deviation above 0 are needed; take it off the card, and measure it anew: unperturb train gate"
+            )
+
+
+def _finite(value: Any) -> bool:  # noqa: ANN401
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _vote(raw: Any, file: Path) -> Vote:  # noqa: ANN401

@@ -105,6 +105,14 @@ def preset(name: str) -> ReverseAttackConfig:
     return PRESETS[name]
 
 
+def changing(name: str) -> ReverseAttackConfig:
+    """Return a preset by name; ConfigError for one that changes no image."""
+    config = preset(name)
+    if not config.changes:
+        raise ConfigError(f"preset {name!r} has no steps: it changes no image")
+    return config
+
+
 class ReverseAttack(Purifier):
     """The purifier of one classifier, with its head and bank; no weight of theirs is ever changed."""
 

@@ -21,15 +21,16 @@ from tqdm import tqdm
 
 from unperturb.models import provenance
 from unperturb.models.checkpoints import store
+from unperturb.models.devices import opened_device
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
 from unperturb.models.purifiers.defended import defend
-from unperturb.models.purifiers.reverse_attack import preset, to_uint8
+from unperturb.models.purifiers.reverse_attack import changing, to_uint8
 from unperturb.service.bulk.source import Folder, Item, ParquetRows, needed, open_source
 from unperturb.service.decoding.decode import Decoded, decode
 from unperturb.service.errors import MalformedRequestError, RequestError
 from unperturb.service.http.answer import png, top
-from unperturb.service.settings import Settings
+from unperturb.service.settings import Computing
 
 THREADS = 4  # that decode; an image of the 50 million pixels that are accepted takes each of them about 1 GiB
 COLUMNS = {
@@ -72,10 +73,10 @@ class BulkWorker:
     """The checkpoint, loaded once, and what is done to a chunk; itself the class of Ray Data's actors."""
 
     def __init__(self, job: BulkJob, source: Folder | ParquetRows) -> None:
-        settings = Settings(checkpoint=job.checkpoint, device=job.device)
-        self.job, self.source, self.device = job, source, settings.devices[0]
-        self.max_pixels, self.config = settings.max_pixels, preset(job.preset)
-        loaded = store.load(settings.checkpoint, device=self.device)
+        settings = Computing(device=job.device)
+        self.job, self.source, self.device = job, source, opened_device(str(settings.first_device))
+        self.max_pixels, self.config = settings.max_pixels, changing(job.preset)
+        loaded = store.load(job.checkpoint, device=self.device)
         self.card, self.defended = loaded.card, defend(loaded, self.config)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +122,8 @@ class BulkWorker:
         pixels = to_uint8(result.image, x, epsilon=self.defended.purifier.loop.epsilon).cpu()
         scores, unpurified = (y.softmax(1).cpu().numpy() for y in (result.logits, result.unpurified_logits))
         trace = {key: (value.T if key == "losses" else value).tolist() for key, value in result.trace._asdict().items()}
+        if not self.defended.purifier.has_objective:
+            trace |= dict.fromkeys(("loss_before", "loss_after"), [None] * len(images))
         rows = []
         for i, image in enumerate(images):
             (after,), (before,) = (top(of[i], self.card.classes, 1) for of in (scores, unpurified))

@@ -8,6 +8,11 @@ from contextlib import ExitStack, contextmanager
 ABSENT = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
+def joined(host: str, port: int) -> str:
+    """Return an address as a URL has it: IPv6 in brackets (RFC 3986, section 3.2.2)."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 @contextmanager
 def taken(host: str, port: int) -> Iterator[list[socket.socket]]:
     """Hold the address, each one that a name stands for, from before anything is loaded; an OSError names it.
@@ -25,7 +30,7 @@ def taken(host: str, port: int) -> Iterator[list[socket.socket]]:
                     if error.errno not in ABSENT or (last == 0 and not sockets):
                         raise
         except OSError as error:
-            raise OSError(error.errno, error.strerror, f"{host}:{port}") from error
+            raise OSError(error.errno, error.strerror, joined(host, port)) from error
         yield sockets
 
 

@@ -23,11 +23,23 @@ from unperturb.service.http.early import RefuseEarly
 from unperturb.service.http.gateway import Gateway
 from unperturb.service.http.observe import Observe
 from unperturb.service.http.routes import classify, health, kserve, models, page
+from unperturb.service.http.tensors import HEADER_LENGTH
 from unperturb.service.settings import Settings, unknown
 from unperturb.service.telemetry import tracing
 from unperturb.service.telemetry.metrics import Metrics
 
 log = logging.getLogger("unperturb.service")
+EXPOSED = (  # to pages of other origins, beside those that a browser shows anyway
+    "x-request-id",
+    "x-model-id",
+    "x-purification-linf",
+    "x-loss-before",
+    "x-loss-after",
+    HEADER_LENGTH,
+    "retry-after",
+    "allow",
+    "www-authenticate",
+)
 
 
 def make_engine(
@@ -92,6 +104,7 @@ def create_app(
         queue_length=lambda: engine.waiting,
         slots_in_use=lambda: engine.in_slots,
         memory=lambda: engine.gpu_memory,
+        executions=lambda: {id: model.execution for id, model in engine.models.by_id.items()},
     )
     gateway = Gateway(settings, engine, metrics)
 
@@ -116,7 +129,9 @@ def create_app(
     app.add_middleware(RefuseEarly, gateway=gateway)
     app.add_middleware(Observe, metrics=metrics, tracing=tracer, ending=lambda: engine.lifecycle.ending)
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"], expose_headers=EXPOSED
+        )
     problem.install(app)
     for family in (classify, kserve, models, health):
         app.include_router(family.router)

@@ -18,7 +18,7 @@ from unperturb.service.decoding.decoders import Decoders
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome
 from unperturb.service.engine.registry import Model
-from unperturb.service.errors import DeadlineError, MalformedRequestError, RequestError
+from unperturb.service.errors import DeadlineError, MalformedRequestError, RequestError, UploadTimeoutError
 from unperturb.service.http.context import RequestContext
 from unperturb.service.http.limits import Limits
 from unperturb.service.http.upload import Upload, is_json, read_images
@@ -96,16 +96,21 @@ class Gateway:
     async def read(self, ticket: Ticket) -> Upload:
         """Return the files of the request."""
         limits = self.settings
-        return await read_images(
-            ticket.request,
-            max_bytes=limits.max_body_bytes,
-            max_images=limits.max_images,
-            timeout_s=self.upload_s(ticket),
-        )
+        with self.uploading(ticket) as upload_s:
+            return await read_images(
+                ticket.request, max_bytes=limits.max_body_bytes, max_images=limits.max_images, timeout_s=upload_s
+            )
 
-    def upload_s(self, ticket: Ticket) -> float:
-        """Return how many seconds the body may still take."""
-        return min(self.settings.upload_timeout_s, max(0.0, ticket.deadline - time.monotonic()))
+    @contextmanager
+    def uploading(self, ticket: Ticket) -> Iterator[float]:
+        """Give the seconds that the body may take; DeadlineError where it is the deadline that has ended them."""
+        left_s, limit_s = max(0.0, ticket.deadline - time.monotonic()), self.settings.upload_timeout_s
+        try:
+            yield min(left_s, limit_s)
+        except UploadTimeoutError as error:
+            if left_s < limit_s:
+                raise DeadlineError("the deadline passed before the body was there") from error
+            raise
 
     async def read_one(self, ticket: Ticket) -> Upload:
         """Return the one file of a request that takes no list; raise MalformedRequestError for a list."""

@@ -24,6 +24,7 @@ from fastapi import FastAPI
 from prometheus_client import start_http_server
 
 from unperturb.service.engine.engine import Engine
+from unperturb.service.http.address import joined
 from unperturb.service.http.gateway import Gateway
 from unperturb.service.http.protocol import Protocol
 from unperturb.service.settings import Settings
@@ -77,7 +78,7 @@ class Server(uvicorn.Server):
                     settings.metrics_port, settings.host, self.gateway.metrics.registry
                 )
             except OSError as error:
-                where = f"{settings.host}:{settings.metrics_port} (UNPERTURB_METRICS_PORT)"
+                where = f"{joined(settings.host, settings.metrics_port)} (UNPERTURB_METRICS_PORT)"
                 raise OSError(error.errno, error.strerror, where) from error
         await super().startup(sockets)
 

@@ -5,7 +5,8 @@ Open Inference Protocol, version 2, with the binary tensor data extension.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -140,6 +141,11 @@ def _values(tensor: InputTensor, rest: bytes) -> NDArray[Any]:
             values = np.asarray(tensor.data, dtype=np.float64)
         except (ValueError, TypeError, OverflowError) as error:
             raise MalformedRequestError(f"{INPUT}: `data` is not a list of numbers of one shape") from error
+        elements: Iterable[Any] = tensor.data or ()
+        for _ in values.shape[1:]:
+            elements = chain.from_iterable(elements)
+        if not set(map(type, elements)) <= {int, float}:  # NumPy takes "0.5", true and null for numbers
+            raise MalformedRequestError(f"{INPUT}: `data` has elements that are not numbers")
         if values.size != count:
             raise MalformedRequestError(f"{INPUT}: `data` has {values.size} numbers for shape {tensor.shape}")
         if values.ndim > 1 and list(values.shape) != tensor.shape:

@@ -103,8 +103,12 @@ class Metrics:
         queue_length: Callable[[], int],
         slots_in_use: Callable[[], int],
         memory: Callable[[], dict[str, int]],
+        executions: Callable[[], dict[str, str]],
     ) -> None:
-        """Read these values at every scrape; `slots` is how many there are, `memory` the bytes in use by device."""
+        """Read these values at every scrape.
+
+        `slots` is how many there are, `memory` the bytes in use by device, `executions` how each model's steps run now.
+        """
         Gauge("unperturb_slots", "Images at a time on all devices", registry=self.registry).set(slots)
         for name, help, read in (
             ("unperturb_queue_length", "Images that wait for a slot", queue_length),
@@ -112,6 +116,7 @@ class Metrics:
         ):
             Gauge(name, help, registry=self.registry).set_function(read)
         self.registry.register(_Devices(memory))
+        self.registry.register(_Executions(executions, self.label))
 
     def stepped(self, slots: int, seconds: float) -> None:
         """Count one step of a batch."""
@@ -154,6 +159,22 @@ class _Devices(Collector):
             if (share := _utilization(device)) is not None:
                 busy.add_metric([device], share)
         return memory, busy
+
+
+class _Executions(Collector):
+    """Read how the steps of each model run: eagerly at first, perhaps, and by faster ones as soon as they are made."""
+
+    def __init__(self, executions: Callable[[], dict[str, str]], label: Callable[[str], str]) -> None:
+        self.executions, self.label = executions, label
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        """Return the gauge."""
+        family = GaugeMetricFamily(
+            "unperturb_execution", "1 for how the steps of a model run now", labels=["model", "execution"]
+        )
+        for labels in dict.fromkeys((self.label(model), how) for model, how in self.executions().items()):
+            family.add_metric(labels, 1)
+        yield family
 
 
 def _utilization(device: str) -> float | None:

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import Counter, Gauge, Histogram
 
 from tests.support.manifests import DEPLOY, ROOT, read, the
+from unperturb.service.telemetry.metrics import Metrics
 
 FOLDER = DEPLOY / "monitoring"
 (RULES,) = read(FOLDER / "alerts.yaml")
@@ -114,6 +116,21 @@ def test_panels_ask_the_chosen_prometheus_and_use_known_variables() -> None:
             assert part["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
     used = set(re.findall(r"\$\{?(\w+)", json.dumps([PANELS, DASHBOARD["annotations"]])))
     assert used == known
+
+
+def test_panels_heed_the_chosen_model_and_preset_where_a_metric_has_those_labels() -> None:
+    wrapped = [one for one in vars(Metrics()).values() if isinstance(one, Counter | Gauge | Histogram)]
+    labels = {one._name: set(one._labelnames) for one in wrapped} | {"unperturb_loss_drift": {"model", "preset"}}
+    seen: set[str] = set()
+    for panel in PANELS:
+        for target in panel["targets"]:
+            for name, selector in re.findall(r"\b(unperturb_\w+)\{([^}]*)\}", target["expr"]):
+                bare = re.sub(r"_(total|bucket|sum|count)$", "", name)
+                chosen = labels.get(name, labels.get(bare, set())) & {"model", "preset"}
+                assert {label for label in chosen if f'{label}=~"${label}"' in selector} == chosen, panel["title"]
+                seen |= {bare} if chosen else set()
+    asked = {"requests", "request_seconds", "rejected", "queue_wait_seconds", "images", "loss_drift"}
+    assert {f"unperturb_{name}" for name in asked} <= seen
 
 
 BUSY: dict[str, str] = {

@@ -80,7 +80,20 @@ def test_gate_that_is_not_there_is_refused(spec: str, error: type[Exception], sa
 
 
 @pytest.mark.parametrize(
-    "gates", [{"default": {"loss": float("nan")}}, {"default": {}}, {"default": 5.0}, [], "x"], ids=str
+    "gates",
+    [
+        {"default": {"loss": float("nan")}},
+        {"default": {}},
+        {"default": 5.0},
+        [],
+        "x",
+        {"default": {"loss": 1.0, "clean_mean": 1.0, "clean_std": 0.0}},
+        {"default": {"loss": 1.0, "clean_mean": 1.0, "clean_std": -0.1}},
+        {"default": {"loss": 1.0, "clean_mean": 1.0, "clean_std": float("nan")}},
+        {"default": {"loss": 1.0, "clean_mean": float("inf"), "clean_std": 0.1}},
+        {"default": {"loss": 1.0, "clean_mean": "1", "clean_std": 0.1}},
+    ],
+    ids=str,
 )
 def test_card_with_a_bad_gate_is_refused(gates: object, tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_folder, tmp_path / "bad")
@@ -122,9 +135,33 @@ def test_images_that_the_head_was_trained_on_are_not_held_back(
         data.kept_back(dataset, make_checkpoint().card)
 
 
+def test_clean_images_whose_losses_do_not_differ_are_refused_and_the_card_is_left(
+    folder: Path,
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = (folder / "card.json").read_bytes()
+    same = data.Split(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
+    for held in (same, data.Split(same.images[:1], same.labels[:1])):
+        monkeypatch.setattr(data, "kept_back", lambda *_, held=held: held)
+        given = ["--checkpoint", str(folder), "--data", str(image_folder), "--device", "cpu", "--cache", str(tmp_path)]
+        assert train(["gate", *given]) == 2
+        assert f"the losses of {len(held.labels)} clean images do not differ" in capsys.readouterr().err
+    assert (folder / "card.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
-    "bad", [["--quantile", "1"], ["--images", "-1"], ["--checkpoint", "no/such"]], ids=lambda b: b[0]
+    ("bad", "says"),
+    [
+        (["--quantile", "1"], "quantile=1"),
+        (["--images", "-1"], "images=-1"),
+        (["--images", "1"], "images=1"),
+        (["--checkpoint", "no/such"], "no/such"),
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
 )
-def test_bad_argument_is_refused(bad: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_argument_is_refused(bad: list[str], says: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(["gate", "--checkpoint", str(folder), "--data", "nowhere", "--device", "cpu", *bad]) == 2
-    assert bad[1] in capsys.readouterr().err
+    assert says in capsys.readouterr().err

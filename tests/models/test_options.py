@@ -19,6 +19,7 @@ class Chosen:
     count: int = option("how many", 200)
     names: tuple[str, ...] = option("names", ())
     sizes: tuple[str, ...] = option("sizes", ("1", "8"))
+    model: str = option("what is run", "small", also=("--network",))
     cache: Path | None = option("folder", None)
 
 
@@ -37,6 +38,7 @@ def helped(capsys: pytest.CaptureFixture[str]) -> str:
         "--count COUNT how many (default: 200) --",
         "--names NAMES names --",
         "--sizes SIZES sizes (default: 1 8) --",
+        "--model MODEL, --network MODEL what is run (default: small) --",
         "positional arguments: SOURCE what to read options:",
     ],
 )
@@ -57,3 +59,9 @@ def test_positional_may_stand_anywhere_and_is_required(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         parse(Chosen, [], program="it")
     assert "required: SOURCE" in capsys.readouterr().err
+
+
+def test_other_name_of_an_option_is_the_same_option() -> None:
+    for name in ("--model", "--network"):
+        assert parse(Chosen, ["photos", name, "large"], program="it").model == "large"
+    assert parse(Chosen, ["photos"], program="it").model == "small"

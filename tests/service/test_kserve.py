@@ -8,9 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from tests.support.serving import listening, photo
+from unperturb.models.checkpoints import store
+from unperturb.models.purifiers.defended import defend
+from unperturb.models.purifiers.reverse_attack import PRESETS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -27,7 +31,7 @@ def batch(count: int = 2) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
 @pytest.mark.parametrize("datatype", ["FP32", "UINT8"])
-def test_official_client_is_served(address: str, binary: bool, datatype: str) -> None:
+def test_official_client_is_served(address: str, binary: bool, datatype: str, tiny_folder: Path) -> None:
     from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 
     with InferenceServerClient(address) as official:
@@ -44,7 +48,7 @@ def test_official_client_is_served(address: str, binary: bool, datatype: str) ->
             for name in ("scores", "label", "unpurified_scores", "purified", "loss_before", "loss_after", "linf")
         ]
         result = official.infer(
-            "tiny", [tensor], outputs=wanted, request_id="seven", parameters={"preset": "default", "seed": 3}
+            "tiny", [tensor], outputs=wanted, request_id="seven", parameters={"preset": "transfer", "seed": 5}
         )
         assert result.get_response()["id"] == "seven"
         scores, purified = result.as_numpy("scores"), result.as_numpy("purified")
@@ -54,6 +58,13 @@ def test_official_client_is_served(address: str, binary: bool, datatype: str) ->
         received = images if datatype == "FP32" else images / np.float32(255)
         assert np.allclose(np.abs(purified - received).max((1, 2, 3)), result.as_numpy("linf"), atol=1e-5)
         assert 0 < result.as_numpy("linf").max() <= 8 / 255 + 1e-6
+        defended = defend(store.load(tiny_folder), PRESETS["transfer"])
+        own, other = (defended.classify(torch.from_numpy(received), seed=seed) for seed in (5, 6))
+        from_own, from_other = (
+            np.abs(result.as_numpy("loss_before") - one.trace.loss_before.numpy()) for one in (own, other)
+        )
+        assert from_own.max() < 1e-4 < 3e-4 < from_other.max()
+        assert np.allclose(scores, own.logits.softmax(1), atol=2e-3)
 
 
 def test_client_is_told_what_is_wrong(address: str) -> None:
@@ -83,6 +94,27 @@ def test_readiness_of_a_model_that_is_not_there_names_no_other(client: TestClien
     assert "tiny" not in answer.text
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "allowed", "message"),
+    [
+        ("GET", "1/infer", 405, "POST", "Method Not Allowed"),
+        ("POST", "1", 405, "GET", "Method Not Allowed"),
+        ("POST", "1/ready", 405, "GET", "Method Not Allowed"),
+        ("GET", "1/nonsense", 404, None, "Not Found"),
+        ("GET", "2", 404, None, "version '2' of model 'tiny' is not there; it has: 1"),
+        ("POST", "10/infer", 404, None, "version '10' of model 'tiny' is not there; it has: 1"),
+        ("GET", "1", 200, None, "tiny"),
+    ],
+)
+def test_version_that_is_there_is_never_said_to_be_missing(
+    client: TestClient, method: str, path: str, status: int, allowed: str | None, message: str
+) -> None:
+    answer = client.request(method, f"/v2/models/tiny/versions/{path}")
+    assert (answer.status_code, answer.headers.get("allow")) == (status, allowed)
+    assert message in answer.text
+    assert answer.json().get("error") == (None if status == 200 else message)
+
+
 def test_scores_are_those_of_classify(client: TestClient) -> None:
     from io import BytesIO
 
@@ -91,13 +123,17 @@ def test_scores_are_those_of_classify(client: TestClient) -> None:
     pixels = np.asarray(Image.open(BytesIO(photo()))).transpose(2, 0, 1)[None]
     body = {
         "inputs": [{"name": "image", "shape": list(pixels.shape), "datatype": "UINT8", "data": pixels.tolist()}],
-        "parameters": {"seed": 5},
+        "parameters": {"preset": "transfer", "seed": 5},
+        "outputs": [{"name": "scores"}, {"name": "loss_before"}],
     }
-    answer = client.post("/v2/models/tiny/infer", json=body).json()
-    scores = next(output for output in answer["outputs"] if output["name"] == "scores")["data"]
-    expected = client.post("/classify?seed=5", files={"image": photo()}).json()["predictions"]
-    for one in expected:
+    scores, (loss,) = (one["data"] for one in client.post("/v2/models/tiny/infer", json=body).json()["outputs"])
+    own, other = (
+        client.post(f"/classify?preset=transfer&seed={seed}", files={"image": photo()}).json() for seed in (5, 6)
+    )
+    for one in own["predictions"]:
         assert abs(scores[one["index"]] - one["score"]) < 1e-5
+    assert loss == pytest.approx(own["purification"]["loss_before"], abs=1e-5)
+    assert abs(loss - other["purification"]["loss_before"]) > 3e-4
 
 
 @pytest.mark.parametrize("binary", [True, False], ids=["binary", "json"])
@@ -112,7 +148,8 @@ def test_image_files_are_taken_as_bytes(address: str, client: TestClient, binary
         with InferenceServerClient(address) as official:
             answer = official.infer("tiny", [tensor], request_compression_algorithm="gzip")
             labels = answer.as_numpy("label").tolist()
-            official.get_model_repository_index()
+            ready = {"name": "tiny", "version": "1", "state": "READY", "reason": ""}
+            assert official.get_model_repository_index() == [ready]
             assert official.get_model_config("tiny")["max_batch_size"] == 32
             assert official.get_inference_statistics("tiny")["model_stats"][0]["inference_count"] >= 2
             assert [one["name"] for one in official.get_inference_statistics()["model_stats"]] == ["tiny"]
@@ -158,6 +195,11 @@ def request(**changed: Any) -> dict[str, Any]:
         (request(data=[-1] * 3072, datatype="UINT8"), 422, "outside [0, 255]"),
         (request(data=[[0.5], [0.5, 0.5]]), 400, "one shape"),
         (request(data=["x"] * 3072), 400, "numbers"),
+        (request(data=["0.5"] * 3072), 400, "not numbers"),
+        (request(data=[0.5] * 3071 + ["0.5"]), 400, "not numbers"),
+        (request(data=[1] * 3071 + [True]), 400, "not numbers"),
+        (request(data=[0.5] * 3071 + [None]), 400, "not numbers"),
+        (request(data=[[[["0.5"] * 32] * 32] * 3]), 400, "not numbers"),
         (request(shape=[1, 3, -32, -32]), 400, "shape"),
         (request(shape=[1, 1, 96, 32]), 400, "shape"),
         (request(shape=[3072]), 400, "shape"),

@@ -79,6 +79,21 @@ def test_metrics_say_what_runs_and_how_much_of_the_machine_it_takes(client: Test
     assert value(client, "unperturb_slots") == settings(tiny_folder).slots
 
 
+def test_execution_of_each_model_is_the_one_that_its_steps_have_now(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told() -> list[str]:
+        return [line for line in client.get("/metrics").text.splitlines() if line.startswith("unperturb_execution{")]
+
+    models = client.app.state.engine.models  # type: ignore[attr-defined]
+    assert told() == ['unperturb_execution{execution="eager",model="tiny"} 1.0']
+    monkeypatch.setattr(models.get("tiny"), "execution", "compiled")  # as the engine does on Upgraded
+    assert told() == ['unperturb_execution{execution="compiled",model="tiny"} 1.0']
+    many = {f"{i}": models.get("tiny") for i in range(MAX_MODELS + 2)}
+    monkeypatch.setattr(models, "by_id", many)
+    assert len(set(told())) == len(told()) <= MAX_MODELS + 1
+
+
 def test_drift_is_the_latest_losses_distance_from_the_clean_mean_in_clean_deviations(client: TestClient) -> None:
     name = 'unperturb_loss_drift{model="tiny",preset="transfer"}'
     losses: list[float] = []
@@ -135,7 +150,13 @@ def test_gpu_memory_and_utilisation_are_read_and_a_gpu_that_tells_none_fails_no_
 
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
     metrics = Metrics()
-    metrics.watch(slots=2, queue_length=lambda: 0, slots_in_use=lambda: 0, memory=lambda: {"cuda:0": 7, "cuda:1": 8})
+    metrics.watch(
+        slots=2,
+        queue_length=lambda: 0,
+        slots_in_use=lambda: 0,
+        memory=lambda: {"cuda:0": 7, "cuda:1": 8},
+        executions=dict,
+    )
     text = metrics.page().decode()
     assert 'unperturb_gpu_memory_bytes{device="cuda:1"} 8.0' in text
     assert 'unperturb_gpu_utilization_ratio{device="cuda:0"} 0.4' in text

@@ -28,6 +28,7 @@ from unperturb.service.engine.stages import ATTACK_LOOP
 from unperturb.service.http.app import create_app
 from unperturb.service.http.routes import models
 from unperturb.service.http.routes.models import Described
+from unperturb.service.http.worth import PURPOSES
 from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
 
@@ -429,6 +430,17 @@ def listed(card: Card, *, default: bool = False) -> dict[str, Any]:
 def bare(id: str, *classes: str) -> Card:
     """The card of a classifier without a head."""
     return replace(make_checkpoint(head=False).card, id=id, classes=classes)
+
+
+def test_purpose_of_the_chosen_preset_stands_below_it_in_the_services_words(page: Page) -> None:
+    presets = page.get_by_label("Purifier")
+    for preset in ("default", "vote", "transfer", "published"):
+        presets.select_option(preset)
+        words = PURPOSES[preset]
+        expect(page.locator("#purpose")).to_have_text(f"{words[0].upper()}{words[1:]}.")
+        expect(presets).to_have_accessible_description(f"{words[0].upper()}{words[1:]}.")
+    use_sample(page)
+    expect(page.locator("#purpose")).to_contain_text(PURPOSES["transfer"][1:])
 
 
 def test_what_an_assessment_found_stands_below_the_presets(page: Page, tiny_folder: Path) -> None:

@@ -13,6 +13,7 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
 from tests.conftest import make_checkpoint
 from tests.support.serving import photo, serving
@@ -25,6 +26,7 @@ from unperturb.models.purifiers.defended import defend, preset_of, presets_of
 from unperturb.models.purifiers.registry import build_defense
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
+from unperturb.service.cli import app
 
 ALONE = RestorerCard(width=4, depth=2, epsilon=6 / 255, scale=2, times=1.0)
 REACH = 6 / 255
@@ -174,3 +176,29 @@ def test_it_is_assessed_as_the_others(
     store.save(tmp_path / "bare", make_checkpoint(head=False))
     assert assess.main([str(tmp_path / "bare"), *given, "--presets", "restorer"]) == 2
     assert "unperturb train purifier --checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("many", [False, True], ids=["file", "folder"])
+def test_command_tells_no_loss_of_a_preset_that_has_none_and_refuses_one_that_changes_nothing_as_the_service_does(
+    client: TestClient, folder: Path, tmp_path: Path, many: bool
+) -> None:
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    source, out = tmp_path / "in", tmp_path / ("out" if many else "out.png")
+    source.mkdir()
+    (source / "a.png").write_bytes(photo())
+    given = ["purify", str(source if many else source / "a.png"), "--out", str(out), "--device", "cpu"]
+    given += ["--checkpoint", str(folder)]
+    refused = CliRunner().invoke(app, [*given, "--preset", "vote"])
+    assert (refused.exit_code, out.exists()) == (2, False)
+    answer = client.post("/purify?preset=vote", files={"image": photo()}).json()
+    assert refused.stderr.splitlines()[-1] == f"unperturb: {answer['detail']}"
+    done = CliRunner().invoke(app, [*given, "--preset", "restorer"])
+    assert done.exit_code == 0, done.output
+    assert "InfoNCE" not in done.output
+    if many:
+        (row,) = pq.ParquetFile(out / "traces" / "part-00000.parquet").read().to_pylist()
+        assert (row["loss_before"], row["loss_after"], row["losses"]) == (None, None, [])
+        assert 0 < row["linf"] <= REACH + 1e-6
+    else:
+        assert "largest change" in done.stdout

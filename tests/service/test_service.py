@@ -21,7 +21,7 @@ from tests.conftest import make_checkpoint
 from tests.support.checkpoints import CARDS, with_readout
 from tests.support.engines import ThreadHandle, wait_until
 from tests.support.pictures import png_of_claimed_size
-from tests.support.serving import photo, serving, settings
+from tests.support.serving import photo, serving, settings, wait_until_ready
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import CheckpointError
 from unperturb.models.purifiers.defended import defend
@@ -30,6 +30,7 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
 from unperturb.service.http.app import create_app
 from unperturb.service.http.worth import PURPOSES, advice_of, worth_of
+from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
 
 
@@ -115,6 +116,41 @@ def test_browsers_of_other_origins_are_let_in_by_one_setting(tiny_folder: Path) 
         refused = unstarted.post("/classify?top_k=0", files={"image": photo()}, headers={"origin": asked["origin"]})
         assert refused.status_code == 422
         assert refused.headers.get("access-control-allow-origin") == allowed
+
+
+SAFELISTED_BY_FETCH = {
+    "cache-control",
+    "content-language",
+    "content-length",
+    "content-type",
+    "expires",
+    "last-modified",
+}
+
+
+def test_page_of_another_origin_can_read_every_header_of_an_answer(tiny_folder: Path) -> None:
+    changed = {"cors_origins": "https://lab.example", "authentication": "on", "api_keys": {"ann": digest("secret")}}
+    origin, key = {"origin": "https://lab.example"}, {"x-api-key": "secret"}
+    unstarted = TestClient(create_app(settings(tiny_folder, **changed), handle=ThreadHandle))
+    tensor = {"name": "image", "shape": [1, 3, 32, 32], "datatype": "UINT8", "data": [7] * 3072}
+    binary = {"inputs": [tensor], "parameters": {"binary_data_output": True}}
+    with TestClient(create_app(settings(tiny_folder, **changed), handle=ThreadHandle), headers=origin | key) as started:
+        wait_until_ready(started)
+        answers = [
+            started.post("/purify", files={"image": photo()}),
+            started.post("/v2/models/tiny/infer", json=binary),
+            started.get("/purify"),
+            started.post("/purify", files={"image": photo()}, headers={"x-api-key": "wrong"}),
+            unstarted.post("/purify", files={"image": photo()}, headers=origin | key),
+        ]
+    assert [answer.status_code for answer in answers] == [200, 200, 405, 401, 503]
+    seen: set[str] = set()
+    for answer in answers:
+        exposed = {name.strip().lower() for name in answer.headers["access-control-expose-headers"].split(",")}
+        names = {name for name in answer.headers if not name.startswith("access-control-")}
+        assert names - SAFELISTED_BY_FETCH - {"vary"} <= exposed
+        seen |= names
+    assert exposed <= seen
 
 
 def test_vote_answers_with_its_views_and_without_losses(client: TestClient) -> None:
@@ -260,6 +296,7 @@ def test_health_readiness_card_and_docs(client: TestClient, tiny_folder: Path) -
     assert client.get("/model").json() == {
         **card,
         "presets": ["default", "vote", "transfer", "published"],
+        "purposes": {name: PURPOSES[name] for name in ("default", "vote", "transfer", "published")},
         "worth": {},
         "advice": None,
     }

@@ -7,14 +7,18 @@ import json
 import zlib
 from collections.abc import AsyncIterator
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from tests.support.serving import photo
+from unperturb.models.checkpoints import store
+from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.decoding.decode import Decoded
 from unperturb.service.errors import UnprocessableError
@@ -25,22 +29,35 @@ def base64_of(payload: bytes) -> str:
     return base64.b64encode(payload).decode()
 
 
-def test_list_is_answered_in_its_order_as_each_image_alone(client: TestClient) -> None:
+def first_loss(tiny_folder: Path, payload: bytes, seed: int) -> float:
+    """The model's own loss before the step of `transfer`, which draws its views by the seed."""
+    x = torch.from_numpy(np.array(Image.open(BytesIO(payload)))).permute(2, 0, 1)[None].float() / 255
+    return float(defend(store.load(tiny_folder), PRESETS["transfer"]).purify(x, seed=seed).trace.loss_before)
+
+
+def assert_seed_is(loss: float, seed: int, tiny_folder: Path, payload: bytes) -> None:
+    own, default = (abs(loss - first_loss(tiny_folder, payload, one)) for one in (seed, 0))
+    assert own < 1e-4 < 3e-4 < default
+
+
+def test_list_is_answered_in_its_order_as_each_image_alone(client: TestClient, tiny_folder: Path) -> None:
     files = [("images", (f"{i}.png", photo(i), "image/png")) for i in range(5)]
-    body = client.post("/classify?seed=4", files=files).json()
+    body = client.post("/classify?preset=transfer&seed=5", files=files).json()
     assert list(body) == ["request_id", "answers"]
     for i, found in enumerate(body["answers"]):
-        alone = client.post("/classify?seed=4", files={"image": photo(i)}).json()
+        alone = client.post("/classify?preset=transfer&seed=5", files={"image": photo(i)}).json()
+        assert_seed_is(found["purification"]["loss_before"], 5, tiny_folder, photo(i))
         for one, other in zip(found["predictions"], alone["predictions"], strict=True):
             assert one["index"] == other["index"]
             assert abs(one["score"] - other["score"]) < 1e-4
 
 
-def test_json_takes_one_image_or_a_list_and_parameters(client: TestClient) -> None:
-    body = {"inputs": base64_of(photo()), "parameters": {"top_k": 1, "preset": "vote"}}
-    answer = client.post("/classify?seed=3", json=body).json()
+def test_json_takes_one_image_or_a_list_and_parameters(client: TestClient, tiny_folder: Path) -> None:
+    body = {"inputs": base64_of(photo()), "parameters": {"top_k": 1, "preset": "transfer"}}
+    answer = client.post("/classify?seed=5", json=body).json()
     assert len(answer["predictions"]) == 1
-    assert answer["purification"]["preset"] == "vote"
+    assert answer["purification"]["preset"] == "transfer"
+    assert_seed_is(answer["purification"]["loss_before"], 5, tiny_folder, photo())
     twice = client.post("/classify?top_k=3", json=body)
     assert twice.status_code == 422
     assert "top_k: it stands in the query and in the body" in twice.json()["detail"]
@@ -269,8 +286,8 @@ def test_too_many_files_are_refused(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_purified_image_itself_is_within_epsilon(client: TestClient, bits: int) -> None:
-    answer = client.post(f"/purify?bits={bits}&seed=2", files={"image": photo()})
+def test_purified_image_itself_is_within_epsilon(client: TestClient, bits: int, tiny_folder: Path) -> None:
+    answer = client.post(f"/purify?bits={bits}&preset=transfer&seed=2", files={"image": photo()})
     assert answer.status_code == 200, answer.text
     assert answer.headers["content-type"] == "image/png"
     assert answer.content[24] == bits  # IHDR: the bit depth
@@ -278,8 +295,9 @@ def test_purified_image_itself_is_within_epsilon(client: TestClient, bits: int) 
     purified = read_png(answer.content).astype(float) / full
     received = np.asarray(Image.open(BytesIO(photo()))) / 255
     assert purified.shape == (32, 32, 3)
-    assert 0 < np.abs(purified - received).max() <= PRESETS["default"].loop.epsilon + 0.5 / full
+    assert 0 < np.abs(purified - received).max() <= PRESETS["transfer"].loop.epsilon + 0.5 / full
     assert float(answer.headers["x-purification-linf"]) == pytest.approx(np.abs(purified - received).max(), abs=0.003)
+    assert_seed_is(float(answer.headers["x-loss-before"]), 2, tiny_folder, photo())
 
 
 def read_png(payload: bytes) -> np.ndarray[Any, np.dtype[Any]]:

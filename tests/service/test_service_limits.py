@@ -1,7 +1,10 @@
 """Limits, deadlines, keys, and models that come and go."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
@@ -11,6 +14,7 @@ from tests.support.engines import ThreadHandle, other_checkpoint
 from tests.support.serving import photo, settings, wait_until_ready
 from unperturb.service.http.app import create_app
 from unperturb.service.http.early import RefuseEarly
+from unperturb.service.http.gateway import Gateway
 from unperturb.service.http.observe import Observe
 from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
@@ -24,6 +28,48 @@ def test_deadline_of_the_header_is_kept(client: TestClient) -> None:
         answer = client.post("/classify", files={"image": photo()}, headers={"x-timeout-s": bad})
         assert answer.status_code == 422
         assert "x-timeout-s" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("path", ["/classify", "/v2/models/tiny/infer"])
+@pytest.mark.parametrize("kind", ["image/png", "multipart/form-data; boundary=x"])
+@pytest.mark.parametrize(
+    ("deadline_s", "upload_s", "status", "reason"),
+    [("0.05", 30.0, 504, "Deadline"), ("30", 0.05, 408, "UploadTimeout"), (None, 0.05, 408, "UploadTimeout")],
+    ids=["deadline", "upload", "upload without a deadline"],
+)
+def test_slow_body_is_answered_by_the_limit_that_it_passed(
+    client: TestClient,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    kind: str,
+    deadline_s: str | None,
+    upload_s: float,
+    status: int,
+    reason: str,
+) -> None:
+    app = client.app
+    gateway: Gateway = app.state.gateway  # type: ignore[attr-defined]
+    monkeypatch.setattr(gateway, "settings", gateway.settings.model_copy(update={"upload_timeout_s": upload_s}))
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"--x\r\n"
+        await asyncio.sleep(60)
+
+    async def send() -> httpx.Response:
+        headers = {"content-type": kind, **({"x-timeout-s": deadline_s} if deadline_s else {})}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as asynchronous:
+            return await asynchronous.post(path, content=slow(), headers=headers)
+
+    def refusals() -> float:
+        counted = gateway.metrics.registry.collect()
+        samples = (s for family in counted if family.name == "unperturb_rejected" for s in family.samples)
+        return sum(s.value for s in samples if s.name.endswith("_total") and s.labels["reason"] == reason)
+
+    before = refusals()
+    answer = asyncio.run(send())
+    assert answer.status_code == status, answer.text
+    assert ("deadline" if status == 504 else "did not arrive") in answer.json()["detail"]
+    assert refusals() == before + 1
 
 
 def test_limits_count_a_list_as_its_images(tiny_folder: Path) -> None:

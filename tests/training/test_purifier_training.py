@@ -130,7 +130,7 @@ def test_purifier_is_trained_and_the_classifier_is_not(
         "purifier",
         image_folder,
         tmp_path / "run",
-        checkpoint=tmp_path / "base",
+        classifier=tmp_path / "base",  # as `train head` calls it, beside --checkpoint
         epochs=10,
         batch_size=21,
         held_out=9,

@@ -34,7 +34,7 @@ class GateConfig:
     checkpoint: str = option("shipped name or folder; its card is replaced")
     data: str = option("the data set that the checkpoint was trained on")
     quantile: float = option("share of clean images that are to be left as they are", 0.9)
-    images: int = option("images that training kept back, the first ones; 0 for all", 0)
+    images: int = option("images that training kept back, the first ones, at least 2; 0 for all", 0)
     epsilon: float = option("radius of the attack whose images are counted beside the clean ones, L-infinity", 8 / 255)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     cache: Path | None = option("folder for decoded images (default ~/.cache/unperturb/images)", None)
@@ -43,8 +43,10 @@ class GateConfig:
         """Raise ConfigError for values out of range."""
         if not 0 < self.quantile < 1:
             raise ConfigError(f"quantile={self.quantile} is not between 0 and 1")
-        if self.images < 0:
-            raise ConfigError(f"images={self.images} is below 0")
+        if self.images < 0 or self.images == 1:
+            raise ConfigError(
+                f"images={self.images} is neither 0, for all, nor at least 2: their losses have no spread"
+            )
 
 
 def set_gates(config: GateConfig) -> None:
@@ -59,6 +61,9 @@ def set_gates(config: GateConfig) -> None:
             continue
         purifier = reverse_attack_of(prepared(loaded), preset)
         clean, attacked = first_losses(purifier, held, epsilon=config.epsilon)
+        deviation = float(clean.std()) if len(clean) > 1 else 0.0
+        if not deviation > 0:
+            raise ConfigError(f"{name}: the losses of {len(clean)} clean images do not differ; give others, or more")
         gate = float(clean.quantile(config.quantile))
         gates[name] = {
             "loss": gate,
@@ -68,7 +73,7 @@ def set_gates(config: GateConfig) -> None:
             "weights_sha256": loaded.card.weights_sha256,
             "commit": provenance.commit(),
             "clean_mean": float(clean.mean()),
-            "clean_std": float(clean.std()),
+            "clean_std": deviation,
             "attacked_mean": float(attacked.mean()),
             "clean_left": float((clean <= gate).float().mean()),
             "attacked_left": float((attacked <= gate).float().mean()),

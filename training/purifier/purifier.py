@@ -44,7 +44,7 @@ FRESH = ("network", "width", "depth", "scale", "reach")  # options that the card
 class PurifierConfig(RunConfig):
     """Train a network that purifies through the frozen classifier behind it, on attacks that go through both."""
 
-    checkpoint: str = option("checkpoint folder or shipped name; its classifier stays as it is")
+    checkpoint: str = option("checkpoint folder or shipped name; its classifier stays as it is", also=("--classifier",))
     start: str | None = option(
         "checkpoint whose purifier it begins with, of whatever classes: network, width, depth, scale and reach are its",
         None,

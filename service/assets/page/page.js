@@ -10,14 +10,15 @@ const SAMPLES = { // whether it is attacked, and what happens to it
   unrestored: [true, "the attack changes its label, and the purifier does not bring it back"],
   harmed: [false, "its label is right, and the purifier alone makes it wrong"],
 };
-const [form, drop, file, preview, name, hint, about, often, attack, model, knows, preset, lacks, advice, access, key,
-  run, status, result] = [
-  "form", "drop", "file", "preview", "name", "hint", "about", "often", "attack", "model", "knows", "preset", "lacks", "advice",
-  "access", "key", "run", "status", "result",
+const [form, drop, file, preview, name, hint, about, often, attack, model, knows, preset, purpose, lacks, advice, access,
+  key, run, status, result] = [
+  "form", "drop", "file", "preview", "name", "hint", "about", "often", "attack", "model", "knows", "preset", "purpose", "lacks",
+  "advice", "access", "key", "run", "status", "result",
 ].map((id) => document.getElementById(id));
 
 let chosen = null; // the File
 let running = null; // the AbortController of the request in progress
+let purposes = {}; // what each preset is for, in the service's words
 let assessed = null; // the model's card, which says what its presets are worth
 
 // ---- elements, numbers and words
@@ -125,7 +126,8 @@ async function describeModel() {
   advise();
   const response = await fetch(`models/${encodeURIComponent(asked)}`, { headers: authorised() });
   if (!response.ok || asked !== model.value) return; // another was chosen meanwhile
-  const { classes, worth, advice: verdict } = await response.json();
+  const { classes, purposes: told, worth, advice: verdict } = await response.json();
+  purposes = told ?? {};
   assessed = verdict && { worth, verdict: verdict.replaceAll("`", "") }; // by `unperturb assess --write-card`, or the harness
   advise();
   const shown = classes.slice(0, 20).join(", ");
@@ -134,6 +136,9 @@ async function describeModel() {
 }
 
 function advise() {
+  const words = purposes[preset.value];
+  purpose.hidden = !words;
+  purpose.textContent = words ? `${capital(words)}.` : "";
   advice.hidden = !assessed;
   if (!assessed) return;
   const found = assessed.worth[preset.value];

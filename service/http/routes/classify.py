@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import torch
 from fastapi import APIRouter, Query, Request, Response
 
-from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.models.errors import ConfigError
+from unperturb.models.purifiers.reverse_attack import changing
 from unperturb.service.errors import UnprocessableError
 from unperturb.service.http import problem
 from unperturb.service.http.answer import Answer, Answers, answer, pixels, png16, to_png
@@ -106,8 +107,10 @@ async def purify(
         upload = await gateway.read_one(ticket)
         query = query.updated(upload)
         preset = RequestContext.of(request.scope).preset = query.preset or default
-        if not PRESETS[preset].changes:
-            raise UnprocessableError(f"preset: {preset!r} has no steps: it changes no image")
+        try:
+            changing(preset)
+        except ConfigError as error:
+            raise UnprocessableError(str(error)) from error
         with gateway.engine.models.use(query.model) as model:
             model.require(preset)
             (decoded,) = await gateway.decode(ticket, upload, model)

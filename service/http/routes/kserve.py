@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
+from starlette.convertors import StringConvertor, register_url_convertor
 
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.messages import Outcome
@@ -54,6 +55,13 @@ OF_STEPS = ("loss_before", "loss_after")
 OF_PURIFICATION = ("purified", "loss_before", "loss_after", "linf")
 
 
+class OtherVersion(StringConvertor):
+    """Versions that no model has; those of "1" are routes of their own, with their 404 and 405."""
+
+    regex = "(?!1(?:/|$))[^/]+"
+
+
+register_url_convertor("other_version", OtherVersion())
 router = APIRouter(prefix="/v2", tags=["KServe v2"])
 NOT_FOUND = problem.responses(404)
 
@@ -167,7 +175,8 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
         gateway.admit(request, key, timeout_s, None) as ticket,
         gateway.engine.models.use(id) as model,
     ):
-        body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=gateway.upload_s(ticket))
+        with gateway.uploading(ticket) as upload_s:
+            body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=upload_s)
         asked, given = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
         wanted = json_body.validate(InferParameters, _own(asked.parameters), within=("body", "parameters"))
         if wanted.model not in (None, id):
@@ -197,10 +206,13 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
 
 
 @router.api_route(
-    "/models/{id}/versions/{version}", methods=["GET", "POST"], include_in_schema=False, dependencies=[FOR_USERS]
+    "/models/{id}/versions/{version:other_version}",
+    methods=["GET", "POST"],
+    include_in_schema=False,
+    dependencies=[FOR_USERS],
 )
 @router.api_route(
-    "/models/{id}/versions/{version}/{rest:path}",
+    "/models/{id}/versions/{version:other_version}/{rest:path}",
     methods=["GET", "POST"],
     include_in_schema=False,
     dependencies=[FOR_USERS],

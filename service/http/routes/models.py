@@ -13,7 +13,7 @@ from unperturb.service.http import json_body, problem
 from unperturb.service.http.dependencies import FOR_ADMINS, FOR_USERS, GatewayOfApp
 from unperturb.service.http.gateway import Gateway
 from unperturb.service.http.upload import read_within
-from unperturb.service.http.worth import advice_of, worth_of
+from unperturb.service.http.worth import PURPOSES, advice_of, worth_of
 
 MAX_BYTES = 65_536
 
@@ -69,19 +69,20 @@ async def models(gateway: GatewayOfApp) -> list[Described]:
 
 @router.get("/models/{id}", responses=problem.responses(401, 404), dependencies=[FOR_USERS])
 async def card(gateway: GatewayOfApp, id: str) -> JSONResponse:
-    """Return a model's card: architecture, classes, data, training, measured figures; its presets and their worth."""
+    """Return a model's card: architecture, classes, data, training, figures; its presets, their purposes and worth."""
     return _card(gateway.engine.models.get(id))
 
 
 @router.get("/model", responses=problem.responses(401), dependencies=[FOR_USERS])
 async def default_card(gateway: GatewayOfApp) -> JSONResponse:
-    """Return the default model's card, its presets and their worth."""
+    """Return the default model's card, its presets, their purposes and worth."""
     return _card(gateway.engine.models.get(None))
 
 
 def _card(model: Model) -> JSONResponse:
     judged = {name: found.model_dump() for name in model.presets if (found := worth_of(model.card, name))}
-    shown = {"presets": model.presets, "worth": judged, "advice": advice_of(model.card)}
+    purposes = {name: PURPOSES[name] for name in model.presets}
+    shown = {"presets": model.presets, "purposes": purposes, "worth": judged, "advice": advice_of(model.card)}
     return JSONResponse({**dataclasses.asdict(model.card), **shown})
 
 
