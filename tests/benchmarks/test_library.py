@@ -308,7 +308,7 @@ def test_vote_stands_behind_a_purifier_of_ones_own(monkeypatch: pytest.MonkeyPat
     assert behind.vote == Vote(shifts=((-1, 0), (1, 1)), mirrored=False)
     assert defense_of("voted_defense:Smooth:vote=none", subject).vote is None
     own = defense_of("voted_defense:own_vote:vote=7", subject)  # a value of its own of that name
-    assert (own.vote, own.purifier.purifier.strength) == (None, 0.7)  # type: ignore[attr-defined]
+    assert (own.vote, own.purifier.purifier.strength) == (None, 0.7)  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="maybe"):
         defense_of("voted_defense:Smooth:vote=2,mirrored=maybe", subject)
 
