@@ -9,6 +9,7 @@ import json
 import sys
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from unperturb.benchmarks.reporting.drawing import LIGHT, Theme, drawn_in, open_figure, png
@@ -51,6 +52,19 @@ def learning_curves(logs: dict[str, list[dict[str, Any]]], theme: Theme = LIGHT)
             panel.legend(loc="lower right")
         (axes.flat[0] if len(logs) > 1 else axes).set_ylabel("held-out accuracy, %")
         return png(plt, figure)
+
+
+def rates_table(logs: dict[str, list[dict[str, Any]]]) -> str:
+    """Return how many images a second each run has trained on, the median and the most of its epochs, and its hours."""
+    lines = [
+        "| run | epochs | images/s, median epoch | images/s, fastest | hours |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, epochs in logs.items():
+        rates = [one["images_per_s"] for one in epochs]
+        hours = sum(one["seconds"] for one in epochs) / 3600
+        lines.append(f"| `{name}` | {len(epochs)} | {median(rates):.0f} | {max(rates):.0f} | {hours:.1f} |")
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from typing import Any
 from unperturb.benchmarks.papers.table import systems_table
 from unperturb.benchmarks.reporting.assessment import assessment, judged_presets
 from unperturb.benchmarks.reporting.first_page import DEFAULT, headline, picture_line
+from unperturb.benchmarks.reporting.learning_curves import LOGS, rates_table, read_logs
 from unperturb.benchmarks.reporting.plots import all_plots
 from unperturb.benchmarks.reporting.purifier_tables import (
     classifier_table,
@@ -128,6 +129,7 @@ def all_tables() -> dict[str, str]:
         "threats": threats_table(runs),
         **({"frozen": robustness_table(in_main_ball(frozen))} if frozen else {}),
         "systems": systems_table(FOLDER / "systems" / "small"),
+        "training_rates": rates_table(read_logs(LOGS)),
     }
     for name, make in SINGLE.items():
         if (file := FOLDER / f"{name}.json").exists():

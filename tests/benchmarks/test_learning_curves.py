@@ -3,9 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from unperturb.benchmarks.reporting.learning_curves import learning_curves, read_logs
+from unperturb.benchmarks.reporting.learning_curves import learning_curves, rates_table, read_logs
 
 pytest.importorskip("matplotlib")
+
+
+def test_table_has_the_median_and_the_fastest_epoch_and_all_hours() -> None:
+    epochs = [{"images_per_s": rate, "seconds": 1800.0} for rate in (20.0, 300.4, 90.0)]
+    assert rates_table({"robust": epochs}).splitlines()[2] == "| `robust` | 3 | 90 | 300 | 1.5 |"
 
 
 def test_every_run_has_a_panel_and_natural_training_one_curve(tmp_path: Path) -> None:
