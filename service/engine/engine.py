@@ -79,6 +79,11 @@ class Engine:
             handle.config.device: worker.memory for handle, worker in every if handle.config.device.startswith("cuda")
         }
 
+    @property
+    def worker_processes(self) -> dict[str, int]:
+        """Return the id of each worker's process, by the worker's number."""
+        return {str(index): one.process.pid for index, one in enumerate(self.workers) if one.process is not None}
+
     def add(self, name: str, id: str | None, *, digest: str | None = None, default: bool = False) -> Model:
         """Load a checkpoint and warm it up beside those that serve, then serve it, in place of one with the same id.
 

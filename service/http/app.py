@@ -105,6 +105,7 @@ def create_app(
         slots_in_use=lambda: engine.in_slots,
         memory=lambda: engine.gpu_memory,
         executions=lambda: {id: model.execution for id, model in engine.models.by_id.items()},
+        workers=lambda: engine.worker_processes,
     )
     gateway = Gateway(settings, engine, metrics)
 

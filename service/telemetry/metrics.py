@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
@@ -104,10 +105,12 @@ class Metrics:
         slots_in_use: Callable[[], int],
         memory: Callable[[], dict[str, int]],
         executions: Callable[[], dict[str, str]],
+        workers: Callable[[], dict[str, int]],
     ) -> None:
         """Read these values at every scrape.
 
-        `slots` is how many there are, `memory` the bytes in use by device, `executions` how each model's steps run now.
+        `slots` is how many there are, `memory` the bytes in use by device, `executions` how each model's steps run now,
+        `workers` the ids of their processes.
         """
         Gauge("unperturb_slots", "Images at a time on all devices", registry=self.registry).set(slots)
         for name, help, read in (
@@ -117,6 +120,7 @@ class Metrics:
             Gauge(name, help, registry=self.registry).set_function(read)
         self.registry.register(_Devices(memory))
         self.registry.register(_Executions(executions, self.label))
+        self.registry.register(_Workers(workers))
 
     def stepped(self, slots: int, seconds: float) -> None:
         """Count one step of a batch."""
@@ -175,6 +179,24 @@ class _Executions(Collector):
         for labels in dict.fromkeys((self.label(model), how) for model, how in self.executions().items()):
             family.add_metric(labels, 1)
         yield family
+
+
+class _Workers(Collector):
+    """Read of each worker's process what `process_*` are of this one."""
+
+    def __init__(self, workers: Callable[[], dict[str, int]]) -> None:
+        self.workers = workers
+
+    def collect(self) -> Iterable[Metric]:
+        """Return `unperturb_worker_process_cpu_seconds_total`, …, by worker; of one that has ended nothing."""
+        families: dict[str, Metric] = {}
+        for worker, pid in self.workers().items():
+            of_process = ProcessCollector("unperturb_worker", partial(int, pid), registry=None)
+            for found in of_process.collect():
+                family = families.setdefault(found.name, Metric(found.name, found.documentation, found.type))
+                for sample in found.samples:
+                    family.add_sample(sample.name, {"worker": worker}, sample.value)
+        return families.values()
 
 
 def _utilization(device: str) -> float | None:

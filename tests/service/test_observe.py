@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +80,27 @@ def test_metrics_say_what_runs_and_how_much_of_the_machine_it_takes(client: Test
         assert fact in line
     assert value(client, "process_resident_memory_bytes") > 1e7
     assert value(client, "unperturb_slots") == settings(tiny_folder).slots
+
+
+def test_workers_processes_are_measured_as_the_main_one_is_and_one_that_has_ended_is_left_out() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    metrics = Metrics()
+    metrics.watch(
+        slots=1,
+        queue_length=lambda: 0,
+        slots_in_use=lambda: 0,
+        memory=dict,
+        executions=dict,
+        workers=lambda: {"0": os.getpid(), "1": ended.pid},
+    )
+    lines = metrics.page().decode().splitlines()
+    of_workers = {line.partition("{")[0] for line in lines if line.startswith("unperturb_worker_process_")}
+    of_main = {line.partition(" ")[0] for line in lines if line.startswith("process_")}
+    assert of_workers == {f"unperturb_worker_{name}" for name in of_main}
+    (memory,) = [line for line in lines if line.startswith("unperturb_worker_process_resident_memory_bytes")]
+    assert memory.startswith('unperturb_worker_process_resident_memory_bytes{worker="0"}')
+    assert float(memory.split()[1]) > 1e7
 
 
 def test_execution_of_each_model_is_the_one_that_its_steps_have_now(
@@ -156,6 +180,7 @@ def test_gpu_memory_and_utilisation_are_read_and_a_gpu_that_tells_none_fails_no_
         slots_in_use=lambda: 0,
         memory=lambda: {"cuda:0": 7, "cuda:1": 8},
         executions=dict,
+        workers=dict,
     )
     text = metrics.page().decode()
     assert 'unperturb_gpu_memory_bytes{device="cuda:1"} 8.0' in text
