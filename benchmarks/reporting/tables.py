@@ -25,7 +25,7 @@ from unperturb.benchmarks.reporting.purifier_tables import (
 )
 from unperturb.benchmarks.reporting.reach_plot import reach_plot
 from unperturb.benchmarks.reporting.results import FOLDER
-from unperturb.benchmarks.reporting.rows import group_of, load_runs
+from unperturb.benchmarks.reporting.rows import AVERAGED, group_of, load_runs
 from unperturb.benchmarks.reporting.service_tables import (
     bulk_line,
     dashboard_queries_table,
@@ -79,6 +79,13 @@ def robustness_runs(purifier: str = DEFAULT) -> list[dict[str, Any]]:
     return []
 
 
+def _averaged_elsewhere(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs under corruptions and noise before other classifiers than that of `runs`."""
+    own = {run["results"]["model"]["spec"] for run in runs}
+    others = [run for run in load_runs(ROBUSTNESS) if run["results"]["model"]["spec"] not in own]
+    return [run for run in others if group_of(run).threat in AVERAGED]
+
+
 def autoattacked() -> dict[str, dict[str, Any]]:
     """Return what AutoAttack leaves of each classifier without a purifier, in the main ball, by the card's id."""
     bare = [run["results"] for run in in_main_ball(load_runs(ROBUSTNESS)) if not run["results"]["purifies"]]
@@ -126,7 +133,7 @@ def all_tables() -> dict[str, str]:
         "sweep": sweep_table(swept),
         "sweep_restored": sweep_table(json.loads((FOLDER / "preset_sweep_restored.json").read_text())),
         "robustness": robustness_table(main_runs),
-        "threats": threats_table(runs),
+        "threats": threats_table([*runs, *_averaged_elsewhere(runs)]),
         **({"frozen": robustness_table(in_main_ball(frozen))} if frozen else {}),
         "systems": systems_table(FOLDER / "systems" / "small"),
         "training_rates": rates_table(read_logs(LOGS)),
