@@ -1,5 +1,6 @@
 """The small things that several tests need: a tiny checkpoint, images, an image folder."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,17 @@ def same_threads() -> Iterator[None]:
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def same_log() -> Iterator[None]:
+    """Takes away what a command has set up to log by: it writes to a stream that ends with the test."""
+    log = logging.getLogger()
+    before = log.handlers[:]
+    yield
+    for handler in log.handlers[:]:
+        if type(handler) is logging.StreamHandler and handler not in before:
+            log.removeHandler(handler)
 
 
 @pytest.fixture

@@ -326,8 +326,8 @@ def test_interrupted_training_says_how_to_go_on(tiny_folder: Path, image_folder:
 
 SLOW_TO_END = """
 import sys, time
-print("begun", flush=True)
 try:
+    print("begun", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(1)
