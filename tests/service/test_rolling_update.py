@@ -54,7 +54,7 @@ def test_rolling_replacements_under_load_lose_no_request(replacements: int, tiny
 
     async def replace(stack: ExitStack) -> None:
         def instance() -> tuple[int, subprocess.Popen[bytes]]:
-            return start(stack, tiny_folder, tmp_path, UNPERTURB_DRAIN_S="1")
+            return start(stack, tiny_folder, tmp_path, UNPERTURB_DRAIN_S="1", UNPERTURB_PATIENCE="1000")
 
         balancer = Balancer()
         running = [await asyncio.to_thread(instance), await asyncio.to_thread(instance)]
