@@ -101,11 +101,6 @@ def _source(row: Row) -> Cell:
     return Cell(", ".join(filter(None, (row.source, row.remark, beside))), key=row.source)
 
 
-def _threat(row: Row) -> Cell:
-    text = threat_of(row.group)
-    return Cell(text, key=text)
-
-
 def _milliseconds(row: Row) -> Cell:
     value = row.ms_per_image
     beside = "" if row.times is None else f"({row.times:.1f})"
@@ -168,7 +163,7 @@ ATTACKS = Column("attacks", lambda row: Cell(str(row.attacks or ""), key=row.att
 BUDGET = Column("budget", lambda row: Cell(row.budget, key=row.budget), number=False)
 TIME = Column("ms per image (times bare)", _milliseconds)
 SOURCE = Column("source", _source, number=False)
-THREAT = Column("threat", _threat, number=False)
+THREAT = Column("threat", lambda row: Cell(threat_of(row.group), key=threat_of(row.group)), number=False)
 BEHIND = Column("behind the purifier, % (95%)", WORST.cell)
 MEAN = Column("mean, %", WORST.cell)
 ACROSS = (THREAT, GAIN, COUNT, BEHIND, BARE)  # of a table across threats

@@ -11,7 +11,7 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.base import NoPurifier, Purified, Purifier, Trace, lacking
-from unperturb.models.purifiers.restored import Restored
+from unperturb.models.purifiers.restored import restored_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack, ReverseAttackConfig, preset
 from unperturb.models.purifiers.vote import Vote
 from unperturb.models.shapes import Float, Int
@@ -116,9 +116,7 @@ def defend(
 def purifier_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Purifier:
     """Return the purifier of a preset, without its vote; CheckpointError where the checkpoint lacks its parts."""
     if config.restores:
-        if checkpoint.purifier is None:
-            raise CheckpointError(lacking("purifier", f"checkpoint {checkpoint.card.id!r}"))
-        return Restored(checkpoint.classifier, checkpoint.purifier)
+        return restored_of(dataclasses.replace(checkpoint, restorer=None))  # a view of other presets is no purifier
     return reverse_attack_of(checkpoint, config) if config.loop.steps else NoPurifier(checkpoint.classifier)
 
 
