@@ -14,6 +14,7 @@ from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import NOT_READY, OPEN, EngineState, Lifecycle
 from unperturb.service.engine.messages import (
+    Admit,
     Cancel,
     Cancelled,
     Loaded,
@@ -143,8 +144,9 @@ class Dispatcher:
         """Send waiting images to workers that have free slots, and refuse those that are too late; under the lock."""
         given, late = self.scheduler.schedule()
         self._share_threads()
-        for index, request in given:
-            self.workers[index].send(request.work)
+        for index, worker in enumerate(self.workers):
+            if works := tuple(request.work for its, request in given if its == index):
+                worker.send(Admit(works))
         for request in late:
             request.answer(DeadlineError(LATE))
 

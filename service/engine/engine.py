@@ -162,5 +162,5 @@ class Engine:
         if isinstance(message, LoadProgress) and self.lifecycle.state is EngineState.WARMING_UP:
             self.lifecycle.progress = f"piece {message.done + 1} of {message.pieces}"
             log.info("warming up on %s: %s", device, self.lifecycle.progress)
-        if isinstance(message, StepReport) and message.slots:
-            self.metrics.stepped(message.slots, message.seconds)
+        if isinstance(message, StepReport) and message.stepped:
+            self.metrics.stepped(len(message.stepped), message.seconds)

@@ -78,7 +78,7 @@ class Threads(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Give a worker one image [3, size, size], uint8 or float32 in [0, 1]; `queued_at` is time.monotonic().
+    """Hold one image [3, size, size], uint8 or float32 in [0, 1], for a worker; `queued_at` is time.monotonic().
 
     gate: a first loss up to which it is left as it is; None: it is not
     """
@@ -91,6 +91,12 @@ class Work(NamedTuple):
     wants_image: bool
     queued_at: float
     gate: float | None = None
+
+
+class Admit(NamedTuple):
+    """Give a worker images at once, so that they begin together; those that find no slot begin when there is one."""
+
+    works: tuple[Work, ...]
 
 
 class Cancel(NamedTuple):
@@ -130,13 +136,14 @@ class Upgraded(NamedTuple):
 
 
 class StepReport(NamedTuple):
-    """Report, from a worker, a step: slots in use, its seconds, what has ended, and the device's memory in bytes.
+    """Report, from a worker, a step: whose it was, its seconds, what has ended, and the device's memory in bytes.
 
-    pace: its seconds in multiples of what the model's cost estimated
+    stepped: the ids of the images that took one
+    pace:    its seconds in multiples of what the model's cost estimated
     """
 
     model: int
-    slots: int
+    stepped: tuple[int, ...]
     seconds: float
     pace: float | None
     ended: list[tuple[int, Outcome | Exception]]
@@ -149,5 +156,5 @@ class Failed(NamedTuple):
     reason: str
 
 
-ToWorker = Work | Cancel | Threads | Load | Unload
+ToWorker = Admit | Cancel | Threads | Load | Unload
 FromWorker = StepReport | Cancelled | LoadProgress | Loaded | Upgraded | Failed

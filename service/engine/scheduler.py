@@ -3,6 +3,7 @@
 It has no threads, no processes and no lock: the engine sends what it schedules, and guards it with a lock of its own.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +37,7 @@ class ScheduledWorker:
                 hold a slot for one step only
     staged:     the images with steps by id
     stageless:  the images without
+    begun:      the ids of those of both that are in the step that it takes now; the others begin with the next
     leaving:    the ids of those that it was told to leave, and has not said to have left
     loading:    the models that it loads, by number, in order
     loaded:     its answers that nobody has read
@@ -47,6 +49,7 @@ class ScheduledWorker:
     last_heard: float
     staged: dict[int, ImageRequest] = field(default_factory=dict)
     stageless: dict[int, ImageRequest] = field(default_factory=dict)
+    begun: set[int] = field(default_factory=set)
     leaving: set[int] = field(default_factory=set)
     loading: dict[int, Model] = field(default_factory=dict)
     loaded: dict[int, Loaded] = field(default_factory=dict)
@@ -64,32 +67,69 @@ class ScheduledWorker:
             return WorkerState.LOADING
         return WorkerState.STEPPING if self.running or self.leaving else WorkerState.IDLE
 
-    def images(self, stage: str | None) -> dict[int, ImageRequest]:
+    @property
+    def images(self) -> Iterator[ImageRequest]:
+        """Iterate over its images."""
+        yield from self.staged.values()
+        yield from self.stageless.values()
+
+    def competing(self, stage: str | None) -> dict[int, ImageRequest]:
         """Return its images that compete with one in a stage for slots."""
         return self.stageless if stage is None else self.staged
 
+    def begin(self) -> None:
+        """Note that it takes a step, with all the images that it has a slot for."""
+        every = (itertools.islice(images, self.slots) for images in (self.staged, self.stageless))
+        self.begun = set(itertools.chain.from_iterable(every))
+
+    def take_back(self, id: int) -> ImageRequest | None:
+        """Return an image that it has no more, or None for one that it had not."""
+        self.begun.discard(id)
+        return self.staged.pop(id, None) or self.stageless.pop(id, None)
+
+    def ends_now(self, request: ImageRequest) -> bool:
+        """Return whether the step that it takes now is the image's last: the next one may have its slot."""
+        return request.work.id in self.begun and steps_left(request) == 1
+
     def free_slots(self, stage: str | None) -> int:
-        """Return how many more images in a stage it can take."""
-        free = self.slots - len(self.images(stage))
+        """Return how many more images in a stage it can take into its next step."""
+        staying = [request for request in self.competing(stage).values() if not self.ends_now(request)]
+        free = self.slots - len(staying)
         if not is_long(stage):
             return free
-        return min(free, self.slots - self.slots // KEPT - sum(is_long(one.work.stage) for one in self.staged.values()))
+        return min(free, self.slots - self.slots // KEPT - sum(is_long(one.work.stage) for one in staying))
+
+    def step_s(self) -> float:
+        """Estimate the seconds of the step that it takes now, and of the ends that come with it."""
+        begun = [request for request in self.images if request.work.id in self.begun]
+        batches = {request.model: 1 + any(self.ends_now(one) for one in begun) for request in begun}
+        return math.fsum(
+            (
+                *(request.model.step_s(request.work.stage) for request in begun),
+                *(count * model.batch_s() for model, count in batches.items()),
+            )
+        )
 
     def left_s(self, request: ImageRequest) -> float:
         """Estimate the seconds until an image is answered that is here, or comes here now, if nobody else comes.
 
-        Batches of different models follow one another.
+        One that is not in the step of now waits for all of that. Batches of different models follow one another.
         """
-        steps = steps_left(request)
-        others = [other for other in (*self.staged.values(), *self.stageless.values()) if other is not request]
+        steps, begun = steps_left(request), request.work.id in self.begun
+        others = [
+            (other, steps_left(other) - (not begun and other.work.id in self.begun))
+            for other in self.images
+            if other is not request
+        ]
         together = {request.model: steps + 1}
-        for other in others:
+        for other, left in others:
             if other.model is not request.model:
-                together[other.model] = max(together.get(other.model, 0), min(steps, steps_left(other)))
+                together[other.model] = max(together.get(other.model, 0), min(steps, left))
         return math.fsum(
             (
+                0.0 if begun else self.step_s(),
                 steps * request.model.step_s(request.work.stage),
-                *(added_s(other, steps) for other in others),
+                *(min(steps, left) * other.model.step_s(other.work.stage) for other, left in others),
                 *(count * model.batch_s() for model, count in together.items()),
             )
         )
@@ -141,15 +181,13 @@ class Scheduler:
     def unanswered(self) -> Iterator[ImageRequest]:
         """Iterate over all that run or wait."""
         for worker in self.workers:
-            yield from worker.staged.values()
-            yield from worker.stageless.values()
+            yield from worker.images
         yield from self.waiting
 
     def ahead_of(self, client: str | None, cost_s: float) -> Iterator[ImageRequest]:
         """Iterate over those that run, or wait and would go before a new image of a client; over all for None."""
         for worker in self.workers:
-            yield from worker.staged.values()
-            yield from worker.stageless.values()
+            yield from worker.images
         yield from self.waiting.ahead_of(client, cost_s)
 
     # -- images --------------------------------------------------------------------------------------------------------
@@ -160,34 +198,45 @@ class Scheduler:
             self.waiting.add(request)
 
     def schedule(self) -> Schedule:
-        """Move waiting images to the workers that have the fewest and a free slot.
+        """Give waiting images free slots of the workers that would answer them first.
 
-        An image does not wait behind one of another length that finds no slot. One that
-        would miss its deadline gets none, except where a worker has nothing else to do: an estimate may be wrong, and
-        only work that is done corrects it.
+        A worker is given its next step's images while it takes one, so that it need not ask. An image does not wait
+        behind one of another length that finds no slot. One that would miss its deadline gets none, except where a
+        worker has nothing else to do: an estimate may be wrong, and only work that is done corrects it.
         """
         given: list[tuple[int, ImageRequest]] = []
         late: list[ImageRequest] = []
         spare_s: dict[int, list[tuple[ImageRequest, float]]] = {}
+        idle = {i for i, worker in enumerate(self.workers) if not (worker.running or worker.leaving)}
+        full: set[tuple[bool, bool]] = set()
         for request in self.waiting:
             stage = request.work.stage
-            index = min(
-                range(len(self.workers)),
-                key=lambda i: (self.workers[i].free_slots(stage) <= 0, self.workers[i].running),
-            )
-            worker = self.workers[index]
-            if worker.free_slots(stage) <= 0:
+            if (kind := (stage is None, is_long(stage))) in full:
                 continue
+            free = [index for index, worker in enumerate(self.workers) if worker.free_slots(stage) > 0]
+            if not free:
+                full.add(kind)
+                continue
+            index = min(free, key=lambda i: (self._answered_in_s(request, i), self.workers[i].running))
+            worker = self.workers[index]
             if worker.running and self._clock() + MARGIN * worker.left_s(request) > request.deadline:
                 late.append(request)
             elif not self._makes_late(request, index, spare_s):
                 spare_s.pop(index, None)
                 self._end_silence(worker)
-                worker.images(request.work.stage)[request.work.id] = request
+                worker.competing(stage)[request.work.id] = request
+                if index in idle:
+                    worker.begin()
                 given.append((index, request))
         self.waiting.take([request for _, request in given])
         self.waiting.remove(late)
         return Schedule(given, late)
+
+    def _answered_in_s(self, newcomer: ImageRequest, index: int) -> float:
+        """Estimate when an image would be answered that a worker is given now, which is some way into its step."""
+        worker = self.workers[index]
+        done_s = min(self._clock() - worker.last_heard, worker.step_s()) if worker.running else 0.0
+        return worker.left_s(newcomer) - done_s
 
     def _makes_late(
         self, newcomer: ImageRequest, index: int, spare_s: dict[int, list[tuple[ImageRequest, float]]]
@@ -221,14 +270,15 @@ class Scheduler:
                 worker.loaded[number] = report
             case StepReport():
                 worker.memory = report.memory
-                if report.slots:
-                    for request in worker.staged.values():
-                        request.step += request.model.number == report.model
+                for id in report.stepped:
+                    if (stepped := worker.staged.get(id)) is not None:
+                        stepped.step += 1
                 if report.pace is not None:
                     for model in {request.model for request in self.unanswered()}:
                         if model.number == report.model:
                             model.observe(report.pace)
-                answered = [(self._take_back(worker, id), result) for id, result in report.ended]
+                answered = [(worker.take_back(id), result) for id, result in report.ended]
+                worker.begin()  # it goes on with all that it has
                 return [(request, result) for request, result in answered if request is not None]
         return []
 
@@ -238,7 +288,7 @@ class Scheduler:
         gone = list(requests)
         for request in gone:
             for index, worker in enumerate(self.workers):
-                if self._take_back(worker, request.work.id) is not None:
+                if worker.take_back(request.work.id) is not None:
                     worker.leaving.add(request.work.id)
                     running.append((index, request.work.id))
         self.waiting.remove(gone)
@@ -249,9 +299,6 @@ class Scheduler:
         dropped = list(self.unanswered())
         self.finish(dropped)
         return dropped
-
-    def _take_back(self, worker: ScheduledWorker, id: int) -> ImageRequest | None:
-        return worker.staged.pop(id, None) or worker.stageless.pop(id, None)
 
     # -- models --------------------------------------------------------------------------------------------------------
 

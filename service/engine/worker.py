@@ -27,6 +27,7 @@ from unperturb.service.engine import precompile
 from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.messages import (
+    Admit,
     Cancel,
     Cancelled,
     Failed,
@@ -69,6 +70,7 @@ class _Worker:
     def __init__(self, server: Connection, config: WorkerConfig) -> None:
         self.server, self.config, self.device = server, config, opened_device(config.device)
         self.batches: dict[int, ContinuousBatch] = {}
+        self.inbox: list[Work] = []  # images that have no slot yet
         self.costs: dict[int, Cost] = {}
         self.loading: deque[tuple[int, Iterator[int]]] = deque()  # of each the pieces of its warm-up
         self.done = 0  # pieces of the first one's
@@ -99,14 +101,13 @@ class _Worker:
 
     def _read(self) -> None:
         """Read everything that the server has sent; wait for it where there is nothing else to do."""
-        new: dict[int, list[Work]] = {}
-        while self.server.poll(0 if new or self._busy() else UPGRADE_POLL_S if self.upgrades else None):
+        while self.server.poll(0 if self.inbox or self._busy() else UPGRADE_POLL_S if self.upgrades else None):
             match self.server.recv():
-                case Work() as image:
-                    new.setdefault(image.model, []).append(image)
+                case Admit(works):
+                    self.inbox.extend(works)
                 case Cancel(ids):
-                    new = {model: [image for image in works if image.id not in ids] for model, works in new.items()}
-                    for batch in (*self.batches.values(), *(batch for _, batch in self.retiring)):
+                    self.inbox = [image for image in self.inbox if image.id not in ids]
+                    for batch in self._every_batch():
                         batch.free(ids)
                     self.server.send(Cancelled(ids))
                 case Threads(number):
@@ -119,12 +120,32 @@ class _Worker:
                     self.batches.pop(model, None)
                     self.costs.pop(model, None)
                     self.upgrades.pop(model, None)
+        self._admit()
+
+    def _admit(self) -> None:
+        """Give the images of the inbox slots, in turn, as long as there are any: as many for those without steps."""
+        every = [slot for batch in self._every_batch() for slot in batch.slots]
+        staged = sum(slot.stage is not None for slot in every)
+        free = {True: self.config.slots - staged, False: self.config.slots - (len(every) - staged)}
+        new: dict[int, list[Work]] = {}
+        left: list[Work] = []
+        for image in self.inbox:
+            kind = image.stage is not None
+            if free[kind] > 0:
+                new.setdefault(image.model, []).append(image)
+                free[kind] -= 1
+            else:
+                left.append(image)
+        self.inbox = left
         for model, works in new.items():
-            if works and (ended := self.batches[model].admit(works)):
-                self._report(model, 0, 0.0, None, ended)
+            if ended := self.batches[model].admit(works):
+                self._report(model, (), 0.0, None, ended)
+
+    def _every_batch(self) -> list[ContinuousBatch]:
+        return [*self.batches.values(), *(batch for _, batch in self.retiring)]
 
     def _busy(self) -> bool:
-        return bool(self.loading or self.retiring) or any(batch.slots for batch in self.batches.values())
+        return bool(self.loading) or any(batch.slots for batch in self._every_batch())
 
     def _load(self, model: int, name: str, digest: str) -> Iterator[int]:
         """Load a checkpoint and warm it up, a piece for each `next`, which gives how many there are.
@@ -189,7 +210,7 @@ class _Worker:
 
     def _advance(self, model: int, batch: ContinuousBatch) -> None:
         batches, passes = batch.batch_count, batch.pass_count
-        slots = sum(not slot.finished for slot in batch.slots)
+        stepped = tuple(slot.work.id for slot in batch.slots if not slot.finished)
         started = time.monotonic()
         ended = batch.advance()
         if self.device.type == "cuda":  # admission is between steps: launch no further than the device is
@@ -198,11 +219,13 @@ class _Worker:
         cost = self.costs[model] if batch is self.batches.get(model) else Cost()  # it is the new one's
         expected = cost.seconds(batch.batch_count - batches, batch.pass_count - passes)
         failed = any(isinstance(result, Exception) for _, result in ended)  # its other steps were not done
-        self._report(model, slots, seconds, seconds / expected if expected and not failed else None, ended)
+        self._report(model, stepped, seconds, seconds / expected if expected and not failed else None, ended)
 
-    def _report(self, model: int, slots: int, seconds: float, pace: float | None, ended: list[SlotResult]) -> None:
+    def _report(
+        self, model: int, stepped: tuple[int, ...], seconds: float, pace: float | None, ended: list[SlotResult]
+    ) -> None:
         memory = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else 0
-        self.server.send(StepReport(model, slots, seconds, pace, [(id, result) for id, result in ended], memory))
+        self.server.send(StepReport(model, stepped, seconds, pace, [(id, result) for id, result in ended], memory))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def test_queue_is_bounded_by_count_and_refuses_a_list_as_a_whole(
     go = hold_steps(monkeypatch)
 
     async def fill() -> None:
-        waiting = [asyncio.create_task(submit(engine, [pixels[0]])) for _ in range(2)]
+        waiting = [asyncio.create_task(submit(engine, [pixels[0]], "published")) for _ in range(2)]
         while engine.in_slots < 2:
             await asyncio.sleep(0.005)
         waiting.append(asyncio.create_task(submit(engine, pixels[:2])))
@@ -183,6 +183,20 @@ def test_cancelled_request_frees_its_slot_at_the_next_step(
     assert len(steps) <= before + 1 < PRESETS["published"].loop.steps
 
 
+def test_steps_are_full_as_long_as_enough_images_wait(engines: Callable[..., Engine], images: torch.Tensor) -> None:
+    engine, sizes = engines(slots=2), []
+    step = ContinuousBatch._step
+
+    def counted(batch: ContinuousBatch, slots: list[Slot]) -> None:
+        sizes.append(len(slots))
+        step(batch, slots)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ContinuousBatch, "_step", counted)
+        asyncio.run(submit(engine, uint8(images) * 2))
+    assert sizes == [2] * len(images)
+
+
 class Recorder(WorkerHandle):
     """Keeps what a worker would be sent."""
 
@@ -216,19 +230,19 @@ def test_a_worker_has_the_others_threads_once_they_have_had_nothing_to_do_for_a_
         now += QUIET_S
         first = asyncio.create_task(dispatch(images[:1]))
         await asyncio.sleep(0)
-        assert (one.taken(), two.taken()) == ([2, "Work"], [])
+        assert (one.taken(), two.taken()) == ([2, "Admit"], [])
         second = asyncio.create_task(dispatch(images[1:2]))
         await asyncio.sleep(0)
-        assert (one.taken(), two.taken()) == ([1], ["Work"])
-        dispatcher.update(0, StepReport(1, 1, 0.1, None, [(1, OUTCOME)], 0))
+        assert (one.taken(), two.taken()) == ([1], ["Admit"])
+        dispatcher.update(0, StepReport(1, (1,), 0.1, None, [(1, OUTCOME)], 0))
         await first
         assert (one.taken(), two.taken()) == ([], [])  # the other may have an image again at once
         now += QUIET_S
-        dispatcher.update(1, StepReport(1, 1, 0.1, None, [], 0))
+        dispatcher.update(1, StepReport(1, (2,), 0.1, None, [], 0))
         assert (one.taken(), two.taken()) == ([], [2])
         third = asyncio.create_task(dispatch(images[2:3]))
         await asyncio.sleep(0)
-        assert (one.taken(), two.taken()) == (["Work"], [1])
+        assert (one.taken(), two.taken()) == (["Admit"], [1])
         for task in (second, third):
             task.cancel()
         await asyncio.gather(second, third, return_exceptions=True)

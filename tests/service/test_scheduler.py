@@ -61,8 +61,14 @@ def of(model: Model, id: int, stage: str | None = STAGE, client: str = "", deadl
     return ImageRequest(work, model, lambda _: None, client, deadline)
 
 
-def report(*ended: int, model: int = 1, pace: float | None = None, result: Outcome | Exception = OUTCOME) -> StepReport:
-    return StepReport(model, 1, 0.1, pace, [(id, result) for id in ended], 7)
+def report(
+    *ended: int,
+    stepped: tuple[int, ...] = (),
+    model: int = 1,
+    pace: float | None = None,
+    result: Outcome | Exception = OUTCOME,
+) -> StepReport:
+    return StepReport(model, stepped, 0.1, pace, [(id, result) for id in ended], 7)
 
 
 def scheduled(scheduler: Scheduler) -> list[tuple[int, int]]:
@@ -81,16 +87,79 @@ def test_images_go_to_the_worker_with_the_fewest_and_the_rest_waits_in_turn(requ
 def test_images_without_steps_do_not_take_the_slots_of_those_with(request_of: Request) -> None:
     scheduler = Scheduler([2])
     (worker,) = scheduler.workers
-    scheduler.add(request_of(i, None) for i in range(2))
+    scheduler.add(request_of(i, None) for i in range(4))  # two now, and two with the next step
     scheduler.schedule()
     assert worker.free_slots(None) == 0
     assert worker.free_slots(STAGE) == 2
-    scheduler.add(request_of(i, STAGE) for i in range(2, 4))
+    scheduler.add(request_of(i, STAGE) for i in range(4, 6))
     scheduler.schedule()
     assert worker.free_slots(STAGE) == 0
-    scheduler.update(0, report(0, 2))
-    assert worker.free_slots(None) == 1
+    scheduler.update(0, report(0, 1, 4))
+    assert worker.free_slots(None) == 2
     assert worker.free_slots(STAGE) == 1
+
+
+def test_worker_in_a_step_is_given_as_many_images_for_the_next_as_it_has_slots(request_of: Request) -> None:
+    scheduler = Scheduler([2])
+    (worker,) = scheduler.workers
+    scheduler.add(request_of(id, "default") for id in range(6))
+    assert scheduled(scheduler) == [(0, id) for id in range(4)]
+    assert worker.begun == {0, 1}
+    assert scheduled(scheduler) == []
+    scheduler.update(0, report(0, 1, stepped=(0, 1)))
+    assert worker.begun == {2, 3}
+    assert scheduled(scheduler) == [(0, 4), (0, 5)]
+    scheduler.update(0, report(2, stepped=(2,)))  # it had begun before the other one came
+    assert worker.begun == {3, 4}
+    assert scheduler.running == 3
+
+
+def test_image_in_its_last_step_leaves_its_slot_to_the_next_one_and_no_earlier(request_of: Request) -> None:
+    scheduler, steps = Scheduler([1]), PRESETS[STAGE].loop.steps
+    scheduler.add([request_of(0), request_of(1)])
+    assert scheduled(scheduler) == [(0, 0)]
+    for _ in range(steps - 2):
+        scheduler.update(0, report(stepped=(0,)))
+        assert scheduled(scheduler) == []
+    scheduler.update(0, report(stepped=(0,)))
+    assert scheduled(scheduler) == [(0, 1)]
+    scheduler.update(0, report(0, stepped=(0,)))
+    assert [request.step for request in scheduler.workers[0].images] == [0]
+
+
+def test_image_goes_to_the_worker_that_would_answer_it_first(timed: Model, clock: Clock) -> None:
+    scheduler = Scheduler([4, 4], clock=clock)
+    alone_s = timed.alone_s("default")
+    scheduler.add([of(timed, 0, "default")])
+    assert scheduled(scheduler) == [(0, 0)]
+    clock.now = 0.5 * alone_s
+    scheduler.add([of(timed, 1, "default")])
+    assert scheduled(scheduler) == [(1, 1)]
+    scheduler.add(of(timed, id, "default") for id in (2, 3))
+    assert scheduled(scheduler) == [(0, 2), (1, 3)]  # the first has done half of its step
+    scheduler.update(0, report(0, stepped=(0,)))
+    assert scheduler.finish([*scheduler.workers[1].images]) == [(1, 1), (1, 3)]
+    clock.now = 0.6 * alone_s
+    scheduler.add([of(timed, 4, "default")])
+    assert scheduled(scheduler) == [(1, 4)]
+    assert scheduler.workers[1].begun == set()  # its step of those that have gone is not over
+
+
+def test_newcomer_waits_for_the_rest_of_the_step_that_a_worker_takes(clock: Clock) -> None:
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_batch_s=1.0, per_pass_s=0.01))
+    scheduler = Scheduler([4], clock=clock)
+    scheduler.add([of(model, 0, "default")])
+    scheduler.schedule()
+    (worker,) = scheduler.workers
+    alone_s = model.alone_s("default")
+    assert worker.step_s() == pytest.approx(alone_s)
+    newcomer = of(model, 1, "default")
+    assert worker.left_s(newcomer) == pytest.approx(2 * alone_s)
+    scheduler.add([newcomer])
+    scheduler.schedule()
+    assert worker.left_s(newcomer) == pytest.approx(2 * alone_s)  # it has its slot, and has not begun
+    scheduler.update(0, report(0, stepped=(0,)))
+    assert worker.left_s(newcomer) == pytest.approx(alone_s)
 
 
 def test_images_of_many_steps_leave_a_quarter_of_the_slots_to_those_of_one(request_of: Request) -> None:
@@ -100,10 +169,10 @@ def test_images_of_many_steps_leave_a_quarter_of_the_slots_to_those_of_one(reque
     assert [[index for index, _ in given].count(index) for index in (0, 1)] == [6, 6]
     scheduler.add(request_of(id, "default") for id in range(20, 26))
     assert scheduled(scheduler) == [(0, 20), (1, 21), (0, 22), (1, 23)]  # past the long ones that wait
-    scheduler.update(1, report(1, 3))  # two long ones end
-    assert scheduled(scheduler) == [(1, 12), (1, 13)]  # the oldest first
-    scheduler.update(0, report(0, 20))
-    assert scheduled(scheduler) == [(0, 14), (0, 24)]
+    scheduler.update(1, report(1, 3))  # two long ones end, and two short ones begin
+    assert scheduled(scheduler) == [(1, 12), (1, 13), (1, 24), (1, 25)]  # the oldest first
+    scheduler.update(0, report(0))
+    assert scheduled(scheduler) == [(0, 14)]
 
 
 def test_image_without_steps_does_not_wait_behind_those_with(request_of: Request) -> None:
@@ -298,7 +367,7 @@ def test_newcomer_waits_while_it_would_make_another_late(timed: Model, clock: Cl
     scheduler.add([tight, newcomer])
     assert scheduler.schedule() == ([(0, tight)], [])
     for _ in range(PRESETS[STAGE].loop.steps - 1):
-        scheduler.update(0, report())
+        scheduler.update(0, report(stepped=(0,)))
     assert scheduler.schedule() == ([(0, newcomer)], [])  # one step together is in time
 
 
