@@ -31,7 +31,8 @@ def load_table(record: dict[str, Any]) -> str:
     rows += [
         "",
         f"At 80% p99 is {found['p99_at_80_over_solo']:.1f} times the request to an idle server; at 300% goodput is "
-        f"{found['goodput_at_300_over_best']:.0%} of the best row's; statuses: {', '.join(found['statuses'])}.",
+        f"{found['goodput_at_300_over_best']:.0%} of the best row's, and the client takes "
+        f"{found['loads'][-1]['client_cores']:.2f} of the cores; statuses: {', '.join(found['statuses'])}.",
     ]
     return "\n".join(rows)
 

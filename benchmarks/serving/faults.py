@@ -260,7 +260,7 @@ def soak(config: FaultsConfig) -> dict[str, Any]:
     found: list[Sent] = []
     with serving(config) as server:
         full = asyncio.run(open_loop.saturate(server.url, pngs(config), clients=32, seconds=20.0, seed=config.seed))
-        capacity = sum(one.status == 200 for one in full) / 20.0
+        capacity = open_loop.answered_per_s(full, seconds=20.0)
         samples: list[dict[str, float]] = []
         slice_s, started = min(60.0, seconds), time.monotonic()
         while time.monotonic() - started < seconds:

@@ -7,6 +7,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +61,7 @@ def measure(config: LoadConfig) -> dict[str, Any]:
                 "requests": statuses.total(),
                 "statuses": dict(statuses),
                 "rejected": 1 - statuses["200"] / max(statuses.total(), 1),
-                **medians(rows, "offered", "goodput", "p50_ms", "p95_ms", "p99_ms"),
+                **medians(rows, "offered", "goodput", "p50_ms", "p95_ms", "p99_ms", "client_cores"),
             }
         )
     return {
@@ -106,10 +107,12 @@ def one_round(config: LoadConfig) -> dict[str, Any]:
         )
         rows = []
         for i, share in enumerate(SHARES):
+            started, cpu_s = time.perf_counter(), time.process_time()
             sent = open_loop.run(
                 open_loop.offer(url, requests, rate=share * capacity, seconds=config.seconds, seed=config.seed + i)
             )
-            rows.append({"share": share, **open_loop.summary(sent, seconds=config.seconds)})
+            cores = (time.process_time() - cpu_s) / (time.perf_counter() - started)
+            rows.append({"share": share, **open_loop.summary(sent, seconds=config.seconds), "client_cores": cores})
             print(json.dumps(rows[-1]), file=sys.stderr)
     best = max(row["goodput"] for row in rows)
     at_80, at_300 = (next(row for row in rows if row["share"] == share) for share in (0.8, 3.0))
@@ -135,7 +138,7 @@ def calibrate(
         for clients in CLIENTS
     }
     solo_ms, back_to_back_ms = (statistics.median(one.seconds * 1000 for one in sent) for sent in (lone, loops[1]))
-    closed = {clients: sum(one.status == 200 for one in sent) / seconds for clients, sent in loops.items()}
+    closed = {clients: open_loop.answered_per_s(sent, seconds=seconds) for clients, sent in loops.items()}
     return solo_ms, back_to_back_ms, closed
 
 

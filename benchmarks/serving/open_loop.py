@@ -126,6 +126,15 @@ async def saturate(
         return [one for found in await asyncio.gather(*(client(i) for i in range(clients))) for one in found]
 
 
+def answered_per_s(sent: Sequence[Sent], *, seconds: float) -> float:
+    """Return the answers of status 200 a second of a closed loop, of those that came within `seconds` of its start.
+
+    Its clients end one after another, with what each has begun: what comes then is not of a loop that is closed.
+    """
+    ends_at = min((one.at for one in sent), default=0.0) + seconds
+    return sum(one.status == 200 and one.at + one.seconds <= ends_at for one in sent) / seconds
+
+
 def summary(sent: Sequence[Sent], *, seconds: float) -> dict[str, Any]:
     """Return counts by status, goodput (answers of status 200 a second), and percentiles of their latency in ms."""
     good = sorted(one.seconds * 1000 for one in sent if one.status == 200)

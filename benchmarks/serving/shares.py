@@ -92,7 +92,7 @@ def capacity_of(server: RunningServer, requests: Sequence[Prepared], config: Sha
     """Return the answers a second of a closed loop."""
     seconds = config.calibration_seconds
     sent = open_loop.run(open_loop.saturate(server.url, requests, clients=CLIENTS, seconds=seconds, seed=config.seed))
-    return sum(one.status == 200 for one in sent) / seconds
+    return open_loop.answered_per_s(sent, seconds=seconds)
 
 
 def clients(server: RunningServer, requests: Sequence[Prepared], config: SharesConfig) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def measure(config: SideBySideConfig) -> dict[str, Any]:
                 warm = open_loop.run(
                     open_loop.saturate(url, lone, clients=config.max_batch, seconds=20.0, seed=config.seed)
                 )
-                capacity = capacity or sum(one.status == 200 for one in warm) / 20.0 / mean_work(prepared)
+                capacity = capacity or open_loop.answered_per_s(warm, seconds=20.0) / mean_work(prepared)
                 for i, load in enumerate(config.loads):
                     sent = open_loop.run(
                         open_loop.offer(
