@@ -26,7 +26,7 @@ class Admission(NamedTuple):
         """Refuse images that would make the queue too long."""
         waiting = len(scheduler.waiting)
         free_slots = sum(worker.free_slots(stage) for worker in scheduler.workers)
-        if waiting + max(0, images - free_slots) > self.max_queue:
+        if waiting + images - free_slots > self.max_queue:  # who waits while a slot is free will have it
             raise NotReadyError(
                 f"{waiting} images are waiting, and at most {self.max_queue} may; try again",
                 retry_after_s=max(1, math.ceil(_added_s(scheduler, None, stage, None))),

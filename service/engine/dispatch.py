@@ -27,7 +27,8 @@ from unperturb.service.engine.messages import (
 )
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest, resolve
-from unperturb.service.engine.scheduler import Scheduler, WorkerState
+from unperturb.service.engine.scheduled_worker import WorkerState
+from unperturb.service.engine.scheduler import Scheduler
 from unperturb.service.errors import DeadlineError, NotReadyError
 
 LATE = "the deadline passed before the answer was there, or would have"

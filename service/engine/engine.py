@@ -17,7 +17,8 @@ from unperturb.service.engine.lifecycle import OPEN, EngineState, Lifecycle
 from unperturb.service.engine.loading import ModelLoader
 from unperturb.service.engine.messages import Failed, FromWorker, LoadProgress, StepReport, Upgraded, WorkerConfig
 from unperturb.service.engine.registry import Model, ModelRegistry
-from unperturb.service.engine.scheduler import Scheduler, WorkerState
+from unperturb.service.engine.scheduled_worker import WorkerState
+from unperturb.service.engine.scheduler import Scheduler
 from unperturb.service.errors import NotReadyError
 from unperturb.service.telemetry.metrics import Metrics
 

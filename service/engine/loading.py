@@ -7,7 +7,8 @@ from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import NOT_READY, OPEN, EngineState, Lifecycle
 from unperturb.service.engine.messages import Load, Loaded, Unload
 from unperturb.service.engine.registry import Model
-from unperturb.service.engine.scheduler import Scheduler, WorkerState
+from unperturb.service.engine.scheduled_worker import WorkerState
+from unperturb.service.engine.scheduler import Scheduler
 from unperturb.service.errors import NotReadyError
 
 POLL_S = 0.1

@@ -3,136 +3,18 @@
 It has no threads, no processes and no lock: the engine sends what it schedules, and guards it with a lock of its own.
 """
 
-import itertools
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import NamedTuple
 
 from unperturb.service.engine.fair_queue import FairQueue
 from unperturb.service.engine.messages import Cancelled, Loaded, LoadProgress, Outcome, StepReport, Upgraded
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
-from unperturb.service.engine.stages import shape
+from unperturb.service.engine.scheduled_worker import ScheduledWorker, WorkerState, added_s, is_long, steps_left
 
-KEPT = 4  # one slot in so many is for images of one step: those of many steps hold theirs for long
+LEAD_S = 0.03  # before the end of a worker's step, from when on it is given its next: it need not ask then
 MARGIN = 1.25  # of an estimated time left: an image that is late by little is work for nobody
-
-
-class WorkerState(Enum):
-    """The states of a worker."""
-
-    IDLE = "idle"
-    STEPPING = "stepping"
-    LOADING = "loading"  # and perhaps stepping, between the pieces of a warm-up
-
-
-@dataclass(eq=False)
-class ScheduledWorker:
-    """Hold what one worker has been given and has not reported on.
-
-    slots:      images with steps that it takes at a time, of many steps a quarter fewer, and as many without, which
-                hold a slot for one step only
-    staged:     the images with steps by id
-    stageless:  the images without
-    begun:      the ids of those of both that are in the step that it takes now; the others begin with the next
-    leaving:    the ids of those that it was told to leave, and has not said to have left
-    loading:    the models that it loads, by number, in order
-    loaded:     its answers that nobody has read
-    last_heard: seconds on the scheduler's clock
-    memory:     bytes in use on its device
-    """
-
-    slots: int
-    last_heard: float
-    staged: dict[int, ImageRequest] = field(default_factory=dict)
-    stageless: dict[int, ImageRequest] = field(default_factory=dict)
-    begun: set[int] = field(default_factory=set)
-    leaving: set[int] = field(default_factory=set)
-    loading: dict[int, Model] = field(default_factory=dict)
-    loaded: dict[int, Loaded] = field(default_factory=dict)
-    memory: int = 0
-
-    @property
-    def running(self) -> int:
-        """Return how many images it has."""
-        return len(self.staged) + len(self.stageless)
-
-    @property
-    def state(self) -> WorkerState:
-        """Return what it is busy with."""
-        if self.loading:
-            return WorkerState.LOADING
-        return WorkerState.STEPPING if self.running or self.leaving else WorkerState.IDLE
-
-    @property
-    def images(self) -> Iterator[ImageRequest]:
-        """Iterate over its images."""
-        yield from self.staged.values()
-        yield from self.stageless.values()
-
-    def competing(self, stage: str | None) -> dict[int, ImageRequest]:
-        """Return its images that compete with one in a stage for slots."""
-        return self.stageless if stage is None else self.staged
-
-    def begin(self) -> None:
-        """Note that it takes a step, with all the images that it has a slot for."""
-        every = (itertools.islice(images, self.slots) for images in (self.staged, self.stageless))
-        self.begun = set(itertools.chain.from_iterable(every))
-
-    def take_back(self, id: int) -> ImageRequest | None:
-        """Return an image that it has no more, or None for one that it had not."""
-        self.begun.discard(id)
-        return self.staged.pop(id, None) or self.stageless.pop(id, None)
-
-    def ends_now(self, request: ImageRequest) -> bool:
-        """Return whether the step that it takes now is the image's last: the next one may have its slot."""
-        return request.work.id in self.begun and steps_left(request) == 1
-
-    def free_slots(self, stage: str | None) -> int:
-        """Return how many more images in a stage it can take into its next step."""
-        staying = [request for request in self.competing(stage).values() if not self.ends_now(request)]
-        free = self.slots - len(staying)
-        if not is_long(stage):
-            return free
-        return min(free, self.slots - self.slots // KEPT - sum(is_long(one.work.stage) for one in staying))
-
-    def step_s(self) -> float:
-        """Estimate the seconds of the step that it takes now, and of the ends that come with it."""
-        begun = [request for request in self.images if request.work.id in self.begun]
-        batches = {request.model: 1 + any(self.ends_now(one) for one in begun) for request in begun}
-        return math.fsum(
-            (
-                *(request.model.step_s(request.work.stage) for request in begun),
-                *(count * model.batch_s() for model, count in batches.items()),
-            )
-        )
-
-    def left_s(self, request: ImageRequest) -> float:
-        """Estimate the seconds until an image is answered that is here, or comes here now, if nobody else comes.
-
-        One that is not in the step of now waits for all of that. Batches of different models follow one another.
-        """
-        steps, begun = steps_left(request), request.work.id in self.begun
-        others = [
-            (other, steps_left(other) - (not begun and other.work.id in self.begun))
-            for other in self.images
-            if other is not request
-        ]
-        together = {request.model: steps + 1}
-        for other, left in others:
-            if other.model is not request.model:
-                together[other.model] = max(together.get(other.model, 0), min(steps, left))
-        return math.fsum(
-            (
-                0.0 if begun else self.step_s(),
-                steps * request.model.step_s(request.work.stage),
-                *(min(steps, left) * other.model.step_s(other.work.stage) for other, left in others),
-                *(count * model.batch_s() for model, count in together.items()),
-            )
-        )
 
 
 class Schedule(NamedTuple):
@@ -140,21 +22,6 @@ class Schedule(NamedTuple):
 
     given: list[tuple[int, ImageRequest]]
     late: list[ImageRequest]
-
-
-def is_long(stage: str | None) -> bool:
-    """Return whether an image in a stage takes more than one step."""
-    return shape(stage)[0] > 1
-
-
-def steps_left(request: ImageRequest) -> int:
-    """Return how many more steps an image is there for: one, where only its end is left."""
-    return max(1, shape(request.work.stage)[0] - request.step)
-
-
-def added_s(other: ImageRequest, steps: int) -> float:
-    """Estimate the seconds that one image adds to another's next steps."""
-    return min(steps, steps_left(other)) * other.model.step_s(other.work.stage)
 
 
 class Scheduler:
@@ -200,9 +67,10 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Give waiting images free slots of the workers that would answer them first.
 
-        A worker is given its next step's images while it takes one, so that it need not ask. An image does not wait
-        behind one of another length that finds no slot. One that would miss its deadline gets none, except where a
-        worker has nothing else to do: an estimate may be wrong, and only work that is done corrects it.
+        A worker is given its next step's images shortly before it ends one: until then who has had less may still come
+        and go first. An image does not wait behind one of another length that finds no slot. One that would miss its
+        deadline gets none, except where a worker has nothing else to do: an estimate may be wrong, and only work that
+        is done corrects it.
         """
         given: list[tuple[int, ImageRequest]] = []
         late: list[ImageRequest] = []
@@ -213,7 +81,7 @@ class Scheduler:
             stage = request.work.stage
             if (kind := (stage is None, is_long(stage))) in full:
                 continue
-            free = [index for index, worker in enumerate(self.workers) if worker.free_slots(stage) > 0]
+            free = [i for i in range(len(self.workers)) if self._takes(stage, i, idle=i in idle)]
             if not free:
                 full.add(kind)
                 continue
@@ -232,11 +100,21 @@ class Scheduler:
         self.waiting.remove(late)
         return Schedule(given, late)
 
+    def _takes(self, stage: str | None, index: int, *, idle: bool) -> bool:
+        """Return whether a worker has a slot for an image now: in the step that it is to begin, or soon in the next."""
+        worker = self.workers[index]
+        begins = idle and len(worker.competing(stage)) < worker.slots
+        return worker.free_slots(stage) > 0 and (begins or self._busy_s(index) <= LEAD_S)
+
+    def _busy_s(self, index: int) -> float:
+        """Estimate the seconds until a worker ends the step that it takes now."""
+        worker = self.workers[index]
+        return max(0.0, worker.step_s() - (self._clock() - worker.last_heard)) if worker.running else 0.0
+
     def _answered_in_s(self, newcomer: ImageRequest, index: int) -> float:
         """Estimate when an image would be answered that a worker is given now, which is some way into its step."""
         worker = self.workers[index]
-        done_s = min(self._clock() - worker.last_heard, worker.step_s()) if worker.running else 0.0
-        return worker.left_s(newcomer) - done_s
+        return worker.left_s(newcomer) - (worker.step_s() - self._busy_s(index))
 
     def _makes_late(
         self, newcomer: ImageRequest, index: int, spare_s: dict[int, list[tuple[ImageRequest, float]]]

@@ -21,6 +21,7 @@ from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine import batching, precompile, worker
 from unperturb.service.engine.batching import ContinuousBatch
+from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.messages import Outcome, WorkerConfig
 from unperturb.service.engine.stages import ATTACK, stages_of
@@ -206,6 +207,7 @@ def test_two_devices_share_one_queue(
     engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engines(workers=2, slots=2)
+    engine.models.get(None).cost = Cost()  # every step is about to end
     go = hold_steps(monkeypatch)
 
     async def run() -> list[Outcome]:

@@ -10,6 +10,7 @@ import torch
 
 from tests.support.engines import hold_steps, one, submit, uint8, wait_until
 from unperturb.service.engine.batching import ContinuousBatch
+from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import EngineState
@@ -76,6 +77,7 @@ def test_stopping_finishes_what_is_here_and_takes_no_more(
     engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, pixels = engines(slots=2), uint8(images)
+    engine.models.get(None).cost = Cost()  # every step is about to end
     go = hold_steps(monkeypatch)
 
     async def run() -> list[Outcome]:

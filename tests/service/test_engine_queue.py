@@ -33,8 +33,8 @@ def test_queue_is_bounded_by_count_and_refuses_a_list_as_a_whole(
     go = hold_steps(monkeypatch)
 
     async def fill() -> None:
-        waiting = [asyncio.create_task(submit(engine, [pixels[0]], "published")) for _ in range(2)]
-        while engine.in_slots < 2:
+        waiting = [asyncio.create_task(submit(engine, pixels[:2], "published"))]
+        while engine.scheduler.running < 2:
             await asyncio.sleep(0.005)
         waiting.append(asyncio.create_task(submit(engine, pixels[:2])))
         await asyncio.sleep(0.02)
@@ -44,7 +44,7 @@ def test_queue_is_bounded_by_count_and_refuses_a_list_as_a_whole(
         assert refused.value.retry_after_s >= 1
         assert engine.waiting == 2
         go.set()
-        assert [len(done) for done in await asyncio.gather(*waiting)] == [1, 1, 2]
+        assert [len(done) for done in await asyncio.gather(*waiting)] == [2, 2]
 
     asyncio.run(fill())
 
@@ -56,12 +56,12 @@ def test_slots_that_are_kept_for_short_images_count_as_used_while_a_long_one_wai
     go = hold_steps(monkeypatch)
 
     async def fill() -> None:
-        waiting = [asyncio.create_task(submit(engine, [pixels[0]], "published")) for _ in range(6)]
+        waiting = asyncio.create_task(submit(engine, pixels[:6], "published"))
         while engine.waiting < 3:
             await asyncio.sleep(0.005)
         assert (engine.scheduler.running, engine.in_slots) == (3, 4)
         go.set()
-        await asyncio.gather(*waiting)
+        await waiting
 
     asyncio.run(fill())
     assert engine.in_slots == 0

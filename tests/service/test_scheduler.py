@@ -17,7 +17,8 @@ from unperturb.service.engine.fair_queue import FairQueue
 from unperturb.service.engine.messages import Cancelled, Loaded, LoadProgress, Outcome, StepReport, Work
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
-from unperturb.service.engine.scheduler import MARGIN, Scheduler, WorkerState
+from unperturb.service.engine.scheduled_worker import WorkerState
+from unperturb.service.engine.scheduler import LEAD_S, MARGIN, Scheduler
 from unperturb.service.errors import NotReadyError
 
 BLACK = np.zeros((3, 8, 8), dtype=np.uint8)
@@ -52,8 +53,8 @@ def request_of(model: Model) -> Request:
 
 @pytest.fixture
 def timed() -> Model:
-    """A model of 0.01 s a pass forward, whatever the batch."""
-    return Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.01))
+    """A model of 0.1 ms a pass forward, whatever the batch: a worker is always about to end a step."""
+    return Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.0001))
 
 
 def of(model: Model, id: int, stage: str | None = STAGE, client: str = "", deadline: float = math.inf) -> ImageRequest:
@@ -145,8 +146,22 @@ def test_image_goes_to_the_worker_that_would_answer_it_first(timed: Model, clock
     assert scheduler.workers[1].begun == set()  # its step of those that have gone is not over
 
 
+def test_who_has_had_less_may_still_go_first_until_shortly_before_the_step_ends(clock: Clock) -> None:
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1))
+    scheduler = Scheduler([2], clock=clock)
+    scheduler.add(of(model, id, "default", client="many") for id in range(6))
+    assert scheduled(scheduler) == [(0, 0), (0, 1)]
+    step_s = 2 * model.alone_s("default")
+    clock.now = step_s - 2 * LEAD_S
+    scheduler.add([of(model, 6, "default", client="few")])
+    assert scheduled(scheduler) == []
+    clock.now = step_s - LEAD_S / 2
+    assert scheduled(scheduler) == [(0, 2), (0, 6)]  # not 3, which has waited for longer
+    assert scheduler.workers[0].begun == {0, 1}
+
+
 def test_newcomer_waits_for_the_rest_of_the_step_that_a_worker_takes(clock: Clock) -> None:
-    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_batch_s=1.0, per_pass_s=0.01))
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_batch_s=0.001, per_pass_s=0.0001))
     scheduler = Scheduler([4], clock=clock)
     scheduler.add([of(model, 0, "default")])
     scheduler.schedule()
@@ -398,7 +413,7 @@ def test_short_images_take_what_time_a_long_one_has_to_spare_and_then_wait(timed
 
 
 def test_another_models_images_cost_a_long_one_their_batches_too(timed: Model, clock: Clock) -> None:
-    other = Model(2, "b", "b", timed.card, cost=Cost(per_batch_s=1.0, per_pass_s=0.01))
+    other = Model(2, "b", "b", timed.card, cost=Cost(per_batch_s=1.0, per_pass_s=0.0001))
     scheduler = Scheduler([16], clock=clock)
     long = of(timed, 0, deadline=MARGIN * timed.alone_s(STAGE) + 1.0)
     scheduler.add([long, of(other, 1, "default"), of(timed, 2, "default")])
