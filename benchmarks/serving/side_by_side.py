@@ -35,13 +35,16 @@ class SideBySideConfig(open_loop.ServiceBenchmarkConfig):
     """Measure three servers side by side."""
 
     published: int = option("of ten requests, how many ask for the preset `published`; the rest `default`", 1)
-    max_batch: int = option("largest batch of every server", 16)
+    max_batch: int = option("largest batch of every server; of this service, of all of its workers together", 16)
     loads: tuple[str, ...] = option("shares of this service's capacity; may be given several times", ("0.7", "1.5"))
     seconds: float = option("for each load", 30.0)
     within_s: float = option(
         "an answer counts towards goodput if it comes within so many seconds; every server's deadline", 10.0
     )
     patience: float = option("this service's UNPERTURB_PATIENCE: it refuses what would be late alone", 1000.0)
+    execution: str = option(
+        "how this service's steps run: auto is the fastest that is here, made before the first request", "auto"
+    )
     rounds: int = option("times that each server is measured, in turn", 3)
     out: Path = option("result file", results.FOLDER / "side_by_side.json")
 
@@ -108,7 +111,7 @@ def figures(sent: list[Sent], config: SideBySideConfig) -> dict[str, Any]:
 
 def measure(config: SideBySideConfig) -> dict[str, Any]:
     """The capacity of this service, then every server under every load, `rounds` times in turn."""
-    capacity = 0.0
+    capacity, execution = 0.0, open_loop.execution(config.execution, config.device)
     found: Servers = {name: {load: [] for load in config.loads} for name in servers(config, 0)}
     for turn in range(config.rounds):
         for name in found:
@@ -117,9 +120,10 @@ def measure(config: SideBySideConfig) -> dict[str, Any]:
             environment = {
                 "UNPERTURB_CHECKPOINT": config.checkpoint,
                 "UNPERTURB_DEVICE": config.device,
-                "UNPERTURB_MAX_BATCH": str(config.max_batch),
+                "UNPERTURB_MAX_BATCH": str(max(1, config.max_batch // len(config.device.split(",")))),
                 "UNPERTURB_LOG_LEVEL": "warning",
                 "UNPERTURB_PATIENCE": str(config.patience),
+                "UNPERTURB_EXECUTION": execution,
                 "UNPERTURB_TIMEOUT_S": str(config.within_s),
                 "PEER_CHECKPOINT": config.checkpoint,
                 "PEER_DEVICE": config.device.split(",")[0],  # all of its cores

@@ -3,12 +3,17 @@
 Self-clocked fair queueing (Golestani, "A self-clocked fair queueing scheme for broadband applications", INFOCOM 1994,
 section 3): an image's tag is max(virtual time, the last tag of its client) plus its cost; the least tag goes first, and
 the virtual time is the tag of what went last. With one client it is first come, first served.
+
+A client that has had less than its share lately goes first, by CREDIT_S at most. Golestani's queue forgets that at once,
+and one that stays below its share waits in it with those that ask for ten times theirs whenever it has two images.
 """
 
 import bisect
 from collections.abc import Collection, Iterator
 
 from unperturb.service.engine.requests import ImageRequest
+
+CREDIT_S = 1.0  # of a device's work
 
 
 class FairQueue:
@@ -28,7 +33,7 @@ class FairQueue:
     def add(self, request: ImageRequest) -> None:
         """Put an image behind its client's others, and before those of clients that have had more."""
         tag = self._tag(request.client, request.cost_s)
-        self._last_s = {client: last for client, last in self._last_s.items() if last > self._virtual_s}
+        self._last_s = {client: last for client, last in self._last_s.items() if last > self._virtual_s - CREDIT_S}
         self._last_s[request.client] = tag
         bisect.insort(self._waiting, (tag, request), key=lambda waiting: waiting[0])
 
@@ -51,4 +56,4 @@ class FairQueue:
             self._last_s[client] = max((tag for tag, left in self._waiting if left.client == client), default=0.0)
 
     def _tag(self, client: str, cost_s: float) -> float:
-        return max(self._virtual_s, self._last_s.get(client, 0.0)) + cost_s
+        return max(self._virtual_s - CREDIT_S, self._last_s.get(client, 0.0)) + cost_s

@@ -84,6 +84,11 @@ class ScheduledWorker:
         """Return whether the step that it takes now is the image's last: the next one may have its slot."""
         return request.work.id in self.begun and steps_left(request) == 1
 
+    @property
+    def goes_on(self) -> bool:
+        """Return whether it has images after the step that it takes now, and so begins the next one at once."""
+        return not all(self.ends_now(request) for request in self.images)
+
     def free_slots(self, stage: str | None) -> int:
         """Return how many more images in a stage it can take into its next step."""
         staying = [request for request in self.competing(stage).values() if not self.ends_now(request)]

@@ -13,7 +13,7 @@ from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.scheduled_worker import ScheduledWorker, WorkerState, added_s, is_long, steps_left
 
-LEAD_S = 0.03  # before the end of a worker's step, from when on it is given its next: it need not ask then
+LEAD_S = 0.03  # before the end of a worker's step, from when on it is given the next: it need not ask then
 MARGIN = 1.25  # of an estimated time left: an image that is late by little is work for nobody
 
 
@@ -67,10 +67,10 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """Give waiting images free slots of the workers that would answer them first.
 
-        A worker is given its next step's images shortly before it ends one: until then who has had less may still come
-        and go first. An image does not wait behind one of another length that finds no slot. One that would miss its
-        deadline gets none, except where a worker has nothing else to do: an estimate may be wrong, and only work that
-        is done corrects it.
+        A worker whose images all end with its step is given the next ones shortly before that: until then who has had
+        less may still come and go first. One that goes on with some is given others at once. An image does not wait
+        behind one of another length that finds no slot. One that would miss its deadline gets none, except where a
+        worker has nothing else to do: an estimate may be wrong, and only work that is done corrects it.
         """
         given: list[tuple[int, ImageRequest]] = []
         late: list[ImageRequest] = []
@@ -101,10 +101,13 @@ class Scheduler:
         return Schedule(given, late)
 
     def _takes(self, stage: str | None, index: int, *, idle: bool) -> bool:
-        """Return whether a worker has a slot for an image now: in the step that it is to begin, or soon in the next."""
+        """Return whether a worker is to have one more image now: in the step that it begins, or in its next."""
         worker = self.workers[index]
-        begins = idle and len(worker.competing(stage)) < worker.slots
-        return worker.free_slots(stage) > 0 and (begins or self._busy_s(index) <= LEAD_S)
+        if worker.free_slots(stage) <= 0:
+            return False
+        if idle:
+            return len(worker.competing(stage)) < worker.slots or self._busy_s(index) <= LEAD_S
+        return worker.goes_on or self._busy_s(index) <= LEAD_S
 
     def _busy_s(self, index: int) -> float:
         """Estimate the seconds until a worker ends the step that it takes now."""

@@ -13,12 +13,13 @@ from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.cost import Cost
-from unperturb.service.engine.fair_queue import FairQueue
+from unperturb.service.engine.fair_queue import CREDIT_S, FairQueue
 from unperturb.service.engine.messages import Cancelled, Loaded, LoadProgress, Outcome, StepReport, Work
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.scheduled_worker import WorkerState
 from unperturb.service.engine.scheduler import LEAD_S, MARGIN, Scheduler
+from unperturb.service.engine.stages import passes
 from unperturb.service.errors import NotReadyError
 
 BLACK = np.zeros((3, 8, 8), dtype=np.uint8)
@@ -156,8 +157,22 @@ def test_who_has_had_less_may_still_go_first_until_shortly_before_the_step_ends(
     scheduler.add([of(model, 6, "default", client="few")])
     assert scheduled(scheduler) == []
     clock.now = step_s - LEAD_S / 2
-    assert scheduled(scheduler) == [(0, 2), (0, 6)]  # not 3, which has waited for longer
+    assert scheduled(scheduler) == [(0, 6), (0, 2)]  # not 3, which has waited for longer
     assert scheduler.workers[0].begun == {0, 1}
+
+
+def test_worker_that_goes_on_with_an_image_is_given_others_at_once(clock: Clock) -> None:
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1))
+    scheduler = Scheduler([4], clock=clock)
+    scheduler.add([of(model, 0)])
+    assert scheduled(scheduler) == [(0, 0)]
+    scheduler.add([of(model, 1, "default")])
+    assert scheduled(scheduler) == [(0, 1)]  # after its step it does not ask
+    for _ in range(PRESETS[STAGE].loop.steps - 1):
+        scheduler.update(0, report(stepped=(0,)))
+    scheduler.update(0, report(1, stepped=(1,)))
+    scheduler.add([of(model, 2, "default")])
+    assert scheduled(scheduler) == []
 
 
 def test_newcomer_waits_for_the_rest_of_the_step_that_a_worker_takes(clock: Clock) -> None:
@@ -319,15 +334,16 @@ def test_client_with_few_images_does_not_wait_behind_all_of_one_with_many(timed:
     assert [request.work.id for request in queue] == [0, 10, 1, 11, 2, 3, 4, 5]
 
 
-def test_client_that_was_away_has_no_claim_to_what_it_did_not_ask_for(timed: Model) -> None:
+def test_client_that_had_less_goes_first_by_its_credit_and_no_more() -> None:
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=CREDIT_S / passes("default")))
     queue = FairQueue()
     for id in range(6):
-        queue.add(of(timed, id, client="busy"))
+        queue.add(of(model, id, "default", client="busy"))
     for request in list(queue)[:4]:
         queue.take([request])
     for id in range(10, 14):
-        queue.add(of(timed, id, client="new"))
-    assert [request.work.id for request in queue] == [4, 10, 5, 11, 12, 13]
+        queue.add(of(model, id, "default", client="new"))
+    assert [request.work.id for request in queue] == [10, 4, 11, 5, 12, 13]
 
 
 def test_work_that_was_dropped_counts_for_its_client_no_more(timed: Model) -> None:
