@@ -4,8 +4,8 @@ Self-clocked fair queueing (Golestani, "A self-clocked fair queueing scheme for 
 section 3): an image's tag is max(virtual time, the last tag of its client) plus its cost; the least tag goes first, and
 the virtual time is the tag of what went last. With one client it is first come, first served.
 
-A client that has had less than its share lately goes first, by CREDIT_S at most. Golestani's queue forgets that at once,
-and one that stays below its share waits in it with those that ask for ten times theirs whenever it has two images.
+A client that has had less than its share lately goes first, by CREDIT_S at most. Golestani's queue forgets that at
+once: in it a client below its share waits with those that ask for ten times theirs whenever it has two images.
 """
 
 import bisect
