@@ -1,6 +1,6 @@
 """`python benchmarks/serving/faults.py`: what the service does when everything goes wrong, one part after the other.
 
-killed:       the worker's process is killed under load: everybody is answered, the process ends with a status, and a
+killed:       a worker's process is killed under load: everybody is answered, the process ends with a status, and a
               new one serves
 disconnects:  half of the clients leave before their answer
 slow_loris:   connections that never end their head or body, while others are served
@@ -91,13 +91,13 @@ def pngs(config: FaultsConfig) -> list[Prepared]:
 
 
 def killed(config: FaultsConfig) -> dict[str, Any]:
-    """SIGKILL to the worker's process in mid-batch."""
+    """SIGKILL to a worker's process in mid-batch."""
 
     async def run(server: RunningServer) -> list[Sent]:
         task = asyncio.create_task(open_loop.offer(server.url, pngs(config), rate=40.0, seconds=4.0, seed=config.seed))
         await asyncio.sleep(KILL_AT_S)
-        (worker,) = [one for one in tree(server.process.pid) if "unperturb.service.engine.worker" in one.cmdline()]
-        worker.kill()
+        workers = [one for one in tree(server.process.pid) if "unperturb.service.engine.worker" in one.cmdline()]
+        workers[0].kill()
         return await task
 
     with serving(config) as server:
@@ -256,9 +256,9 @@ def schemathesis(config: FaultsConfig) -> dict[str, Any]:
 
 def soak(config: FaultsConfig) -> dict[str, Any]:
     """Over capacity for a long time; the memory is the sum of all its processes' own pages (USS)."""
-    seconds = config.soak_minutes * 60
+    seconds, execution = config.soak_minutes * 60, open_loop.execution("auto", config.device)
     found: list[Sent] = []
-    with serving(config) as server:
+    with serving(config, UNPERTURB_EXECUTION=execution) as server:
         full = asyncio.run(open_loop.saturate(server.url, pngs(config), clients=32, seconds=20.0, seed=config.seed))
         capacity = open_loop.answered_per_s(full, seconds=20.0)
         samples: list[dict[str, float]] = []
