@@ -24,9 +24,9 @@ class Admission(NamedTuple):
 
     def check_queue_length(self, scheduler: Scheduler, *, stage: str | None, images: int) -> None:
         """Refuse images that would make the queue too long."""
-        waiting = len(scheduler.waiting)
-        free_slots = sum(worker.free_slots(stage) for worker in scheduler.workers)
-        if waiting + images - free_slots > self.max_queue:  # who waits while a slot is free will have it
+        free_slots = sum(max(0, worker.free_slots(stage)) for worker in scheduler.workers)
+        waiting = max(0, len(scheduler.waiting) - free_slots)  # who waits while a slot is free will have it
+        if waiting + max(0, images - max(0, free_slots - len(scheduler.waiting))) > self.max_queue:
             raise NotReadyError(
                 f"{waiting} images are waiting, and at most {self.max_queue} may; try again",
                 retry_after_s=max(1, math.ceil(_added_s(scheduler, None, stage, None))),
@@ -53,7 +53,9 @@ class Admission(NamedTuple):
 def _added_s(scheduler: Scheduler, model: Model | None, stage: str | None, client: str | None) -> float:
     """Estimate the seconds that those before it add to a newcomer: all they take, where it finds no free slot."""
     cost_s = 0.0 if model is None else model.alone_s(stage)
-    full = all(worker.free_slots(stage) <= 0 for worker in scheduler.workers)
+    free_slots = sum(max(0, worker.free_slots(stage)) for worker in scheduler.workers)
+    before = sum((other.work.stage is None) == (stage is None) for other in scheduler.waiting.ahead_of(client, cost_s))
+    full = before >= free_slots  # they will have them
     alike = Counter((request.model, request.work.stage) for request in scheduler.ahead_of(client, cost_s))
     seconds = (
         count * other.added_s(its_stage, its_stage if full else stage, model or other)

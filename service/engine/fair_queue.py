@@ -4,8 +4,11 @@ Self-clocked fair queueing (Golestani, "A self-clocked fair queueing scheme for 
 section 3): an image's tag is max(virtual time, the last tag of its client) plus its cost; the least tag goes first, and
 the virtual time is the tag of what went last. With one client it is first come, first served.
 
-A client that has had less than its share lately goes first, by CREDIT_S at most. Golestani's queue forgets that at
-once: in it a client below its share waits with those that ask for ten times theirs whenever it has two images.
+A client that has had less than its share lately goes first, by its part of CREDIT_S at most. Golestani's queue forgets
+that at once: in it a client below its share waits with those that ask for ten times theirs whenever it has two images.
+So that the credit of many clients is no more than that of one, the virtual time also moves on by each image's cost,
+divided by the clients that wait, as in Demers, Keshav and Shenker, "Analysis and simulation of a fair queueing
+algorithm", SIGCOMM 1989, section 2.
 """
 
 import bisect
@@ -13,7 +16,7 @@ from collections.abc import Collection, Iterator
 
 from unperturb.service.engine.requests import ImageRequest
 
-CREDIT_S = 1.0  # of a device's work
+CREDIT_S = 1.0  # of a device's work, of all clients that wait together
 
 
 class FairQueue:
@@ -23,6 +26,7 @@ class FairQueue:
         self._waiting: list[tuple[float, ImageRequest]] = []
         self._virtual_s = 0.0
         self._last_s: dict[str, float] = {}  # tags, of clients whose images still count
+        self._served_s: dict[str, float] = {}  # the same of what has been served
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -33,7 +37,7 @@ class FairQueue:
     def add(self, request: ImageRequest) -> None:
         """Put an image behind its client's others, and before those of clients that have had more."""
         tag = self._tag(request.client, request.cost_s)
-        self._last_s = {client: last for client, last in self._last_s.items() if last > self._virtual_s - CREDIT_S}
+        self._last_s = self._that_count(self._last_s)
         self._last_s[request.client] = tag
         bisect.insort(self._waiting, (tag, request), key=lambda waiting: waiting[0])
 
@@ -44,16 +48,30 @@ class FairQueue:
 
     def take(self, requests: Collection[ImageRequest]) -> None:
         """Remove images that are served now."""
-        served = set(requests)
-        self._virtual_s = max([self._virtual_s, *(tag for tag, request in self._waiting if request in served)])
+        served, clients = set(requests), len(self._clients)
+        for tag, request in self._waiting:
+            if request in served:
+                self._virtual_s = max(self._virtual_s + request.cost_s / clients, tag)
+                self._served_s[request.client] = tag
+        self._served_s = self._that_count(self._served_s)
         self._waiting = [waiting for waiting in self._waiting if waiting[1] not in served]
 
     def remove(self, requests: Collection[ImageRequest]) -> None:
         """Remove images that nobody waits for, and that count for their client no more; others are passed over."""
         gone = set(requests)
+        clients = {request.client for _, request in self._waiting if request in gone}
         self._waiting = [waiting for waiting in self._waiting if waiting[1] not in gone]
-        for client in {request.client for request in gone} & self._last_s.keys():
-            self._last_s[client] = max((tag for tag, left in self._waiting if left.client == client), default=0.0)
+        for client in clients:
+            left = [tag for tag, request in self._waiting if request.client == client]
+            self._last_s[client] = max(left, default=self._served_s.get(client, 0.0))
+
+    @property
+    def _clients(self) -> set[str]:
+        return {request.client for _, request in self._waiting}
+
+    def _that_count(self, tags: dict[str, float]) -> dict[str, float]:
+        return {client: tag for client, tag in tags.items() if tag > self._virtual_s - CREDIT_S}
 
     def _tag(self, client: str, cost_s: float) -> float:
-        return max(self._virtual_s - CREDIT_S, self._last_s.get(client, 0.0)) + cost_s
+        credit_s = CREDIT_S / len(self._clients | {client})
+        return max(self._virtual_s - credit_s, self._last_s.get(client, 0.0)) + cost_s

@@ -100,7 +100,8 @@ class ScheduledWorker:
     def step_s(self) -> float:
         """Estimate the seconds of the step that it takes now, and of the ends that come with it."""
         begun = [request for request in self.images if request.work.id in self.begun]
-        batches = {request.model: 1 + any(self.ends_now(one) for one in begun) for request in begun}
+        ending = {request.model for request in begun if self.ends_now(request)}
+        batches = {request.model: 1 + (request.model in ending) for request in begun}
         return math.fsum(
             (
                 *(request.model.step_s(request.work.stage) for request in begun),

@@ -74,27 +74,30 @@ class Scheduler:
         """
         given: list[tuple[int, ImageRequest]] = []
         late: list[ImageRequest] = []
-        spare_s: dict[int, list[tuple[ImageRequest, float]]] = {}
         idle = {i for i, worker in enumerate(self.workers) if not (worker.running or worker.leaving)}
-        full: set[tuple[bool, bool]] = set()
+        spare_s: dict[int, list[tuple[ImageRequest, float]]] = {}
+        takers: dict[tuple[bool, bool], set[int]] = {}  # by what competes for slots, until one is given
         for request in self.waiting:
             stage = request.work.stage
-            if (kind := (stage is None, is_long(stage))) in full:
+            kind = stage is None, is_long(stage)
+            if kind not in takers:
+                takers[kind] = {i for i in range(len(self.workers)) if self._takes(stage, i, idle=i in idle)}
+            if not takers[kind]:
                 continue
-            free = [i for i in range(len(self.workers)) if self._takes(stage, i, idle=i in idle)]
-            if not free:
-                full.add(kind)
-                continue
-            index = min(free, key=lambda i: (self._answered_in_s(request, i), self.workers[i].running))
+            free = [i for i, worker in enumerate(self.workers) if worker.free_slots(stage) > 0]
+            answered_in_s = {i: self._answered_in_s(request, i) for i in free}
+            index = min(free, key=lambda i: (answered_in_s[i], self.workers[i].running))
+            if index not in takers[kind]:
+                continue  # it is soon to end its step
             worker = self.workers[index]
-            if worker.running and self._clock() + MARGIN * worker.left_s(request) > request.deadline:
+            if worker.running and self._clock() + MARGIN * answered_in_s[index] > request.deadline:
                 late.append(request)
-            elif not self._makes_late(request, index, spare_s):
-                spare_s.pop(index, None)
+            elif not self._makes_late(request, index, spare_s, begins=index in idle):
                 self._end_silence(worker)
                 worker.competing(stage)[request.work.id] = request
                 if index in idle:
                     worker.begin()
+                takers.clear()
                 given.append((index, request))
         self.waiting.take([request for _, request in given])
         self.waiting.remove(late)
@@ -105,37 +108,58 @@ class Scheduler:
         worker = self.workers[index]
         if worker.free_slots(stage) <= 0:
             return False
-        if idle:
-            return len(worker.competing(stage)) < worker.slots or self._busy_s(index) <= LEAD_S
-        return worker.goes_on or self._busy_s(index) <= LEAD_S
+        if idle and len(worker.competing(stage)) < worker.slots:
+            return True
+        return (worker.goes_on and not idle) or self._ends_in_s(index) <= LEAD_S
 
-    def _busy_s(self, index: int) -> float:
-        """Estimate the seconds until a worker ends the step that it takes now."""
+    def _ends_in_s(self, index: int) -> float:
+        """Estimate the seconds until a worker ends the step that it takes now; below 0 where it should have ended."""
         worker = self.workers[index]
-        return max(0.0, worker.step_s() - (self._clock() - worker.last_heard)) if worker.running else 0.0
+        return worker.step_s() - (self._clock() - worker.last_heard) if worker.running else 0.0
 
-    def _answered_in_s(self, newcomer: ImageRequest, index: int) -> float:
-        """Estimate when an image would be answered that a worker is given now, which is some way into its step."""
-        worker = self.workers[index]
-        return worker.left_s(newcomer) - (worker.step_s() - self._busy_s(index))
+    def _answered_in_s(self, request: ImageRequest, index: int) -> float:
+        """Estimate when an image is answered that a worker has or is given now, which is some way into its step.
+
+        A step that should have ended a while ago is taken to last as long again.
+        """
+        worker, ends_in_s = self.workers[index], self._ends_in_s(index)
+        return worker.left_s(request) - worker.step_s() + max(ends_in_s, -ends_in_s - LEAD_S, 0.0)
 
     def _makes_late(
-        self, newcomer: ImageRequest, index: int, spare_s: dict[int, list[tuple[ImageRequest, float]]]
+        self,
+        newcomer: ImageRequest,
+        index: int,
+        spare_s: dict[int, list[tuple[ImageRequest, float]]],
+        *,
+        begins: bool,
     ) -> bool:
         """Return whether an image of a worker keeps its deadline now and would not beside a newcomer.
 
-        spare_s: of each worker's images that are in time, as estimated before; filled in where it is not there
+        spare_s: of each worker's images that stay and are in time, as estimated before; filled in where it is not
+                 there, and brought up to date where nobody would be late
+        begins:  the newcomer is in the step of now
         """
+        worker = self.workers[index]
         if index not in spare_s:
-            worker, now = self.workers[index], self._clock()
-            left = [(other, other.deadline - now, worker.left_s(other)) for other in worker.staged.values()]
-            spare_s[index] = [(other, had_s - MARGIN * left_s) for other, had_s, left_s in left if left_s <= had_s]
-        for other, spare in spare_s[index]:
-            steps = min(steps_left(other), steps_left(newcomer))
+            staying = [other for other in worker.staged.values() if begins or not worker.ends_now(other)]
+            spare_s[index] = [(other, spare) for other in staying if (spare := self._spare_s(other, index)) is not None]
+        after: list[tuple[ImageRequest, float]] = []
+        for other, had_s in spare_s[index]:
+            shared = steps_left(other) - (not begins and other.work.id in worker.begun)
+            steps = min(shared, steps_left(newcomer))
             batches = 0.0 if newcomer.model is other.model else steps * newcomer.model.batch_s()
-            if MARGIN * (added_s(newcomer, steps) + batches) > spare:
+            if (left_s := had_s - MARGIN * (added_s(newcomer, steps) + batches)) < 0:
                 return True
+            after.append((other, left_s))
+        if newcomer.work.stage is not None and (own_s := self._spare_s(newcomer, index)) is not None:
+            after.append((newcomer, own_s))
+        spare_s[index] = after
         return False
+
+    def _spare_s(self, request: ImageRequest, index: int) -> float | None:
+        """Estimate the seconds that others may add to an image of a worker, or None for one that is late already."""
+        had_s, answered_in_s = request.deadline - self._clock(), self._answered_in_s(request, index)
+        return had_s - MARGIN * answered_in_s if answered_in_s <= had_s else None
 
     def update(
         self, index: int, report: StepReport | Cancelled | LoadProgress | Loaded | Upgraded
@@ -146,6 +170,7 @@ class Scheduler:
         match report:
             case Cancelled(ids):
                 worker.leaving.difference_update(ids)
+                worker.begin()  # it says so between two steps
             case Loaded(number):
                 worker.loading.pop(number, None)
                 worker.loaded[number] = report

@@ -1,5 +1,7 @@
 """Name what an image may go through: a preset of the purifier, the page's attack, or nothing; and count its passes."""
 
+import functools
+
 from unperturb.models.attacks.projected_gradient import ProjectedGradient
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError
@@ -36,12 +38,14 @@ def _stage(loaded: Checkpoint, config: ReverseAttackConfig) -> Stage:
     return RestoredStage(purifier, vote) if isinstance(purifier, Restored) else VoteStage(vote)
 
 
+@functools.cache
 def passes(stage: str | None) -> int:
     """Return the work of one image, in images forward through the classifier."""
     steps, rows = shape(stage)
     return begin_passes(stage) + steps * step_passes(rows) + finish_passes(stage)
 
 
+@functools.cache
 def shape(stage: str | None) -> tuple[int, int]:
     """Return a stage's steps, and the images of one step of one image."""
     if stage is None:

@@ -117,6 +117,7 @@ class _Worker:
                 case None:
                     raise EOFError
                 case Unload(model):
+                    self.inbox = [image for image in self.inbox if image.model != model]
                     self.batches.pop(model, None)
                     self.costs.pop(model, None)
                     self.upgrades.pop(model, None)
@@ -145,7 +146,7 @@ class _Worker:
         return [*self.batches.values(), *(batch for _, batch in self.retiring)]
 
     def _busy(self) -> bool:
-        return bool(self.loading) or any(batch.slots for batch in self._every_batch())
+        return bool(self.loading or self.retiring) or any(batch.slots for batch in self.batches.values())
 
     def _load(self, model: int, name: str, digest: str) -> Iterator[int]:
         """Load a checkpoint and warm it up, a piece for each `next`, which gives how many there are.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.engines import OUTCOME, hold_steps, submit, uint8
+from tests.support.engines import OUTCOME, hold_steps, submit, uint8, wait_until
 from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.engine.admission import Admission
@@ -18,7 +18,18 @@ from unperturb.service.engine.dispatch import QUIET_S, Dispatcher
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import Lifecycle
-from unperturb.service.engine.messages import Loaded, Outcome, StepReport, Threads, ToWorker, WorkerConfig
+from unperturb.service.engine.messages import (
+    Admit,
+    Cancel,
+    FromWorker,
+    Loaded,
+    Outcome,
+    StepReport,
+    Threads,
+    ToWorker,
+    Work,
+    WorkerConfig,
+)
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.scheduler import Scheduler
 from unperturb.service.engine.slot import Slot
@@ -195,6 +206,35 @@ def test_steps_are_full_as_long_as_enough_images_wait(engines: Callable[..., Eng
         patch.setattr(ContinuousBatch, "_step", counted)
         asyncio.run(submit(engine, uint8(images) * 2))
     assert sizes == [2] * len(images)
+
+
+def test_worker_takes_no_more_images_at_a_time_than_it_has_slots_whatever_it_is_sent(
+    engines: Callable[..., Engine], images: torch.Tensor
+) -> None:
+    engine, sizes = engines(slots=2), []
+    (worker,) = engine.workers
+    number, pixels = engine.models.get(None).number, uint8(images)
+    step, ended = ContinuousBatch._step, list[int]()
+
+    def counted(batch: ContinuousBatch, slots: list[Slot]) -> None:
+        sizes.append(len(slots))
+        step(batch, slots)
+
+    def heard(message: FromWorker) -> None:
+        if isinstance(message, StepReport):
+            ended.extend(id for id, _ in message.ended)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ContinuousBatch, "_step", counted)
+        patch.setattr(worker, "on_message", heard)
+        stages = ["published", None, "default", None, None, "default", "default"]
+        works = [Work(i, number, pixels[i], stage, 0, False, time.monotonic()) for i, stage in enumerate(stages)]
+        worker.send(Admit(tuple(works)))
+        worker.send(Cancel((6,)))
+        wait_until(lambda: len(ended) == 6)
+    assert max(sizes) == 2
+    assert sorted(ended) == list(range(6))
+    assert ended.index(2) < ended.index(5) < ended.index(0)  # in turn, and not behind the long one
 
 
 class Recorder(WorkerHandle):

@@ -77,8 +77,8 @@ def scheduled(scheduler: Scheduler) -> list[tuple[int, int]]:
     return [(index, request.work.id) for index, request in scheduler.schedule().given]
 
 
-def test_images_go_to_the_worker_with_the_fewest_and_the_rest_waits_in_turn(request_of: Request) -> None:
-    scheduler = Scheduler([2, 2])
+def test_images_go_to_the_worker_with_the_fewest_and_the_rest_waits_in_turn(request_of: Request, clock: Clock) -> None:
+    scheduler = Scheduler([2, 2], clock=clock)
     scheduler.add(request_of(id) for id in range(6))
     assert scheduled(scheduler) == [(0, 0), (1, 1), (0, 2), (1, 3)]
     assert [request.work.id for request in scheduler.waiting] == [4, 5]
@@ -175,6 +175,52 @@ def test_worker_that_goes_on_with_an_image_is_given_others_at_once(clock: Clock)
     assert scheduled(scheduler) == []
 
 
+def test_image_waits_for_a_worker_that_ends_its_step_before_one_that_goes_on(clock: Clock) -> None:
+    slow = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1))
+    scheduler = Scheduler([4, 4], clock=clock)
+    scheduler.add([of(slow, 0), of(slow, 1, "default")])
+    assert scheduled(scheduler) == [(0, 0), (1, 1)]
+    clock.now = slow.alone_s("default") - 2 * LEAD_S
+    scheduler.update(0, report(stepped=(0,)))  # its next step is as long as this one
+    scheduler.add([of(slow, 2, "default")])
+    assert scheduled(scheduler) == []
+    scheduler.update(1, report(1, stepped=(1,)))
+    assert scheduled(scheduler) == [(1, 2)]
+
+
+def test_deadline_is_judged_by_what_is_left_of_the_step_that_a_worker_takes(clock: Clock) -> None:
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1))
+    alone_s = model.alone_s("default")
+    scheduler = Scheduler([1], clock=clock)
+    scheduler.add([of(model, 0, "default", deadline=1.1 * alone_s)])
+    assert scheduled(scheduler) == [(0, 0)]
+    clock.now = alone_s - LEAD_S / 2
+    in_time = of(model, 1, "default", deadline=clock.now + MARGIN * alone_s + LEAD_S)
+    scheduler.add([in_time])
+    assert scheduler.schedule() == ([(0, in_time)], [])  # the other one ends before it begins
+    scheduler = Scheduler([1], clock=clock)
+    scheduler.add([of(model, 0, "default")])
+    scheduler.schedule()
+    clock.now += alone_s - LEAD_S / 2
+    late = of(model, 1, "default", deadline=clock.now + MARGIN * alone_s - LEAD_S)
+    scheduler.add([late])
+    assert scheduler.schedule() == ([], [late])
+
+
+def test_worker_whose_step_is_overdue_is_not_the_one_that_answers_first(clock: Clock) -> None:
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1))
+    step_s = model.alone_s("default")
+    scheduler = Scheduler([1, 1], clock=clock)
+    scheduler.add([of(model, 0, "default")])
+    scheduler.schedule()
+    clock.now = 2.5 * step_s
+    scheduler.add([of(model, 1, "default")])
+    assert scheduled(scheduler) == [(1, 1)]
+    clock.now = 3.5 * step_s - LEAD_S / 2
+    scheduler.add([of(model, 2, "default")])
+    assert scheduled(scheduler) == [(1, 2)]
+
+
 def test_newcomer_waits_for_the_rest_of_the_step_that_a_worker_takes(clock: Clock) -> None:
     model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_batch_s=0.001, per_pass_s=0.0001))
     scheduler = Scheduler([4], clock=clock)
@@ -192,8 +238,8 @@ def test_newcomer_waits_for_the_rest_of_the_step_that_a_worker_takes(clock: Cloc
     assert worker.left_s(newcomer) == pytest.approx(alone_s)
 
 
-def test_images_of_many_steps_leave_a_quarter_of_the_slots_to_those_of_one(request_of: Request) -> None:
-    scheduler = Scheduler([8, 8])
+def test_images_of_many_steps_leave_a_quarter_of_the_slots_to_those_of_one(request_of: Request, clock: Clock) -> None:
+    scheduler = Scheduler([8, 8], clock=clock)
     scheduler.add(request_of(id) for id in range(20))
     given = scheduled(scheduler)
     assert [[index for index, _ in given].count(index) for index in (0, 1)] == [6, 6]
@@ -344,6 +390,45 @@ def test_client_that_had_less_goes_first_by_its_credit_and_no_more() -> None:
     for id in range(10, 14):
         queue.add(of(model, id, "default", client="new"))
     assert [request.work.id for request in queue] == [10, 4, 11, 5, 12, 13]
+
+
+@pytest.mark.parametrize("names", [["light"], [f"light {i}" for i in range(5)]], ids=["one", "five"])
+def test_credit_is_used_up_whoever_is_answered_and_however_many_have_it(names: list[str]) -> None:
+    """Clients whose images are answered one after another, as the dispatcher does it, delay another by CREDIT_S."""
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1 / passes("default")))
+    queue, heavy = FairQueue(), of(model, 0, "default", client="heavy")
+    for _ in range(100):  # what it has had before
+        queue.add(earlier := of(model, 0, "default", client="heavy"))
+        queue.take([earlier])
+        queue.remove([earlier])
+    queue.add(heavy)
+    light = [of(model, 1 + i, "default", client=name) for i, name in enumerate(names)]
+    for request in light:
+        queue.add(request)
+    served = 0
+    while (first := next(iter(queue))) is not heavy:
+        queue.take([first])
+        queue.remove([first])  # it has been answered
+        queue.add(of(model, 10 + served, "default", client=first.client))
+        served += 1
+        assert served <= CREDIT_S / 0.1 + 2 * len(names)
+    assert served >= CREDIT_S / 0.1 / 2
+
+
+def test_strangers_that_come_once_cannot_keep_a_client_from_its_share_for_ever() -> None:
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1 / passes("default")))
+    queue, heavy = FairQueue(), of(model, 0, "default", client="heavy")
+    for _ in range(100):
+        queue.add(earlier := of(model, 0, "default", client="heavy"))
+        queue.take([earlier])
+    queue.add(heavy)
+    for served in range(20):
+        queue.add(of(model, 1 + served, "default", client=f"stranger {served}"))
+        first = next(iter(queue))
+        queue.take([first])
+        if first is heavy:
+            break
+    assert first is heavy
 
 
 def test_work_that_was_dropped_counts_for_its_client_no_more(timed: Model) -> None:
