@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from unperturb.models.purifiers.reverse_attack import ReverseAttack, ReverseAtta
 
 os.environ.setdefault("UNPERTURB_EXECUTION", "eager")  # of services that tests start: nothing is compiled beside them
 os.environ.setdefault("UNPERTURB_THREADS", "1")  # nor do they take the cores of the tests that run beside them
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script, which programs inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
