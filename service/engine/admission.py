@@ -5,6 +5,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from unperturb.service.engine.registry import Model
+from unperturb.service.engine.scheduled_worker import is_long
 from unperturb.service.engine.scheduler import Scheduler
 from unperturb.service.errors import NotReadyError
 
@@ -51,14 +52,28 @@ class Admission(NamedTuple):
 
 
 def _added_s(scheduler: Scheduler, model: Model | None, stage: str | None, client: str | None) -> float:
-    """Estimate the seconds that those before it add to a newcomer: all they take, where it finds no free slot."""
+    """Estimate the seconds that those before it add to a newcomer.
+
+    One of many steps waits for all of them where it finds no free slot. To one of a single step or none those of many
+    leave slots: it waits in turn with its like, and beside as many steps of those that have begun.
+    """
     cost_s = 0.0 if model is None else model.alone_s(stage)
-    free_slots = sum(max(0, worker.free_slots(stage)) for worker in scheduler.workers)
-    before = sum((other.work.stage is None) == (stage is None) for other in scheduler.waiting.ahead_of(client, cost_s))
-    full = before >= free_slots  # they will have them
-    alike = Counter((request.model, request.work.stage) for request in scheduler.ahead_of(client, cost_s))
+    begun = [request for worker in scheduler.workers for request in worker.images]
+    before = [
+        request
+        for request in scheduler.waiting.ahead_of(client, cost_s)
+        if is_long(stage) or not is_long(request.work.stage)
+    ]
+    alike = sum((other.work.stage is None) == (stage is None) for other in before)
+    if is_long(stage):
+        full = alike >= sum(max(0, worker.free_slots(stage)) for worker in scheduler.workers)
+        turns = 0
+    else:
+        slots = sum(worker.slots_beside_long(stage) for worker in scheduler.workers)
+        full, turns = not slots, alike // max(1, slots)
+    counts = Counter((request.model, request.work.stage) for request in (*begun, *before))
     seconds = (
-        count * other.added_s(its_stage, its_stage if full else stage, model or other)
-        for (other, its_stage), count in alike.items()
+        count * other.added_s(its_stage, its_stage if full else stage, model or other, turns=turns)
+        for (other, its_stage), count in counts.items()
     )
     return sum(seconds) / len(scheduler.workers)

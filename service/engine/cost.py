@@ -46,14 +46,15 @@ class Cost(NamedTuple):
         """Return the seconds that one image adds to each step of a batch, its begin and end shared over its steps."""
         return self.per_pass_s * passes(stage) / max(1, shape(stage)[0])
 
-    def added_by(self, other: str | None, stage: str | None, *, together: bool = True) -> float:
+    def added_by(self, other: str | None, stage: str | None, *, together: bool = True, turns: int = 0) -> float:
         """Return the seconds that an image in stage `other` adds to one in `stage`.
 
         They share each step until the first of them ends.
 
         together: they are of the same model, whose batches they may share
+        turns:    steps for which the one in `stage` waits before it begins
         """
-        (steps, rows), own_steps = shape(other), max(1, shape(stage)[0])
+        (steps, rows), own_steps = shape(other), turns + max(1, shape(stage)[0])
         shared = passes(other) if steps <= own_steps else own_steps * step_passes(rows)
         shares = together and (self.together or other == stage)
         return self.seconds(0 if shares else min(steps, own_steps), shared)

@@ -80,9 +80,12 @@ class Model:
         """Estimate the seconds of a step, whatever it holds."""
         return self.pace * self.cost.per_batch_s
 
-    def added_s(self, other: str | None, stage: str | None, model: "Model") -> float:
-        """Estimate the seconds that one of its images, in stage `other`, adds to one of `model` in `stage`."""
-        return self.pace * self.cost.added_by(other, stage, together=model is self)
+    def added_s(self, other: str | None, stage: str | None, model: "Model", *, turns: int = 0) -> float:
+        """Estimate the seconds that one of its images, in stage `other`, adds to one of `model` in `stage`.
+
+        turns: steps for which that one waits before it begins
+        """
+        return self.pace * self.cost.added_by(other, stage, together=model is self, turns=turns)
 
 
 class ModelRegistry:

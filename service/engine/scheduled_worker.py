@@ -97,6 +97,10 @@ class ScheduledWorker:
             return free
         return min(free, self.slots - self.slots // KEPT - sum(is_long(one.work.stage) for one in staying))
 
+    def slots_beside_long(self, stage: str | None) -> int:
+        """Return how many images in a stage of one step or none it can take into each step beside those of many."""
+        return self.slots - sum(is_long(request.work.stage) for request in self.competing(stage).values())
+
     def step_s(self) -> float:
         """Estimate the seconds of the step that it takes now, and of the ends that come with it."""
         begun = [request for request in self.images if request.work.id in self.begun]

@@ -531,6 +531,24 @@ def test_admission_counts_only_what_goes_before_the_newcomer(timed: Model) -> No
     check(client="few")
 
 
+def test_admission_of_a_short_image_counts_the_steps_of_long_ones_that_it_is_beside(timed: Model, clock: Clock) -> None:
+    scheduler, admission = Scheduler([4], clock=clock), Admission(100, 15.0, "default")
+    scheduler.add(of(timed, id) for id in range(40))  # three begin
+    assert len(scheduler.schedule().given) == 3
+    check = partial(admission.check_added_time, scheduler, model=timed, stage="default", left_s=30.0, patient=False)
+    step_s, alone_s = timed.step_s(STAGE), timed.alone_s("default")
+    waiting = 0
+    while 3 * (waiting + 1) * step_s + waiting * alone_s <= 15.0 * alone_s:  # a slot for each step
+        check(client="")
+        scheduler.add([of(timed, 100 + waiting, "default")])
+        waiting += 1
+    with pytest.raises(NotReadyError):
+        check(client="")
+    assert waiting >= 2
+    with pytest.raises(NotReadyError, match="images in progress would take about"):
+        check(stage=STAGE, client="")
+
+
 def test_deadline_that_could_not_be_kept_alone_is_no_reason_to_be_let_in(timed: Model) -> None:
     scheduler, admission = Scheduler([1]), Admission(100, 5.0, STAGE)
     scheduler.add(of(timed, id) for id in range(20))
