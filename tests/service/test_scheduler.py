@@ -1,40 +1,22 @@
 """The scheduler: who runs where, who waits, and whose silence counts; no process, no thread."""
 
-import math
-import random
 from collections.abc import Callable
 from functools import partial
 
-import numpy as np
 import pytest
 
 from tests.support.engines import OUTCOME
+from tests.support.scheduling import STAGE, Clock, of, timed_model
 from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.purifiers.reverse_attack import PRESETS
-from unperturb.service.engine.admission import Admission
 from unperturb.service.engine.cost import Cost
-from unperturb.service.engine.fair_queue import CREDIT_S, FairQueue
-from unperturb.service.engine.messages import Cancelled, Loaded, LoadProgress, Outcome, StepReport, Work
+from unperturb.service.engine.messages import Cancelled, Loaded, LoadProgress, Outcome, StepReport
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.requests import ImageRequest
 from unperturb.service.engine.scheduled_worker import WorkerState
 from unperturb.service.engine.scheduler import LEAD_S, MARGIN, Scheduler
-from unperturb.service.engine.stages import passes
-from unperturb.service.errors import NotReadyError
 
-BLACK = np.zeros((3, 8, 8), dtype=np.uint8)
 Request = Callable[..., ImageRequest]
-STAGE = "published"  # of many steps
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -54,13 +36,7 @@ def request_of(model: Model) -> Request:
 
 @pytest.fixture
 def timed() -> Model:
-    """A model of 0.1 ms a pass forward, whatever the batch: a worker is always about to end a step."""
-    return Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.0001))
-
-
-def of(model: Model, id: int, stage: str | None = STAGE, client: str = "", deadline: float = math.inf) -> ImageRequest:
-    work = Work(id, model.number, BLACK, stage, 0, False, 0.0)
-    return ImageRequest(work, model, lambda _: None, client, deadline)
+    return timed_model()
 
 
 def report(
@@ -359,111 +335,6 @@ def test_loading_may_last_as_long_as_it_goes_on(request_of: Request, model: Mode
     assert not scheduler.is_loaded(model)
 
 
-def test_admission_counts_free_slots_before_the_queue(request_of: Request) -> None:
-    scheduler, admission = Scheduler([2]), Admission(1, 1.0, STAGE)
-    admission.check_queue_length(scheduler, stage=STAGE, images=3)
-    with pytest.raises(NotReadyError, match="0 images are waiting, and at most 1 may"):
-        admission.check_queue_length(scheduler, stage=STAGE, images=4)
-    scheduler.add(request_of(id) for id in range(3))
-    scheduler.schedule()
-    admission.check_queue_length(scheduler, stage=None, images=1)
-    with pytest.raises(NotReadyError, match="1 images are waiting"):
-        admission.check_queue_length(scheduler, stage=STAGE, images=1)
-
-
-def test_client_with_few_images_does_not_wait_behind_all_of_one_with_many(timed: Model) -> None:
-    queue = FairQueue()
-    for id in range(6):
-        queue.add(of(timed, id, client="many"))
-    for id in (10, 11):
-        queue.add(of(timed, id, client="few"))
-    assert [request.work.id for request in queue] == [0, 10, 1, 11, 2, 3, 4, 5]
-
-
-def test_client_that_had_less_goes_first_by_its_credit_and_no_more() -> None:
-    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=CREDIT_S / passes("default")))
-    queue = FairQueue()
-    for id in range(6):
-        queue.add(of(model, id, "default", client="busy"))
-    for request in list(queue)[:4]:
-        queue.take([request])
-    for id in range(10, 14):
-        queue.add(of(model, id, "default", client="new"))
-    assert [request.work.id for request in queue] == [10, 4, 11, 5, 12, 13]
-
-
-@pytest.mark.parametrize("names", [["light"], [f"light {i}" for i in range(5)]], ids=["one", "five"])
-def test_credit_is_used_up_whoever_is_answered_and_however_many_have_it(names: list[str]) -> None:
-    """Clients whose images are answered one after another, as the dispatcher does it, delay another by CREDIT_S."""
-    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1 / passes("default")))
-    queue, heavy = FairQueue(), of(model, 0, "default", client="heavy")
-    for _ in range(100):  # what it has had before
-        queue.add(earlier := of(model, 0, "default", client="heavy"))
-        queue.take([earlier])
-        queue.remove([earlier])
-    queue.add(heavy)
-    light = [of(model, 1 + i, "default", client=name) for i, name in enumerate(names)]
-    for request in light:
-        queue.add(request)
-    served = 0
-    while (first := next(iter(queue))) is not heavy:
-        queue.take([first])
-        queue.remove([first])  # it has been answered
-        queue.add(of(model, 10 + served, "default", client=first.client))
-        served += 1
-        assert served <= CREDIT_S / 0.1 + 2 * len(names)
-    assert served >= CREDIT_S / 0.1 / 2
-
-
-def test_strangers_that_come_once_cannot_keep_a_client_from_its_share_for_ever() -> None:
-    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1 / passes("default")))
-    queue, heavy = FairQueue(), of(model, 0, "default", client="heavy")
-    for _ in range(100):
-        queue.add(earlier := of(model, 0, "default", client="heavy"))
-        queue.take([earlier])
-    queue.add(heavy)
-    for served in range(20):
-        queue.add(of(model, 1 + served, "default", client=f"stranger {served}"))
-        first = next(iter(queue))
-        queue.take([first])
-        if first is heavy:
-            break
-    assert first is heavy
-
-
-def test_work_that_was_dropped_counts_for_its_client_no_more(timed: Model) -> None:
-    queue = FairQueue()
-    dropped = [of(timed, id, client="a") for id in range(10)]
-    for request in [*dropped, *(of(timed, id, "default", client="b") for id in range(10, 20))]:
-        queue.add(request)
-    queue.remove(dropped[1:])
-    queue.add(of(timed, 20, "default", client="a"))
-    order = [request.work.id for request in queue]
-    assert order.index(20) == order.index(0) + 1  # behind its own one that is left
-    queue.remove(dropped[:1])
-    queue.add(of(timed, 21, "default", client="c"))
-    queue.add(of(timed, 22, "default", client="a"))
-    order = [request.work.id for request in queue]
-    assert order.index(21) < order.index(22)  # 20 still counts
-
-
-def test_clients_that_always_wait_get_equal_work_within_one_image_of_each(timed: Model) -> None:
-    """Golestani 1994, theorem 1: two backlogged clients differ by at most the sum of their largest costs."""
-    generator = random.Random(0)
-    costs = {stage: timed.alone_s(stage) for stage in ("vote", "default", "published")}
-    for _ in range(50):
-        queue, served = FairQueue(), {"a": 0.0, "b": 0.0}
-        arrivals = [client for client in served for _ in range(60)]
-        generator.shuffle(arrivals)
-        for id, client in enumerate(arrivals):
-            queue.add(of(timed, id, generator.choice(list(costs)), client))
-        while {request.client for request in queue} == {"a", "b"}:
-            first = next(iter(queue))
-            queue.take([first])
-            served[first.client] += first.cost_s
-            assert abs(served["a"] - served["b"]) <= 2 * max(costs.values()) + 1e-9
-
-
 def test_image_that_would_be_late_gets_no_slot_unless_the_worker_is_idle(timed: Model, clock: Clock) -> None:
     alone_s = timed.alone_s(STAGE)
     scheduler = Scheduler([4], clock=clock)
@@ -519,46 +390,3 @@ def test_another_models_images_cost_a_long_one_their_batches_too(timed: Model, c
     long = of(timed, 0, deadline=MARGIN * timed.alone_s(STAGE) + 1.0)
     scheduler.add([long, of(other, 1, "default"), of(timed, 2, "default")])
     assert scheduled(scheduler) == [(0, 0), (0, 2)]
-
-
-def test_admission_counts_only_what_goes_before_the_newcomer(timed: Model) -> None:
-    scheduler, admission = Scheduler([1]), Admission(100, 5.0, STAGE)
-    scheduler.add(of(timed, id, client="many") for id in range(20))
-    scheduler.schedule()
-    check = partial(admission.check_added_time, scheduler, model=timed, stage=STAGE, left_s=30.0, patient=False)
-    with pytest.raises(NotReadyError, match="images in progress would take about"):
-        check(client="many")
-    check(client="few")
-
-
-def test_admission_of_a_short_image_counts_the_steps_of_long_ones_that_it_is_beside(timed: Model, clock: Clock) -> None:
-    scheduler, admission = Scheduler([4], clock=clock), Admission(100, 15.0, "default")
-    scheduler.add(of(timed, id) for id in range(40))  # three begin
-    assert len(scheduler.schedule().given) == 3
-    check = partial(admission.check_added_time, scheduler, model=timed, stage="default", left_s=30.0, patient=False)
-    step_s, alone_s = timed.step_s(STAGE), timed.alone_s("default")
-    waiting = 0
-    while 3 * (waiting + 1) * step_s + waiting * alone_s <= 15.0 * alone_s:  # a slot for each step
-        check(client="")
-        scheduler.add([of(timed, 100 + waiting, "default")])
-        waiting += 1
-    with pytest.raises(NotReadyError):
-        check(client="")
-    assert waiting >= 2
-    with pytest.raises(NotReadyError, match="images in progress would take about"):
-        check(stage=STAGE, client="")
-
-
-def test_deadline_that_could_not_be_kept_alone_is_no_reason_to_be_let_in(timed: Model) -> None:
-    scheduler, admission = Scheduler([1]), Admission(100, 5.0, STAGE)
-    scheduler.add(of(timed, id) for id in range(20))
-    scheduler.schedule()
-    alone_s = timed.alone_s(STAGE)
-    for left_s, patient in ((30.0 * alone_s, True), (0.9 * alone_s, True), (0.9 * alone_s, False)):
-        check = partial(admission.check_added_time, scheduler, model=timed, stage=STAGE, client="", patient=patient)
-        if left_s > alone_s:
-            check(left_s=left_s)
-        else:
-            with pytest.raises(NotReadyError):
-                check(left_s=left_s)
-    admission.check_added_time(Scheduler([1]), model=timed, stage=STAGE, client="", left_s=0.01, patient=True)  # idle
