@@ -1,10 +1,11 @@
 """The columns of the report's tables, the gain over the bare classifier first; what they mean, and what a row says."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from unperturb.benchmarks.reporting.rows import AVERAGED, LEADERBOARD_SOURCE, Group, Interval, Row, Signs
+from unperturb.benchmarks.robustness.figures import LESS
 
 DAGGER = "†"
 LEGEND = f"{DAGGER} fewer than 1,000 images: a difference of a few points may be chance."
@@ -64,10 +65,20 @@ def points(gain: float | None, interval: Interval | None = None) -> Cell:
     return Cell(f"{100 * gain:+.1f}", f"({_ends(interval, '+')})" if interval else "", gain)
 
 
-def at_most(gain: float | None, interval: Interval | None) -> Cell:
-    """Return an upper bound of a difference in points; the interval's upper end beside it."""
+def gained(gain: float | None, interval: Interval | None, weaker: Sequence[str] = ()) -> Cell:
+    """Return a gain in points; where attacks were less than a judge's, a bound (≤), or near one (≲) where those on the
+    bare classifier were, too: its upper end beside it.
+    """
     cell = points(gain, interval)
-    return cell._replace(text=f"≤ {cell.text}", detail=f"(to {100 * interval[1]:+.1f})" if interval else "")
+    if not weaker:
+        return cell
+    detail = f"(to {100 * interval[1]:+.1f})" if interval else ""
+    return cell._replace(text=f"{'≲' if less(weaker) else '≤'} {cell.text}", detail=detail)
+
+
+def less(weaker: Sequence[str]) -> bool:
+    """Return whether the bare classifier was attacked with less than a judge needs, too: a gain is no bound then."""
+    return any(reason.startswith(LESS) for reason in weaker)
 
 
 def _ends(interval: Interval, sign: str = "") -> str:
@@ -75,8 +86,7 @@ def _ends(interval: Interval, sign: str = "") -> str:
 
 
 def _gain(row: Row) -> Cell:
-    """Return the gain; where it could only be lower, marked, and without an end below."""
-    return (at_most if row.gain_at_most else points)(row.gain, row.gain_interval)
+    return gained(row.gain, row.gain_interval, row.weaker)
 
 
 def _count(row: Row) -> Cell:
@@ -145,7 +155,8 @@ def cautions(row: Row) -> list[str]:
     """Return what speaks against a row's figures: gradients that look masked, and attacks that were not run."""
     said = [f"gradients may be masked: {sentence}" for sentence in row.warnings]
     said += row.notes
-    said += [f"{reason}: the gain is at most this" for reason in row.weaker]
+    bound = "stronger ones may lower the gain" if less(row.weaker) else "the gain is at most this"
+    said += [f"{reason}: {bound}" for reason in row.weaker]
     return said + [f"{attack} could not be run: {reason}" for attack, reason in row.could_not_run]
 
 
@@ -161,7 +172,7 @@ TRANSFER = Column("transfer, %", lambda row: percent(row.transfer))
 DRAWS = Column("mean / worst of draws, %", _draws)
 ATTACKS = Column("attacks", lambda row: Cell(str(row.attacks or ""), key=row.attacks))
 BUDGET = Column("budget", lambda row: Cell(row.budget, key=row.budget), number=False)
-TIME = Column("ms per image (times bare)", _milliseconds)
+TIME = Column("ms per image (times bare in the same run)", _milliseconds)
 SOURCE = Column("source", _source, number=False)
 THREAT = Column("threat", lambda row: Cell(threat_of(row.group), key=threat_of(row.group)), number=False)
 BEHIND = Column("behind the purifier, % (95%)", WORST.cell)

@@ -1,5 +1,6 @@
 """Make the first page's figures: the headline, and how often what the picture shows happens."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from unperturb.benchmarks.reporting import columns as c
@@ -55,8 +56,7 @@ def headline(runs: list[dict[str, Any]]) -> str:
         gained = c.GAIN.cell(vote).whole
         lines.append(
             f"- The vote alone (`{vote.purifier}`), likewise (the worst of {vote.attacks}): **{gained} points**, "
-            f"n = {c.COUNT.cell(vote).text}; {VERDICTS[tone(vote)]}."
-            + _beside_the_vote(run, vote_run, weaker=row.gain_at_most)
+            f"n = {c.COUNT.cell(vote).text}; {VERDICTS[tone(vote)]}." + _beside_the_vote(run, vote_run, row.weaker)
         )
     if transferred := transfer_gain(run):
         lines.append(
@@ -75,16 +75,16 @@ def headline(runs: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", below])
 
 
-def _beside_the_vote(run: dict[str, Any], vote_run: dict[str, Any], *, weaker: bool) -> str:
+def _beside_the_vote(run: dict[str, Any], vote_run: dict[str, Any], weaker: Sequence[str]) -> str:
     """Return what the preset `default` gains over the vote alone, in a sentence; "" where their images differ.
 
-    weaker: whether stronger attacks on `default` could lower that
+    weaker: why the attacks on `default` are less than a judge's
     """
     found, other = run["results"], vote_run["results"]
     if found["indices"] != other["indices"]:
         return ""
     knows = gain(survivors(found["outcomes"]), survivors(other["outcomes"]))
-    shown = (c.at_most if weaker else c.points)(knows["mean"], tuple(knows["interval"])).whole
+    shown = c.gained(knows["mean"], tuple(knows["interval"]), weaker).whole
     said = f" Over the vote `default` gains {shown} points against who knows it"
     after, of_vote = withstands_unknowing(found["outcomes"]), withstands_unknowing(other["outcomes"])
     if after is None or of_vote is None:

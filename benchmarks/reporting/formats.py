@@ -28,6 +28,7 @@ LATEX = {
     "ε": r"$\varepsilon$",
     "λ": r"$\lambda$",
     "≤": r"$\le$",
+    "≲": r"$\stackrel{<}{\sim}$",
     "\N{MULTIPLICATION SIGN}": r"$\times$",
 }
 

@@ -7,6 +7,7 @@ from unperturb.benchmarks.reporting import columns as c
 from unperturb.benchmarks.reporting.formats import with_remarks
 from unperturb.benchmarks.reporting.results import where
 from unperturb.benchmarks.reporting.rows import measured_row
+from unperturb.benchmarks.robustness.figures import LESS
 from unperturb.models.checkpoints import store
 
 PURIFIER = c.Column("purifier", lambda row: c.Cell(f"`{row.purifier}`"), number=False)
@@ -154,9 +155,9 @@ def sweep_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
-def _at_most(gained: dict[str, Any]) -> str:
-    """Return at most what a candidate gains that was attacked with less than the bare classifier."""
-    return c.at_most(gained["mean"], tuple(gained["interval"])).whole
+def _rough(gained: dict[str, Any]) -> str:
+    """Return about what a candidate gains at most, attacked as it was with less than a judge needs."""
+    return c.gained(gained["mean"], tuple(gained["interval"]), [LESS]).whole
 
 
 def worst_case_sweep_table(record: dict[str, Any]) -> str:
@@ -167,7 +168,7 @@ def worst_case_sweep_table(record: dict[str, Any]) -> str:
     bare = swept["none"]
     n = bare["clean"]["n"]
     known = record["config"]["sweep"] != "transfer"
-    judges = {"clean": points, "transfer": points, **({"worst": _at_most} if known else {})}
+    judges = {"clean": points, "transfer": points, **({"worst": _rough} if known else {})}
     left = [f"{bare[key]['accuracy']:.1%}" for key in ("clean", "worst")]
     rows = [
         f"| `{record['results']['checkpoint']['id']}`, n = {n:,} held-out training images | clean | transfer |"

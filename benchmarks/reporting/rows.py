@@ -61,7 +61,7 @@ class Row:
     bare:      the same of the classifier without its purifier, on the same images
     gain:      worst less bare, paired by image; `clean_gain` that of clean images
     static:    AutoAttack on the classifier alone; a published row's `worst` may be a lower figure of others
-    weaker:    why the attacks were less than a judge's, so that the gain is at most this
+    weaker:    why the attacks were less than a judge's, so that stronger ones could lower the gain
     attacks:   how many the worst case is over, without the control
     times:     the time of an image, in those of the bare classifier
     """

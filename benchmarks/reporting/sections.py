@@ -91,12 +91,12 @@ def of_every_threat(rows: Sequence[Row]) -> list[Row]:
 
 
 def tone(row: Row) -> Literal["worse", "better", "even", "unjudged"]:
-    """Return on which side of 0 the interval of a purified row's gain lies; of a gain that is only known to be at most
-    so much, whether that is a loss.
+    """Return on which side of 0 the interval of a purified row's gain lies; of one that was attacked with less than a
+    judge needs only whether it is a loss, and where the bare classifier was, too, not even that.
     """
     assert row.gain_interval is not None
     low, high = row.gain_interval
-    if row.gain_at_most and high >= 0:
+    if row.gain_at_most and (high >= 0 or c.less(row.weaker)):
         return "unjudged"
     return "worse" if high < 0 else "better" if low > 0 else "even"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from unperturb.benchmarks.reporting.results import where
 
-MEASURES = ("goodput_within", "work_within", "work")  # of side_by_side.py
+SHARES = ("answered_within", "work_within")  # of side_by_side.py
 RATIO = "p99_at_ten_times_over_at_its_share"  # of shares.py
 
 
@@ -30,9 +30,10 @@ def load_table(record: dict[str, Any]) -> str:
         rows.append(f"| {' | '.join(cells)} |")
     rows += [
         "",
-        f"At 80% p99 is {found['p99_at_80_over_solo']:.1f} times the request to an idle server; at 300% goodput is "
-        f"{found['goodput_at_300_over_best']:.0%} of the best row's, and the client takes "
-        f"{found['loads'][-1]['client_cores']:.2f} of the cores; statuses: {', '.join(found['statuses'])}.",
+        f"At 80% p99 is {found['p99_at_80_over_solo']:.1f} times the request to an idle server, at 300% goodput is "
+        f"{found['goodput_at_300_over_best']:.0%} of the best row's (each the median of the rounds' own ratios), "
+        f"and the client takes {found['loads'][-1]['client_cores']:.2f} of the cores; "
+        f"statuses: {', '.join(found['statuses'])}.",
     ]
     return "\n".join(rows)
 
@@ -106,15 +107,16 @@ def side_by_side_table(record: dict[str, Any]) -> str:
     """Three servers under the same arrivals; the median of the rounds."""
     found, config = record["results"], record["config"]
     rows = [
-        f"| load, of {found['capacity']:.1f} images/s | server | answered within {config['within_s']:g} s, /s "
-        "| work within it, /s | work of any age, /s | p99 of `default`, s | of `published`, s "
+        f"| load, of {found['capacity']:.1f} images/s | server | answered within {config['within_s']:g} s "
+        "| work within it | work/s until the last answer | p99 of `default`, s | of `published`, s "
         "| not answered of `default` | of `published` |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for load in config["loads"]:
         for name, loads in found["servers"].items():
             turns = loads[load]
-            cells = [f"{statistics.median(turn[key] for turn in turns):.1f}" for key in MEASURES]
+            cells = [f"{statistics.median(turn[key] for turn in turns):.0%}" for key in SHARES]
+            cells.append(f"{statistics.median(turn['work'] for turn in turns):.1f}")
             presets = [
                 [turn["presets"][preset] for turn in turns if preset in turn["presets"]]
                 for preset in ("default", "published")

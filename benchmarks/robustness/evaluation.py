@@ -33,7 +33,7 @@ from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.collecting import LARGER_PREFIX, PARTS_PREFIX, RESUBMITTED, results_of
 from unperturb.benchmarks.robustness.counting import CountingClassifier
 from unperturb.benchmarks.robustness.data import EvaluationSet
-from unperturb.benchmarks.robustness.figures import CLEAN, LARGER
+from unperturb.benchmarks.robustness.figures import CLEAN, LARGER, LESS
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
 from unperturb.benchmarks.robustness.identity import REASONS, Identity, describe, missing
 from unperturb.benchmarks.robustness.judging import hardest, joined, judged, nothing, spread
@@ -103,7 +103,7 @@ class Evaluation:
             )
 
     def _weaker(self) -> list[str]:
-        """Return why the attacks are less than a judge's: then the gain is at most what they leave."""
+        """Return why the attacks are less than a judge's."""
         purifier, allowed = self.defended.purifier, self.plan.budget.unrolled_steps
         found = []
         if purifier.stopped_after(allowed).loop.steps < purifier.loop.steps:
@@ -113,7 +113,7 @@ class Evaluation:
                 "no gradient comes through the purifier: apgd-ce and AutoAttack take the identity in its place"
             )
         if self.purifies and (less := self.plan.budget.less_than(BUDGETS["standard"])):
-            found.append(f"the attacks have less than the budget `standard` ({', '.join(less)})")
+            found.append(f"{LESS} ({', '.join(less)})")
         return found
 
     def _is_randomised(self) -> bool:
@@ -163,7 +163,7 @@ class Evaluation:
         if figures["gain"] is None:
             return worst
         gained, interval = figures["gain"]["mean"], tuple(figures["gain"]["interval"])
-        gain = (columns.at_most if figures.get("weaker") else columns.points)(gained, interval).whole
+        gain = columns.gained(gained, interval, figures.get("weaker", ())).whole
         return f"gain {gain} points, n = {figures['gain']['n']:,}, {worst}"
 
     def scene(self, indices: Tensor) -> Scene:

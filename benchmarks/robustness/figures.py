@@ -16,6 +16,7 @@ from unperturb.benchmarks.robustness.attacks import (
 
 CLEAN = "clean"
 LARGER = (2, 4)  # times epsilon: a defense that withstands these hides its gradient
+LESS = "the attacks have less than the budget `standard`"  # before the bare classifier as well: no bound then
 NO_AUTOATTACK = "AutoAttack was not run through the defense, only on the bare classifier"
 NO_JUDGE = "AutoAttack was run neither on the bare classifier nor through the defense"
 Outcomes = dict[str, list[int | None]]  # 1: withstands, 0: broken, None: was broken already, and not attacked
@@ -50,7 +51,7 @@ def summarise(
     resubmitted: one row per fresh seed, of the hardest point of each image
     larger: outcomes at larger epsilons, by their factor
     by_part: outcomes of AutoAttack's parts on the defense
-    weaker: why the attacks are less than a judge's; the gain is then at most what they leave
+    weaker: why the attacks are less than a judge's; the gain is then at most what they leave, or (LESS) near it
     """
     left = survivors(outcomes)
     found: dict[str, Any] = {

@@ -23,7 +23,7 @@ class Gain(BaseModel):
 
     mean: float
     interval: Interval
-    at_most: bool = Field(False, description="not every attack was run through the purifier: it is this or less")
+    at_most: bool = Field(False, description="attacked with less than a judge needs: stronger attacks could lower it")
 
 
 class Worth(BaseModel):
