@@ -114,16 +114,17 @@ def all_tables() -> dict[str, str]:
     """Return every table by name, made from the result files, the shipped card and the service's settings."""
     measured = list(records_in("purification").values())
     swept = json.loads((FOLDER / "preset_sweep.json").read_text())
-    runs, frozen = robustness_runs(), robustness_runs("restorer")
+    everything, runs, frozen = load_runs(ROBUSTNESS), robustness_runs(), robustness_runs("restorer")
     main_runs = in_main_ball(runs)
     tables = {
         "settings": settings_table(),
         "headline": headline(main_runs),
         "when": when_table(
-            [*main_runs, *in_main_ball(frozen)],
-            [*runs, *frozen],
+            in_main_ball(everything),
+            everything,
             load_runs(QUERIED) if QUERIED.is_dir() else [],
             measured,
+            served=store.read_card(store.resolve(store.shipped_names()[0])).id,
         ),
         "picture": picture_line(json.loads((FOLDER / "brought_back.json").read_text())),
         "classifier": classifier_table(autoattacked()),

@@ -26,12 +26,14 @@ def when_table(
     runs: list[dict[str, Any]],
     queried: Sequence[dict[str, Any]] = (),
     purified: Sequence[dict[str, Any]] = (),
+    served: str = "",
 ) -> str:
     """Return the table, a line for each purifier of `main`, in points with 95% intervals.
 
     main: runs of one classifier or several in one ball; runs: theirs under every threat; queried: anybody's, of attacks
     that see scores or labels alone; purified: results of purification.py, whose presets that are not in `main` get a
-    line of their own beside a classifier whose default is
+    line of their own beside a classifier whose default is, and beside `served`, the one of which who runs the service
+    without a setting asks
     """
     rows = [(run, measured_row(run)) for run in main]
     attacked = {
@@ -43,7 +45,7 @@ def when_table(
     others = {(row.group.threat, row.model, row.purifier): row for row in averaged}
     others |= {(QUERIES, row.model, row.purifier): row for row in map(measured_row, queried)}
 
-    unjudged = {key: one for record in purified for key, one in _unjudged(record, attacked).items()}
+    unjudged = {key: one for record in purified for key, one in _unjudged(record, attacked, served).items()}
     unknown_pgd = {
         (record["results"]["checkpoint"]["id"], _purifier(preset)): figures["attacked"]
         for record in purified
@@ -92,7 +94,8 @@ def when_table(
 
         return cell
 
-    several = len({model for model, _ in attacked}) > 1
+    models = list(dict.fromkeys(row.model for _, row in rows))
+    several = len({model for model, _ in lines}) > 1
     generated = any(row.group.generated for row in others.values())
     columns = (
         *([c.Column("before", lambda row: c.Cell(f"`{row.model}`"), number=False)] if several else []),
@@ -107,17 +110,19 @@ def when_table(
         c.Column("times the classifier's time", times),
         c.COUNT,
     )
-    ordered = sorted(lines.values(), key=lambda row: [model for model, _ in attacked].index(row.model))
-    return with_remarks(columns, ordered, name=lambda row: name(row).text)
+    ordered = sorted(lines.values(), key=lambda row: (models.index(row.model), row.purifier != DEFAULT))
+    return with_remarks(columns, ordered, name=lambda row: f"{name(row).text}{f' before `{row.model}`' * several}")
 
 
-def _unjudged(record: dict[str, Any], attacked: Container[tuple[str, str]]) -> dict[tuple[str, str], Unjudged]:
-    """Return the presets that a classifier was purified with and not judged, where its default was judged."""
+def _unjudged(
+    record: dict[str, Any], attacked: Container[tuple[str, str]], served: str
+) -> dict[tuple[str, str], Unjudged]:
+    """Return the presets that a classifier was purified with and not judged, where its default was or it is served."""
     found, model = record["results"], record["results"]["checkpoint"]["id"]
-    if (model, DEFAULT) not in attacked:
+    if model != served and (model, DEFAULT) not in attacked:
         return {}
     ms = found["time"]["ms_per_image"]
-    names = {preset: _purifier(preset) for preset in PRESETS if preset != "default"}
+    names = {preset: _purifier(preset) for preset in PRESETS}
     return {
         (model, name): Unjudged(found["accuracy"][preset], ms[preset] / ms["classifier"])
         for preset, name in names.items()

@@ -120,6 +120,27 @@ def test_table_of_what_helps_when_has_every_purifier_and_says_what_was_not_run()
     assert vote["Gaussian noise"] == "not run"
 
 
+def test_table_of_what_helps_when_has_what_is_served_though_nobody_has_judged_it() -> None:
+    cell = {"gain": {"mean": 0.02, "interval": [0.01, 0.03]}}
+    accuracy = {"default": {"attacked": cell, "clean": cell}}
+    purified = {
+        "results": {
+            "checkpoint": {"id": "tiny"},
+            "accuracy": accuracy,
+            "time": {"ms_per_image": {"classifier": 2.0, "default": 8.0}},
+        }
+    }
+    judged = record(HELPED, BARE, purifier="vote")
+    head, _, *rows = when_table([record(BARE), judged], [], [], [purified], served="tiny").splitlines()
+    names = [cell.strip() for cell in head.strip("|").split(" | ")]
+    default, vote = (dict(zip(names, row.strip("| ").split(" | "), strict=True)) for row in rows)
+    assert (default["purifier"], vote["purifier"]) == ("preset `default`", "`vote`")
+    assert default["does not know of it, PGD-20"] == default["clean images"] == "+2.0 (+1.0 to +3.0)"
+    assert default["times the classifier's time"] == "4.0"
+    assert default["knows everything"] == default["does not know of it, AutoAttack"] == "not run"
+    assert len(when_table([record(BARE), judged], [], [], [purified]).splitlines()) == 3
+
+
 def test_robustness_table_has_every_purifier_its_signs_and_what_was_not_run() -> None:
     signs = {**NO_SIGNS, "warnings": ["twice the iterations break 9 images more"]}
     found = [record(BARE), record(KNOWN, BARE, signs=signs, could_not_run={"square": "too large"})]

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from tests.support.records import NO_SIGNS, Outcomes, averaged_record, in_order, record, write
-from unperturb.benchmarks.reporting import report, rows
+from unperturb.benchmarks.reporting import columns, report, rows
 from unperturb.benchmarks.reporting.columns import LEGEND
 from unperturb.benchmarks.reporting.report import Report
 from unperturb.benchmarks.reporting.results import accuracy, gain
 from unperturb.benchmarks.reporting.rows import Group, load_runs, measured_row, published_rows
-from unperturb.benchmarks.robustness.figures import NO_AUTOATTACK
+from unperturb.benchmarks.reporting.sections import tone
+from unperturb.benchmarks.robustness.figures import LESS, NO_AUTOATTACK
 from unperturb.models.errors import DataError
 
 N = 20
@@ -242,6 +243,17 @@ def test_csv_of_a_gain_that_is_at_most_so_much_has_no_lower_end() -> None:
     (line, *_) = csv.DictReader(io.StringIO(Report([run]).to_csv()))
     assert (line["gain_at_most"], line["weaker"], line["gain_low"]) == ("1", "too little", "")
     assert float(line["gain_high"]) < 0
+
+
+def test_gain_under_less_than_the_budget_standard_is_no_bound_and_no_verdict() -> None:
+    run = worse()
+    row = measured_row(run)
+    assert (tone(row), tone(replace(row, weaker=("cut",)))) == ("worse", "worse")
+    assert columns.GAIN.cell(replace(row, weaker=("cut",))).text.startswith("≤ -")
+    less = replace(row, weaker=("cut", f"{LESS} (targets)"))
+    assert tone(less) == "unjudged"
+    assert columns.GAIN.cell(less).text.startswith("≲ -")
+    assert f"{LESS} (targets): stronger ones may lower the gain" in columns.cautions(less)
 
 
 def test_csv_of_corruptions_has_a_mean_and_no_worst_case() -> None:
