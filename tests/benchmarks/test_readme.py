@@ -78,7 +78,7 @@ def test_curl_example_shows_what_the_service_answers() -> None:
     with TestClient(create_app(Settings(device="cpu", threads=1, max_batch=2))) as client:
         wait_until_ready(client)
         sample = (ROOT / "service" / "assets" / "sample.png").read_bytes()
-        answer = client.post("/classify?top_k=3", files={"image": sample}).json()
+        answer = client.post("/classify?top_k=2", files={"image": sample}).json()
     assert shown["model"] == answer["model"]
     assert shown["input"] == answer["input"]
     assert [p["label"] for p in shown["predictions"]] == [p["label"] for p in answer["predictions"]]
