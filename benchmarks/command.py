@@ -15,12 +15,18 @@ from unperturb.models.options import option, parse
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """The options of every measurement of a checkpoint."""
+class CheckpointConfig:
+    """The options of every script that runs a checkpoint."""
 
     checkpoint: str = option("shipped name or folder", "default")
-    seed: int = option("of everything that is drawn", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig(CheckpointConfig):
+    """The options of every measurement of a checkpoint."""
+
+    seed: int = option("of everything that is drawn", 0)
 
 
 Chosen = TypeVar("Chosen")

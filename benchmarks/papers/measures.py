@@ -206,7 +206,8 @@ def generator(subject: Subject) -> dict[str, Any]:
 def harness(subject: Subject) -> dict[str, Any]:
     """Judge the reverse attack with the run's head by benchmarks/robustbench_eval.py: transfer and worst case.
 
-    The runs of a scale share a folder, since AutoAttack on the classifier alone is the same for every head of it.
+    The runs of a scale share a folder, since AutoAttack on the classifier alone is the same for every head of it. An
+    attack that is run only on what those before it left has no figure of its own; what it broke is in the outcomes.
     """
     out = subject.run.parents[1] / "harness"
     arguments = [
@@ -230,7 +231,7 @@ def harness(subject: Subject) -> dict[str, Any]:
     (file,) = run_all(parse(EvaluationConfig, arguments, program="benchmarks/robustbench_eval.py"))
     found = json.loads(file.read_text())["results"]
     figures = found["figures"]
-    shown = {name: cells["alone"] or cells["left"] for name, cells in figures["attacks"].items()}
+    shown = {name: cells["alone"] for name, cells in figures["attacks"].items() if cells["alone"]}
     return {**shown, "worst_case": figures["worst_case"], "gain": figures["gain"], "outcomes": found["outcomes"]}
 
 

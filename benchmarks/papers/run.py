@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from unperturb.benchmarks.command import run_command
-from unperturb.benchmarks.papers.measures import MEASURES, Subject
+from unperturb.benchmarks.papers.measures import HARNESS_ATTACKS, MEASURES, Subject
 from unperturb.benchmarks.papers.plan import SCALES, Arm, ScaleName, arms
 from unperturb.benchmarks.reporting import results
 from unperturb.models import provenance
@@ -150,9 +150,15 @@ class Campaign:
         return self.config.out / self.config.scale / f"{name}.json"
 
     def chain(self, name: str) -> dict[str, Any]:
-        """Return the arm's command and options, and those of the arms that it needs."""
+        """Return the arm's command and options, whose weights it goes on from, what the harness is asked for, and the
+        same of the arms that it needs.
+        """
         arm = self.arms[name]
-        own = {"command": arm.command, **arm.options}
+        own: dict[str, Any] = {"command": arm.command, **arm.options}
+        if "classifier" in arm.options:
+            own |= {"classifier_sha256": store.read_card(store.resolve(arm.options["classifier"])).weights_sha256}
+        if "harness" in arm.measures:
+            own |= {"harness": {"attacks": HARNESS_ATTACKS, **SCALES[self.config.scale].harness}}
         if arm.imported and self.imported:
             network = self.imported.architecture
             own |= {"imported": f"{network.name}, {network.image_size} pixels"}

@@ -76,9 +76,9 @@ class SpeedConfig(BenchmarkConfig):
 
 def subject(config: SpeedConfig) -> Checkpoint:
     """The checkpoint, or random weights of an architecture behind a head of the usual size."""
+    torch.manual_seed(config.seed)
     if not config.arch:
         return store.load(config.checkpoint, device=config.device)
-    torch.manual_seed(0)
     architecture = Architecture(name=config.arch, num_classes=10)
     classifier = build(architecture).eval().requires_grad_(False).to(config.device)
     head = (
@@ -145,7 +145,7 @@ class Timed(NamedTuple):
 def measure(config: SpeedConfig, ways: Ways, size: int) -> dict[str, Any]:
     """Every way on one batch of images, in turn, once before it counts; the first turn says which way is fastest."""
     device, side = ways.device, ways.ways["eager"].ready.classifier.image_size
-    x = torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(config.seed)).to(device)
     seeds = torch.arange(size, device=device)
     every = {"published procedure": Timed("float32", config.steps, config.views, lambda x, _: ways.plain(x))}
     for name, way in ways.ways.items():

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from unperturb.benchmarks.command import BenchmarkConfig, run_command
+from unperturb.benchmarks.command import CheckpointConfig, run_command
 from unperturb.benchmarks.purifier.picture import PGD_STEPS, Square, squares
 from unperturb.benchmarks.reporting import results
 from unperturb.models.attacks.pgd import cross_entropy, pgd
@@ -44,7 +44,7 @@ SEED = 0  # of the page and of the demo
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplesConfig(BenchmarkConfig):
+class SamplesConfig(CheckpointConfig):
     """Choose the page's samples, and count how often each of their kinds happens."""
 
     data: str = option("cifar10, cifar100, or an image folder; its test split is used, in file order")
@@ -166,7 +166,7 @@ def make_samples(config: SamplesConfig) -> int:
         places = {name: at._asdict() for name, at in chosen.items()}
         stored = {name: value for name, value in as_json(config).items() if name != "page"}
         found = {**shown, "chosen": places}
-        results.write(config.out, script=SCRIPT, config={**stored, "data": shown["data"]}, results=found)
+        results.write(config.out, script=SCRIPT, config={**stored, "seed": SEED, "data": shown["data"]}, results=found)
     print(shown)
     return 0
 

@@ -139,22 +139,24 @@ def _stair(axes: Any, run: dict[str, Any], theme: Theme) -> None:  # noqa: ANN40
 
 
 def _by_epsilon(runs: Runs, theme: Theme) -> bytes | None:
-    """Draw lines of runs that differ in epsilon alone, over the attacks that all of them have."""
+    """Draw lines of runs that differ in epsilon alone, not in their attacks either."""
     lines: dict[tuple[Any, ...], Runs] = defaultdict(list)
     for run in runs:
         found, config, group = run["results"], run["config"], group_of(run)
         same = (found["model"]["spec"], found["purifier_spec"], group.dataset, group.threat, group.own)
-        lines[(*same, config["n_examples"], config["budget"], config["seed"])].append(run)
+        over = frozenset(found["figures"]["worst_case_over"])
+        lines[(*same, config["n_examples"], config["budget"], config["seed"], over)].append(run)
     lines = {key: sorted(line, key=group_of) for key, line in lines.items() if len({*map(group_of, line)}) > 1}
     if not lines:
         return None
     plt, figure, axes = open_figure(9, 4.2 + LINE * len(lines))
     for number, (key, line) in enumerate(lines.items()):
-        common = set.intersection(*(set(run["results"]["figures"]["worst_case_over"]) for run in line))
         unit = 255 if key[3] == "Linf" else 1
         points = [(0.0, 100 * line[0]["results"]["figures"]["clean"]["accuracy"])]
-        points += [(group_of(run).epsilon * unit, _survivors(run, common)) for run in line]
-        name = f"{', '.join(key[:2])}: worst case over {len(common - {'clean'})} attacks"
+        points += [
+            (group_of(run).epsilon * unit, 100 * run["results"]["figures"]["worst_case"]["accuracy"]) for run in line
+        ]
+        name = f"{', '.join(key[:2])}: worst case over {len(key[-1])} attacks"
         axes.plot(*zip(*points, strict=True), "o-", color=_colour(theme, number), label=name)
     units = {"255ths" if key[3] == "Linf" else key[3] for key in lines}
     axes.set_xlabel(f"epsilon, {' or '.join(sorted(units))}")
@@ -164,12 +166,6 @@ def _by_epsilon(runs: Runs, theme: Theme) -> bytes | None:
     axes.grid()
     figure.legend(loc="outside lower left", fontsize=10)
     return png(plt, figure)
-
-
-def _survivors(run: dict[str, Any], names: set[str]) -> float:
-    """Return the percentage of images that are right and no attack of these broke; null: it was broken already."""
-    images = list(zip(*(run["results"]["outcomes"][name] for name in sorted({"clean", *names})), strict=True))
-    return 100 * sum(all(image) for image in images) / len(images)
 
 
 def _by_time(runs: Runs, theme: Theme) -> bytes | None:

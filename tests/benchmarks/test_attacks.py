@@ -15,7 +15,7 @@ from unperturb.benchmarks.robustness import attacks
 from unperturb.benchmarks.robustness.attacks import adaptive, black_box, controls, label_free, transfer
 from unperturb.benchmarks.robustness.attacks.apgd import apgd, checkpoints
 from unperturb.benchmarks.robustness.attacks.autoattack import PARTS, run_part
-from unperturb.benchmarks.robustness.attacks.scene import Judged, Scene, cross_entropy_loss, dlr_loss
+from unperturb.benchmarks.robustness.attacks.scene import Judged, Scene, cross_entropy_loss, dlr_loss, margin
 from unperturb.benchmarks.robustness.budgets import BUDGETS, Budget
 from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.evaluation import Evaluation
@@ -50,6 +50,7 @@ TINY = Budget(
     mate_steps=2,
 )
 THREATS = [Threat(norm="linf", epsilon=8 / 255), Threat(norm="l2", epsilon=0.5)]
+NARROW = Threat(norm="linf", epsilon=1 / 255)  # which hardly breaks an image: an attack goes on to its last step
 
 
 class LinearClassifier(ImageClassifier):
@@ -248,14 +249,59 @@ def tensors_of(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
-@pytest.mark.parametrize("purifier", [AntiAdversary, Hedge])
-def test_adaptive_attacks_run_on_the_rivals(images: Tensor, purifier: type[AntiAdversary] | type[Hedge]) -> None:
+def before_rival(images: Tensor, purifier: type[AntiAdversary] | type[Hedge]) -> Scene:
     classifier = make_defended().classifier
-    scene = tiny_scene(images, THREATS[0], DefendedClassifier(classifier, purifier(classifier)))
-    for name in ("bpda-contrastive", "apgd-ce", "apgd-t", "intermediate"):
+    scene = tiny_scene(images, NARROW, DefendedClassifier(classifier, purifier(classifier).stopped_after(4)))
+    return replace(scene, budget=replace(TINY, restarts=1))
+
+
+@pytest.mark.parametrize("purifier", [AntiAdversary, Hedge])
+def test_adaptive_attacks_on_the_rivals_lower_the_margin_below_that_of_every_random_start(
+    images: Tensor, purifier: type[AntiAdversary] | type[Hedge]
+) -> None:
+    scene = before_rival(images, purifier)
+
+    def mean_margin(x: Tensor) -> float:
+        with torch.no_grad():
+            return margin(scene.logits(x), scene.labels).mean().item()
+
+    ball = scene.threat.ball(start="uniform")
+    starts = [mean_margin(ball.begin(images, scene.seeds + 8 * draw)) for draw in range(5)]
+    for name in ("apgd-ce", "apgd-t", "intermediate"):
         (points,) = tensors_of(attacks.ATTACKS[name].run(scene))
-        delta = (points - images).abs()
-        assert 0 < delta.max() <= scene.threat.epsilon + 1e-6  # which NaN is not
+        assert mean_margin(points) < min(starts) - (max(starts) - min(starts)), name
+
+
+@pytest.mark.parametrize("purifier", [None, AntiAdversary, Hedge], ids=["reverse attack", "anti-adversary", "hedge"])
+def test_contrastive_attack_meets_the_purifiers_objective_the_more_the_larger_its_weight(
+    images: Tensor, purifier: type[AntiAdversary] | type[Hedge] | None
+) -> None:
+    scene = before_rival(images, purifier) if purifier else tiny_scene(images, NARROW)
+    own = scene.defended.purifier
+    met = []
+    for weight in (0.01, 1.0, 100.0):
+        budget = replace(TINY, lambdas=(weight,), restarts=1)
+        points = adaptive.bpda_contrastive(replace(scene, budget=budget))
+        with torch.no_grad():
+            met.append(own.objective(points, torch.zeros_like(scene.labels))(points, 0).mean().item())
+    assert met == sorted(set(met), reverse=own.loop.direction == "descend")  # no two are equal
+
+
+class Saturating(Purifier):
+    """Its second step takes an image where cross-entropy has no slope left; after the first it is as it was."""
+
+    def descend(self, x: Tensor, *, seeds: Tensor, unrolled: bool = False) -> Descent:
+        further = 1e6 if self.loop.steps > 1 else 1.0
+        return Descent(0.5 + further * (x - 0.5), x.new_zeros((0, len(x))))
+
+
+def test_attack_on_the_intermediate_iterate_breaks_what_the_last_one_gives_no_slope_for() -> None:
+    scene = linear_scene(Threat(norm="linf", epsilon=1 / 255), n=40)
+    loop = replace(NoPurifier(scene.classifier).loop, steps=2)
+    scene = scene.against(DefendedClassifier(scene.classifier, Saturating(scene.classifier, loop)))
+    exact = exactly_robust(scene)
+    assert scene.right(adaptive.bpda_apgd_ce(scene)).float().mean() > exact.float().mean() + 0.2
+    assert torch.equal(scene.right(adaptive.intermediate(scene)), exact)
 
 
 def test_square_and_rays_break_a_classifier_without_its_gradient() -> None:

@@ -288,6 +288,16 @@ def test_speed_of_an_architecture_is_measured_from_a_single_image_on(
     assert not any(module.training for part in (made.classifier, made.head) for module in part.modules())
 
 
+def test_random_weights_whose_speed_is_measured_are_those_of_the_seed() -> None:
+    weights = [
+        purify_speed.subject(purify_speed.SpeedConfig(arch="wide_resnet_10_1", seed=seed, device="cpu")).bank
+        for seed in (0, 0, 1)
+    ]
+    one, same, other = (bank.embeddings for bank in weights if bank is not None)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
 def test_ways_are_compared_by_label(tiny_folder: Path, image_folder: Path, tmp_path: Path) -> None:
     settings = {"checkpoint": str(tiny_folder), "data": str(image_folder), "n": 10, "steps": 2, "cache": tmp_path}
     config = purify_speed.SpeedConfig(device="cpu", **settings)  # type: ignore[arg-type]

@@ -132,6 +132,17 @@ def test_module_of_ones_own_is_evaluated_alone_and_behind_each_kind_of_purifier(
     json.dumps(report.records)
 
 
+@pytest.mark.parametrize("attack", ["apgd-ce", "bpda-apgd-ce", "intermediate", "bpda-contrastive"])
+def test_purifier_of_ones_own_that_hides_nothing_is_broken_by_each_adaptive_attack(
+    net: ImageClassifier, attack: str
+) -> None:
+    budget = replace(TINY, lambdas=(0.001,))  # its objective is no obstacle, and left to cross-entropy
+    report = quick(plain(net), Steps(), attacks=attack, budget=budget)
+    found = report.records[1]["results"]["figures"]["attacks"][attack]
+    assert found["attacked"] == 12
+    assert found["broken"] > 6
+
+
 def test_estimated_gradient_takes_the_place_of_none(net: ImageClassifier) -> None:
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     purifier = AnyPurifier(net, Levels())

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.support.records import Outcomes, averaged_record, in_order, record
+from tests.support.records import averaged_record, in_order, record
 from unperturb.benchmarks.reporting import plots
 from unperturb.benchmarks.reporting.drawing import DARK, LIGHT, drawn_in, open_figure
 from unperturb.benchmarks.reporting.plots import all_plots
@@ -45,12 +45,25 @@ def test_stair_without_a_purifier_has_no_line_of_another_classifier() -> None:
     assert lines == []
 
 
-def test_image_that_was_broken_already_does_not_survive() -> None:
-    outcomes: Outcomes = {"clean": [1, 1, 1, 0], "intermediate": [0, 1, 1, None], "square": [None, 1, 0, None]}
-    run = record(outcomes, {name: values[:4] for name, values in BARE.items()})
-    assert plots._survivors(run, {"clean"}) == 75.0
-    assert plots._survivors(run, {"clean", "intermediate"}) == 50.0
-    assert plots._survivors(run, {"clean", "square"}) == 25.0
+def test_line_over_epsilon_is_of_runs_with_the_same_attacks_and_shows_their_worst_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[tuple[str, list[tuple[float, float]]]] = []
+
+    def read(plt: Any, figure: Any) -> bytes:
+        drawn.extend((line.get_label(), list(map(tuple, line.get_xydata()))) for line in figure.axes[0].lines)
+        plt.close(figure)
+        return b""
+
+    monkeypatch.setattr(plots, "png", read)
+    smaller = in_order({"clean": 4, "transfer": 1, "intermediate": 2, "square": 1}, N)
+    fewer = in_order({"clean": 4, "transfer": 1}, N)
+    runs = [record(KNOWN, BARE), record(smaller, BARE, epsilon=4 / 255), record(fewer, BARE, epsilon=2 / 255)]
+    plots._by_epsilon(runs, LIGHT)
+    ((name, points),) = drawn
+    assert name == "tiny, reverse-attack: worst case over 3 attacks"
+    assert [value for point in points for value in point] == pytest.approx([0, 80, 4, 60, 8, 30])
+    assert plots._by_epsilon(runs[1:], LIGHT) is None
 
 
 def test_plots_are_those_that_the_runs_have_enough_for() -> None:

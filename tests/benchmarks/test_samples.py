@@ -76,3 +76,8 @@ def test_drawing_without_such_a_part_is_refused(monkeypatch: pytest.MonkeyPatch)
     config = SamplesConfig(data="nowhere", n=0, device="cpu")
     with pytest.raises(ConfigError, match="no part of the drawing is restored or unrestored or harmed"):
         samples.choose(config, defend(store.load("small"), preset("default")))
+
+
+def test_seed_of_the_samples_is_the_pages_and_no_option() -> None:
+    with pytest.raises(SystemExit):
+        samples.main(["--data", "nowhere", "--seed", "1"])

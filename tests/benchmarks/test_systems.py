@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from tests.conftest import SMALL, make_checkpoint
+from tests.support.records import in_order, record, write
+from unperturb.benchmarks.papers import measures
 from unperturb.benchmarks.papers import plan as systems_plan
 from unperturb.benchmarks.papers import run as systems
 from unperturb.benchmarks.papers import table as systems_table
@@ -223,6 +225,51 @@ def test_every_arm_runs_and_every_system_has_its_row(
     assert len(table.splitlines()) == 2 + len(systems_table.ROWS)
 
 
+@pytest.mark.usefixtures("tiny")
+def test_head_is_known_by_the_weights_before_it_and_by_the_attacks_on_it(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_checkpoint()
+    first = store.save(tmp_path / "base", base)
+    head = {**TINY.head, "classifier": str(tmp_path / "base")}
+    monkeypatch.setitem(SCALES, "small", Scale(**{**vars(TINY), "head": head}))
+    wanted = arguments(image_folder, tmp_path, "--arm", "head-plain")
+    campaign = systems.Campaign(parse(systems.PapersConfig, wanted, program="run"))
+    campaign._record("head-plain", 0, {"figures": {"harness": {}}})
+    trained = campaign.folder("head-plain", 0)
+    assert campaign.known("head-plain", 0)
+    assert results_of(tmp_path)["head-plain"]["results"]["options"]["head-plain"]["classifier_sha256"] == (
+        first.weights_sha256
+    )
+    with monkeypatch.context() as change:
+        change.setattr(systems, "HARNESS_ATTACKS", "noise")
+        assert not campaign.known("head-plain", 0)
+    for parameter in base.classifier.parameters():
+        parameter.data.mul_(2)
+    store.save(tmp_path / "base", base)  # as `default` became another network
+    assert not campaign.known("head-plain", 0)
+    assert campaign.folder("head-plain", 0) != trained
+
+
+def test_attack_on_what_others_left_has_neither_a_figure_of_its_own_nor_a_place_in_the_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_by = {"clean": 1, "autoattack": 0, "transfer": 1, "apgd-ce": 0, "bpda-contrastive": 1}
+    file = write(tmp_path, "run", record(in_order(broken_by, 4)))
+    monkeypatch.setattr(measures, "run_all", lambda config: [file])
+    nothing = DataSet("none", *(2 * (Split(torch.zeros(0, 3, 8, 8).byte(), NO),)), (), "")
+    run = tmp_path / "head" / "0"
+    measured = MEASURES["harness"](Subject(run, run, None, nothing, "cifar10", TINY, torch.device("cpu")))
+    assert measured.keys() == {"clean", "autoattack", "transfer", "apgd-ce", "worst_case", "gain", "outcomes"}
+    assert measured["worst_case"]["accuracy"] == 0.25
+    found = systems_table.Found(tmp_path / "nothing")
+    for arm in ("head-plain", "head-robust"):
+        found.arms[arm] = {"seeds": {"0": {"figures": {"harness": measured}}}}
+    row = systems_table._head(found)
+    assert "transfer 50.0 / 50.0, worst case 25.0 / 25.0" in row.measured
+    assert "contrastive" not in row.measured + row.shows
+
+
 def write_log(folder: Path, robust: list[float]) -> None:
     folder.mkdir(parents=True)
     lines = [{"epoch": i + 1, "held_out_pgd_accuracy": value, "seconds": 60.0} for i, value in enumerate(robust)]
@@ -250,6 +297,9 @@ class Figures(dict[str, Any]):
         nested = key in ("training", "less_than") or key.startswith("bank")
         paired = {"mean": -self.value, "interval": [-0.9, -0.1]}
         return Figures(self.value) if nested else {"accuracy": self.value, "n": 7, **paired}
+
+    def __contains__(self, key: object) -> bool:
+        return True
 
 
 def test_every_system_has_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
