@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import math
+import string
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from unperturb.service.http.inflate import inflated, is_compressed
 
 FILES = ("image", "images")  # the fields of a form that hold files
 MOST_FIELDS = 16
-URL_SAFE = str.maketrans("-_", "+/")
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _BINARY = {"type": "string", "format": "binary"}
 
 
@@ -185,8 +186,8 @@ def from_base64(text: str) -> bytes:
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
             raise ValueError("a data URL that is not base64")
-    text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    plain = text.encode("ascii").translate(URL_SAFE, string.whitespace.encode()).rstrip(b"=")
+    return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
 
 
 def _some(upload: Upload) -> Upload:
