@@ -5,6 +5,7 @@ import base64
 import binascii
 import math
 import string
+import sys
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -197,7 +198,7 @@ def _some(upload: Upload) -> Upload:
 
 
 class _PastLimit(MultiPartException):
-    """The body is over the limit; of a kind on which the form's parser closes the files that it has opened."""
+    """The body is over the limit; of a kind on which the form's parser closes the parts that it has begun."""
 
     def __init__(self) -> None:
         super().__init__("the body is over the limit")
@@ -215,7 +216,9 @@ class _TooManyFiles(MultiPartException):
 
 
 class _CountingParser(MultiPartParser):
-    """Starlette's parser with a count of files of our own, whose refusal has a type of its own."""
+    """Starlette's parser with a count of files of our own, whose refusal has a type of its own; it opens no file."""
+
+    spool_max_size = sys.maxsize  # bytes of a part in memory: a body is limited, and open files are for connections
 
     def __init__(self, headers: Headers, body: AsyncGenerator[bytes, None], *, max_images: int) -> None:
         super().__init__(headers, body, max_files=math.inf, max_fields=MOST_FIELDS)

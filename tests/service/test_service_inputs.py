@@ -9,6 +9,7 @@ import zlib
 from collections.abc import AsyncIterator
 from io import BytesIO
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -331,6 +332,12 @@ def test_base64_in_pieces_costs_little_more_than_in_one() -> None:
 
     whole, pieces = (min(cost_s(text) for _ in range(3)) for text in ("AAAA" * 2_000_000, "AA " * 3_000_000))
     assert pieces < 3 * whole
+
+
+def test_large_files_of_a_form_open_none(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpooledTemporaryFile, "rollover", lambda _: pytest.fail("a file is opened"))
+    answer = client.post("/classify", files=[("images", bytes(1_100_000))] * 8)
+    assert answer.status_code == 415, answer.text
 
 
 def test_too_many_files_are_refused(client: TestClient) -> None:
