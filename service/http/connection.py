@@ -38,7 +38,8 @@ class TimedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - uvloop's is no asyncio.Transport
         """Begin a connection, and wait for its first head."""
-        super().connection_made(_Transport(transport, self._expect_end))
+        closing: Any = _Transport(transport, self._expect_end)
+        super().connection_made(closing)
         if len(self.connections) > self.max_connections:
             transport.abort()
             return

@@ -24,7 +24,6 @@ from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.decoding.decode import Decoded
 from unperturb.service.errors import UnprocessableError
-from unperturb.service.http import json_body
 from unperturb.service.http.inflate import inflated
 from unperturb.service.http.tensors import read_infer
 from unperturb.service.http.upload import from_base64
@@ -301,7 +300,7 @@ MANY = {
 def test_json_that_would_keep_everybody_waiting_is_refused_before_it_is_parsed(
     client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, piece: bytes
 ) -> None:
-    monkeypatch.setattr(json_body.json, "loads", lambda _: pytest.fail("it is parsed"))
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it is parsed"))
     begin, end = (b"{", b"}") if piece == MANY["members"] else (b"[", b"]")
     inner = begin + piece * (9_000_000 // len(piece)) + piece[:-1] + end
     body = b'{"inputs": [{"name": "image", "shape": [1, 3, 32, 32], "datatype": "FP32", "data": ' + inner + b"}]}"
