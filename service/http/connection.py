@@ -1,16 +1,31 @@
 """One connection's limits of time, which uvicorn leaves to a proxy, and how many connections there may be."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+
+class _Transport:
+    """A transport that says when it is asked to close, by whomever: it then waits for its client to read, for ever."""
+
+    def __init__(self, transport: Any, on_close: Callable[[], None]) -> None:  # noqa: ANN401
+        self._transport, self._on_close = transport, on_close
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        self._transport.close()
+        self._on_close()
 
 
 class TimedConnection(HttpToolsProtocol):
     """Close a connection that is slow, or one too many.
 
     header_timeout_s: in which a request's head, the first one's or a later one's, has to arrive
-    write_timeout_s: in which a client has to read its answer
+    write_timeout_s: in which a client has to read its answer, or what is left of it when the connection is closed
     max_connections: past which one is closed at once
     """
 
@@ -19,10 +34,12 @@ class TimedConnection(HttpToolsProtocol):
     max_connections: int
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+    _close_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - uvloop's is no asyncio.Transport
         """Begin a connection, and wait for its first head."""
-        super().connection_made(transport)
+        closing: Any = _Transport(transport, self._expect_end)
+        super().connection_made(closing)
         if len(self.connections) > self.max_connections:
             transport.abort()
             return
@@ -30,10 +47,11 @@ class TimedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End a connection, and what waits for it."""
-        self._forget_head()
-        if self._write_timer is not None:
-            self._write_timer.cancel()
         super().connection_lost(exc)
+        self._forget_head()
+        for timer in (self._write_timer, self._close_timer):
+            if timer is not None:
+                timer.cancel()
 
     def pause_writing(self) -> None:
         """Wait for the client to read its answer."""
@@ -45,6 +63,10 @@ class TimedConnection(HttpToolsProtocol):
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()
+
+    def _expect_end(self) -> None:
+        if self._close_timer is None:
+            self._close_timer = self.loop.call_later(self.write_timeout_s, self.transport.abort)
 
     def _in_request(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

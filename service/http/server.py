@@ -15,22 +15,26 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
-from wsgiref.simple_server import WSGIServer
 
 import uvicorn
 from fastapi import FastAPI
-from prometheus_client import start_http_server
+from starlette.applications import Starlette
+from starlette.responses import Response
+from starlette.routing import Route
+from uvicorn.server import ServerState
 
 from unperturb.service.engine.engine import Engine
-from unperturb.service.http.address import joined
+from unperturb.service.http.address import taken
 from unperturb.service.http.gateway import Gateway
 from unperturb.service.http.protocol import Protocol
 from unperturb.service.settings import Settings
+from unperturb.service.telemetry.metrics import CONTENT_TYPE
 
 log = logging.getLogger("unperturb.service")
-OTHER_FILES = 512  # beside connections: uploads that are spooled, decoders, workers, probes
+OTHER_FILES = 512  # beside connections: those of the metrics' port, decoders, workers
+METRICS_CONNECTIONS = 64
 LAST_S = 2  # for the answers to what is refused at the end of the grace period
 
 
@@ -45,6 +49,9 @@ class Server(uvicorn.Server):
         class LimitedProtocol(Protocol):
             header_timeout_s, write_timeout_s = settings.header_timeout_s, settings.upload_timeout_s
             max_connections = settings.max_connections
+
+        class MetricsProtocol(LimitedProtocol):
+            max_connections = METRICS_CONNECTIONS
 
         super().__init__(
             uvicorn.Config(
@@ -66,21 +73,35 @@ class Server(uvicorn.Server):
         self.drain_s, self.grace_s = settings.drain_s, settings.grace_s
         self.drains_at = self.ends_at = math.inf  # on time.monotonic's clock
         self.failed = failed
-        self.metrics_server: WSGIServer | None = None
+        self.metrics_protocol = MetricsProtocol
+        self.held = ExitStack()
+        self.metrics_servers: list[asyncio.Server] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start as uvicorn does; serve the metrics on a port of their own where there is one."""
         settings = self.gateway.settings
         allow_files(settings.max_connections + OTHER_FILES)
         if settings.metrics_port is not None:
-            try:
-                self.metrics_server, _ = start_http_server(
-                    settings.metrics_port, settings.host, self.gateway.metrics.registry
-                )
-            except OSError as error:
-                where = f"{joined(settings.host, settings.metrics_port)} (UNPERTURB_METRICS_PORT)"
-                raise OSError(error.errno, error.strerror, where) from error
+            await self._serve_metrics(settings.host, settings.metrics_port)
         await super().startup(sockets)
+
+    async def _serve_metrics(self, host: str, port: int) -> None:
+        """Listen there, with the limits of every connection and a count of its own."""
+        try:
+            sockets = self.held.enter_context(taken(host, port))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, f"{error.filename} (UNPERTURB_METRICS_PORT)") from error
+        page = Route("/metrics", lambda _: Response(self.gateway.metrics.page(), media_type=CONTENT_TYPE))
+        config = uvicorn.Config(
+            Starlette(routes=[page]), http=self.metrics_protocol, ws="none", log_config=None, access_log=False
+        )
+        state = ServerState()
+        for one in sockets:
+            self.metrics_servers.append(
+                await asyncio.get_running_loop().create_server(
+                    lambda: self.metrics_protocol(config, state, app_state={}), sock=one
+                )
+            )
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end; uvicorn asks ten times a second."""
@@ -98,8 +119,9 @@ class Server(uvicorn.Server):
         timer = asyncio.get_running_loop().call_later(left_s, self.engine.refuse_rest)
         await super().shutdown(sockets)
         timer.cancel()
-        if self.metrics_server is not None:
-            self.metrics_server.server_close()
+        for server in self.metrics_servers:
+            server.close()
+        self.held.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end; a second signal ends at once."""

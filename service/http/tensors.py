@@ -67,10 +67,15 @@ class InferRequest(BaseModel):
     )
 
 
-def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, NDArray[Any] | list[bytes]]:
+def read_infer(
+    body: bytes, header_length: str | None, *, max_numbers: int
+) -> tuple[InferRequest, NDArray[Any] | list[bytes]]:
     """Return the request and its input: [batch, 3, size, size], uint8 or float32 in [0, 1]; or image files.
 
-    Raises MalformedRequestError for what is not of the protocol's form, UnprocessableError for values out of range.
+    max_numbers: that JSON may have as an input, up to a limit of its own (`json_body.MAX_STRUCTURAL`)
+
+    Raises MalformedRequestError for what is not of the protocol's form, UnprocessableError for values out of range,
+    TooLargeError for JSON of far too many numbers.
     """
     if header_length is None:
         head, rest = body, b""
@@ -79,7 +84,7 @@ def read_infer(body: bytes, header_length: str | None) -> tuple[InferRequest, ND
             raise MalformedRequestError(f"{HEADER_LENGTH}: {header_length[:20]!r} is not a length within the body")
         head, rest = body[: int(header_length)], body[int(header_length) :]
     try:
-        request = InferRequest.model_validate(json_body.parse(head, unbounded="data"))
+        request = InferRequest.model_validate(json_body.parse(head, unbounded="data", max_numbers=max_numbers))
     except ValidationError as error:
         fault = error.errors()[0]
         raise MalformedRequestError(f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}") from error

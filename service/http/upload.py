@@ -4,6 +4,8 @@ import asyncio
 import base64
 import binascii
 import math
+import string
+import sys
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from unperturb.service.http.inflate import inflated, is_compressed
 
 FILES = ("image", "images")  # the fields of a form that hold files
 MOST_FIELDS = 16
-URL_SAFE = str.maketrans("-_", "+/")
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _BINARY = {"type": "string", "format": "binary"}
 
 
@@ -185,8 +187,8 @@ def from_base64(text: str) -> bytes:
         head, _, text = text.partition(",")
         if not head.lower().endswith(";base64"):
             raise ValueError("a data URL that is not base64")
-    text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
-    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    plain = text.encode("ascii").translate(URL_SAFE, string.whitespace.encode()).rstrip(b"=")
+    return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)
 
 
 def _some(upload: Upload) -> Upload:
@@ -196,7 +198,7 @@ def _some(upload: Upload) -> Upload:
 
 
 class _PastLimit(MultiPartException):
-    """The body is over the limit; of a kind on which the form's parser closes the files that it has opened."""
+    """The body is over the limit; of a kind on which the form's parser closes the parts that it has begun."""
 
     def __init__(self) -> None:
         super().__init__("the body is over the limit")
@@ -214,7 +216,9 @@ class _TooManyFiles(MultiPartException):
 
 
 class _CountingParser(MultiPartParser):
-    """Starlette's parser with a count of files of our own, whose refusal has a type of its own."""
+    """Starlette's parser with a count of files of our own, whose refusal has a type of its own; it opens no file."""
+
+    spool_max_size = sys.maxsize  # bytes of a part in memory: a body is limited, and open files are for connections
 
     def __init__(self, headers: Headers, body: AsyncGenerator[bytes, None], *, max_images: int) -> None:
         super().__init__(headers, body, max_files=math.inf, max_fields=MOST_FIELDS)

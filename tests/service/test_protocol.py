@@ -21,12 +21,12 @@ CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 NEXT = b"GET /next HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 LAST = b"GET /last HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-SLOW_S, LARGE = 0.2, 50_000_000
+KEPT_S, SLOW_S, LARGE, MEDIUM = 2, 0.2, 50_000_000, 60_000  # the last in bytes, fewer than make a transport wait
 LOOPS = ("uvloop", "asyncio")
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answer with what the request was; /slow takes its time, /early answers before the body, /large is large."""
+    """Answer with what the request was, or with zeros; /slow takes its time, /early answers before the body."""
     body, more = b"", scope["path"] != "/early"
     while more:
         message = await receive()
@@ -40,10 +40,11 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
         "headers": [[name.decode("latin-1"), value.decode("latin-1")] for name, value in scope["headers"]],
         "body": body.decode("latin-1"),
     }
-    answer = json.dumps(seen).encode() if scope["path"] != "/large" else bytes(LARGE)
+    large = {"/large": LARGE, "/medium": MEDIUM, "/broken": MEDIUM}.get(scope["path"])
+    answer = json.dumps(seen).encode() if large is None else bytes(large)
     length = [(b"content-length", str(len(answer)).encode())]
     await send({"type": "http.response.start", "status": 200, "headers": length})
-    await send({"type": "http.response.body", "body": answer})
+    await send({"type": "http.response.body", "body": answer, "more_body": scope["path"] == "/broken"})
 
 
 class Patient(Protocol):
@@ -53,6 +54,11 @@ class Patient(Protocol):
 class Strict(Protocol):
     header_timeout_s, write_timeout_s, max_connections = 1.0, 0.5, 1000
 
+    def connection_made(self, transport: Any) -> None:
+        """Leave what a client does not read to the transport, not to the kernel."""
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        super().connection_made(transport)
+
 
 class Full(Protocol):
     header_timeout_s, write_timeout_s, max_connections = 60.0, 60.0, 40
@@ -60,7 +66,7 @@ class Full(Protocol):
 
 @contextmanager
 def listening(protocol: type[Protocol], loop: Literal["uvloop", "asyncio"]) -> Iterator[int]:
-    with in_thread(echo, http=protocol, loop=loop, lifespan="off") as port:
+    with in_thread(echo, http=protocol, loop=loop, lifespan="off", timeout_keep_alive=KEPT_S) as port:
         yield port
 
 
@@ -339,6 +345,25 @@ def test_client_that_does_not_read_its_answer_is_cut_off(strict: int) -> None:
             while part := client.recv(1 << 20):  # what had been sent before; a timeout where it is still open
                 received += len(part)
     assert 0 < received < LARGE
+
+
+UNREAD = {
+    "kept alive": b"GET /medium HTTP/1.1\r\nHost: a\r\n\r\n",
+    "closed by the answer": LAST.replace(b"/last", b"/medium"),
+    "followed by no request": b"GET /medium HTTP/1.1\r\nHost: a\r\n\r\nBAD\r\n\r\n",
+    "broken off": b"GET /broken HTTP/1.1\r\nHost: a\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("request_", UNREAD.values(), ids=UNREAD)
+def test_client_that_leaves_the_last_of_its_answer_unread_is_cut_off(strict: int, request_: bytes) -> None:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(10)
+        client.connect(("127.0.0.1", strict))
+        client.sendall(request_)
+        time.sleep(KEPT_S + Strict.write_timeout_s + 1.0)
+        assert 0 < len(read(client)) < MEDIUM
 
 
 def test_no_more_connections_are_held_than_may_be() -> None:

@@ -4,13 +4,14 @@ import asyncio
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from tests.support.engines import wait_until
 from tests.support.serving import in_process, photo
 from unperturb.benchmarks.serving import hostile, open_loop
 from unperturb.benchmarks.serving.watch import RunningServer, metric, tree
-from unperturb.service.http.server import OTHER_FILES, allow_files
+from unperturb.service.http.server import METRICS_CONNECTIONS, OTHER_FILES, allow_files
 from unperturb.service.keys import digest
 
 PUBLISHED = "/classify?preset=published"  # 40 steps
@@ -186,16 +187,32 @@ def test_port_in_use_ends_the_start(metrics: bool, tiny_folder: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_metrics_on_a_port_of_their_own_need_no_key_and_are_nowhere_else(tiny_folder: Path, tmp_path: Path) -> None:
+def test_metrics_on_a_port_of_their_own_need_no_key_and_have_its_limits(tiny_folder: Path, tmp_path: Path) -> None:
     own = open_loop.free_port()
     keys = {"UNPERTURB_AUTHENTICATION": "on", "UNPERTURB_API_KEYS": f"ann:{digest('secret')}"}
-    with serving(tiny_folder, tmp_path / "log", UNPERTURB_METRICS_PORT=str(own), **keys) as server:
-        with urlopen(f"http://127.0.0.1:{own}/metrics", timeout=10) as answer:
-            assert b"unperturb_slots 4.0" in answer.read()
+    more = {"UNPERTURB_METRICS_PORT": str(own), "UNPERTURB_HEADER_TIMEOUT_S": "3"}
+    with serving(tiny_folder, tmp_path / "log", **more, **keys) as server, ExitStack() as held:
+
+        def assert_are_served() -> None:
+            with urlopen(f"http://127.0.0.1:{own}/metrics", timeout=10) as answer:
+                assert b"unperturb_slots 4.0" in answer.read()
+
+        assert_are_served()
         with pytest.raises(HTTPError) as refused:
             urlopen(f"{server.url}/metrics", timeout=10)
         assert refused.value.code == 404
         refused.value.close()
+        stalled = [
+            held.enter_context(socket.create_connection(("127.0.0.1", own), timeout=10))
+            for _ in range(METRICS_CONNECTIONS + 1)
+        ]
+        assert select.select(stalled, [], [], 10)[0] == stalled[-1:]  # one too many, and closed
+        for client in stalled:
+            with suppress(ConnectionResetError):
+                assert client.recv(1) == b""
+        assert_are_served()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
 
 
 def logged_client(server: RunningServer, log: Path) -> str:

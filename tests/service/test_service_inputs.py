@@ -4,10 +4,12 @@ import asyncio
 import base64
 import gzip
 import json
+import time
 import zlib
 from collections.abc import AsyncIterator
 from io import BytesIO
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,10 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.service.decoding.decode import Decoded
 from unperturb.service.errors import UnprocessableError
 from unperturb.service.http.inflate import inflated
+from unperturb.service.http.tensors import read_infer
+from unperturb.service.http.upload import from_base64
+
+JSON = {"content-type": "application/json"}
 
 
 def base64_of(payload: bytes) -> str:
@@ -277,6 +283,60 @@ def test_json_of_too_many_members_is_refused_before_each_costs_an_error(
     assert answer.status_code == 400
     assert len(answer.text) < 1000
     assert "more than 1,000 members" in answer.text or "not a JSON object" in answer.text
+
+
+MANY = {
+    "lists": b"[],",
+    "lists in lists": b"[[[[]]]],",
+    "numbers": b"1,",
+    "texts": b'"",',
+    "objects": b'{"a":1},',
+    "members": b'"a":1,',
+}
+
+
+@pytest.mark.parametrize("path", ["/classify", "/v2/models/tiny/infer"])
+@pytest.mark.parametrize("piece", MANY.values(), ids=MANY)
+def test_json_that_would_keep_everybody_waiting_is_refused_before_it_is_parsed(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, piece: bytes
+) -> None:
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it is parsed"))
+    begin, end = (b"{", b"}") if piece == MANY["members"] else (b"[", b"]")
+    inner = begin + piece * (9_000_000 // len(piece)) + piece[:-1] + end
+    body = b'{"inputs": [{"name": "image", "shape": [1, 3, 32, 32], "datatype": "FP32", "data": ' + inner + b"}]}"
+    answer = client.post(path, content=body, headers=JSON)
+    assert answer.status_code == 413, answer.text
+    assert "commas, colons and brackets" in answer.text
+
+
+def test_json_of_as_many_numbers_as_a_request_may_have_is_parsed_also_for_large_images() -> None:
+    for images, side in ((32, 32), (4, 220)):
+        values = np.random.default_rng(0).random((images, 3, side, side))
+        tensor = {"name": "image", "shape": values.shape, "datatype": "FP32", "data": values.tolist()}
+        body = json.dumps({"inputs": [tensor]}).encode()
+        _, read = read_infer(body, None, max_numbers=32 * 3 * side**2)
+        assert np.array_equal(read, values.astype(np.float32))
+
+
+def test_integer_of_more_digits_than_any_needs_is_no_json(client: TestClient) -> None:
+    answer = client.post("/classify", content=b'{"inputs": %s}' % (b"9" * 641), headers=JSON)
+    assert (answer.status_code, answer.json()["detail"]) == (400, "the body is not JSON")
+
+
+def test_base64_in_pieces_costs_little_more_than_in_one() -> None:
+    def cost_s(text: str) -> float:
+        began_at = time.thread_time()
+        assert len(from_base64(text)) > 4_000_000
+        return time.thread_time() - began_at
+
+    whole, pieces = (min(cost_s(text) for _ in range(3)) for text in ("AAAA" * 2_000_000, "AA " * 3_000_000))
+    assert pieces < 3 * whole
+
+
+def test_large_files_of_a_form_open_none(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SpooledTemporaryFile, "rollover", lambda _: pytest.fail("a file is opened"))
+    answer = client.post("/classify", files=[("images", bytes(1_100_000))] * 8)
+    assert answer.status_code == 415, answer.text
 
 
 def test_too_many_files_are_refused(client: TestClient) -> None:

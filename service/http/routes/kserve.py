@@ -177,7 +177,9 @@ async def infer(request: Request, gateway: GatewayOfApp, key: Key, id: str, time
     ):
         with gateway.uploading(ticket) as upload_s:
             body = await read_within(request, max_bytes=settings.max_body_bytes, timeout_s=upload_s)
-        asked, given = await asyncio.to_thread(read_infer, body, request.headers.get(HEADER_LENGTH))
+        numbers = settings.max_images * 3 * model.image_size**2
+        header_length = request.headers.get(HEADER_LENGTH)
+        asked, given = await asyncio.to_thread(read_infer, body, header_length, max_numbers=numbers)
         wanted = json_body.validate(InferParameters, _own(asked.parameters), within=("body", "parameters"))
         if wanted.model not in (None, id):
             raise UnprocessableError(f"parameters.model: {wanted.model!r} is not the model of the path, {id!r}")
