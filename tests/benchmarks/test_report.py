@@ -376,7 +376,7 @@ def test_runs_of_one_row_by_different_attacks_are_taken_together(tmp_path: Path)
 
 KNOWN: Outcomes = {"clean": [1, 1, 1, 0], "apgd-ce": [1, 1, 0, None]}
 ASKED: Outcomes = {"clean": [1, 1, 1, 0], "square": [0, 1, 1, None]}
-MADE = {
+MADE: dict[str, Any] = {
     "digests": {"classifier": "c", "defense": "d", "generator": None},
     "code": {"classifier": "c", "defense": "d"},
 }
