@@ -7,6 +7,7 @@ defenses", ICML 2022.
 
 import dataclasses
 import hashlib
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from unperturb.benchmarks.robustness.data import PUBLISHED, EvaluationSet, folde
 from unperturb.benchmarks.robustness.device import open_device
 from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation
+from unperturb.benchmarks.robustness.fingerprint import fingerprint
 from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, described_model, load_subject, ready
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
@@ -131,14 +133,23 @@ def load_model(spec: str, config: EvaluationConfig) -> Checkpoint:
     return load_subject(spec, classes=classes, image_size=size)
 
 
-def result_name(config: EvaluationConfig, plan: Plan, model: str, purifier: str) -> str:
-    """The result file's name: everything that tells two runs apart."""
+def result_name(config: EvaluationConfig, plan: Plan, described: dict[str, Any], purifier: str) -> str:
+    """The result file's name: everything that tells two runs apart, the rarer of it as a digest."""
+    model = described["model"]["spec"]
     radius = f"{config.threat_model}-{plan.threat.epsilon * 255:.4g}of255"
     if config.threat_model in RUNS:
         radius = config.threat_model
     parts = [model, purifier, config.dataset, radius, f"n{config.n_examples}", config.budget, f"seed{config.seed}"]
     if plan.attacks and plan.attacks != attacks.NAMES:
         parts.append("fast" if plan.attacks == attacks.FAST else "+".join(plan.attacks))
+    rarer = {
+        "chunk": None if plan.chunk == EvaluationConfig.chunk else plan.chunk,
+        "image_size": config.image_size,
+        "generator": None if plan.generator is None else fingerprint(plan.generator),
+        "data": described["data"]["sha256"] if described["data"]["own"] else None,
+    }
+    if any(rarer.values()):
+        parts.append(hashlib.sha256(json.dumps(rarer).encode()).hexdigest()[:8])
     number, count = plan.shard
     name = "_".join("".join(c if c.isalnum() or c in ".=-+" else "-" for c in part) for part in parts)
     if len(name) > 160:  # a file name has 255 bytes at most
@@ -160,7 +171,7 @@ def run_all(config: EvaluationConfig) -> list[Path]:
     files = []
     for described, purifier, run in runs:
         found = run.run()
-        file = config.out / result_name(config, plan, described["model"]["spec"], purifier)
+        file = config.out / result_name(config, plan, described, purifier)
         settings = {**as_json(config), "model": described["model"]["spec"], "purifier": purifier}
         for place in ("data", "generator"):
             settings.pop(place)

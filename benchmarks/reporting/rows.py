@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unperturb.benchmarks.reporting.results import SCHEMA_VERSION
-from unperturb.benchmarks.robustness.figures import NO_AUTOATTACK, joined, merge, withstands_unknowing
+from unperturb.benchmarks.robustness.figures import CLEAN, NO_AUTOATTACK, joined, merge, withstands_unknowing
 from unperturb.models.errors import DataError
 
 SCRIPT = "benchmarks/robustbench_eval.py"
@@ -19,7 +19,8 @@ LEADERBOARD = Path(__file__).resolve().parent / "leaderboard.csv"
 LEADERBOARD_SOURCE = "RobustBench model_info cards, table of 2026-11-21"
 THREATS, FIRST = ("Linf", "L2", "corruptions", "noise"), ("none", "reverse-attack", "vote")  # in the order of tables
 AVERAGED = ("corruptions", "noise")  # no worst case: the mean over kinds and sizes
-ROW = ("model", "purifier_spec", "purifier", "data", "threat", "budget", "corruptions")  # equal in the runs of a row
+# Equal in the runs of a row.
+ROW = ("model", "purifier_spec", "purifier", "digests", "data", "threat", "budget", "corruptions")
 FEW = 1000  # images; a row of fewer is marked
 
 Interval = tuple[float, float]
@@ -113,7 +114,8 @@ class Row:
 def load_runs(folder: Path) -> list[dict[str, Any]]:
     """Return every row in the folder, its shards merged and its runs joined, in the order of `ordered`.
 
-    Raises DataError naming a file that is no result, of another schema, or one of shards that do not make a whole.
+    Raises DataError naming a file that is no result, of another schema, one of shards that do not make a whole, or
+    whose clean images another run of its row classifies otherwise.
     """
     parts: dict[tuple[str, str, str], list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     for file in sorted(folder.rglob("*.json")) if folder.is_dir() else []:
@@ -128,17 +130,27 @@ def load_runs(folder: Path) -> list[dict[str, Any]]:
         parts[str(file.parent), name, shard.rpartition("-")[2]].append((file, record))
     if not parts:
         raise DataError(f"{folder} holds no result of {SCRIPT}")
-    return ordered(_rows([_whole(shards) for shards in parts.values()]))
+    return ordered(_rows([(shards[0][0], _whole(shards)) for shards in parts.values()]))
 
 
-def _rows(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _rows(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the rows of runs: those of one row by different attacks are taken together."""
-    same: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
-        found = run["results"]
-        row = [run["config"]["seed"], found["indices"], *(found.get(name) for name in ROW)]
-        same.setdefault(json.dumps(row, sort_keys=True), []).append(run)
-    return [_joined(several) if len(several) > 1 else several[0] for several in same.values()]
+    same: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
+    for file, run in runs:
+        found, config = run["results"], run["config"]
+        row = [config["seed"], config.get("chunk"), found["indices"], *(found.get(name) for name in ROW)]
+        same[json.dumps(row, sort_keys=True)].append((file, run))
+    for (file, first), *others in same.values():
+        for other, run in others:
+            if _clean(run) != _clean(first):
+                raise DataError(f"{other} and {file} are of one row and differ in which clean images are right")
+    rows = ([run for _, run in several] for several in same.values())
+    return [_joined(several) if len(several) > 1 else several[0] for several in rows]
+
+
+def _clean(run: dict[str, Any]) -> list[Any]:
+    """Return which clean images are right, with and without a defense."""
+    return [run["results"][key] and run["results"][key][CLEAN] for key in ("outcomes", "bare_outcomes")]
 
 
 def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -146,10 +158,17 @@ def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
     if group_of(first).threat in AVERAGED:
         return first
     found = joined([run["results"] for run in runs])
+    return {**first, "results": {**found, "notes": [*found["notes"], *_differences(runs, "attacks")]}}
+
+
+def _differences(runs: list[dict[str, Any]], what: str) -> list[str]:
+    """Return notes on commits and code that differ between the runs of a whole."""
     commits = list(dict.fromkeys(str(run["commit"])[:7] for run in runs))
-    if len(commits) > 1:
-        found["notes"] = [*found["notes"], f"its attacks were run at different commits, {', '.join(commits)}"]
-    return {**first, "results": found}
+    notes = [f"its {what} were run at different commits, {', '.join(commits)}"] if len(commits) > 1 else []
+    for part in ("classifier", "defense"):
+        if len({run["results"].get("code", {}).get(part) for run in runs}) > 1:
+            notes.append(f"its {what} were run with different code of the {part}")
+    return notes
 
 
 def check_schema(record: dict[str, Any], name: str) -> None:
@@ -169,7 +188,8 @@ def _whole(shards: list[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     wanted = first["config"]["n_examples"]
     if len(whole["indices"]) != wanted:
         raise DataError(f"{file}: shards of {wanted} images hold {len(whole['indices'])}")
-    return {**first, "results": whole}
+    notes = _differences([record for _, record in shards], "images")
+    return {**first, "results": {**whole, "notes": [*whole.get("notes", ()), *notes]}}
 
 
 def ordered(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

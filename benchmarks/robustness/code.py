@@ -4,8 +4,9 @@ import ast
 import hashlib
 import sys
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,13 +32,35 @@ def code_digest(modules: Iterable[str], *, without: tuple[str, ...] = ()) -> str
     return digest.hexdigest()
 
 
+def versions_behind(modules: Iterable[str], *, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """Return the versions of the installed packages that the named modules are of, or that their code imports.
+
+    Their code is what `code_digest` is over; of a module of an installed package its own version alone counts.
+    """
+    names = set[str]()
+    for module in modules:
+        names.add(module)
+        file = _file(module)
+        if file is not None and (module.partition(".")[0] == PROJECT or "site-packages" not in file.parts):
+            for name in modules_behind(module, without):
+                names |= _imported_by(name)
+    packages = {package for name in names for package in _packages().get(name.partition(".")[0], ())}
+    return {package: metadata.version(package) for package in sorted(packages)}
+
+
+@cache
+def _packages() -> Mapping[str, list[str]]:
+    """Return the installed packages by the names under which they are imported."""
+    return metadata.packages_distributions()
+
+
 @cache
 def modules_behind(module: str, without: tuple[str, ...] = ()) -> frozenset[str]:
     """Return the names of a module and of those that it imports, of its own project or beside it."""
     found, waiting = {module}, [module]
     while waiting:
         name = waiting.pop()
-        for imported in _imports(_source(name), package=_package_of(name)):
+        for imported in _imported_by(name):
             left_out = any(f"{imported}.".startswith(f"{package}.") for package in without)
             if imported not in found and not left_out and _belongs(imported, to=name):
                 found.add(imported)
@@ -52,7 +75,7 @@ def _package_of(name: str) -> str:
 def _belongs(imported: str, *, to: str) -> bool:
     """Return whether a name is a module of the same project: this one, or somebody's own package, or file beside it.
 
-    Of installed packages (their versions are recorded) nothing more is followed.
+    Of installed packages (their versions stand for them) nothing more is followed.
     """
     top = to.partition(".")[0]
     if imported.partition(".")[0] in (PROJECT, top) and "site-packages" not in _known_file(to).parts:
@@ -61,16 +84,18 @@ def _belongs(imported: str, *, to: str) -> bool:
     return top != PROJECT and beside.exists() and _origin(imported) == beside
 
 
-def _imports(source: bytes, *, package: str) -> Iterator[str]:
-    """Yield the names of modules that a source imports when it is run, and names that may be modules."""
-    for node in _run_when_imported(ast.parse(source)):
+@cache
+def _imported_by(name: str) -> frozenset[str]:
+    """Return the names of modules that a module imports when it is run, and names that may be modules."""
+    package, found = _package_of(name), set[str]()
+    for node in _run_when_imported(ast.parse(_source(name))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             base = ".".join(filter(None, [*above, node.module]))
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return frozenset(found)
 
 
 def _run_when_imported(tree: ast.AST) -> Iterator[ast.AST]:

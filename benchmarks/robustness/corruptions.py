@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unperturb.benchmarks.robustness.code import PROJECT, code_digest
+from unperturb.benchmarks.robustness.code import PROJECT, code_digest, versions_behind
 from unperturb.benchmarks.robustness.evaluation import SERVED_SEED, Evaluation
 from unperturb.benchmarks.robustness.figures import CLEAN, Outcomes, summarise_corruptions
 from unperturb.benchmarks.robustness.identity import describe
@@ -71,6 +71,7 @@ class CorruptionRun(Evaluation):
         return {
             "purifies": self.purifies,
             "purifier": describe(self.defended),
+            **self.identity.of_record(),
             "indices": torch.cat(chunks).tolist(),
             "outcomes": outcomes,
             "bare_outcomes": bare,
@@ -82,6 +83,10 @@ class CorruptionRun(Evaluation):
     def measured(self) -> Outcomes:
         """Return per kind which images are classified right."""
         chunks = self.plan.chunks(len(self.data.labels))
+        own = {
+            "code": code_digest([type(self).__module__], without=(PROJECT,)),
+            "corruption_versions": versions_behind([type(self).__module__], without=(PROJECT,)),
+        }
         outcomes: Outcomes = {kind: [] for kind in self.kinds}
         for kind in tqdm(self.kinds, desc=self.title, unit="corruption"):
             images: list[Tensor] = []  # read or made only for chunks that are not done
@@ -91,7 +96,7 @@ class CorruptionRun(Evaluation):
                     int(indices[0]) // self.plan.chunk,
                     self.scene(indices),
                     partial(self._right, kind, images, indices),
-                    {"corruption": kind, "code": code_digest([type(self).__module__], without=(PROJECT,))},
+                    {"corruption": kind, **own},
                 )
                 outcomes[kind] += unit.right.int().tolist()
         return outcomes

@@ -149,6 +149,7 @@ class Evaluation:
         return {
             "purifies": self.purifies,
             "purifier": describe(self.defended),
+            **self.identity.of_record(),
             "could_not_run": self.could_not_run,
             "notes": self.notes,
             **found,

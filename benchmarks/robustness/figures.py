@@ -180,7 +180,7 @@ def _means(outcomes: Outcomes) -> list[float]:
     return [sum(map(bool, row)) / len(row) for row in zip(*kinds, strict=True)]
 
 
-SAME = ("model", "purifier_spec", "purifier", "data", "threat", "budget", "purifies", "could_not_run")
+SAME = ("model", "purifier_spec", "purifier", "digests", "data", "threat", "budget", "purifies", "could_not_run")
 PER_IMAGE = ("outcomes", "bare_outcomes", "larger_epsilon", "autoattack_parts")
 
 

@@ -1,6 +1,7 @@
-"""What a stored unit depends on: classifier, defense and attack, each by its parameters and by its own code.
+"""What a stored unit depends on: classifier, defense and attack, each by its parameters, its own code and the versions
+of the packages that this imports.
 
-So an edited purifier does not make AutoAttack run again on the unchanged classifier.
+So neither an edited purifier nor an unrelated package makes AutoAttack run again on the unchanged classifier.
 """
 
 import dataclasses
@@ -14,17 +15,17 @@ from torch import Tensor, nn
 
 from unperturb.benchmarks.robustness.attacks import ATTACKS, AUTOATTACK, Attack, Need
 from unperturb.benchmarks.robustness.budgets import Budget
-from unperturb.benchmarks.robustness.code import PROJECT, code_digest
+from unperturb.benchmarks.robustness.code import PROJECT, code_digest, versions_behind
 from unperturb.benchmarks.robustness.fingerprint import fingerprint
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
 from unperturb.benchmarks.robustness.units import digest_of_tensors
-from unperturb.models import provenance
 from unperturb.models.networks.generator import NoiseGenerator
 from unperturb.models.purifiers.base import NoPurifier
 from unperturb.models.purifiers.defended import DefendedClassifier
 
+LOADING = "unperturb.models.checkpoints"  # what it loads has a digest of its own
 # What attacks import of these is the defense, which has a digest of its own.
-OTHERS = ("unperturb.models.purifiers", "unperturb.models.checkpoints")
+OTHERS = ("unperturb.models.purifiers", LOADING)
 DEFENSE_PACKAGES = (*OTHERS, "unperturb.models.networks")
 JUDGES = ("unperturb.benchmarks.robustness.judging", "unperturb.benchmarks.robustness.attacks.scene")
 LIBRARIES = ("torch", "torchvision", "timm")
@@ -40,20 +41,42 @@ class Identity:
 
     def __init__(self, defended: DefendedClassifier, generator: NoiseGenerator | None, *, seed: int) -> None:
         classifier = getattr(defended.classifier, "counted", defended.classifier)  # the counts are no part of it
+
+        def fingerprints() -> dict[str, str | None]:
+            return {
+                "classifier": fingerprint(classifier),
+                "defense": fingerprint((defended.purifier, defended.vote), without=(defended.classifier, classifier)),
+                "generator": None if generator is None else fingerprint(generator),
+            }
+
+        digests, again = fingerprints(), fingerprints()
+        own = modules_of_defense(defended)
+        parts = {type(part).__module__ for part in defended.modules()}
+        self._code = {
+            "classifier": code_digest(_modules_of(defended.classifier.modules()), without=OTHERS),
+            "defense": code_digest(own),
+        }
+        self._digests = {name: digest if digest == again[name] else None for name, digest in digests.items()}
+        self._generator = digests["generator"]
         self._common: dict[str, Any] = {
             "seed": seed,
-            "versions": provenance.versions(),
+            "versions": {**versions_behind(parts, without=(PROJECT,)), **versions_behind(own, without=(LOADING,))},
             "device": next((parameter.device.type for parameter in classifier.parameters()), "cpu"),
-            "classifier": fingerprint(classifier),
-            "classifier_code": code_digest(_modules_of(defended.classifier.modules()), without=OTHERS),
-            "defense": fingerprint((defended.purifier, defended.vote), without=(defended.classifier, classifier)),
-            "defense_code": code_digest(modules_of_defense(defended)),
+            "classifier": digests["classifier"],
+            "classifier_code": self._code["classifier"],
+            "defense": digests["defense"],
+            "defense_code": self._code["defense"],
             "defended_code": code_digest([type(defended).__module__, *JUDGES], without=(PROJECT,)),
         }
-        self._generator = None if generator is None else fingerprint(generator)
         self._attacks = {  # now: a file that is edited during the run is not what runs
             name: code_digest([attack.code.__name__], without=DEFENSE_PACKAGES) for name, attack in ATTACKS.items()
         }
+
+    def of_record(self) -> dict[str, Any]:
+        """Return what tells two runs of one specification apart: digests of the values, None for what cannot be
+        described, and of the code.
+        """
+        return {"digests": self._digests, "code": self._code}
 
     def of_judge(self) -> dict[str, Any]:
         """Return what the answer to an image depends on."""
@@ -64,6 +87,7 @@ class Identity:
         return {
             "attack": name,
             "attack_code": self._attacks[name],
+            "attack_versions": versions_behind([attack.code.__name__], without=DEFENSE_PACKAGES),
             "budget": {field: getattr(budget, field) for field in attack.budget},
             "generator": self._generator,
         }

@@ -3,12 +3,15 @@ elsewhere throws nothing away.
 """
 
 import sys
+import threading
 import types
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.conftest import make_checkpoint
 from unperturb.benchmarks.robustness import code
@@ -41,6 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     code.modules_behind.cache_clear()
+    code._imported_by.cache_clear()
     code._origin.cache_clear()
     code._source.cache_clear()
 
@@ -92,6 +96,61 @@ def test_another_purifier_of_the_same_classifier_leaves_the_bare_row_and_not_its
     specs = ("reverse-attack:steps=1", "reverse-attack:steps=2", "vote:shifts=1", "vote:shifts=2", "restorer")
     own = [unit_identity(defense_of(spec, subject), "apgd-ce") for spec in specs]
     assert all(one != other for place, one in enumerate(own) for other in own[:place])
+
+
+class Holding:
+    """Leaves images alone, and holds something."""
+
+    def __init__(self, held: object) -> None:
+        self._held = held
+
+    def purify(self, x: Tensor, seeds: Tensor) -> Tensor:
+        return x
+
+
+def test_record_tells_defenses_apart_by_what_is_private_and_what_cannot_be_described_is_unknown() -> None:
+    subject = ready(make_checkpoint(), torch.device("cpu"))
+    one, same, other, lock = (
+        Identity(defense_of(Holding(held), subject), None, seed=0).of_record() for held in (1, 1, 2, threading.Lock())
+    )
+    assert one == same
+    assert one["digests"]["defense"] != other["digests"]["defense"]
+    assert lock["digests"] == {**one["digests"], "defense": None}
+    assert one["code"] == lock["code"] == {"classifier": one["code"]["classifier"], "defense": one["code"]["defense"]}
+
+
+@pytest.mark.parametrize(
+    ("package", "changes"),
+    [("torch", {"autoattack", "apgd-ce", "jpeg"}), ("pyautoattack", {"autoattack"}), ("kornia", {"jpeg"})]
+    + [(package, set()) for package in ("imagecorruptions-imaug", "robustbench", "safetensors", "tqdm")],
+)
+def test_only_a_package_that_is_imported_throws_work_away(
+    package: str, changes: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("kornia")
+    subject = ready(make_checkpoint(), torch.device("cpu"))
+
+    def identities() -> dict[str, dict[str, object]]:
+        everyday = "unperturb.benchmarks.robustness.everyday"
+        bare, jpeg = (defense_of(spec, subject) for spec in ("none", f"{everyday}:JpegMedian"))
+        return {
+            "autoattack": unit_identity(bare, "autoattack"),
+            "apgd-ce": unit_identity(bare, "apgd-ce"),
+            "jpeg": unit_identity(jpeg, "apgd-ce"),
+        }
+
+    version, before = metadata.version, identities()
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0" if name == package else version(name))
+    after = identities()
+    assert {name for name in before if before[name] != after[name]} == changes
+
+
+def test_packages_that_ones_own_code_imports_count_and_what_those_import_does_not(
+    folder: Path,
+) -> None:
+    (folder / "two.py").write_text("import PIL.Image\n")
+    assert set(code.versions_behind(["one"])) == {"pillow"}
+    assert set(code.versions_behind(["torch.nn"])) == {"torch"}
 
 
 def test_budget_of_another_attack_does_not_count() -> None:

@@ -243,6 +243,8 @@ def test_purifier_and_model_in_a_folder_of_ones_own_run_through_every_attack_tha
     assert list(found["outcomes"]) == ["clean", *applies, "defended-autoattack", "rays", "transfer-further"]
     assert set(found["could_not_run"]) == {"intermediate", "bpda-contrastive"}
     assert found["purifier"]["strength"] == 0.3
+    assert [found["digests"][name] is None for name in ("classifier", "defense", "generator")] == [False, False, True]
+    assert set(found["code"]) == {"classifier", "defense"}
     assert str(tmp_path) not in file.read_text()
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -383,6 +384,71 @@ def test_runs_of_one_row_by_different_attacks_are_taken_together(tmp_path: Path)
     assert joint.notes == (f"its attacks were run at different commits, bbbbbbb, {str(record(known)['commit'])[:7]}",)
     assert not vote.notes
     assert (vote.purifier, vote.worst) == ("vote", 0.5)
+
+
+KNOWN: Outcomes = {"clean": [1, 1, 1, 0], "apgd-ce": [1, 1, 0, None]}
+ASKED: Outcomes = {"clean": [1, 1, 1, 0], "square": [0, 1, 1, None]}
+MADE: dict[str, Any] = {
+    "digests": {"classifier": "c", "defense": "d", "generator": None},
+    "code": {"classifier": "c", "defense": "d"},
+}
+
+
+def two_runs(folder: Path, *changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of two runs by different attacks, in each of whose results so much is changed."""
+    for name, outcomes, change in zip(("known", "asked"), (KNOWN, ASKED), changes, strict=True):
+        run = record(outcomes, {"clean": [1] * 4})
+        write(folder, name, {**run, "results": {**run["results"], **change}})
+    return load_runs(folder)
+
+
+@pytest.mark.parametrize("name", ["classifier", "defense", "generator"])
+def test_runs_of_two_defenses_of_one_specification_are_two_rows(name: str, tmp_path: Path) -> None:
+    assert len(two_runs(tmp_path, MADE, MADE)) == 1
+    assert len(two_runs(tmp_path, MADE, {**MADE, "digests": {**MADE["digests"], name: "other"}})) == 2
+    assert len(two_runs(tmp_path, MADE, {})) == 2
+
+
+@pytest.mark.parametrize("name", ["classifier", "defense"])
+def test_row_of_which_the_code_changed_says_so(name: str, tmp_path: Path) -> None:
+    (run,) = two_runs(tmp_path, MADE, {**MADE, "code": {**MADE["code"], name: "other"}})
+    assert measured_row(run).notes == (f"its attacks were run with different code of the {name}",)
+
+
+def test_runs_in_chunks_of_another_size_are_two_rows(tmp_path: Path) -> None:
+    for name, outcomes, chunk in (("known", KNOWN, 128), ("asked", ASKED, 64)):
+        run = record(outcomes, {"clean": [1] * 4})
+        write(tmp_path, name, {**run, "config": {**run["config"], "chunk": chunk}})
+    assert len(load_runs(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"outcomes": {**ASKED, "clean": [1, 1, 1, 1]}}, {"bare_outcomes": {"clean": [1, 1, 1, 0]}}],
+    ids=["defended", "bare"],
+)
+def test_runs_of_one_row_that_classify_clean_images_otherwise_are_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    names = f"{tmp_path / 'known.json'} and {tmp_path / 'asked.json'} are of one row and differ in which clean"
+    with pytest.raises(DataError, match=re.escape(names)):
+        two_runs(tmp_path, {}, change)
+
+
+def test_shards_of_two_defenses_are_refused_and_those_of_other_code_or_commits_say_so(tmp_path: Path) -> None:
+    sharded(tmp_path)
+    file = tmp_path / "run.shard-2-of-2.json"
+    part = json.loads(file.read_text())
+    write(tmp_path, file.stem, {**part, "commit": "b" * 40, "results": {**part["results"], "code": MADE["code"]}})
+    (run,) = load_runs(tmp_path)
+    assert measured_row(run).notes == (
+        "its images were run at different commits, aaaaaaa, bbbbbbb",
+        "its images were run with different code of the classifier",
+        "its images were run with different code of the defense",
+    )
+    write(tmp_path, file.stem, {**part, "results": {**part["results"], **MADE}})
+    with pytest.raises(DataError, match=r"run\.shard-1-of-2\.json.*differ in digests"):
+        load_runs(tmp_path)
 
 
 def test_outcomes_of_shards_are_put_in_the_order_of_the_images(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from tests.conftest import CLASSES, make_checkpoint
 from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.reporting import report
+from unperturb.benchmarks.reporting.results import FOLDER
 from unperturb.benchmarks.reporting.rows import load_runs, published_rows
 from unperturb.benchmarks.robustness import corruptions
 from unperturb.benchmarks.robustness.budgets import BUDGETS
@@ -284,6 +286,48 @@ def test_report_is_whole_and_marks_published_rows(
     assert (tmp_path / "report" / "accuracy-against-perturbation-size.png").is_file()
     assert report.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "x")]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+def name_of(described: dict[str, Any], **settings: Any) -> str:
+    config = robustbench_eval.EvaluationConfig(**settings)
+    plan = config._plan(None)
+    if settings.get("generator"):
+        plan = replace(plan, generator=NoiseGenerator(width=8, epsilon=float(str(settings["generator"]))))
+    return robustbench_eval.result_name(config, plan, described, "none")
+
+
+def test_what_changes_outcomes_changes_a_files_name() -> None:
+    def of_data(own: bool, sha256: str) -> dict[str, Any]:
+        return {"model": {"spec": "tiny"}, "data": {"own": own, "sha256": sha256}}
+
+    usual = name_of(of_data(False, "one"))
+    assert usual == "tiny_none_cifar10_Linf-8of255_n1000_standard_seed0.json" == name_of(of_data(False, "other"))
+    generated = {"attacks": "generator"}
+    names = [
+        usual,
+        name_of(of_data(True, "one")),
+        name_of(of_data(True, "other")),
+        name_of(of_data(False, "one"), chunk=64),
+        name_of(of_data(False, "one"), image_size=64),
+        *(name_of(of_data(False, "one"), **generated, generator=Path(epsilon)) for epsilon in ("0.1", "0.2")),
+    ]
+    assert len(set(names)) == len(names)
+    one, other = (name_of(of_data(True, "one"), chunk=64, shard=shard) for shard in ("1/2", "2/2"))
+    assert one.partition(".shard-")[0] == other.partition(".shard-")[0]
+
+
+RECORDS = [  # but one that is older than `transfer-further`, which its attacks now bring with them
+    file for file in sorted((FOLDER / "robustness").glob("*.json")) if "280359addcb4" not in file.name
+]
+
+
+@pytest.mark.parametrize("file", RECORDS, ids=lambda file: file.stem)
+def test_files_that_are_there_keep_their_names(file: Path) -> None:
+    made = json.loads(file.read_text())
+    settings = {**made["config"], "model": (made["config"]["model"],), "purifier": (made["config"]["purifier"],)}
+    config = robustbench_eval.EvaluationConfig(**settings)
+    name = robustbench_eval.result_name(config, config._plan(None), made["results"], made["config"]["purifier"])
+    assert name == file.name
 
 
 def test_published_rows_are_those_of_the_same_threat() -> None:
