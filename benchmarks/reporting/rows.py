@@ -137,8 +137,8 @@ def _rows(runs: list[tuple[Path, dict[str, Any]]]) -> list[dict[str, Any]]:
     """Return the rows of runs: those of one row by different attacks are taken together."""
     same: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     for file, run in runs:
-        found, config = run["results"], run["config"]
-        row = [config["seed"], config.get("chunk"), found["indices"], *(found.get(name) for name in ROW)]
+        found = run["results"]
+        row = [run["config"]["seed"], found["indices"], *(found.get(name) for name in ROW)]
         same[json.dumps(row, sort_keys=True)].append((file, run))
     for (file, first), *others in same.values():
         for other, run in others:

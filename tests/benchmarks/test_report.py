@@ -415,13 +415,6 @@ def test_row_of_which_the_code_changed_says_so(name: str, tmp_path: Path) -> Non
     assert measured_row(run).notes == (f"its attacks were run with different code of the {name}",)
 
 
-def test_runs_in_chunks_of_another_size_are_two_rows(tmp_path: Path) -> None:
-    for name, outcomes, chunk in (("known", KNOWN, 128), ("asked", ASKED, 64)):
-        run = record(outcomes, {"clean": [1] * 4})
-        write(tmp_path, name, {**run, "config": {**run["config"], "chunk": chunk}})
-    assert len(load_runs(tmp_path)) == 2
-
-
 @pytest.mark.parametrize(
     "change",
     [{"outcomes": {**ASKED, "clean": [1, 1, 1, 1]}}, {"bare_outcomes": {"clean": [1, 1, 1, 0]}}],
