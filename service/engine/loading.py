@@ -65,10 +65,12 @@ class ModelLoader:
         def decided() -> bool:
             return not loading() or self.scheduler.is_loaded(model)
 
-        with self.lifecycle.changed:
-            while not self.lifecycle.changed.wait_for(decided, POLL_S):
-                if self.scheduler.stalled(WorkerState.LOADING, LOAD_TIMEOUT_S) is not None:
-                    self._fail(f"the loading of model {model.id} has not gone on for {LOAD_TIMEOUT_S:g} s")
-            if not loading():
-                raise NotReadyError(NOT_READY[self.lifecycle.state])
-            return self.scheduler.take_loaded(model)
+        while True:
+            with self.lifecycle.changed:
+                if self.lifecycle.changed.wait_for(decided, POLL_S):
+                    if not loading():
+                        raise NotReadyError(NOT_READY[self.lifecycle.state])
+                    return self.scheduler.take_loaded(model)
+                stalled = self.scheduler.stalled(WorkerState.LOADING, LOAD_TIMEOUT_S) is not None
+            if stalled:  # without the lock, which everybody needs who is answered then
+                self._fail(f"the loading of model {model.id} has not gone on for {LOAD_TIMEOUT_S:g} s")

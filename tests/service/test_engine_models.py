@@ -1,6 +1,7 @@
 """Models that are added, replaced, refused and removed while others are served."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,7 +102,15 @@ def test_loading_may_take_long_as_long_as_it_goes_on(
     engines: Callable[..., Engine], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, piece_s: float, fails: bool
 ) -> None:
     reasons: list[str] = []
-    engine = engines(slots=1, on_failure=reasons.append)
+
+    def on_failure(reason: str) -> None:
+        reasons.append(reason)
+        other = threading.Thread(target=engine.lifecycle.leave)  # as whoever is answered needs the lock
+        other.start()
+        other.join(5.0)
+        assert not other.is_alive(), "the engine's lock is held"
+
+    engine = engines(slots=1, on_failure=on_failure)
     monkeypatch.setattr(loading, "LOAD_TIMEOUT_S", 1.0)
     prepare = Stepper.prepare
 
