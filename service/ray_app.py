@@ -12,7 +12,6 @@ import re
 import time
 from typing import Any
 
-import torch
 from fastapi import FastAPI
 from ray import serve
 
@@ -63,7 +62,7 @@ def build() -> serve.Application:
     if settings.metrics_port is not None:
         raise ConfigError("under Ray /metrics is on the service's own port; unset UNPERTURB_METRICS_PORT")
     least, most = replicas(os.environ.get("UNPERTURB_REPLICAS", "1-4"))
-    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    on_gpu = any(device.type == "cuda" for device in settings.devices)
     slots = settings.slots if on_gpu else settings.slots_in_all  # a replica is given one GPU of this machine's
     deployment: serve.Deployment = serve.deployment(  # type: ignore[assignment]
         serve.ingress(build_app)(),

@@ -15,7 +15,15 @@ from unperturb.service.engine.dispatch import Dispatcher
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import OPEN, EngineState, Lifecycle
 from unperturb.service.engine.loading import ModelLoader
-from unperturb.service.engine.messages import Failed, FromWorker, LoadProgress, StepReport, Upgraded, WorkerConfig
+from unperturb.service.engine.messages import (
+    Failed,
+    FromWorker,
+    Loaded,
+    LoadProgress,
+    StepReport,
+    Upgraded,
+    WorkerConfig,
+)
 from unperturb.service.engine.registry import Model, ModelRegistry
 from unperturb.service.engine.scheduled_worker import WorkerState
 from unperturb.service.engine.scheduler import Scheduler
@@ -155,11 +163,9 @@ class Engine:
         if isinstance(message, Failed):
             self.fail(f"worker {device}: {message.reason}")
             return
+        if isinstance(message, Loaded | Upgraded):
+            self.loader.update(index, message)
         self.dispatcher.update(index, message)
-        if isinstance(message, Upgraded):
-            for model in self.models.by_id.values():
-                if model.number == message.model:
-                    model.cost, model.pace, model.execution = message.cost, 1.0, message.execution
         if isinstance(message, LoadProgress) and self.lifecycle.state is EngineState.WARMING_UP:
             self.lifecycle.progress = f"piece {message.done + 1} of {message.pieces}"
             log.info("warming up on %s: %s", device, self.lifecycle.progress)

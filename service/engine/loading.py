@@ -1,11 +1,13 @@
 """Load models on every worker, and wait for their warm-up."""
 
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 from unperturb.models.errors import CheckpointError
+from unperturb.models.inference.captured import Execution
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import NOT_READY, OPEN, EngineState, Lifecycle
-from unperturb.service.engine.messages import Load, Loaded, Unload
+from unperturb.service.engine.messages import Load, Loaded, Unload, Upgraded
 from unperturb.service.engine.registry import Model
 from unperturb.service.engine.scheduled_worker import WorkerState
 from unperturb.service.engine.scheduler import Scheduler
@@ -33,13 +35,15 @@ class ModelLoader:
     ) -> None:
         self.scheduler, self.workers, self.lifecycle = scheduler, workers, lifecycle
         self.stage, self._fail = stage, fail
+        self._models: dict[int, Model] = {}  # by number, from when workers are asked to load them
 
     def load(self, model: Model) -> None:
-        """Load a model, warm it up, and note what it costs.
+        """Load a model and warm it up.
 
         Raises CheckpointError where a worker cannot serve it, NotReadyError where the service ends meanwhile.
         """
         with self.lifecycle.changed:
+            self._models[model.number] = model
             self.scheduler.load(model)
             for worker in self.workers:
                 worker.send(Load(model.number, model.name, model.card.weights_sha256))
@@ -48,11 +52,21 @@ class ModelLoader:
             if answer.refused is not None:
                 self.unload(model)
                 raise CheckpointError(answer.refused)
-        model.execution = self.workers[0].config.execution
-        model.cost = max((answer.cost for answer in answers), key=lambda cost: cost.alone(self.stage))
+
+    def update(self, index: int, message: Loaded | Upgraded) -> None:
+        """Note how a model runs on one worker now, and what it costs there; what is shown of it is the slowest's."""
+        first = self.workers[index].config.execution
+        with self.lifecycle.changed:
+            if (model := self._models.get(message.model)) is None:
+                return
+            model.workers[index] = message.execution if isinstance(message, Upgraded) else first, message.cost
+            executions, costs = zip(*model.workers.values(), strict=True)
+            model.execution = min(executions, key=get_args(Execution).index)
+            model.cost, model.pace = max(costs, key=lambda cost: cost.alone(self.stage)), 1.0
 
     def unload(self, model: Model) -> None:
         """Tell every worker that no more work comes for a model."""
+        self._models.pop(model.number, None)
         for worker in self.workers:
             worker.send(Unload(model.number))
 
@@ -65,10 +79,12 @@ class ModelLoader:
         def decided() -> bool:
             return not loading() or self.scheduler.is_loaded(model)
 
-        with self.lifecycle.changed:
-            while not self.lifecycle.changed.wait_for(decided, POLL_S):
-                if self.scheduler.stalled(WorkerState.LOADING, LOAD_TIMEOUT_S) is not None:
-                    self._fail(f"the loading of model {model.id} has not gone on for {LOAD_TIMEOUT_S:g} s")
-            if not loading():
-                raise NotReadyError(NOT_READY[self.lifecycle.state])
-            return self.scheduler.take_loaded(model)
+        while True:
+            with self.lifecycle.changed:
+                if self.lifecycle.changed.wait_for(decided, POLL_S):
+                    if not loading():
+                        raise NotReadyError(NOT_READY[self.lifecycle.state])
+                    return self.scheduler.take_loaded(model)
+                stalled = self.scheduler.stalled(WorkerState.LOADING, LOAD_TIMEOUT_S) is not None
+            if stalled:  # without the lock, which everybody needs who is answered then
+                self._fail(f"the loading of model {model.id} has not gone on for {LOAD_TIMEOUT_S:g} s")

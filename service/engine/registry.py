@@ -4,7 +4,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
@@ -25,8 +25,9 @@ PACE_SMOOTHING = 0.1  # of each new observation's distance from the estimate
 class Model:
     """Hold a model that is served under `id`; `number` tells two of one id apart.
 
-    cost:  of images on a device; measured in the warm-up
-    execution: how its steps run now
+    cost:  of images on the slowest device; measured in the warm-up
+    execution: how its steps run now; where workers differ, the slowest way: eager, captured, compiled
+    workers: both on each worker that has loaded it, by its index
     pace:  what work takes now, in multiples of its cost
     users: requests that have begun on it
     answered: images
@@ -38,6 +39,7 @@ class Model:
     card: Card
     execution: Execution = "eager"
     cost: Cost = Cost()
+    workers: dict[int, tuple[Execution, Cost]] = field(default_factory=dict)
     pace: float = 1.0
     users: int = 0
     answered: int = 0

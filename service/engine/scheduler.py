@@ -51,12 +51,6 @@ class Scheduler:
             yield from worker.images
         yield from self.waiting
 
-    def ahead_of(self, client: str | None, cost_s: float) -> Iterator[ImageRequest]:
-        """Iterate over those that run, or wait and would go before a new image of a client; over all for None."""
-        for worker in self.workers:
-            yield from worker.images
-        yield from self.waiting.ahead_of(client, cost_s)
-
     # -- images --------------------------------------------------------------------------------------------------------
 
     def add(self, requests: Iterable[ImageRequest]) -> None:

@@ -93,7 +93,7 @@ def create_app(
     if strange := unknown(os.environ):
         log.warning("no such setting, and not heeded: %s", ", ".join(strange))
     tracer = tracing.set_up()
-    metrics = Metrics(served=lambda: engine.models.by_id)
+    metrics = Metrics(served=lambda: {(id, model.number) for id, model in engine.models.by_id.items()})
     engine = make_engine(settings, metrics, on_failure=on_failure, handle=handle)
     metrics.describe(
         version=metadata.version("unperturb"),

@@ -175,7 +175,7 @@ class Gateway:
             self.metrics.answered(outcome, model=model.id, preset=stage)
             clean = clean_loss_of(model.card, stage) if seed == GATE_SEED else None
             if stage is not None and clean is not None and outcome.losses:
-                self.metrics.drift.observe(model.id, stage, outcome.losses[0], clean)
+                self.metrics.drift.observe((model.id, model.number), stage, outcome.losses[0], clean)
         return outcomes
 
     async def _while_waited_for(

@@ -13,15 +13,16 @@ WINDOW = 256  # images; the mean of so many clean ones stays within 0.2 of their
 class LossDrift(Collector):
     """Mean of the latest first losses minus the clean mean, in clean standard deviations, by model and preset.
 
-    There is no sample before WINDOW images have come, and none of a model that is not among those `served`.
+    There is no sample before WINDOW images have come, and none of a model that is not among those `served`, each as its
+    id and its number: one that replaces another of its id begins anew.
     """
 
-    def __init__(self, served: Callable[[], Collection[str]]) -> None:
+    def __init__(self, served: Callable[[], Collection[tuple[str, int]]]) -> None:
         self._served = served
-        self._latest: dict[tuple[str, str], deque[float]] = {}
+        self._latest: dict[tuple[tuple[str, int], str], deque[float]] = {}
         self._lock = threading.Lock()
 
-    def observe(self, model: str, preset: str, loss: float, clean: tuple[float, float]) -> None:
+    def observe(self, model: tuple[str, int], preset: str, loss: float, clean: tuple[float, float]) -> None:
         """Take in one image's loss; `clean` is the mean and the standard deviation on the checkpoint's card."""
         mean, deviation = clean
         with self._lock:
@@ -38,7 +39,7 @@ class LossDrift(Collector):
         served = self._served()
         with self._lock:
             self._latest = {key: latest for key, latest in self._latest.items() if key[0] in served}
-            for key, latest in self._latest.items():
+            for ((id, _), preset), latest in self._latest.items():
                 if len(latest) == WINDOW:
-                    family.add_metric(key, sum(latest) / len(latest))
+                    family.add_metric((id, preset), sum(latest) / len(latest))
         yield family

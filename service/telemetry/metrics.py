@@ -25,10 +25,10 @@ DROPS = (-1, -0.5, -0.2, -0.1, 0, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5)
 class Metrics:
     """A rise of the loss, its drift, the purifier's distance or the label changes over their usual is a sign of attack.
 
-    served: the ids of the models that are served
+    served: the id and the number of each model that is served
     """
 
-    def __init__(self, served: Callable[[], Collection[str]] = tuple) -> None:
+    def __init__(self, served: Callable[[], Collection[tuple[str, int]]] = tuple) -> None:
         self.registry = CollectorRegistry()
         self._ids: set[str] = set()
         ProcessCollector(registry=self.registry)

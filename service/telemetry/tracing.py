@@ -24,11 +24,12 @@ class Tracing:
     """One span for each request, under the caller's own where it sends a `traceparent`, and one for each part of it."""
 
     def __init__(self, exporter: Any) -> None:  # noqa: ANN401
-        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        self.provider = TracerProvider(resource=Resource.create({"service.name": "unperturb"}))
+        resource = Resource.create({"service.name": "unperturb"}).merge(OTELResourceDetector().detect())
+        self.provider = TracerProvider(resource=resource)
         self.provider.add_span_processor(BatchSpanProcessor(exporter))
         self.tracer = self.provider.get_tracer("unperturb", metadata.version("unperturb"))
 

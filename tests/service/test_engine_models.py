@@ -1,6 +1,7 @@
 """Models that are added, replaced, refused and removed while others are served."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.inference.captured import Stepper
 from unperturb.models.inference.continuous import Stage
 from unperturb.service.engine import loading
+from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.engine import Engine
-from unperturb.service.engine.messages import Outcome
+from unperturb.service.engine.messages import FromWorker, Outcome, Upgraded
+from unperturb.service.engine.registry import Model
 from unperturb.service.errors import NotFoundError, NotReadyError
 
 
@@ -101,7 +104,15 @@ def test_loading_may_take_long_as_long_as_it_goes_on(
     engines: Callable[..., Engine], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, piece_s: float, fails: bool
 ) -> None:
     reasons: list[str] = []
-    engine = engines(slots=1, on_failure=reasons.append)
+
+    def on_failure(reason: str) -> None:
+        reasons.append(reason)
+        other = threading.Thread(target=engine.lifecycle.leave)  # as whoever is answered needs the lock
+        other.start()
+        other.join(5.0)
+        assert not other.is_alive(), "the engine's lock is held"
+
+    engine = engines(slots=1, on_failure=on_failure)
     monkeypatch.setattr(loading, "LOAD_TIMEOUT_S", 1.0)
     prepare = Stepper.prepare
 
@@ -119,3 +130,34 @@ def test_loading_may_take_long_as_long_as_it_goes_on(
         engine.add(str(tiny_folder), "second")
         assert time.monotonic() - started > 1.0
         assert not reasons
+
+
+def test_model_is_shown_as_it_is_on_its_slowest_worker(engines: Callable[..., Engine]) -> None:
+    engine = engines(workers=2, slots=1)
+    model = engine.models.get(None)
+    fast = Cost(per_batch_s=1e-9, per_pass_s=1e-9)
+    engine.workers[0].on_message(Upgraded(model.number, "captured", fast))
+    assert model.execution == "eager"
+    assert model.cost.alone("default") > fast.alone("default")
+    engine.workers[1].on_message(Upgraded(model.number, "captured", fast))
+    assert (model.execution, model.cost) == ("captured", fast)
+
+
+def test_upgrade_that_ends_before_its_model_is_served_is_not_lost(
+    engines: Callable[..., Engine], tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines(slots=1, upgrade="captured")
+    upgraded, told, put = threading.Event(), engine.workers[0].on_message, engine.models.put
+
+    def noted(message: FromWorker) -> None:
+        told(message)
+        if isinstance(message, Upgraded) and message.model == 2:
+            upgraded.set()
+
+    def late(model: Model, *, default: bool) -> None:
+        assert upgraded.wait(60)
+        put(model, default=default)
+
+    monkeypatch.setattr(engine.workers[0], "on_message", noted)
+    monkeypatch.setattr(engine.models, "put", late)
+    assert engine.add(str(tiny_folder), "second").execution == "captured"

@@ -144,16 +144,32 @@ def test_what_the_page_attacks_itself_counts_in_no_figure_of_what_comes(client: 
 
 
 def test_drift_forgets_old_images_and_models_that_are_served_no_more() -> None:
-    served = {"a", "b"}
+    served = {("a", 1), ("b", 2)}
     gauge = drift.LossDrift(lambda: served)
-    for model, loss in (("a", 5.0), ("b", 0.0)):
+    for model, loss in ((("a", 1), 5.0), (("b", 2), 0.0)):
         for _ in range(drift.WINDOW):
             gauge.observe(model, "default", loss, (1.0, 2.0))
     for _ in range(drift.WINDOW // 2):
-        gauge.observe("a", "default", 1.0, (1.0, 2.0))
-    served.remove("b")
+        gauge.observe(("a", 1), "default", 1.0, (1.0, 2.0))
+    served.remove(("b", 2))
     (family,) = gauge.collect()
     assert [(sample.labels, sample.value) for sample in family.samples] == [({"model": "a", "preset": "default"}, 1.0)]
+
+
+def test_drift_of_a_model_that_replaces_another_has_nothing_of_the_other() -> None:
+    served = {("a", 1)}
+    gauge = drift.LossDrift(lambda: served)
+    for _ in range(drift.WINDOW):
+        gauge.observe(("a", 1), "default", 5.0, (1.0, 2.0))
+    served = {("a", 2)}
+    for _ in range(drift.WINDOW - 1):
+        gauge.observe(("a", 2), "default", 1.0, (1.0, 2.0))
+    gauge.observe(("a", 1), "default", 5.0, (1.0, 2.0))  # a request that began before
+    (family,) = gauge.collect()
+    assert not family.samples
+    gauge.observe(("a", 2), "default", 1.0, (1.0, 2.0))
+    (family,) = gauge.collect()
+    assert [(sample.labels, sample.value) for sample in family.samples] == [({"model": "a", "preset": "default"}, 0.0)]
 
 
 def test_there_is_a_bound_to_the_values_of_the_label_model() -> None:
@@ -250,6 +266,32 @@ def test_requests_become_spans_under_the_callers_own(tiny_folder: Path, monkeypa
         assert child.start_time is not None
         assert child.end_time is not None
         assert child.end_time > child.start_time
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "name"),
+    [
+        (None, "", "unperturb"),
+        ("OTEL_SERVICE_NAME", "purifier-eu", "purifier-eu"),
+        ("OTEL_RESOURCE_ATTRIBUTES", "service.name=purifier-eu", "purifier-eu"),
+    ],
+    ids=["none", "name", "attributes"],
+)
+def test_spans_are_of_the_service_that_the_standard_variables_name(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, value: str, name: str
+) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    for other in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"):
+        monkeypatch.delenv(other, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, value)
+    traced = tracing.Tracing(InMemorySpanExporter())
+    try:
+        assert traced.provider.resource.attributes["service.name"] == name
+    finally:
+        traced.close()
 
 
 def test_tracing_is_off_without_an_endpoint_and_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,14 +8,18 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+import torch
 
+from tests.support.manifests import environment, standing, the
 from tests.support.serving import photo
 from unperturb.benchmarks.serving.open_loop import free_port
 from unperturb.models.errors import ConfigError
+from unperturb.service.settings import MAX_BATCH
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'unperturb[ray]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
@@ -109,6 +113,44 @@ def test_replica_killed_under_load_loses_no_request_without_an_answer(
     ends_at = time.monotonic() + 60
     while Counter(post(url) for _ in range(4))[200] < 4:
         assert time.monotonic() < ends_at, "it is not served again"
+
+
+def options_of_the_deployment(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What Ray is asked for, in this environment."""
+    monkeypatch.setenv("UNPERTURB_AUTHENTICATION", "off")
+    from unperturb.service import ray_app
+
+    given: dict[str, Any] = {}
+    deployment = ray_app.serve.deployment
+
+    def noted(target: Any, **options: Any) -> Any:
+        given.update(options)
+        return deployment(target, **options)
+
+    monkeypatch.setattr(ray_app.serve, "deployment", noted)
+    ray_app.build()
+    return given
+
+
+def test_kuberays_target_is_of_the_slots_of_one_gpu_though_the_head_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = the("RayService", standing())["spec"]["rayClusterConfig"]
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    for name, value in environment(head).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("UNPERTURB_THREADS", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert options_of_the_deployment(monkeypatch)["autoscaling_config"]["target_ongoing_requests"] == 0.75 * MAX_BATCH
+
+
+@pytest.mark.parametrize(
+    ("device", "reserved"),
+    [("auto", 1), ("cuda", 1), ("cpu", 0), ("cpu,cpu", 0)],
+)
+def test_a_gpu_is_reserved_where_one_is_used(device: str, reserved: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNPERTURB_DEVICE", device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert options_of_the_deployment(monkeypatch)["ray_actor_options"].get("num_gpus", 0) == reserved
 
 
 @pytest.mark.parametrize("text", ["0", "3-2", "two", "1-", ""])

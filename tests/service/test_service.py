@@ -1,5 +1,6 @@
 """The HTTP service, over its ASGI app: POST /classify, health, settings."""
 
+import asyncio
 import base64
 import dataclasses
 import json
@@ -28,7 +29,9 @@ from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
+from unperturb.service.http.answer import Answer, Answers
 from unperturb.service.http.app import create_app
+from unperturb.service.http.routes import classify
 from unperturb.service.http.worth import PURPOSES, advice_of, worth_of
 from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
@@ -202,6 +205,32 @@ def test_purified_image_comes_back_within_epsilon(client: TestClient) -> None:
     received = np.asarray(Image.open(BytesIO(photo()))).astype(int)
     assert purified.shape == (32, 32, 3)
     assert 0 < np.abs(purified - received).max() <= 255 * PRESETS["default"].loop.epsilon + 1e-3
+
+
+def test_answers_of_many_classes_are_made_off_the_event_loop(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classify, "INLINE", 5)
+    make, apart = classify.answer, []
+
+    def noted(*given: Any, **options: Any) -> Answer:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            apart.append(True)
+        else:
+            apart.append(False)
+        return make(*given, **options)
+
+    monkeypatch.setattr(classify, "answer", noted)
+    one = client.post("/classify?top_k=3", files={"images": photo()})
+    two = client.post("/classify?top_k=3", files=[("images", photo()), ("images", photo(1))])
+    assert apart == [False, True, True]
+    for body, count in ((one, 1), (two, 2)):
+        assert body.headers["content-type"] == "application/json"
+        answers = Answers.model_validate_json(body.text)
+        assert answers.request_id == body.headers["x-request-id"]
+        assert [len(answer.predictions) for answer in answers.answers] == [3] * count
 
 
 def test_top_k_and_seed_are_heeded(client: TestClient) -> None:

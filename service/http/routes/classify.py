@@ -19,6 +19,8 @@ from unperturb.service.http.gateway import Timeout
 from unperturb.service.http.routes.parameters import Classify, Purify
 from unperturb.service.http.upload import body_schema, is_json
 
+INLINE = 500  # classes in all of a request's answers; to make more takes longer than to change to a thread
+
 
 class PurifyImage(Purify):
     """The purifier's options, and the form of the image."""
@@ -35,7 +37,10 @@ def target_of(request: Request, query: Classify, default: str) -> tuple[str | No
 
 
 @router.post(
-    "/classify", openapi_extra={"requestBody": body_schema(Classify, many=True)}, responses=problem.responses(404)
+    "/classify",
+    response_model=Answer | Answers,
+    openapi_extra={"requestBody": body_schema(Classify, many=True)},
+    responses=problem.responses(404),
 )
 async def classify(
     request: Request,
@@ -43,7 +48,7 @@ async def classify(
     key: Key,
     query: Annotated[Classify, Query()],
     timeout_s: Timeout = None,
-) -> Answer | Answers:
+) -> Response:
     """Purify one image, or each of a list, classify it, and say what the purifier changed."""
     default = gateway.settings.preset
     with gateway.admit(request, key, timeout_s, target_of(request, query, default)) as ticket:
@@ -81,11 +86,15 @@ async def classify(
             total_ms=ticket.spent_ms,
         )
 
-        def every() -> list[Answer]:
-            return [one_answer(*pair) for pair in zip(outcomes, decoded, strict=True)]
+        def every() -> list[str]:
+            return [one_answer(*pair).model_dump_json() for pair in zip(outcomes, decoded, strict=True)]
 
-        answers = await asyncio.to_thread(every) if wanted.return_image else every()  # PNG files take their time
-    return Answers(request_id=ticket.context.request_id, answers=answers) if upload.many else answers[0]
+        takes_long = wanted.return_image or top_k * len(outcomes) > INLINE
+        answers = await asyncio.to_thread(every) if takes_long else every()
+    if not upload.many:
+        return Response(answers[0], media_type="application/json")
+    around = Answers(request_id=ticket.context.request_id, answers=[]).model_dump_json()
+    return Response(f"{around.removesuffix(']}')}{','.join(answers)}]}}", media_type="application/json")
 
 
 @router.post(
