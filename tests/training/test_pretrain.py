@@ -1,5 +1,6 @@
 """Pre-training and readouts from the command line."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -10,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import make_checkpoint
 from tests.support.training import FRESH, pretrain_arguments, read_log
 from unperturb.models.checkpoints import store
 from unperturb.models.networks.readout import NoReadout, SoftNeighbours
+from unperturb.models.pixels import Preprocessing
+from unperturb.models.purifiers.vote import Vote
 from unperturb.training import state
 from unperturb.training.__main__ import main
 from unperturb.training.contrastive.pretrain import GOES_ON, PRETRAINING_METHODS
+from unperturb.training.data import load
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +63,24 @@ def test_method_learns_and_makes_an_encoder(method: str, image_folder: Path, tmp
     assert loaded.card.training["method"] == method
     assert loaded.card.training["chosen_epoch"] == 5
     assert ("encoder_sha256" in loaded.card.training) == (method in GOES_ON)
+
+
+def test_encoder_goes_on_with_its_own_pictures_and_views(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, how, vote = make_checkpoint(), Preprocessing(size=24, fit="crop", resize=28), Vote(shifts=((0, 0), (1, 1)))
+    architecture = dataclasses.replace(base.card.architecture, image_size=24)
+    card = dataclasses.replace(base.card, architecture=architecture, preprocessing=how, vote=vote)
+    store.save(tmp_path / "base", dataclasses.replace(base, card=card))
+    more = ["pretrain", "--encoder", str(tmp_path / "base"), "--epochs", "1", "--batch-size", "21", "--held-out", "9"]
+    places = ["--data", str(image_folder), "--out", str(tmp_path / "run"), "--cache", str(tmp_path), "--device", "cpu"]
+    assert main([*more, *places, "--image-size", "64"]) == 2
+    assert "image_size=64: of a fresh network" in capsys.readouterr().err
+    assert main([*more, *places]) == 0
+    assert "whether 'tiny' was trained on the images that are held back is not known" in capsys.readouterr().err
+    made = store.read_card(tmp_path / "run" / "checkpoint")
+    assert (made.preprocessing, made.vote, made.training["image_size"]) == (how, vote, 24)
+    assert made.data["sha256"] == load(str(image_folder), how, cache=tmp_path).digest
 
 
 def test_readouts_of_an_encoder_classify(image_folder: Path, tmp_path: Path, simclr: Path) -> None:
