@@ -181,7 +181,12 @@ def _from_checkpoint(name: str, config: PretrainConfig) -> Beginning:
         vote=was.vote,
         head=dataclasses.replace(was.head, temperature=config.temperature),
         data={},
-        training={**shape, "encoder_sha256": was.weights_sha256},
+        training={
+            **shape,
+            "encoder_sha256": was.weights_sha256,
+            "encoder_training": was.training,
+            "encoder_data": was.data,
+        },
     )
     return Beginning(dataset, encoder, card, was)
 
@@ -196,7 +201,8 @@ def pretrain(config: PretrainConfig) -> None:
     train = data.resident(kept, here.device)
     task = PretrainTask(config, encoder, train, data.resident(held, here.device), here)
     made_of = {"data": dataset.digest} | ({"checkpoint": was.weights} if was else {})
-    fitted = loop.fit(task, config, here, made_of=made_of)
+    copies = [task.method.memory.encoder] if isinstance(task.method, MoCo) else []
+    fitted = loop.fit(task, config, here, made_of=made_of, copies=copies)
     if here.rank == 0:
         trained = fitted.model
         assert isinstance(trained, Encoder)
@@ -205,7 +211,7 @@ def pretrain(config: PretrainConfig) -> None:
         made = dataclasses.replace(
             card,
             readout=ReadoutCard(kind="none"),
-            data=data.described(dataset, train),
+            data=data.described(dataset, train, held_out=config.held_out),
             training={
                 **options.comparable(config),
                 **card.training,
