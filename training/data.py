@@ -129,30 +129,34 @@ def training_images_for(card: Card | None, dataset: DataSet, config: RunConfig) 
         return training_images(dataset.train, config)
     total = len(dataset.train.labels)
     held = set(_held(total, config.held_out, config.seed).tolist()) if 0 < config.held_out < total else set()
-    if pairs := list(_held_out_by(card.data, card.training, dataset.digest)):
-        own = set.intersection(*(set(_held(total, *pair).tolist()) for pair in pairs))
+    pairs = list(_held_out_by(card.data, card.training, dataset.digest))
+    known = [pair for pair in pairs if pair is not None]
+    if "sha256" not in card.data or len(known) < len(pairs):
+        print(f"whether {card.id!r} was trained on the images that are held back is not known", file=sys.stderr)
+    elif known:
+        own = set.intersection(*(set(_held(total, *pair).tolist()) for pair in known))
         if seen := len(held - own):
-            new = " and by ".join(f"held_out={count}, seed={seed}" for count, seed in pairs)
+            by = " and by ".join(f"held_out={count}, seed={seed}" for count, seed in known)
+            new = f"new to it are those held back by {by}" if own else "none of the training images is new to it"
             print(
                 f"held_out={config.held_out}, seed={config.seed}: {card.id!r} was trained on {seen} of these images; "
-                f"new to it are those held back by {new}",
+                f"{new}",
                 file=sys.stderr,
             )
-    elif "sha256" not in card.data:
-        print(f"whether {card.id!r} was trained on the images that are held back is not known", file=sys.stderr)
     return training_images(dataset.train, config)
 
 
-def _held_out_by(known: dict[str, Any], training: dict[str, Any], digest: str) -> Iterator[tuple[int, int]]:
+def _held_out_by(known: dict[str, Any], training: dict[str, Any], digest: str) -> Iterator[tuple[int, int] | None]:
     """Yield how many images a training on these held out, and by what seed; then the same of those before it.
 
-    known, training: `data` and `training` of a card
+    None for one of which that is not known. known, training: `data` and `training` of a card
     """
-    if known.get("sha256") == digest and "held_out_of_train" in known:
-        yield known["held_out_of_train"], training["seed"]
+    if known.get("sha256") == digest:
+        yield (known["held_out_of_train"], training["seed"]) if "held_out_of_train" in known else None
     for before in ("classifier", "encoder"):
-        if f"{before}_data" in training:
-            yield from _held_out_by(training[f"{before}_data"], training[f"{before}_training"], digest)
+        if f"{before}_training" in training:
+            data = training.get(f"{before}_data", {"sha256": digest})  # older cards leave it out
+            yield from _held_out_by(data, training[f"{before}_training"], digest)
 
 
 def read_folder(folder: Path, classes: tuple[str, ...], how: Preprocessing, *, cache: Path) -> Split:
@@ -325,13 +329,14 @@ def kept_back(dataset: DataSet, card: Card) -> Split:
         or head.get("data_sha256", dataset.digest) != dataset.digest
     ):
         raise ConfigError(f"{card.id!r} was trained on other images than {dataset.name} has")
-    pairs = list(_held_out_by({"sha256": dataset.digest, **known}, card.training, dataset.digest))
+    pairs = list(_held_out_by({"sha256": dataset.digest, **known} if known else {}, card.training, dataset.digest))
     pairs += [(head["held_out"], head["seed"])] if head else []
-    if not pairs or ("held_out_of_train" not in known and known):
+    said = [pair for pair in pairs if pair is not None]
+    if not said or len(said) < len(pairs):
         raise ConfigError(f"the card of {card.id!r} does not say which training images were held out")
-    held = set.intersection(*(set(_held(len(dataset.train.labels), *pair).tolist()) for pair in pairs))
+    held = set.intersection(*(set(_held(len(dataset.train.labels), *pair).tolist()) for pair in said))
     if not held:
-        raise ConfigError(f"{card.id!r}: its classifier and its head held out different training images")
+        raise ConfigError(f"{card.id!r}: no training image was held out by all that it was made by")
     numbers = torch.tensor(sorted(held))
     return Split(dataset.train.images[numbers], dataset.train.labels[numbers])
 
@@ -348,7 +353,7 @@ def at_once(images: Tensor, *, most: int | None = None, pixels: int = 1 << 20) -
     return max(1, min(most, pixels // images[0, 0].numel())) if len(images) else 1
 
 
-def described(dataset: DataSet, train: Split) -> dict[str, object]:
+def described(dataset: DataSet, train: Split, *, held_out: int) -> dict[str, object]:
     """Return what a checkpoint's card says of the data that it was trained on."""
     return {
         "name": dataset.name,
@@ -356,4 +361,5 @@ def described(dataset: DataSet, train: Split) -> dict[str, object]:
         "train_images": len(dataset.train.labels),
         "used_of_train": len(train.labels),
         "test_images": len(dataset.test.labels),
+        "held_out_of_train": held_out,
     }

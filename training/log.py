@@ -7,14 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
+from unperturb.models.files import write_whole
+
 LOG = "log.jsonl"
 
 
 class RunLog:
-    """The log of a run's folder, opened once; a context manager."""
+    """The log of a run's folder, opened once; a context manager.
 
-    def __init__(self, out: Path, *, writes: bool) -> None:
+    Its first `lines` lines stay: what follows is of epochs that the run takes anew, or of another run.
+    """
+
+    def __init__(self, out: Path, *, writes: bool, lines: int) -> None:
         self.out, self.writes = out, writes
+        if writes and (file := out / LOG).exists():
+            write_whole(file, b"".join(file.read_bytes().splitlines(keepends=True)[:lines]))
         self._board = _tensorboard(out) if writes else None
 
     def __enter__(self) -> "RunLog":

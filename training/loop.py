@@ -5,7 +5,7 @@ A method hands in a Task; what is here is the same for each of them.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -68,6 +68,7 @@ def fit(
     *,
     made_of: Mapping[str, str],
     collapsed: Callable[[float, float], bool] | None = None,
+    copies: Sequence[nn.Module] = (),
 ) -> Fitted:
     """Train to the last epoch, going on from the run's folder where it has a state.
 
@@ -75,6 +76,8 @@ def fit(
 
     `collapsed(best score, score)` says after an epoch whether the run has to go back to its best one; it then takes
     the training images in another order, and ends there after going back three times.
+
+    `copies` of the model move after it: they begin with the same averaged weights (`resume_from`) as it does.
     """
     steps = task.images // config.batch_size
     if steps < 1 or config.batch_size % world.size:
@@ -84,9 +87,9 @@ def fit(
         )
     config.out.mkdir(parents=True, exist_ok=True)
     run = _Run(task, config, world, steps, made_of)
-    run.resume()
+    run.resume(copies)
     run.probe()
-    with RunLog(config.out, writes=world.rank == 0) as log:
+    with RunLog(config.out, writes=world.rank == 0, lines=run.progress.lines) as log:
         while run.progress.epoch < config.epochs and run.progress.attempt <= ATTEMPTS:
             figures = run.epoch()
             if world.rank == 0:
@@ -94,6 +97,7 @@ def fit(
                 if run.judge(figures, collapsed):
                     figures["went_back_to"] = run.progress.epoch
                 log.write(figures)
+                run.progress.lines += 1
                 run.save(STATE)
             run.follow()
     return run.fitted()
@@ -119,14 +123,12 @@ class _Run:
             "average": self.average,
         }
 
-    def resume(self) -> None:
+    def resume(self, copies: Sequence[nn.Module]) -> None:
         """Go on from the folder's state, or else from the weights that the configuration names."""
         if self.config.resume and (self.config.out / STATE).exists():
             self._load(STATE)
         elif self.config.resume_from is not None:
-            model = self.task.model
-            copies = [part for part in self.task.memory.modules() if type(part) is type(model)]  # that move after it
-            state.take_over(self.config.resume_from, (model, self.average.module, *copies))
+            state.take_over(self.config.resume_from, (self.task.model, self.average.module, *copies))
             self.average.n_averaged.fill_(1)  # or the first step would put the model in the average's place
             self.progress.epoch = self.config.epoch
 
@@ -221,9 +223,8 @@ class _Run:
         now, score = self.progress, figures.get("held_out_score", math.inf)
         best = -math.inf if now.best is None else now.best["score"]
         if collapsed is not None and now.best is not None and collapsed(best, score):
-            attempt = now.attempt + 1
             self._load(BEST)
-            self.progress.attempt = attempt
+            self.progress.attempt, self.progress.lines = now.attempt + 1, now.lines
             tqdm.write(f"epoch {figures['epoch']} collapsed ({best:.1%} -> {score:.1%}): back to {self.progress.epoch}")
             return True
         if score > best or score == math.inf:

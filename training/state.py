@@ -21,14 +21,15 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
 
 STATE, BEST, AVERAGED = "state.pt", "best.pt", "ema.safetensors"
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclass
 class Progress:
     """The place of a run: `epoch` epochs and `step` steps of the next, with the figures' sums and seconds of that.
 
-    attempt: how often the run has gone back; best: number, score and figures of the best epoch, if there is one.
+    attempt: how often the run has gone back; best: number, score and figures of the best epoch, if there is one;
+    lines: of the log, one an epoch and attempt.
     """
 
     epoch: int = 0
@@ -37,6 +38,7 @@ class Progress:
     seconds: float = 0.0
     attempt: int = 0
     best: dict[str, Any] | None = None
+    lines: int = 0
 
 
 def save(file: Path, config: dict[str, Any], parts: dict[str, Any], progress: Progress, device: torch.device) -> None:

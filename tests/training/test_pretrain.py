@@ -1,5 +1,6 @@
 """Pre-training and readouts from the command line."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -10,12 +11,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import make_checkpoint
 from tests.support.training import FRESH, pretrain_arguments, read_log
 from unperturb.models.checkpoints import store
 from unperturb.models.networks.readout import NoReadout, SoftNeighbours
+from unperturb.models.pixels import Preprocessing
+from unperturb.models.purifiers.vote import Vote
 from unperturb.training import state
 from unperturb.training.__main__ import main
+from unperturb.training.contrastive.encoder import reopened
 from unperturb.training.contrastive.pretrain import GOES_ON, PRETRAINING_METHODS
+from unperturb.training.data import load
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,42 @@ def test_method_learns_and_makes_an_encoder(method: str, image_folder: Path, tmp
     assert ("encoder_sha256" in loaded.card.training) == (method in GOES_ON)
 
 
+@pytest.mark.parametrize(("method", "moved"), [("deacl", False), ("moco", True)])
+def test_run_from_averaged_weights_moves_mocos_keys_and_not_deacls_teacher(
+    method: str, moved: bool, image_folder: Path, tmp_path: Path, simclr: Path
+) -> None:
+    encoder, _ = reopened(str(simclr))
+    expected = {name: parameter.detach() + 0.1 * moved for name, parameter in encoder.named_parameters()}
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1)
+    state.export(tmp_path / "ema.safetensors", encoder, epoch=1)
+    more = ["--encoder", str(simclr), "--method", method, "--epochs", "2", "--lr", "1e-9", "--epoch", "1"]
+    more += ["--resume-from", str(tmp_path / "ema.safetensors")]
+    assert main(pretrain_arguments(image_folder, tmp_path / "run", *more)) == 0
+    memory = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["parts"]["memory"]
+    for name, value in expected.items():
+        assert torch.allclose(memory[f"encoder.{name}" if moved else name], value, atol=5e-3), name
+
+
+def test_encoder_goes_on_with_its_own_pictures_and_views(
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, how, vote = make_checkpoint(), Preprocessing(size=24, fit="crop", resize=28), Vote(shifts=((0, 0), (1, 1)))
+    architecture = dataclasses.replace(base.card.architecture, image_size=24)
+    card = dataclasses.replace(base.card, architecture=architecture, preprocessing=how, vote=vote)
+    store.save(tmp_path / "base", dataclasses.replace(base, card=card))
+    more = ["pretrain", "--encoder", str(tmp_path / "base"), "--epochs", "1", "--batch-size", "21", "--held-out", "9"]
+    places = ["--data", str(image_folder), "--out", str(tmp_path / "run"), "--cache", str(tmp_path), "--device", "cpu"]
+    assert main([*more, *places, "--image-size", "64"]) == 2
+    assert "image_size=64: of a fresh network" in capsys.readouterr().err
+    assert main([*more, *places]) == 0
+    assert "whether 'tiny' was trained on the images that are held back is not known" in capsys.readouterr().err
+    made = store.read_card(tmp_path / "run" / "checkpoint")
+    assert (made.preprocessing, made.vote, made.training["image_size"]) == (how, vote, 24)
+    assert made.data["sha256"] == load(str(image_folder), how, cache=tmp_path).digest
+
+
 def test_readouts_of_an_encoder_classify(image_folder: Path, tmp_path: Path, simclr: Path) -> None:
     common = ["--encoder", str(simclr), "--data", str(image_folder), "--cache", str(tmp_path), "--device", "cpu"]
     training = ["--epochs", "30", "--batch-size", "21", "--held-out", "9", "--lr", "1e-2"]
@@ -77,6 +119,9 @@ def test_readouts_of_an_encoder_classify(image_folder: Path, tmp_path: Path, sim
         for key, value in base.classifier.state_dict().items():  # what was frozen is as it was
             assert torch.equal(made.classifier.state_dict()[key], value), (name, key)
         assert made.head is not None  # the projector purifies for it
+        assert made.card.data["held_out_of_train"] == (0 if name == "knn" else 9)
+        assert made.card.training["encoder_data"] == base.card.data
+    assert base.card.data["held_out_of_train"] == 9
     assert isinstance(store.load(tmp_path / "knn/checkpoint").classifier.get_submodule("linear"), SoftNeighbours)
 
 

@@ -215,3 +215,20 @@ def test_bad_argument_is_refused(
     assert main(["purifier", *folders, "--cache", str(tmp_path), "--device", "cpu", *bad]) == 2
     name = {"reach": "epsilon"}.get(bad[0].strip("-"), bad[0].strip("-").replace("-", "_"))
     assert name in capsys.readouterr().err
+
+
+def test_state_of_another_classifier_without_a_digest_is_refused(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RobustBench's have none: their ids tell them apart."""
+
+    def load(name: str, **_: object) -> store.Checkpoint:
+        made = make_checkpoint(head=False)
+        return dataclasses.replace(made, card=dataclasses.replace(made.card, id=name))
+
+    monkeypatch.setattr(store, "load", load)
+    small = {"epochs": 1, "batch_size": 21, "held_out": 9, "width": 8, "depth": 1}
+    for name, status in (("one", 0), ("other", 2)):
+        arguments = run_arguments("purifier", image_folder, tmp_path / "run", checkpoint=name, **small)
+        assert main(arguments) == status
+    assert "of a run with other checkpoint" in capsys.readouterr().err

@@ -14,7 +14,10 @@ from unperturb.models.checkpoints import store
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
 from unperturb.training.__main__ import main
+from unperturb.training.data import Split
 from unperturb.training.state import STATE
+from unperturb.training.supervised.adversarial import SupervisedBatch
+from unperturb.training.supervised.classifier import ClassifierConfig, ClassifierTask
 from unperturb.training.supervised.self_adaptive import AdaptiveTargets
 from unperturb.training.supervised.weight_perturbation import at_worst_weights
 from unperturb.training.world import World
@@ -25,16 +28,18 @@ HERE = World(0, 1, torch.device("cpu"))
 def test_self_adaptive_targets_follow_the_predictions_in_numpy() -> None:
     """Huang et al. 2020, algorithm 1."""
     labels, momentum = torch.tensor([0, 2, 1, 1]), 0.9
-    adaptive = AdaptiveTargets(labels, num_classes=3, momentum=momentum, warmup_epochs=1, world=HERE)
+    adaptive = AdaptiveTargets(
+        labels, num_classes=3, label_smoothing=0.3, momentum=momentum, warmup_epochs=1, world=HERE
+    )
     rows, logits = torch.tensor([2, 0]), torch.randn(2, 3)
     p = logits.double().softmax(1).numpy()
-    one_hot = np.eye(3)[labels.numpy()]
-    for epoch, targets in ((0, one_hot[[2, 0]]), (1, momentum * one_hot[[2, 0]] + (1 - momentum) * p)):
+    begun = 0.7 * np.eye(3)[labels.numpy()] + 0.1
+    for epoch, targets in ((0, begun[[2, 0]]), (1, momentum * begun[[2, 0]] + (1 - momentum) * p)):
         found = float(adaptive.fit(rows, epoch)(logits))
         weights = targets.max(1)
         expected = (weights * -(targets * np.log(p)).sum(1)).sum() / weights.sum()
         assert abs(found - expected) < 1e-5
-    assert torch.equal(adaptive.targets[[1, 3]], torch.eye(3)[labels[[1, 3]]])  # not in the batch
+    assert torch.allclose(adaptive.targets[[1, 3]], torch.from_numpy(begun[[1, 3]]).float())  # not in the batch
 
 
 def test_weight_perturbation_raises_the_loss_by_gamma_and_leaves_the_weights(images: torch.Tensor) -> None:
@@ -57,6 +62,26 @@ def test_weight_perturbation_raises_the_loss_by_gamma_and_leaves_the_weights(ima
         assert torch.equal(value, weights[name])
         assert value.grad is not None
     assert int(model.get_submodule("norm").get_buffer("num_batches_tracked")) == 1
+
+
+def test_weight_perturbation_is_towards_the_targets_of_the_loss(images: torch.Tensor, tmp_path: Path) -> None:
+    """Beside self-adaptive targets, which it moves no further."""
+    config = ClassifierConfig(data="x", out=tmp_path, method="pgd", self_adaptive_from=0, weight_perturbation=0.1)
+    model = build(Architecture(name="wide_resnet_10_1", num_classes=3, activation="silu")).train()
+    labels, numbers = torch.arange(8) % 3, torch.arange(8)
+    split = Split((255 * images).to(torch.uint8), labels)
+    task = ClassifierTask(config, model, split, split, HERE)
+    assert isinstance(task.memory, AdaptiveTargets)
+    targets = torch.eye(3)[(labels + 1) % 3]
+    task.memory.targets.copy_(targets)
+    found = task.forward_pass(model, SupervisedBatch(images, labels, numbers, numbers), images)(images)
+    assert torch.equal(task.memory.targets, targets)
+    towards, away = (
+        at_worst_weights(model, lambda run, aims=aims: F.cross_entropy(run(images), aims), gamma=0.1)(images)
+        for aims in (targets, F.one_hot(labels, 3).float())
+    )
+    assert torch.allclose(found, towards, atol=1e-4)
+    assert not torch.allclose(found, away, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +120,7 @@ def test_switch_of_the_classifier_learns(switches: list[str], image_folder: Path
 def test_resumed_self_adaptive_run_has_its_targets(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = classifier_arguments(image_folder, out, "--self-adaptive-from", "0", "--method", "natural")
-    assert main([*arguments, "--epochs", "2"]) == 0
+    assert main([*arguments, "--epochs", "2", "--label-smoothing", "0"]) == 0
     state = torch.load(out / STATE, weights_only=True)
     targets = state["parts"]["memory"]["targets"]
     assert targets.shape == (63, 3)

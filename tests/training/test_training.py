@@ -131,6 +131,7 @@ def test_interrupt_says_how_to_go_on(
 def test_two_processes_train_one_model(image_folder: Path, tmp_path: Path) -> None:
     """torchrun with two CPU processes: the same global batch, one checkpoint, and targets that are of both."""
     out = tmp_path / "run"
+    more = ["--epochs", "4", "--self-adaptive-from", "3", "--label-smoothing", "0"]
     command = [
         sys.executable,
         "-m",
@@ -140,7 +141,7 @@ def test_two_processes_train_one_model(image_folder: Path, tmp_path: Path) -> No
         "2",
         "-m",
         "unperturb.training",
-        *classifier_arguments(image_folder, out, "--epochs", "4", "--self-adaptive-from", "3"),
+        *classifier_arguments(image_folder, out, *more),
     ]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -272,16 +273,43 @@ def test_whole_numbers_of_a_network_are_not_averaged(tmp_path: Path) -> None:
     assert torch.equal(fitted.model.get_buffer("places"), places)
 
 
-def test_run_from_averaged_weights_gives_them_to_a_copy_that_follows(tmp_path: Path) -> None:
+def test_run_from_averaged_weights_gives_them_to_the_copy_that_follows_alone(tmp_path: Path) -> None:
     before = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(before.weight, 1e6)  # beyond float16
     state.export(tmp_path / "ema.safetensors", before, epoch=1)
     task = Rising()
-    task.memory = torch.nn.ModuleDict({"follower": copy.deepcopy(task.model)})
+    task.memory = torch.nn.ModuleDict({"follower": copy.deepcopy(task.model), "teacher": copy.deepcopy(task.model)})
     config = rising(tmp_path / "run", epochs=2, resume_from=tmp_path / "ema.safetensors", epoch=1)
-    fitted = loop.fit(task, config, world.join("cpu"), made_of={})
+    copies = [task.memory.get_submodule("follower")]
+    fitted = loop.fit(task, config, world.join("cpu"), made_of={}, copies=copies)
     assert task.memory.get_parameter("follower.weight").item() == 1e6
+    assert task.memory.get_parameter("teacher.weight").item() == 0
     assert fitted.model.get_parameter("weight").item() > 1e6
+
+
+def test_log_has_an_attempt_at_an_epoch_once_after_a_crash_and_nothing_of_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, scores = state.save, iter([0.5, 0.1, 0.6, 0.6, 0.7, 0.5])
+
+    def crash(file: Path, *arguments: Any) -> None:
+        if file.name == STATE and len(read_log(tmp_path)) == 3:
+            raise KeyboardInterrupt
+        save(file, *arguments)
+
+    def fit(epochs: int, **options: Any) -> list[int]:
+        config = rising(tmp_path, epochs=epochs, **options)
+        loop.fit(Rising(), config, world.join("cpu"), made_of={}, collapsed=lambda best, score: best - score > 0.3)
+        return [entry["epoch"] for entry in read_log(tmp_path)]
+
+    monkeypatch.setattr(Rising, "validate", lambda *_: {"score": next(scores)})
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "save", crash)
+        with pytest.raises(KeyboardInterrupt):
+            fit(3)
+    assert [entry["epoch"] for entry in read_log(tmp_path)] == [1, 2, 2]  # the first second collapsed
+    assert fit(3) == [1, 2, 2, 3]
+    assert fit(1, resume=False) == [1]
 
 
 def test_state_of_a_network_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import make_checkpoint, write_image_folder
 from unperturb.models.checkpoints.card import Card
-from unperturb.models.errors import DataError
+from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.pixels import Preprocessing
 from unperturb.training.augment import pad_crop_flip
@@ -197,6 +197,32 @@ def test_images_that_an_earlier_training_saw_count_as_seen(
     assert "new to it are those held back by held_out=30, seed=0 and by held_out=30, seed=1" in capsys.readouterr().err
     training_images_for(None, dataset, RestorerConfig(checkpoint="x", data="x", out=tmp_path, held_out=30, seed=0))
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "before", ["itself", "encoder", "encoder without data", "all of it"], ids=lambda before: before.replace(" ", "-")
+)
+def test_card_that_does_not_say_what_was_held_out_is_taken_at_no_word(
+    before: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
+    silent = {"sha256": dataset.digest}
+    said = {**silent, "held_out_of_train": 10}
+    known, training = {
+        "itself": (silent, {"seed": 0}),
+        "encoder": (said, {"seed": 0, "encoder_training": {"seed": 0}, "encoder_data": silent}),
+        "encoder without data": (said, {"seed": 0, "encoder_training": {"seed": 0}}),
+        "all of it": ({**silent, "held_out_of_train": 0}, {"seed": 0}),
+    }[before]
+    head = {"held_out": 10, "seed": 0}  # which says nothing of what the classifier saw
+    card = dataclasses.replace(make_checkpoint().card, data=known, training=training, head_training=head)
+    capsys.readouterr()
+    training_images_for(card, dataset, RestorerConfig(checkpoint="x", data="x", out=tmp_path, held_out=10))
+    all_of_it = before == "all of it"
+    says = "trained on 10 of these images; none of the training images is new" if all_of_it else "is not known"
+    assert says in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no training image was held out" if all_of_it else "does not say"):
+        kept_back(dataset, card)
 
 
 def test_renamed_class_folder_keeps_its_own_images(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The module that contrastive training trains: a backbone and its projector, as one module; and its checkpoint."""
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture, ImageClassifier
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
-from unperturb.models.networks.readout import NoReadout, ReadoutCard, attach
+from unperturb.models.networks.readout import NoReadout, attach
 from unperturb.models.networks.registry import build
 from unperturb.models.shapes import Float
 from unperturb.training import data
@@ -53,19 +53,17 @@ def fresh(architecture: Architecture, head: HeadCard) -> Encoder:
     return Encoder(backbone, projector).train()
 
 
-def reopened(name: str, *, image_size: int) -> tuple[Encoder, Checkpoint]:
-    """Return the encoder of a checkpoint with its projector, to be trained on.
+def reopened(name: str) -> tuple[Encoder, Card]:
+    """Return the encoder of a checkpoint with its projector, to be trained on, and its card.
 
-    Raises ConfigError where its images are of another size, or where it has no projector.
+    Raises ConfigError where it has no projector, or cannot be trained on.
     """
     found = store.load(name)
-    if found.card.architecture.image_size != image_size:
-        raise ConfigError(f"image_size={image_size}, but {name} takes images of {found.card.architecture.image_size}")
     if found.head is None:
         raise ConfigError(f"{name} has no projector; begin with one of `unperturb train pretrain` or `head`")
     trainable(found.card)
     attach(found.classifier, NoReadout())
-    return Encoder(found.classifier, found.head).train().requires_grad_(True), found
+    return Encoder(found.classifier, found.head).train().requires_grad_(True), found.card
 
 
 def bank_of(encoder: nn.Module, train: data.Split, *, size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -87,29 +85,3 @@ def bank_for(base: Checkpoint, dataset: data.DataSet, train: data.Split, *, seed
         return base.bank
     size = min(len(base.bank.labels), len(train.labels))
     return NegativesBank(*bank_of(Encoder(base.classifier, base.head), train, size=size, seed=seed))
-
-
-def finished(
-    encoder: Encoder,
-    train: data.Split,
-    dataset: data.DataSet,
-    *,
-    id: str,
-    architecture: Architecture,
-    head: HeadCard,
-    bank_size: int,
-    seed: int,
-    training: dict[str, Any],
-) -> Checkpoint:
-    """Return the checkpoint of a trained encoder: no readout yet; a projector and a bank, to purify with."""
-    embeddings, labels = bank_of(encoder, train, size=bank_size, seed=seed)
-    card = Card(
-        id=id,
-        architecture=architecture,
-        classes=dataset.classes,
-        data=data.described(dataset, train),
-        training=training,
-        head=head,
-        readout=ReadoutCard(kind="none"),
-    )
-    return Checkpoint(card, encoder.backbone, encoder.projector, NegativesBank(embeddings, labels))

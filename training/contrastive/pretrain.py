@@ -6,18 +6,21 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import evaluating
 from unperturb.models.checkpoints import store
-from unperturb.models.checkpoints.card import HeadCard
+from unperturb.models.checkpoints.card import Card, HeadCard
+from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
 from unperturb.models.contrastive.views import make_views
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import Architecture
+from unperturb.models.networks.head import NegativesBank
+from unperturb.models.networks.readout import ReadoutCard
 from unperturb.models.options import option
 from unperturb.models.pixels import Preprocessing
 from unperturb.training import data, loop, options, seeds, world
@@ -30,7 +33,7 @@ from unperturb.training.contrastive.contrast import (
     embed_together,
 )
 from unperturb.training.contrastive.deacl import DeACL
-from unperturb.training.contrastive.encoder import BATCH, Encoder, finished, fresh, reopened
+from unperturb.training.contrastive.encoder import BATCH, Encoder, bank_of, fresh, reopened
 from unperturb.training.contrastive.moco import MoCo
 from unperturb.training.contrastive.mutual_information import MutualInformation
 from unperturb.training.contrastive.rocl import RoCL
@@ -52,7 +55,6 @@ class PretrainingMethod(Protocol):
         ...
 
 
-FRESH = ("arch", "activation", "hidden", "embedding_dim")  # options that a checkpoint's card answers
 GOES_ON = ("deacl", "mutual-information")  # methods that need an encoder to begin with
 
 
@@ -134,62 +136,90 @@ class PretrainTask:
         return {"loss": total / len(self.held.labels)}
 
 
-def pretrain(config: PretrainConfig) -> None:
-    """Train to the last epoch and write OUT/checkpoint."""
-    here = world.join(config.device)
-    torch.manual_seed(config.seed)
-    head = HeadCard(hidden=config.hidden, embedding_dim=config.embedding_dim, temperature=config.temperature)
+class Beginning(NamedTuple):
+    """The images, the encoder, its card so far, and the card of the checkpoint that it was, if it was one."""
+
+    dataset: data.DataSet
+    encoder: Encoder
+    card: Card
+    was: Card | None = None
+
+
+def _fresh(config: PretrainConfig) -> Beginning:
+    """Return an encoder with weights of the seed."""
     dataset = data.load(config.data, Preprocessing(size=config.image_size), cache=config.cache)
-    resolved: dict[str, object] = {}
-    if config.encoder is None:
-        architecture = Architecture(
-            name=config.arch,
-            num_classes=len(dataset.classes),
-            image_size=config.image_size,
-            activation=config.activation,
-        )
-        encoder = fresh(architecture, head)
-    else:
-        encoder, begun = reopened(config.encoder, image_size=config.image_size)
-        assert begun.card.head is not None
-        architecture = dataclasses.replace(begun.card.architecture, num_classes=len(dataset.classes))
-        head = dataclasses.replace(begun.card.head, temperature=config.temperature)
-        resolved = {
-            "encoder_sha256": begun.card.weights_sha256,
-            "arch": architecture.name,
-            "hidden": head.hidden,
-            "activation": architecture.activation,
-            "embedding_dim": head.embedding_dim,
-        }
-        options.refuse_fresh(
-            config, [name for name in FRESH if getattr(config, name) != resolved[name]], config.encoder
-        )
+    architecture = Architecture(
+        name=config.arch,
+        num_classes=len(dataset.classes),
+        image_size=config.image_size,
+        activation=config.activation,
+    )
+    head = HeadCard(hidden=config.hidden, embedding_dim=config.embedding_dim, temperature=config.temperature)
+    card = Card(id=config.id, architecture=architecture, classes=dataset.classes, data={}, training={}, head=head)
+    torch.manual_seed(config.seed)
+    return Beginning(dataset, fresh(architecture, head), card)
+
+
+def _from_checkpoint(name: str, config: PretrainConfig) -> Beginning:
+    """Return a checkpoint's encoder, and the pictures as it takes them."""
+    encoder, was = reopened(name)
+    assert was.head is not None
+    shape = {
+        "arch": was.architecture.name,
+        "activation": was.architecture.activation,
+        "image_size": was.architecture.image_size,
+        "hidden": was.head.hidden,
+        "embedding_dim": was.head.embedding_dim,
+    }
+    options.refuse_fresh(config, [key for key, value in shape.items() if getattr(config, key) != value], name)
+    dataset = data.load(config.data, was.pictures, cache=config.cache)
+    card = Card(
+        id=config.id,
+        architecture=dataclasses.replace(was.architecture, num_classes=len(dataset.classes)),
+        classes=dataset.classes,
+        preprocessing=was.preprocessing,
+        vote=was.vote,
+        head=dataclasses.replace(was.head, temperature=config.temperature),
+        data={},
+        training={
+            **shape,
+            "encoder_sha256": was.weights_sha256,
+            "encoder_training": was.training,
+            "encoder_data": was.data,
+        },
+    )
+    return Beginning(dataset, encoder, card, was)
+
+
+def pretrain(config: PretrainConfig) -> None:
+    """Train to the last epoch and write OUT/checkpoint: no readout yet; a projector and a bank, to purify with."""
+    here = world.join(config.device)
+    begun = _fresh(config) if config.encoder is None else _from_checkpoint(config.encoder, config)
+    dataset, encoder, card, was = begun
     encoder.to(here.device)
-    kept, held = data.training_images(dataset.train, config)
+    kept, held = data.training_images_for(was, dataset, config)
     train = data.resident(kept, here.device)
     task = PretrainTask(config, encoder, train, data.resident(held, here.device), here)
-    made_of = {"data": dataset.digest, **{key: str(value) for key, value in resolved.items() if "sha256" in key}}
-    fitted = loop.fit(task, config, here, made_of=made_of)
+    made_of = {"data": dataset.digest} | ({"checkpoint": was.weights} if was else {})
+    copies = [task.method.memory.encoder] if isinstance(task.method, MoCo) else []
+    fitted = loop.fit(task, config, here, made_of=made_of, copies=copies)
     if here.rank == 0:
-        assert isinstance(fitted.model, Encoder)
-        training = {
-            **options.comparable(config),
-            **resolved,
-            "chosen_epoch": fitted.epoch,
-            "at_that_epoch": fitted.figures,
-        }
-        out = config.out / "checkpoint"
-        made = finished(
-            fitted.model,
-            train,
-            dataset,
-            id=config.id,
-            architecture=architecture,
-            head=head,
-            bank_size=min(config.bank_size, len(train.labels)),
-            seed=config.seed,
-            training=training,
+        trained = fitted.model
+        assert isinstance(trained, Encoder)
+        size = min(config.bank_size, len(train.labels))
+        bank = NegativesBank(*bank_of(trained, train, size=size, seed=config.seed))
+        made = dataclasses.replace(
+            card,
+            readout=ReadoutCard(kind="none"),
+            data=data.described(dataset, train, held_out=config.held_out),
+            training={
+                **options.comparable(config),
+                **card.training,
+                "chosen_epoch": fitted.epoch,
+                "at_that_epoch": fitted.figures,
+            },
         )
-        store.save(out, made)
+        out = config.out / "checkpoint"
+        store.save(out, Checkpoint(made, trained.backbone, trained.projector, bank))
         print(f"{out}: encoder by {config.method}, NT-Xent {fitted.figures['held_out_loss']:.3f} on held-out images")
     world.leave(here)

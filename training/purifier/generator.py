@@ -139,7 +139,7 @@ def train_generator(config: GeneratorConfig) -> None:
             epsilon=config.epsilon,
             width=config.width,
             classifier_sha256=(before, digest_of(base.classifier)),
-            data=data.described(dataset, kept),
+            data=data.described(dataset, kept, held_out=config.held_out),
             training={**options.comparable(config), "at_last_epoch": fitted.figures},
             figures={"test": figures},
         )

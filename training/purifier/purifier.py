@@ -264,7 +264,7 @@ def train_purifier(config: PurifierConfig) -> None:
     model, card, start = begun(config)
     config = resolved(config, card)
     model = model.to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    made_of = {"data": dataset.digest, "checkpoint": base.card.weights_sha256, **start}
+    made_of = {"data": dataset.digest, "checkpoint": base.card.weights, **start}
     kept, held = data.training_images_for(base.card, dataset, config)
     vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None
     task = PurifierTask(

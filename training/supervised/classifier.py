@@ -100,6 +100,7 @@ class ClassifierTask(SupervisedTask):
             self.memory = AdaptiveTargets(
                 train.labels,
                 num_classes=model.num_classes,
+                label_smoothing=config.label_smoothing,
                 momentum=config.self_adaptive_momentum,
                 warmup_epochs=config.self_adaptive_from,
                 world=here,
@@ -115,10 +116,10 @@ class ClassifierTask(SupervisedTask):
         """Return the forward pass at the worst weights nearby, or at the weights."""
         if not self.config.weight_perturbation:
             return model
-        plain = super().fit(batch, 0)
+        fit = self.fit(batch, -1)  # before any epoch in which targets move
         return at_worst_weights(
             model,
-            lambda forward: self.method.loss(forward, batch, crafted, plain, self.config.beta).loss,
+            lambda forward: self.method.loss(forward, batch, crafted, fit, self.config.beta).loss,
             gamma=self.config.weight_perturbation,
         )
 
@@ -207,7 +208,7 @@ def train_classifier(config: ClassifierConfig) -> None:
         assert isinstance(classifier, ImageClassifier)
         card = replace(
             begun.card,
-            data={**data.described(dataset, kept), "held_out_of_train": config.held_out, "labelled": labelled},
+            data={**data.described(dataset, kept, held_out=config.held_out), "labelled": labelled},
             training={
                 **options.comparable(config),
                 "chosen_epoch": fitted.epoch,

@@ -73,12 +73,13 @@ def make_knn(config: KnnConfig) -> None:
         readout=card,
         figures={},
         architecture=dataclasses.replace(base.card.architecture, num_classes=classes),
-        data=data.described(dataset, train),
+        data=data.described(dataset, train, held_out=0),
         training={
             "method": "knn",
             "seed": config.seed,
             "encoder_sha256": base.card.weights_sha256,
             "encoder_training": base.card.training,
+            "encoder_data": base.card.data,
         },
     )
     out = config.out / "checkpoint"

@@ -103,7 +103,7 @@ def train_linear(config: LinearConfig) -> None:
             classes=dataset.classes,
             readout=card,
             figures={},
-            data={**data.described(dataset, kept), "held_out_of_train": config.held_out},
+            data=data.described(dataset, kept, held_out=config.held_out),
             training={
                 **options.comparable(config),
                 "chosen_epoch": fitted.epoch,

@@ -16,15 +16,23 @@ from unperturb.training.world import World
 
 
 class AdaptiveTargets(nn.Module):
-    """One target distribution per training image, beginning as its label."""
+    """One target distribution per training image, beginning as its label, smoothed."""
 
     targets: Tensor
 
     def __init__(
-        self, labels: Int[Tensor, " images"], *, num_classes: int, momentum: float, warmup_epochs: int, world: World
+        self,
+        labels: Int[Tensor, " images"],
+        *,
+        num_classes: int,
+        label_smoothing: float,
+        momentum: float,
+        warmup_epochs: int,
+        world: World,
     ) -> None:
         super().__init__()
-        self.register_buffer("targets", F.one_hot(labels, num_classes).float())
+        one_hot = F.one_hot(labels, num_classes).float()
+        self.register_buffer("targets", one_hot * (1 - label_smoothing) + label_smoothing / num_classes)
         self.momentum, self.warmup_epochs, self.world = momentum, warmup_epochs, world
 
     def fit(self, indices: Int[Tensor, " batch"], epoch: int) -> Fit:
