@@ -7,7 +7,6 @@ those that the card names.
 import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -230,12 +229,12 @@ def _empty(card: Card, file: Path) -> Checkpoint:
                 hidden=card.head.hidden,
                 embedding_dim=card.head.embedding_dim,
             )
-            if not (math.isfinite(card.head.temperature) and card.head.temperature > 0):
+            if card.head.temperature <= 0:
                 raise ConfigError(f"temperature={card.head.temperature!r} is not above 0")
             blank = torch.ones(card.bank_size, card.head.embedding_dim)
             bank = NegativesBank(blank, torch.zeros(card.bank_size, dtype=torch.int64))
         restorer, purifier = (None if one is None else Restorer(one) for one in (card.restorer, card.purifier))
-    except (ConfigError, TypeError, RuntimeError) as error:
+    except (ConfigError, TypeError, RuntimeError, OverflowError) as error:
         raise CheckpointError(f"{file} describes a model that cannot be built: {error}") from error
     return Checkpoint(card, classifier, head, bank, restorer, purifier)
 

@@ -61,16 +61,14 @@ NAMES = """
     _adaptive_avg_pool2d _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _softmax
     _to_copy _unsafe_view
 """
-OPERATORS = frozenset(NAMES.split())
 # Whose result is memory of its own. That of any other may be what it was given, whatever its schema says: dropout's in
 # eval mode, type_as's of the same type, einsum's of one tensor.
-FRESH = frozenset(
-    """
+FRESH_NAMES = """
     add addcmul addmm baddbmm batch_norm bmm cat clone conv1d conv2d convolution div embedding group_norm instance_norm
     layer_norm linear matmul maximum minimum mm mul native_group_norm native_layer_norm prelu rms_norm
     scaled_dot_product_attention stack sub where _native_batch_norm_legit_no_training
-    """.split()
-)
+"""
+OPERATORS, FRESH = frozenset(NAMES.split()), frozenset(FRESH_NAMES.split())
 RESHAPED = ("view.default", "_unsafe_view.default")  # the images' memory format here may be another than in the export
 
 

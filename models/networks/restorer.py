@@ -58,8 +58,8 @@ class Restorer(nn.Module):
             raise ConfigError(f"{card}: out of range")
         if card.kind == "autoencoder" and card.width < NARROWEST:
             raise ConfigError(
-                f"width={card.width}: an autoencoder needs at least {NARROWEST}; the gradient of a narrower convolution "
-                "of 1x1 and stride 2 writes beyond its memory on some CPUs (oneDNN, with torch 2.15)"
+                f"width={card.width}: an autoencoder needs at least {NARROWEST}; the gradient of a narrower one's "
+                "convolutions of 1x1 and stride 2 writes beyond its memory on some CPUs (oneDNN, with torch 2.15)"
             )
         self.card, self.scale, self.kind = card, card.scale, card.kind
         self.multiple = card.scale * 2**card.depth if card.kind == "autoencoder" else card.scale
