@@ -175,7 +175,7 @@ class ProjectedGradient:
             if not torch.is_grad_enabled():
                 raise ConfigError("unrolled=True needs gradients, but the caller has switched them off")
             objective_of = objective_of or (lambda _: objective)
-            if self.steps == 1 and not self.halts:
+            if self.steps == 1 and not self.halts and x0.requires_grad:
                 return self._one_step(x0, objective_of(x0), seeds)
             return Descent(*_Unrolled.apply(x0, self, objective_of, seeds))
         with torch.inference_mode(False), torch.enable_grad():

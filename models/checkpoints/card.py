@@ -7,7 +7,8 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import Architecture
@@ -18,7 +19,7 @@ from unperturb.models.purifiers.vote import Vote
 
 SCHEMA_VERSION = 1
 GATE_SEED = 0  # of the views that a gate is measured on: the service's own seed
-_JSON_TYPES: dict[type, tuple[type, ...]] = {int: (int,), float: (float, int), str: (str,), bool: (bool,)}
+Described = TypeVar("Described")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,30 +78,12 @@ def parse_card(raw: dict[str, Any], file: Path) -> Card:
     """Return the card that a file's JSON object describes; raise CheckpointError for what it does not know."""
     if raw.get("schema_version") != SCHEMA_VERSION:
         raise CheckpointError(f"{file} is not a card of schema version {SCHEMA_VERSION}")
-    values = dict(known_fields(Card, raw, file))
-    values["architecture"] = Architecture(**_tuples(known_fields(Architecture, raw.get("architecture"), file)))
-    if raw.get("head") is not None:
-        values["head"] = HeadCard(**known_fields(HeadCard, raw["head"], file))
-    for part in ("restorer", "purifier"):
-        if raw.get(part) is not None:
-            values[part] = RestorerCard(**known_fields(RestorerCard, raw[part], file))
-    if raw.get("preprocessing") is not None:
-        try:
-            how = Preprocessing(**known_fields(Preprocessing, raw["preprocessing"], file))
-        except ConfigError as error:
-            raise CheckpointError(f"{file}: preprocessing: {error}") from error
-        if how.size != values["architecture"].image_size:
-            raise CheckpointError(f"{file}: preprocessing to {how.size} pixels, the architecture takes other images")
-        values["preprocessing"] = how
-    if raw.get("vote") is not None:
-        values["vote"] = _vote(raw["vote"], file)
-    if "readout" in raw:
-        try:
-            values["readout"] = ReadoutCard(**known_fields(ReadoutCard, raw["readout"], file))
-        except ConfigError as error:
-            raise CheckpointError(f"{file}: {error}") from error
-    check_gates(raw.get("gates", {}), file)
-    card = Card(**_tuples(values))
+    card = from_json(Card, raw, file)
+    if card.preprocessing is not None and card.preprocessing.size != card.architecture.image_size:
+        raise CheckpointError(
+            f"{file}: preprocessing to {card.preprocessing.size} pixels, the architecture takes other images"
+        )
+    check_gates(card.gates, file)
     if len(card.classes) != card.architecture.num_classes:
         raise CheckpointError(f"{file} names {len(card.classes)} classes for {card.architecture.num_classes} outputs")
     return card
@@ -145,33 +128,44 @@ def check_gates(gates: Any, file: Path) -> None:  # noqa: ANN401
 
 
 def _finite(value: Any) -> bool:  # noqa: ANN401
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _vote(raw: Any, file: Path) -> Vote:  # noqa: ANN401
-    """Return the vote that a card describes."""
     try:
-        shifts = tuple((int(down), int(right)) for down, right in known_fields(Vote, raw, file)["shifts"])
-        return Vote(shifts=shifts, mirrored=bool(raw.get("mirrored", True)))
-    except (ConfigError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file}: vote: {error}") from error
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond any float
+        return False
 
 
-def known_fields(kind: type, raw: Any, file: Path) -> dict[str, Any]:  # noqa: ANN401
-    """Return `raw` as a dataclass's keyword arguments: no unknown key, none missing, plain values of the right type."""
+def from_json(kind: type[Described], raw: Any, file: Path) -> Described:  # noqa: ANN401
+    """Return the dataclass that a JSON object describes; raise CheckpointError for what is not as its fields are."""
     if not isinstance(raw, dict):
         raise CheckpointError(f"{file}: {kind.__name__} is not an object")
-    fields = dataclasses.fields(kind)
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     unknown = sorted(raw.keys() - {f.name for f in fields})
     required = {f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING}
     missing = sorted(required - raw.keys())
     if unknown or missing:
         raise CheckpointError(f"{file}: {kind.__name__} has unknown keys {unknown}, lacks {missing}")
-    for name, hint in get_type_hints(kind).items():
-        if name in raw and hint in _JSON_TYPES and type(raw[name]) not in _JSON_TYPES[hint]:
-            raise CheckpointError(f"{file}: {name}={raw[name]!r} is not of type {hint.__name__}")
-    return raw
+    hints = get_type_hints(kind)
+    try:
+        return kind(**{name: _read(name, value, hints[name], file) for name, value in raw.items()})
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {kind.__name__}: {error}") from error
 
 
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+def _read(name: str, value: Any, hint: Any, file: Path) -> Any:  # noqa: ANN401
+    """Return a field's value, a list as the tuple and an object as the dataclass that it is."""
+    origin, of = get_origin(hint), get_args(hint)
+    if origin is UnionType:  # with None, which stands last
+        return None if value is None else _read(name, value, of[0], file)
+    if dataclasses.is_dataclass(hint):
+        return from_json(cast(type, hint), value, file)
+    if origin is tuple and isinstance(value, list):
+        parts = of[:1] * len(value) if of[-1] is Ellipsis else of
+        if len(parts) == len(value):
+            return tuple(_read(name, one, part, file) for one, part in zip(value, parts, strict=True))
+    elif hint is float:
+        if _finite(value):
+            return float(value)
+    elif value in of if origin is Literal else type(value) is (origin or hint):
+        return value
+    expected = "a finite number" if hint is float else f"of type {hint.__name__ if isinstance(hint, type) else hint}"
+    raise CheckpointError(f"{file}: {name}={value!r} is not {expected}")

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unperturb.models.errors import ConfigError
 from unperturb.models.shapes import Float
 
 NATIVE = "native"  # the activation that the architecture was published with
@@ -29,6 +30,13 @@ class Architecture:
     std: tuple[float, float, float] = CIFAR10_STD
     width: float = 1.0
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a mean or standard deviation that no pixels in [0, 1] have."""
+        if not all(0 <= value <= 1 for value in self.mean):
+            raise ConfigError(f"mean={self.mean} must be within 0 and 1: it is of pixels in [0, 1]")
+        if not all(0 < value <= 1 for value in self.std):
+            raise ConfigError(f"std={self.std} must be above 0 and at most 1: it is of pixels in [0, 1]")
 
 
 class ImageClassifier(nn.Module):

@@ -61,7 +61,14 @@ NAMES = """
     _adaptive_avg_pool2d _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _softmax
     _to_copy _unsafe_view
 """
-OPERATORS = frozenset(NAMES.split())
+# Whose result is memory of its own. That of any other may be what it was given, whatever its schema says: dropout's in
+# eval mode, type_as's of the same type, einsum's of one tensor.
+FRESH_NAMES = """
+    add addcmul addmm baddbmm batch_norm bmm cat clone conv1d conv2d convolution div embedding group_norm instance_norm
+    layer_norm linear matmul maximum minimum mm mul native_group_norm native_layer_norm prelu rms_norm
+    scaled_dot_product_attention stack sub where _native_batch_norm_legit_no_training
+"""
+OPERATORS, FRESH = frozenset(NAMES.split()), frozenset(FRESH_NAMES.split())
 RESHAPED = ("view.default", "_unsafe_view.default")  # the images' memory format here may be another than in the export
 
 
@@ -129,12 +136,14 @@ def _parsed(written: list[Any], *, kept: set[str]) -> list[Call]:
     calls, known, last_use = [], {IMAGES, *kept}, dict[str, int]()
     for number, (name, results, arguments) in enumerate(written):
         used = set(_names(list(arguments.values())))
-        own = str(arguments.get("self"))[1:]
-        if "out" in arguments or (_in_place(name) and own in staying):
-            raise ConfigError(f"calls: {name} writes over what is to stay, {own!r}")
+        written_over = _written_over(operator(name))
+        if over := staying.intersection(_names([arguments.get(key) for key in written_over])):
+            raise ConfigError(f"calls: {name} writes over what is to stay, {sorted(over)[0]!r}")
+        if _in_training(arguments):
+            raise ConfigError(f"calls: {name} is called in training mode")
         if unknown := used - known:
             raise ConfigError(f"calls: {name} uses {sorted(unknown)[0]!r}, which nothing before it has made")
-        if own in staying and _may_alias(operator(name)):
+        if used & staying and not written_over and name.partition(".")[0] not in FRESH:
             staying.update(str(one) for one in results)
         if name in RESHAPED:
             arguments = {"shape" if key == "size" else key: one for key, one in arguments.items()}
@@ -147,15 +156,21 @@ def _parsed(written: list[Any], *, kept: set[str]) -> list[Call]:
     return calls
 
 
-def _may_alias(called: Callable[..., Any]) -> bool:
-    """Return whether an operator's result may share memory with what it is given, by its schema."""
-    schema = getattr(called, "_schema", None)
-    return schema is not None and any(one.alias_info is not None for one in schema.returns)
+def _written_over(called: Callable[..., Any]) -> list[str]:
+    """Return the arguments that an operator writes over and returns, by its schema; arithmetic on sizes has none."""
+    arguments = called._schema.arguments if hasattr(called, "_schema") else ()
+    return [one.name for one in arguments if one.alias_info is not None and one.alias_info.is_write]
 
 
-def _in_place(name: str) -> bool:
-    packet = name.partition(".")[0]
-    return packet.endswith("_") and packet not in OPERATORS
+def _in_training(arguments: Mapping[str, Any]) -> bool:
+    """Return whether an operator draws numbers, mixes the batch, or writes running statistics, in no schema's words.
+
+    InstanceNorm without any takes an image's own statistics in eval mode, too.
+    """
+    modes = ["training", "train"]
+    if (arguments.get("running_mean"), arguments.get("running_var")) != (None, None):
+        modes.append("use_input_stats")
+    return any(arguments.get(mode, False) is not False for mode in modes)
 
 
 def _names(written: Any) -> list[str]:  # noqa: ANN401

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from unperturb.models import provenance
-from unperturb.models.checkpoints.card import known_fields
+from unperturb.models.checkpoints.card import from_json
 from unperturb.models.checkpoints.store import CARD, WEIGHTS, read_object, read_weights, write_weights
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.files import write_whole
@@ -96,9 +96,8 @@ def load(folder: Path, *, device: str | torch.device = "cpu") -> tuple[NoiseGene
     raw = read_object(file)
     if (raw.get("kind"), raw.get("schema_version")) != ("generator", SCHEMA_VERSION):
         raise CheckpointError(f"{file} is not a generator's card of schema version {SCHEMA_VERSION}")
-    values = known_fields(GeneratorCard, raw, file)
+    card = from_json(GeneratorCard, raw, file)
     try:
-        card = GeneratorCard(**{**values, "classifier_sha256": tuple(values["classifier_sha256"])})
         generator = NoiseGenerator(width=card.width, epsilon=card.epsilon)
     except (ConfigError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{file} describes a generator that cannot be built: {error}") from error

@@ -18,6 +18,7 @@ from unperturb.models.networks.residual import PreActBlock
 from unperturb.models.shapes import Float
 
 REACH = 2.0  # a restored view lies within so many epsilon of the image
+NARROWEST = 8  # channels of an autoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,16 @@ class RestorerCard:
     times: float = 8.0
     kind: Literal["residual", "autoencoder"] = "residual"
 
-    @property
-    def reach(self) -> float:
-        """Return the most that it moves a channel of a pixel."""
-        return min(self.times, REACH) * self.epsilon
+    def reach(self, factor: float = 1.0) -> float:
+        """Return the most that it moves a channel of a pixel, with `factor` times what it takes off.
+
+        Of an autoencoder 1, whatever its epsilon; ConfigError for a factor other than 1, since it takes nothing off.
+        """
+        if self.kind == "autoencoder":
+            if factor != 1:
+                raise ConfigError(f"times={factor}: an autoencoder draws the image anew, and that once")
+            return 1.0
+        return min(factor * self.times, REACH) * self.epsilon
 
 
 class Restorer(nn.Module):
@@ -49,7 +56,12 @@ class Restorer(nn.Module):
         super().__init__()
         if min(card.width, card.depth, card.scale) < 1 or not (0 < card.epsilon <= 1 and 0 < card.times < 1000):
             raise ConfigError(f"{card}: out of range")
-        self.epsilon, self.scale, self.times, self.kind = card.epsilon, card.scale, card.times, card.kind
+        if card.kind == "autoencoder" and card.width < NARROWEST:
+            raise ConfigError(
+                f"width={card.width}: an autoencoder needs at least {NARROWEST}; the gradient of a narrower one's "
+                "convolutions of 1x1 and stride 2 writes beyond its memory on some CPUs (oneDNN, with torch 2.15)"
+            )
+        self.card, self.scale, self.kind = card, card.scale, card.kind
         self.multiple = card.scale * 2**card.depth if card.kind == "autoencoder" else card.scale
         self.layers = nn.Sequential(*(_autoencoder if card.kind == "autoencoder" else _convolutions)(card))
 
@@ -62,14 +74,14 @@ class Restorer(nn.Module):
         return found.sigmoid() if self.kind == "autoencoder" else found.tanh()
 
     def restored(self, x: Float[Tensor, "batch 3 h w"], *, factor: float = 1.0) -> Float[Tensor, "batch 3 h w"]:
-        """Return the images less `factor` times what is taken off, within 2 epsilon of them and in [0, 1].
+        """Return the images less `factor` times what is taken off, within `card.reach(factor)` of them and in [0, 1].
 
         Of an autoencoder, the images as it draws them, whatever the factor.
         """
         if self.kind == "autoencoder":
             drawn: Tensor = self(x).float()
             return drawn
-        moved, reach = x - factor * self.times * self.epsilon * self(x), REACH * self.epsilon
+        moved, reach = x - factor * self.card.times * self.card.epsilon * self(x), self.card.reach(factor)
         return torch.minimum(torch.maximum(moved, x - reach), x + reach).clamp(0, 1)
 
 

@@ -20,8 +20,9 @@ def lacking(part: str, of: str) -> str:
 
 
 class Trace(NamedTuple):
-    """The loss before each step on that step's views (NaN after an image's last), and before and after
-    all of them on other views that no step used; the distance |z - x0|∞ and |z - x0|₂ in pixel units of [0, 1].
+    """The loss before each step on that step's views (NaN after an image's last), and before and after all of them: on
+    views that no step used where they are drawn, and else, as in the preset `default`, on the very views that the steps
+    optimised; the distance |z - x0|∞ and |z - x0|₂ in pixel units of [0, 1].
     """
 
     losses: Float[Tensor, "steps batch"]

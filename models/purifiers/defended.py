@@ -133,7 +133,7 @@ def preset_of(card: Card, name: str) -> ReverseAttackConfig:
     config = preset(name)
     loop = config.loop
     if config.restores and card.purifier is not None:
-        loop = dataclasses.replace(loop, epsilon=card.purifier.reach)
+        loop = dataclasses.replace(loop, epsilon=card.purifier.reach())
     return dataclasses.replace(config, loop=loop, vote=vote_of(card, config))
 
 

@@ -9,19 +9,18 @@ from unperturb.models.attacks.projected_gradient import Descent, Objective, Proj
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
-from unperturb.models.networks.restorer import REACH, Restorer
+from unperturb.models.networks.restorer import Restorer
 from unperturb.models.purifiers.base import Purifier, lacking
 from unperturb.models.shapes import Float, Int
 
 
 class Restored(Purifier):
-    """Takes off what the restorer does, `times` times over, within 2 epsilon."""
+    """Takes off what the restorer does, `times` times over, within 2 epsilon; an autoencoder draws the image, once."""
 
     def __init__(self, classifier: ImageClassifier, restorer: Restorer, *, times: float = 1.0) -> None:
         if not 0 <= times < float("inf"):
             raise ConfigError(f"times={times} must be a number of at least 0")
-        reach = min(times * restorer.times, REACH) * restorer.epsilon
-        loop = ProjectedGradient(direction="descend", epsilon=reach, step_size=0.0, steps=0)
+        loop = ProjectedGradient(direction="descend", epsilon=restorer.card.reach(times), step_size=0.0, steps=0)
         super().__init__(classifier, loop)
         self.restorer, self.times = restorer.eval(), times
 

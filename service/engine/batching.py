@@ -171,7 +171,7 @@ class ContinuousBatch:
         return done
 
     def _at_end(self, stage: Stage, slots: list[Slot]) -> Slots:
-        """Return the state of slots of a stage at the step after its last, whose views no step has used."""
+        """Return the state of slots of a stage at the step after its last: views that are drawn are its own."""
         state = self._state(slots)
         return state._replace(steps=torch.full_like(state.steps, stage.loop.steps))
 

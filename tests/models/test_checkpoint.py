@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import CARD, WEIGHTS, Checkpoint, load, read_card
-from unperturb.models.errors import CheckpointError
+from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
@@ -25,6 +25,10 @@ def folder(tmp_path: Path) -> Path:
 def rewrite_card(folder: Path, **changed: object) -> None:
     raw = json.loads((folder / CARD).read_text())
     (folder / CARD).write_text(json.dumps({**raw, **changed}))
+
+
+def architecture(**changed: object) -> dict[str, object]:
+    return {"name": "preact_resnet18", "num_classes": 3, **changed}
 
 
 def rewrite_weights(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -151,7 +155,23 @@ def test_weights_beyond_float16_are_stored_as_they_are(tmp_path: Path) -> None:
         ({"head": {"hidden": 8, "embedding_dim": 4, "temperature": -1.0}}, "temperature"),
         ({"head": {"hidden": -8, "embedding_dim": 4, "temperature": 0.2}}, "cannot be built"),
         ({"vote": {"shifts": []}}, "at least one view"),
-        ({"vote": {"shifts": [[1, 1, 1]]}}, "vote: too many values"),
+        ({"vote": {"shifts": [[1, 1, 1]]}}, r"shifts=\[1, 1, 1\] is not of type tuple\[int, int\]"),
+        ({"classes": 5}, r"classes=5 is not of type tuple\[str, \.\.\.\]"),
+        ({"classes": "abc"}, "classes='abc' is not of type tuple"),
+        ({"classes": ["a", "b", [2]]}, r"classes=\[2\] is not of type str"),
+        ({"training": 7}, "training=7 is not of type dict"),
+        ({"data": []}, r"data=\[\] is not of type dict"),
+        ({"head_training": None}, "head_training=None is not of type dict"),
+        ({"architecture": architecture(options=5)}, "options=5 is not of type dict"),
+        ({"architecture": architecture(mean=["0", "0", "0"])}, "mean='0' is not a finite number"),
+        ({"architecture": architecture(mean=[0.5, 0.5])}, r"mean=\[0\.5, 0\.5\] is not of type tuple"),
+        ({"architecture": architecture(std=[0, 1, 1])}, r"std=\(0\.0, 1\.0, 1\.0\) must be above 0"),
+        ({"architecture": architecture(width=float("nan"))}, "width=nan is not a finite number"),
+        ({"gates": {"default": {"loss": 10**400}}}, "the gate of 'default' has no finite loss"),
+        ({"head": {"hidden": 10**400, "embedding_dim": 4, "temperature": 0.2}}, "cannot be built"),
+        ({"bank_size": True}, "bank_size=True is not of type int"),
+        ({"restorer": {"width": 4, "depth": 2, "epsilon": 0.1, "kind": "bogus"}}, "kind='bogus' is not of type"),
+        ({"purifier": 3}, "RestorerCard is not an object"),
         ({"vote": {"turns": [1]}}, r"unknown keys \['turns'\]"),
     ],
     ids=str,
@@ -173,6 +193,11 @@ def test_card_that_is_no_card_is_refused(folder: Path, content: bytes) -> None:
     (folder / CARD).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"card\.json"):
         load(folder)
+
+
+def test_device_that_is_not_there_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="device='cuda:99' is not on this machine"):
+        load(folder, device="cuda:99")
 
 
 def test_missing_folder_and_missing_weights_are_named(folder: Path) -> None:

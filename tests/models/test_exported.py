@@ -23,6 +23,13 @@ from unperturb.models.networks.exported import operator
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def norm_call(operator: str, **mode: Any) -> list[Any]:
+    """Return a call that may write over running statistics."""
+    given = {"input": "%@images", "weight": None, "bias": None, "momentum": 0.1, "eps": 1e-5}
+    running = {"running_mean": "%b_1_running_mean", "running_var": "%b_1_running_var"}
+    return [operator, ["y"], {**given, **running, **mode}]
+
+
 class Attending(nn.Module):
     """A patch embedding, a class token, attention, a constant, and sizes that are computed from the batch's."""
 
@@ -252,6 +259,15 @@ def test_file_that_is_no_program_is_refused(good: Path, tmp_path: Path, kind: st
         (["relu.default", ["y"], {"self": "%nowhere"}], "uses 'nowhere', which nothing before it has made"),
         (["relu_.default", ["y"], {"self": "%p_0_weight"}], "writes over what is to stay"),
         (["add.out", ["y"], {"self": "%@images", "other": 1, "out": "%p_0_weight"}], "writes over what is to stay"),
+        (
+            ["max.dim_max", ["y", "z"], {"self": "%@images", "dim": 1, "max": "%p_0_weight", "max_values": "%b"}],
+            "writes over what is to stay",
+        ),
+        (["dropout.default", ["y"], {"input": "%@images", "p": 0.5, "train": 1}], "in training mode"),
+        (norm_call("batch_norm.default", training=True), "in training mode"),
+        (norm_call("batch_norm.default", training="%@images"), "in training mode"),
+        (norm_call("instance_norm.default", use_input_stats=True), "in training mode"),
+        (norm_call("_native_batch_norm_legit.default", training=False), "writes over what is to stay"),
         (["relu.default", ["y"], {"self": {"of": "x"}}], "is no value"),
         (["relu.default", ["y"], {"self": "@nothing"}], "is no value"),
         (["relu.default", ["y"], {"elf": "%@images"}], "does not take images"),
@@ -266,11 +282,23 @@ def test_altered_card_can_call_nothing_but_operators_on_tensors(made: Path, call
         store.load(made)
 
 
-def test_weights_are_not_written_over_through_a_view(made: Path) -> None:
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        ("view.default", {"self": "%p_0_weight", "size": [8, 3, 3, 3]}),
+        ("dropout.default", {"input": "%p_0_weight", "p": 0.5, "train": False}),
+        ("type_as.default", {"self": "%p_0_weight", "other": "%p_0_weight"}),
+        ("einsum.default", {"equation": "abcd", "tensors": ["%p_0_weight"]}),
+        ("split.Tensor", {"self": "%p_0_weight", "split_size": 8}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_weights_are_not_written_over_through_what_may_be_a_view(
+    made: Path, operator: str, arguments: dict[str, Any]
+) -> None:
     card = json.loads((made / store.CARD).read_text())
-    size = card["architecture"]["options"]["tensors"][0].split()[2:]
     calls = [
-        ["view.default", ["v"], {"self": "%p_0_weight", "size": [int(side) for side in size]}],
+        [operator, ["v"], arguments],
         ["detach.default", ["w"], {"self": "%v"}],
         ["relu_.default", ["y"], {"self": "%w"}],
     ]
@@ -278,6 +306,15 @@ def test_weights_are_not_written_over_through_a_view(made: Path) -> None:
     (made / store.CARD).write_text(json.dumps(card))
     with pytest.raises(CheckpointError, match="writes over what is to stay"):
         store.load(made)
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, track_running_stats=True)], ids=str)
+def test_norm_by_an_images_own_statistics_is_taken(tmp_path: Path, norm: nn.Module) -> None:
+    saved(tmp_path / "her.pt2", nn.Sequential(nn.Conv2d(3, 8, 4, 4), norm, nn.Flatten(), nn.Linear(128, 5)).eval())
+    made, x = imported(tmp_path / "her.pt2").classifier, torch.rand(2, 3, SIDE, SIDE)
+    before = {name: value.clone() for name, value in made.state_dict().items()}
+    assert torch.allclose(made(x)[:1], made(x[:1]), atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
 
 
 def test_altered_weights_are_refused(made: Path) -> None:

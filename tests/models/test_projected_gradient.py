@@ -115,6 +115,16 @@ def test_unrolled_sign_steps_have_a_gradient_that_the_identity_has_not() -> None
     assert (gradient - 1).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_unrolled_steps_from_images_that_need_no_gradient_are_the_plain_ones(images: torch.Tensor, steps: int) -> None:
+    plain, unrolled = (
+        loop(steps=steps).run(images, quadratic, seeds=torch.arange(8), unrolled=kept) for kept in (False, True)
+    )
+    assert torch.equal(unrolled.image, plain.image)
+    assert torch.equal(unrolled.losses, plain.losses)
+    assert not unrolled.image.requires_grad
+
+
 def test_unrolled_without_gradients_is_refused(images: torch.Tensor) -> None:
     with torch.no_grad(), pytest.raises(ConfigError, match="unrolled"):
         loop().run(images, quadratic, seeds=torch.arange(8), unrolled=True)

@@ -8,9 +8,11 @@ from torch import Tensor
 from tests.conftest import make_checkpoint
 from unperturb.models.contrastive.loss import NEGATIVES, NegativePolicy
 from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.purifiers.base import NoPurifier, Purifier
 from unperturb.models.purifiers.defended import DefendedClassifier
 from unperturb.models.purifiers.registry import REGISTRY, build_purifier
+from unperturb.models.purifiers.restored import Restored
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack
 from unperturb.models.purifiers.rivals import AntiAdversary, Hedge
 
@@ -55,6 +57,37 @@ def test_restorer_gives_the_restored_view(images: Tensor) -> None:
         build_purifier("restorer", dataclasses.replace(subject, restorer=None))
     with pytest.raises(ConfigError, match="times=-1"):
         build_purifier("restorer:times=-1", subject)
+
+
+@pytest.mark.parametrize(
+    ("card", "times", "reach"),
+    [
+        (RestorerCard(width=4, depth=2, epsilon=6 / 255), 1.0, 12 / 255),
+        (RestorerCard(width=4, depth=2, epsilon=6 / 255, times=2.0), 0.1, 1.2 / 255),
+        (RestorerCard(width=8, depth=1, epsilon=0.1, times=1.0, kind="autoencoder"), 1.0, 1.0),
+    ],
+    ids=["residual", "little of it", "autoencoder"],
+)
+def test_restored_image_is_within_the_reach_that_it_promises(
+    images: Tensor, card: RestorerCard, times: float, reach: float
+) -> None:
+    torch.manual_seed(3)
+    network = Restorer(card).requires_grad_(False)
+    torch.nn.init.constant_(network.layers[-1].get_parameter("bias"), 9.0)  # all that it can do
+    purifier = Restored(make_checkpoint().classifier, network, times=times)
+    assert purifier.loop.epsilon == card.reach(times) == pytest.approx(reach)
+    moved = purifier(images, seeds=SEEDS).trace.linf
+    assert (moved <= reach + 1e-6).all()
+    assert moved.max() > 0.9 * reach
+    with torch.autocast("cpu"):
+        assert (purifier(images, seeds=SEEDS).trace.linf <= reach + 1e-6).all()
+
+
+@pytest.mark.parametrize("times", [0.1, 2.0])
+def test_autoencoder_draws_an_image_once(times: float) -> None:
+    network = Restorer(RestorerCard(width=8, depth=1, epsilon=1.0, times=1.0, kind="autoencoder"))
+    with pytest.raises(ConfigError, match=f"times={times}: an autoencoder"):
+        Restored(make_checkpoint().classifier, network, times=times)
 
 
 @pytest.mark.parametrize("name", list(REGISTRY))

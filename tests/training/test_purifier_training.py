@@ -205,8 +205,15 @@ def test_purifier_begins_with_that_of_another_checkpoint(
 
 @pytest.mark.parametrize(
     "bad",
-    [["--attack-steps", "0"], ["--held-out", "0"], ["--width", "0"], ["--beta", "-1"], ["--reach", "8"]],
-    ids=lambda bad: bad[0],
+    [
+        ["--attack-steps", "0"],
+        ["--held-out", "0"],
+        ["--width", "0"],
+        ["--width", "7", "--network", "autoencoder"],
+        ["--beta", "-1"],
+        ["--reach", "8"],
+    ],
+    ids=" ".join,
 )
 def test_bad_argument_is_refused(
     bad: list[str], image_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -53,7 +53,7 @@ class PurifierConfig(RunConfig):
         "residual: takes something off each pixel, for robust classifiers; autoencoder: draws the image anew",
         "residual",
     )
-    width: int = option("channels of its layers; an autoencoder doubles them with each halving", 64)
+    width: int = option("channels of its layers; an autoencoder, of at least 8, doubles them with each halving", 64)
     depth: int | None = option(
         "its layers, beside the last (5); of an autoencoder, how often its side is halved (2)", None
     )

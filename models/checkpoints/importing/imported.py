@@ -62,10 +62,6 @@ def import_classifier(config: ImportConfig) -> Checkpoint:
         std=config.std or source.std,
         options=source.options,
     )
-    if not all(0 <= value <= 1 for value in architecture.mean):
-        raise ConfigError(f"mean={architecture.mean} must be within 0 and 1: it is of pixels in [0, 1]")
-    if not all(0 < value <= 1 for value in architecture.std):
-        raise ConfigError(f"std={architecture.std} must be above 0 and at most 1: it is of pixels in [0, 1]")
     network = network_of(architecture, allowed=True)
     last = last_linear(network, architecture)
     if state is not None:
