@@ -4,7 +4,7 @@ Ways to take the same steps with the same views and weights, in turn in one run,
 published procedure as it is described, this project's loop in eager PyTorch, captured (on a GPU), compiled; and the
 presets, in the fastest of those. The limit is the device's own: its rate at a large matrix product, in the precision of
 the way; float32 is no TF32. All steps of a batch are timed, with the restored view before them where a preset has one,
-and not the losses and classifications that the service reports as well. Needs torch alone; any GPU with PyTorch will do.
+and not the losses and classifications that the service reports as well. Needs torch alone; any GPU with it will do.
 """
 
 import dataclasses

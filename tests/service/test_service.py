@@ -30,6 +30,7 @@ from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
 from unperturb.service.http.answer import Answer, Answers
+from unperturb.service.http.answer import answer as make_answer
 from unperturb.service.http.app import create_app
 from unperturb.service.http.routes import classify
 from unperturb.service.http.worth import PURPOSES, advice_of, worth_of
@@ -211,7 +212,7 @@ def test_answers_of_many_classes_are_made_off_the_event_loop(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classify, "INLINE", 5)
-    make, apart = classify.answer, []
+    apart: list[bool] = []
 
     def noted(*given: Any, **options: Any) -> Answer:
         try:
@@ -220,7 +221,7 @@ def test_answers_of_many_classes_are_made_off_the_event_loop(
             apart.append(True)
         else:
             apart.append(False)
-        return make(*given, **options)
+        return make_answer(*given, **options)
 
     monkeypatch.setattr(classify, "answer", noted)
     one = client.post("/classify?top_k=3", files={"images": photo()})

@@ -76,10 +76,11 @@ def test_weight_perturbation_is_towards_the_targets_of_the_loss(images: torch.Te
     task.memory.targets.copy_(targets)
     found = task.forward_pass(model, SupervisedBatch(images, labels, numbers, numbers), images)(images)
     assert torch.equal(task.memory.targets, targets)
-    towards, away = (
-        at_worst_weights(model, lambda run, aims=aims: F.cross_entropy(run(images), aims), gamma=0.1)(images)
-        for aims in (targets, F.one_hot(labels, 3).float())
-    )
+
+    def at_worst(aims: torch.Tensor) -> torch.Tensor:
+        return at_worst_weights(model, lambda run: F.cross_entropy(run(images), aims), gamma=0.1)(images)
+
+    towards, away = at_worst(targets), at_worst(F.one_hot(labels, 3).float())
     assert torch.allclose(found, towards, atol=1e-4)
     assert not torch.allclose(found, away, atol=1e-2)
 

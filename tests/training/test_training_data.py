@@ -2,6 +2,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,12 +209,13 @@ def test_card_that_does_not_say_what_was_held_out_is_taken_at_no_word(
     dataset = load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
     silent = {"sha256": dataset.digest}
     said = {**silent, "held_out_of_train": 10}
-    known, training = {
+    cases: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "itself": (silent, {"seed": 0}),
         "encoder": (said, {"seed": 0, "encoder_training": {"seed": 0}, "encoder_data": silent}),
         "encoder without data": (said, {"seed": 0, "encoder_training": {"seed": 0}}),
         "all of it": ({**silent, "held_out_of_train": 0}, {"seed": 0}),
-    }[before]
+    }
+    known, training = cases[before]
     head = {"held_out": 10, "seed": 0}  # which says nothing of what the classifier saw
     card = dataclasses.replace(make_checkpoint().card, data=known, training=training, head_training=head)
     capsys.readouterr()

@@ -86,15 +86,13 @@ async def classify(
             total_ms=ticket.spent_ms,
         )
 
-        def every() -> list[str]:
-            return [one_answer(*pair).model_dump_json() for pair in zip(outcomes, decoded, strict=True)]
+        def body() -> str:
+            answers = [one_answer(*pair) for pair in zip(outcomes, decoded, strict=True)]
+            many = Answers(request_id=ticket.context.request_id, answers=answers)
+            return (many if upload.many else answers[0]).model_dump_json()
 
         takes_long = wanted.return_image or top_k * len(outcomes) > INLINE
-        answers = await asyncio.to_thread(every) if takes_long else every()
-    if not upload.many:
-        return Response(answers[0], media_type="application/json")
-    around = Answers(request_id=ticket.context.request_id, answers=[]).model_dump_json()
-    return Response(f"{around.removesuffix(']}')}{','.join(answers)}]}}", media_type="application/json")
+        return Response(await asyncio.to_thread(body) if takes_long else body(), media_type="application/json")
 
 
 @router.post(
