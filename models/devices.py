@@ -9,7 +9,8 @@ def opened_device(name: str) -> torch.device:
     """Return the device of a name (cpu, cuda, cuda:N), on which convolutions in float32 are exact from then on.
 
     A GPU would round their inputs to TF32 otherwise, so that a loss near a gate or a label near a boundary depended on
-    the algorithm that is chosen for the batch's size. Raises ConfigError for a device that is not there.
+    the algorithm that is chosen for the batch's size. It holds for the whole process. Raises ConfigError for a device
+    that is not there.
     """
     try:
         device = torch.device(name)

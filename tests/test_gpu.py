@@ -47,6 +47,14 @@ def test_scores_are_the_same_alone_and_in_a_batch(images: torch.Tensor, preset: 
     assert (together - alone).abs().max() < (1e-4 if preset == "default" else 1e-3)
 
 
+def test_loaded_checkpoint_computes_in_float32() -> None:
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn.allow_tf32 = matmul.allow_tf32 = True
+    store.load("small", device="cuda")
+    assert not cudnn.allow_tf32
+    assert not matmul.allow_tf32
+
+
 def test_default_preset_gives_what_it_gives_on_the_cpu(images: torch.Tensor) -> None:
     scores = []
     for device in ("cpu", "cuda"):

@@ -65,7 +65,8 @@ def load(name_or_folder: "str | os.PathLike[str]", *, device: "str | torch.devic
     """Load a shipped checkpoint by name ("default"), or a checkpoint's folder.
 
     Returns the classifier, its purifier's parts and the card, float32, frozen, in eval mode, on `device`. No code from
-    the folder is run. Raises CheckpointError naming the file and its fault.
+    the folder is run. On a GPU PyTorch's TF32 is switched off, for the whole process: float32 is float32. Raises
+    CheckpointError naming the file and its fault, ConfigError for a device that is not there.
     """
     from unperturb.models.checkpoints import store
 

@@ -3,9 +3,9 @@
 Ways to take the same steps with the same views and weights, in turn in one run, medians of repeated blocks: the
 published procedure as it is described, this project's loop in eager PyTorch, captured (on a GPU), compiled; and the
 presets, in the fastest of those. The limit is the device's own: its rate at a large matrix product, in the precision of
-the way. float32 is what PyTorch makes of it: on a GPU convolutions take TF32, and so does the product that their rate
-is measured with. All steps of a batch are timed, with the restored view before them where a preset has one, and not the
-losses and classifications that the service reports as well. Needs torch alone; any GPU with PyTorch will do.
+the way; float32 is no TF32. All steps of a batch are timed, with the restored view before them where a preset has
+one, and not the losses and classifications that the service reports as well. Needs torch alone; any GPU with PyTorch
+will do.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from unperturb.benchmarks.reporting import results
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card, HeadCard
 from unperturb.models.checkpoints.store import Checkpoint
+from unperturb.models.devices import opened_device
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.captured import Execution, Stepper
 from unperturb.models.inference.continuous import ReverseAttackStage
@@ -110,7 +111,7 @@ class Ways:
     """The same purification in several ways, by name."""
 
     def __init__(self, config: SpeedConfig, loaded: Checkpoint) -> None:
-        self.config, self.device = config, torch.device(config.device)
+        self.config, self.device = config, opened_device(config.device)
         loop = dataclasses.replace(PRESETS["published"].loop, steps=config.steps)
         self.base = ReverseAttackConfig(loop=loop, views=config.views)
         self.plain = PublishedProcedure(subject(config), views=config.views, steps=config.steps)
@@ -212,16 +213,14 @@ def step_flop(ways: Ways, x: Tensor, seeds: Tensor) -> float:
 
 
 def device_rate(device: torch.device, precision: Precision) -> float:
-    """Return floating-point operations per second of a large matrix product, in TF32 where convolutions take it."""
+    """Return floating-point operations per second of a large matrix product."""
     side = MATRIX[device.type]
     one = torch.randn(side, side, device=device, dtype=getattr(torch, precision))
-    before, best = torch.backends.cuda.matmul.allow_tf32, float("inf")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    best = float("inf")
     for _ in range(12):
         started = clock(device)
         one @ one
         best = min(best, clock(device) - started)
-    torch.backends.cuda.matmul.allow_tf32 = before
     return 2 * side**3 / best
 
 
@@ -283,7 +282,6 @@ def time_purifier(config: SpeedConfig) -> int:
         "flop_per_s": ways.rates,
         "bytes_per_s": device_bandwidth(ways.device),
         "batches": {},
-        "tf32": torch.backends.cudnn.allow_tf32,
         "allocator": os.environ.get("GLIBC_TUNABLES", ""),
     }
     if dataset is not None:

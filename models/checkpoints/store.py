@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unperturb.models import provenance
 from unperturb.models.checkpoints.card import Card, parse_card
+from unperturb.models.devices import opened_device
 from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.files import write_whole
 from unperturb.models.networks.benchmark_classes import class_names
@@ -102,10 +103,12 @@ def write_card(folder: Path, card: Card) -> None:
 def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
     """Return the checkpoint of a folder or a shipped name, or RobustBench's classifier of a name `robustbench:…`.
 
-    It is float32, in eval mode, frozen, on `device`; RobustBench's has no head, and its data set's classes. Raises
-    CheckpointError naming the file and the fault (missing, unknown keys, digest, shapes, non-finite weights), and for
-    RobustBench's ConfigError or WeightsUnavailableError.
+    It is float32, in eval mode, frozen, on `device`, as `opened_device` has it; RobustBench's has no head, and its data
+    set's classes. Raises CheckpointError naming the file and the fault (missing, unknown keys, digest, shapes,
+    non-finite weights), ConfigError for a device that is not there, and for RobustBench's ConfigError or
+    WeightsUnavailableError.
     """
+    device = opened_device(str(device))
     if isinstance(name, str) and name.startswith(PREFIX):
         return _load_foreign(name, device)
     folder = resolve(name)
@@ -126,7 +129,7 @@ def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") ->
     return empty
 
 
-def _load_foreign(name: str, device: str | torch.device) -> Checkpoint:
+def _load_foreign(name: str, device: torch.device) -> Checkpoint:
     """Return a classifier of RobustBench's zoo as a checkpoint of no folder."""
     dataset = parse_name(name)[1]
     architecture = Architecture(

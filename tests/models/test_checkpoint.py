@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save
 from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import CARD, WEIGHTS, Checkpoint, load, read_card
-from unperturb.models.errors import CheckpointError
+from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
@@ -193,6 +193,11 @@ def test_card_that_is_no_card_is_refused(folder: Path, content: bytes) -> None:
     (folder / CARD).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"card\.json"):
         load(folder)
+
+
+def test_device_that_is_not_there_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="device='cuda:99' is not on this machine"):
+        load(folder, device="cuda:99")
 
 
 def test_missing_folder_and_missing_weights_are_named(folder: Path) -> None:
