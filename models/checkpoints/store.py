@@ -103,8 +103,8 @@ def write_card(folder: Path, card: Card) -> None:
 def load(name: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Checkpoint:
     """Return the checkpoint of a folder or a shipped name, or RobustBench's classifier of a name `robustbench:…`.
 
-    It is float32, in eval mode, frozen, on `device`, which is opened (devices.py); RobustBench's has no head, and its
-    data set's classes. Raises CheckpointError naming the file and the fault (missing, unknown keys, digest, shapes,
+    It is float32, in eval mode, frozen, on `device`, as `opened_device` has it; RobustBench's has no head, and its data
+    set's classes. Raises CheckpointError naming the file and the fault (missing, unknown keys, digest, shapes,
     non-finite weights), ConfigError for a device that is not there, and for RobustBench's ConfigError or
     WeightsUnavailableError.
     """
