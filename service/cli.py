@@ -3,6 +3,7 @@
 What is heavy is imported by the command that needs it: the decoding processes import this module too.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -218,7 +219,7 @@ def classify(
         before = top(result.unpurified_logits[0].softmax(0).cpu().numpy(), card.classes, top_k)
         if as_json:
             record = {"predictions": predictions, "unpurified": before}
-            shown = {name: [p.model_dump() for p in values] for name, values in record.items()}
+            shown = {name: [dataclasses.asdict(prediction) for prediction in values] for name, values in record.items()}
             print(json.dumps({"file": str(file), **shown}))
         else:
             also = "" if purify == "never" else f"   (unpurified: {_line(before[:1])})"

@@ -118,17 +118,19 @@ def test_replica_killed_under_load_loses_no_request_without_an_answer(
 def options_of_the_deployment(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What Ray is asked for, in this environment."""
     monkeypatch.setenv("UNPERTURB_AUTHENTICATION", "off")
-    from unperturb.service import ray_app
+    from ray import serve
+
+    from unperturb.service.ray_app import build
 
     given: dict[str, Any] = {}
-    deployment = ray_app.serve.deployment
+    deployment = serve.deployment
 
     def noted(target: Any, **options: Any) -> Any:
         given.update(options)
         return deployment(target, **options)
 
-    monkeypatch.setattr(ray_app.serve, "deployment", noted)
-    ray_app.build()
+    monkeypatch.setattr(serve, "deployment", noted)
+    build()
     return given
 
 

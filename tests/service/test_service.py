@@ -29,6 +29,7 @@ from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
+from unperturb.service.http import answer as answering
 from unperturb.service.http.answer import Answer, Answers
 from unperturb.service.http.app import create_app
 from unperturb.service.http.routes import classify
@@ -211,7 +212,7 @@ def test_answers_of_many_classes_are_made_off_the_event_loop(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(classify, "INLINE", 5)
-    make, apart = classify.answer, []
+    apart: list[bool] = []
 
     def noted(*given: Any, **options: Any) -> Answer:
         try:
@@ -220,7 +221,7 @@ def test_answers_of_many_classes_are_made_off_the_event_loop(
             apart.append(True)
         else:
             apart.append(False)
-        return make(*given, **options)
+        return answering.answer(*given, **options)
 
     monkeypatch.setattr(classify, "answer", noted)
     one = client.post("/classify?top_k=3", files={"images": photo()})
@@ -230,7 +231,7 @@ def test_answers_of_many_classes_are_made_off_the_event_loop(
         assert body.headers["content-type"] == "application/json"
         answers = Answers.model_validate_json(body.text)
         assert answers.request_id == body.headers["x-request-id"]
-        assert [len(answer.predictions) for answer in answers.answers] == [3] * count
+        assert [len(each.predictions) for each in answers.answers] == [3] * count
 
 
 def test_top_k_and_seed_are_heeded(client: TestClient) -> None:
