@@ -115,17 +115,12 @@ def all_tables() -> dict[str, str]:
     measured = list(records_in("purification").values())
     swept = json.loads((FOLDER / "preset_sweep.json").read_text())
     everything, runs, frozen = load_runs(ROBUSTNESS), robustness_runs(), robustness_runs("restorer")
-    main_runs = in_main_ball(runs)
+    main_runs, judged = in_main_ball(runs), in_main_ball(everything)
+    served = store.read_card(store.resolve(store.shipped_names()[0])).id
     tables = {
         "settings": settings_table(),
         "headline": headline(main_runs),
-        "when": when_table(
-            in_main_ball(everything),
-            everything,
-            load_runs(QUERIED) if QUERIED.is_dir() else [],
-            measured,
-            served=store.read_card(store.resolve(store.shipped_names()[0])).id,
-        ),
+        "when": when_table(judged, everything, load_runs(QUERIED) if QUERIED.is_dir() else [], measured, served=served),
         "picture": picture_line(json.loads((FOLDER / "brought_back.json").read_text())),
         "classifier": classifier_table(autoattacked()),
         "gates": gates_table(),
@@ -134,6 +129,7 @@ def all_tables() -> dict[str, str]:
         "sweep": sweep_table(swept),
         "sweep_restored": sweep_table(json.loads((FOLDER / "preset_sweep_restored.json").read_text())),
         "robustness": robustness_table(main_runs),
+        "robustness_served": robustness_table([run for run in judged if run["results"]["model"]["spec"] == served]),
         "threats": threats_table([*runs, *_averaged_elsewhere(runs)]),
         **({"frozen": robustness_table(in_main_ball(frozen))} if frozen else {}),
         "systems": systems_table(FOLDER / "systems" / "small"),

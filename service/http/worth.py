@@ -11,7 +11,7 @@ from unperturb.models.purifiers.parameters import parameters
 Interval = tuple[float, float]
 PURPOSES = {
     "default": "against perturbations made without knowing of the purifier; little against who knows it",
-    "vote": "against who knows it, too, and the cheapest; no step is taken",
+    "vote": "the cheapest, no step; may help against who knows it, too, before classifiers trained against attacks",
     "transfer": "against perturbations made without knowing of it, more than default; not against who knows it",
     "restorer": "for classifiers never trained against attacks, also against who knows it; costs clean accuracy",
     "published": "the paper's procedure, to compare with; costs clean accuracy",

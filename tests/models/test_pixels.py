@@ -116,7 +116,7 @@ def test_cards_preprocessing_is_that_of_training_service_and_harness(tmp_path: P
 
 @pytest.mark.parametrize(
     ("raw", "says"),
-    [({"size": 24}, "24 pixels"), ({"size": 32, "fit": "x"}, "preprocessing"), ({"size": 32, "blur": 1}, "blur")],
+    [({"size": 24}, "24 pixels"), ({"size": 32, "fit": "x"}, "fit="), ({"size": 32, "blur": 1}, "blur")],
     ids=str,
 )
 def test_card_with_bad_preprocessing_is_refused(tmp_path: Path, raw: dict[str, object], says: str) -> None:
