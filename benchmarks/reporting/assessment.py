@@ -66,7 +66,7 @@ def assessment(judged: Sequence[Judged], card: Card, *, data: str, seed: int) ->
     """
     rows = [one.row for one in judged]
     return {
-        "n": min((row.n for row in rows if row.gain is not None), default=rows[0].n),
+        "n": rows[0].n,
         "seed": seed,
         "epsilon": rows[0].group.epsilon,
         "budget": rows[0].budget,

@@ -25,7 +25,7 @@ from unperturb.benchmarks.reporting.purifier_tables import (
 )
 from unperturb.benchmarks.reporting.reach_plot import reach_plot
 from unperturb.benchmarks.reporting.results import FOLDER
-from unperturb.benchmarks.reporting.rows import AVERAGED, group_of, load_runs
+from unperturb.benchmarks.reporting.rows import AVERAGED, group_of, load_runs, measured_row
 from unperturb.benchmarks.reporting.service_tables import (
     bulk_line,
     dashboard_queries_table,
@@ -93,11 +93,13 @@ def autoattacked() -> dict[str, dict[str, Any]]:
 
 
 def assess_shipped() -> dict[str, dict[str, Any]]:
-    """Return the `assessment` of each shipped checkpoint before which a preset was judged in the main ball, by name."""
+    """Return by name the `assessment` of shipped checkpoints before which a preset was judged in the main ball, and not
+    by few images.
+    """
     runs, found = in_main_ball(load_runs(ROBUSTNESS)), {}
     for name in store.shipped_names():
         card = store.read_card(store.resolve(name))
-        own = [run for run in runs if run["results"]["model"]["spec"] == card.id]
+        own = [run for run in runs if run["results"]["model"]["spec"] == card.id and not measured_row(run).few]
         judged = judged_presets(own, card, presets_of(card))
         if any(one.row.gain is not None for one in judged):
             config = own[0]["config"]
