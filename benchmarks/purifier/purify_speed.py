@@ -3,9 +3,8 @@
 Ways to take the same steps with the same views and weights, in turn in one run, medians of repeated blocks: the
 published procedure as it is described, this project's loop in eager PyTorch, captured (on a GPU), compiled; and the
 presets, in the fastest of those. The limit is the device's own: its rate at a large matrix product, in the precision of
-the way; float32 is no TF32. All steps of a batch are timed, with the restored view before them where a preset has
-one, and not the losses and classifications that the service reports as well. Needs torch alone; any GPU with PyTorch
-will do.
+the way; float32 is no TF32. All steps of a batch are timed, with the restored view before them where a preset has one,
+and not the losses and classifications that the service reports as well. Needs torch alone; any GPU with it will do.
 """
 
 import dataclasses
@@ -77,9 +76,9 @@ class SpeedConfig(BenchmarkConfig):
 
 def subject(config: SpeedConfig) -> Checkpoint:
     """The checkpoint, or random weights of an architecture behind a head of the usual size."""
+    torch.manual_seed(config.seed)
     if not config.arch:
         return store.load(config.checkpoint, device=config.device)
-    torch.manual_seed(0)
     architecture = Architecture(name=config.arch, num_classes=10)
     classifier = build(architecture).eval().requires_grad_(False).to(config.device)
     head = (
@@ -146,7 +145,7 @@ class Timed(NamedTuple):
 def measure(config: SpeedConfig, ways: Ways, size: int) -> dict[str, Any]:
     """Every way on one batch of images, in turn, once before it counts; the first turn says which way is fastest."""
     device, side = ways.device, ways.ways["eager"].ready.classifier.image_size
-    x = torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.rand(size, 3, side, side, generator=torch.Generator().manual_seed(config.seed)).to(device)
     seeds = torch.arange(size, device=device)
     every = {"published procedure": Timed("float32", config.steps, config.views, lambda x, _: ways.plain(x))}
     for name, way in ways.ways.items():
