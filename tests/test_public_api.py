@@ -106,6 +106,7 @@ def test_what_cannot_be_purified_is_refused_by_name(tiny_folder: Path) -> None:
         unperturb.defend(make_checkpoint(head=False))
 
 
+@pytest.mark.timeout(900)  # one trains a classifier and a purifier: minutes of a core
 @pytest.mark.parametrize(
     ("program", "said"),
     [
