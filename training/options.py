@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from unperturb.models.errors import ConfigError
+from unperturb.models.inference.folding import native
 from unperturb.models.options import as_json, option
 from unperturb.training import seeds, state
 
@@ -33,7 +34,9 @@ class RunConfig:
     schedule: Literal["one-cycle", "cosine", "constant"] = option("learning rate over the run", "one-cycle")
     warmup: float = option("share of the run in which one-cycle rises", 0.25)
     ema: float = option("decay of the averaged weights per step, less in the first steps; 0 for none", 0.995)
-    precision: Literal["auto", "float32", "bfloat16"] = option("of the forward passes; auto: bfloat16 on CUDA", "auto")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "of the forward passes; auto: bfloat16 where the device computes in it", "auto"
+    )
     seed: int = option("of weights, order, augmentation and attacks", 0)
     device: str = option("cpu, cuda, cuda:N", "cuda" if torch.cuda.is_available() else "cpu")
     resume: bool = option("go on from the state in the run's folder", True)
@@ -82,8 +85,8 @@ def learning_rate(config: RunConfig, progress: float) -> float:
 
 def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
     """Return the precision of forward passes."""
-    half = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+    precision = native(device) if config.precision == "auto" else config.precision
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 def comparable(config: RunConfig) -> dict[str, Any]:

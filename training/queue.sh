@@ -20,8 +20,8 @@ train() { # NAME DATA EPOCHS, then options
   fi
   test -f "$begun" && read -ra more < "$begun" && set -- "$@" "${more[@]}"
   echo "$(date -u +%FT%TZ) $name"
-  "${PYTHON:-python3}" -m unperturb.training classifier --data "$data" --out "$runs/$name" --id "$name" --epochs "$epochs" \
-    --precision bfloat16 "$@" 2> "$runs/$name.err"
+  "${PYTHON:-python3}" -m unperturb.training classifier --data "$data" --out "$runs/$name" --id "$name" --epochs "$epochs" "$@" \
+    2> "$runs/$name.err"
 }
 
 finish() { # NAME DATA: head, restorer and gates; what ships is $runs/$name-restorer/checkpoint
@@ -31,10 +31,10 @@ finish() { # NAME DATA: head, restorer and gates; what ships is $runs/$name-rest
   {
     test -f "$runs/$name-head/checkpoint/card.json" ||
       "${PYTHON:-python3}" -m unperturb.training head --classifier "$runs/$name/checkpoint" --data "$data" \
-        --batch-size 512 --epochs 6 --precision bfloat16 --out "$runs/$name-head"
+        --batch-size 512 --epochs 6 --out "$runs/$name-head"
     test -f "$card" ||
       "${PYTHON:-python3}" -m unperturb.training restorer --checkpoint "$runs/$name-head/checkpoint" --data "$data" \
-        --images 20000 --epochs 6 --precision bfloat16 --out "$runs/$name-restorer"
+        --images 20000 --epochs 6 --out "$runs/$name-restorer"
     "${PYTHON:-python3}" -m unperturb.training gate --checkpoint "$runs/$name-restorer/checkpoint" --data "$data"
   } 2>> "$runs/$name.err"
 }

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from unperturb.benchmarks.reporting.drawing import LIGHT, Theme, drawn_in, open_figure, png
-from unperturb.benchmarks.reporting.results import FOLDER
+from unperturb.benchmarks.reporting.results import FOLDER, where
 from unperturb.models import command
 from unperturb.models.errors import DataError
 from unperturb.models.files import write_whole
@@ -64,6 +64,20 @@ def rates_table(logs: dict[str, list[dict[str, Any]]]) -> str:
         rates = [one["images_per_s"] for one in epochs]
         hours = sum(one["seconds"] for one in epochs) / 3600
         lines.append(f"| `{name}` | {len(epochs)} | {median(rates):.0f} | {max(rates):.0f} | {hours:.1f} |")
+    return "\n".join(lines)
+
+
+def trainer_table(record: dict[str, Any]) -> str:
+    """Return what the trainer of two commits makes of the same training, a row an architecture."""
+    found, commits = record["results"]["images_per_s"], record["results"]["commits"]
+    lines = [
+        f"| images/s, {where(record['machine'])} | {commits['before'][:7]} | {commits['after'][:7]} | times as many |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for arch, rates in found.items():
+        ratios = [after / before for before, after in zip(rates["before"], rates["after"], strict=True)]
+        spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        lines.append(f"| `{arch}` | {median(rates['before']):.0f} | {median(rates['after']):.0f} | {spread} |")
     return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from unperturb.benchmarks.papers.table import systems_table
 from unperturb.benchmarks.reporting.assessment import assessment, judged_presets
 from unperturb.benchmarks.reporting.first_page import DEFAULT, headline, picture_line
-from unperturb.benchmarks.reporting.learning_curves import LOGS, rates_table, read_logs
+from unperturb.benchmarks.reporting.learning_curves import LOGS, rates_table, read_logs, trainer_table
 from unperturb.benchmarks.reporting.plots import all_plots
 from unperturb.benchmarks.reporting.purifier_tables import (
     classifier_table,
@@ -50,6 +50,7 @@ SINGLE = {
     "side_by_side": side_by_side_table,
     "faults": faults_table,
     "bulk_memory": bulk_line,
+    "training_speed": trainer_table,
     "serving/dashboard_queries": dashboard_queries_table,
 }
 ROBUSTNESS, QUERIED = FOLDER / "robustness", FOLDER / "queries"

@@ -11,6 +11,7 @@ from unperturb.benchmarks.command import BenchmarkConfig, run_command
 BAD = {
     "robustbench_eval": ["--n-examples", "0"],
     "assess": ["default", "--data", "x", "--images", "-1"],
+    "training_speed": ["--data", "x", "--before", "HEAD", "--rounds", "0"],
     "papers.run": ["--seeds", "0"],
     "purifier.picture": ["--data", "x", "--n", "0"],
     "purifier.preset_sweep": ["--data", "x", "--n", "0"],

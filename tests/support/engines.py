@@ -34,7 +34,11 @@ class ThreadHandle(WorkerHandle):
     """The worker in a thread of this process, so that a test can reach into it."""
 
     def _start_worker(self, theirs: Connection) -> None:
-        threading.Thread(target=lambda: work(theirs, theirs.recv()), daemon=True).start()
+        self.thread = threading.Thread(target=lambda: work(theirs, theirs.recv()), daemon=True)
+        self.thread.start()
+
+    def wait(self, timeout_s: float) -> None:
+        self.thread.join(10 * timeout_s)  # a thread that is in torch when the interpreter ends aborts the process
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from unperturb.models.networks.classifier import Architecture
 from unperturb.models.networks.registry import build
 from unperturb.training import loop, state, world
 from unperturb.training.__main__ import COMMANDS, main
-from unperturb.training.options import RunConfig, learning_rate
+from unperturb.training.options import RunConfig, autocast, learning_rate
 from unperturb.training.state import STATE
 from unperturb.training.supervised.adversarial import SUPERVISED_METHODS, SupervisedBatch, SupervisedMethod, smoothed
 from unperturb.training.supervised.classifier import ClassifierConfig
@@ -259,6 +259,17 @@ class Rising:
 
     def validate(self, averaged: torch.nn.Module) -> dict[str, int | float]:
         return {}
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_precision_is_bfloat16_by_itself_where_the_processor_computes_in_it(
+    capable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    with autocast(RunConfig(data="unused", out=tmp_path), torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == capable
+    with autocast(RunConfig(data="unused", out=tmp_path, precision="float32"), torch.device("cpu")):
+        assert not torch.is_autocast_enabled("cpu")
 
 
 def rising(out: Path, **options: Any) -> RunConfig:
