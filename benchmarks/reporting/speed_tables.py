@@ -1,9 +1,8 @@
-"""The table and plot of the purifier's speed, and the table on HTTP, from purify_speed.py and http_cost.py."""
+"""The table of the purifier's speed, and the table on HTTP, from purify_speed.py and http_cost.py."""
 
 import statistics
 from typing import Any
 
-from unperturb.benchmarks.reporting.drawing import LIGHT, open_figure, png
 from unperturb.benchmarks.reporting.results import where
 
 PLAIN = "published procedure"
@@ -38,26 +37,6 @@ def speed_table(record: dict[str, Any]) -> str:
         same = f"the same label as eager float32 on {one['same_label']:.1%} of {one['n']:,} test images{rest}."
         rows += ["", f"{name}, preset `default`: {same}"]
     return "\n".join(rows)
-
-
-def speed_plot(record: dict[str, Any]) -> bytes:
-    """Times faster than the published procedure against the batch size; PNG."""
-    batches = record["results"]["batches"]
-    plt, figure, axes = open_figure(8, 3.8)
-    sizes = [int(size) for size in batches]
-    names = [name for name in next(iter(batches.values())) if name != PLAIN]
-    for number, name in enumerate(names):
-        times = [batches[str(size)][name]["times_published_procedure"] for size in sizes]
-        axes.plot(sizes, times, "o-", color=LIGHT.colours[number % len(LIGHT.colours)], label=name)
-    axes.axhline(1, color=LIGHT.ink, linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(f"images at a time ({where(record['machine'])})")
-    axes.set_ylabel("times the published procedure")
-    axes.legend(frameon=False, fontsize=9)
-    return png(plt, figure)
 
 
 def http_table(records: list[dict[str, Any]]) -> str:

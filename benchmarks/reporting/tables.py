@@ -35,7 +35,7 @@ from unperturb.benchmarks.reporting.service_tables import (
     side_by_side_table,
 )
 from unperturb.benchmarks.reporting.settings_table import settings_table
-from unperturb.benchmarks.reporting.speed_tables import http_table, speed_plot, speed_table
+from unperturb.benchmarks.reporting.speed_tables import http_table, speed_table
 from unperturb.benchmarks.reporting.when import when_table
 from unperturb.models import command
 from unperturb.models.checkpoints import store
@@ -184,8 +184,6 @@ def write_tables() -> None:
         if title in PLOTS:
             write_whole(FOLDER / PLOTS[title], png)
     write_whole(FOLDER / REACH.with_suffix(".png"), reach_plot(json.loads((FOLDER / REACH).read_text())))
-    for file, record in records_in("purify_speed").items():
-        write_whole(file.with_suffix(".png"), speed_plot(record))
     print(f"wrote {len(tables)} tables into {len(texts)} pages", file=sys.stderr)
 
 
