@@ -72,8 +72,7 @@ def main(folder: Path, data: Path | None, *, side: int, epochs: int) -> None:
     pixels = ("--image-size", side, "--fit", "crop", "--resize", side, "--mean", ".5,.5,.5", "--std", ".25,.25,.25")
     unperturb("import", "torchvision:resnet18", "--weights", weights, "--classes", names, "--out", model, *pixels)
     asked = ("--checkpoint", model, "--data", data, "--epochs", epochs, "--device", "cpu", "--out", run)
-    few_images = "--start cifar10-natural --precision bfloat16"
-    unperturb("train", "purifier", *asked, *few_images.split(), *much.split())
+    unperturb("train", "purifier", *asked, "--start", "cifar10-natural", *much.split())  # --start: for few images
 
 
 if __name__ == "__main__":
