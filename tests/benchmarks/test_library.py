@@ -1,6 +1,5 @@
 """The harness as a library: any module, any purifier, from a folder of somebody's own."""
 
-import copy
 import json
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from tests.conftest import make_checkpoint
 from tests.support import broken_defenses
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.code import modules_behind
-from unperturb.benchmarks.robustness.fingerprint import fingerprint
 from unperturb.benchmarks.robustness.foreign import AnyPurifier
 from unperturb.benchmarks.robustness.identity import modules_of_defense
 from unperturb.benchmarks.robustness.subjects import _values, defense_of, ready, subject_of
@@ -324,55 +322,6 @@ def test_vote_stands_behind_a_purifier_of_ones_own(monkeypatch: pytest.MonkeyPat
     assert (own.vote, own.purifier.purifier.strength) == (None, 0.7)  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match="maybe"):
         defense_of("voted_defense:Smooth:vote=2,mirrored=maybe", subject)
-
-
-def test_buffer_that_is_not_saved_is_part_of_a_fingerprint() -> None:
-    class Shifted(nn.Module):
-        def __init__(self, mean: float) -> None:
-            super().__init__()
-            self.register_buffer("mean", torch.full((1,), mean), persistent=False)
-
-    assert fingerprint(Shifted(0.0)) == fingerprint(Shifted(0.0))
-    assert fingerprint(Shifted(0.0)) != fingerprint(Shifted(5.0))
-
-
-def sine(x: Tensor) -> Tensor:
-    return x.sin()
-
-
-def cosine(x: Tensor) -> Tensor:
-    return x.cos()
-
-
-def times(x: Tensor, by: int = 2) -> Tensor:
-    return x * by
-
-
-def times_three(x: Tensor, by: int = 3) -> Tensor:
-    return x * by
-
-
-def clamped(_: nn.Module, __: tuple[Tensor, ...], found: Tensor) -> Tensor:
-    return found.clamp(max=0)
-
-
-def test_fingerprint_tells_functions_hooks_and_networks_of_one_name_apart() -> None:
-    torch.manual_seed(0)
-    layer = nn.Linear(2, 2)
-    hooked = copy.deepcopy(layer)
-    hooked.register_forward_hook(clamped)
-    own, others = {"classifier": layer}, {"classifier": nn.Linear(2, 2)}
-    for one, other in ((sine, cosine), (times, times_three), (layer, hooked), (own, others)):
-        assert fingerprint(one) == fingerprint(one) != fingerprint(other)
-    assert fingerprint(own, without=[layer]) == fingerprint(own, without=[layer])
-    assert fingerprint({"of": layer}, without=[layer]) != fingerprint({"of": hooked}, without=[layer])
-
-    def early() -> object:
-        return late
-
-    without_a_value = fingerprint(early)
-    late = 1
-    assert fingerprint(early) != without_a_value
 
 
 class Noisy(nn.Module):

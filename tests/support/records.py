@@ -219,3 +219,8 @@ def write(folder: Path, name: str, run: dict[str, Any]) -> Path:
     file = folder / f"{name}.json"
     file.write_text(json.dumps(run))
     return file
+
+
+N = 20
+BARE = in_order({"clean": 4, "apgd-ce": 5, "autoattack": 1}, N)  # 10 of 20 are left
+WORSE = in_order({"clean": 4, "apgd-ce": 3, "transfer": 1, "transfer-further": 0, "intermediate": 8}, N)  # 4 are left
