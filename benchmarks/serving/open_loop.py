@@ -98,8 +98,8 @@ async def offer(
         started = time.perf_counter()
         while (moment := moment + generator.expovariate(rate)) < seconds:
             chosen = generator.choice(requests)
-            if (ahead := started + moment - time.perf_counter()) > 0:
-                await asyncio.sleep(ahead)
+            ahead = started + moment - time.perf_counter()
+            await asyncio.sleep(max(0.0, ahead))  # when late, too: those before it are to leave first
             tasks.append(asyncio.create_task(post(session, url, chosen, moment)))
         return list(await asyncio.gather(*tasks))
 
