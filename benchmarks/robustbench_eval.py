@@ -136,9 +136,10 @@ def load_model(spec: str, config: EvaluationConfig) -> Checkpoint:
 def result_name(config: EvaluationConfig, plan: Plan, described: dict[str, Any], purifier: str) -> str:
     """The result file's name: everything that tells two runs apart, the rarer of it as a digest."""
     model = described["model"]["spec"]
-    radius = f"{config.threat_model}-{plan.threat.epsilon * 255:.4g}of255"
-    if config.threat_model in RUNS:
-        radius = config.threat_model
+    radius: str = config.threat_model
+    if config.threat_model not in RUNS:
+        epsilon = plan.threat.epsilon
+        radius += f"-{epsilon:.4g}" if config.threat_model == "L2" else f"-{epsilon * 255:.4g}of255"
     parts = [model, purifier, config.dataset, radius, f"n{config.n_examples}", config.budget, f"seed{config.seed}"]
     if plan.attacks and plan.attacks != attacks.NAMES:
         parts.append("fast" if plan.attacks == attacks.FAST else "+".join(plan.attacks))

@@ -302,6 +302,7 @@ def test_what_changes_outcomes_changes_a_files_name() -> None:
 
     usual = name_of(of_data(False, "one"))
     assert usual == "tiny_none_cifar10_Linf-8of255_n1000_standard_seed0.json" == name_of(of_data(False, "other"))
+    assert name_of(of_data(False, "one"), threat_model="L2") == "tiny_none_cifar10_L2-0.5_n1000_standard_seed0.json"
     generated = {"attacks": "generator"}
     names = [
         usual,
