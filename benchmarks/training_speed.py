@@ -107,8 +107,7 @@ def measure(config: TrainingSpeedConfig) -> None:
                     )
                     print(f"{arch}, {name}: {found[name][-1]:.0f} images/s", flush=True)
     whole = {"commits": commits, "images_per_s": rates}
-    shown = {**as_json(config), "data": Path(config.data).name}
-    results.write(config.out, script=SCRIPT, config=shown, results=whole)
+    results.write(config.out, script=SCRIPT, config=as_json(config), results=whole)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,6 +21,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "results"
 def record(*, script: str, config: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     """Return one result with its provenance."""
     config = {key: value for key, value in config.items() if key not in PLACES}
+    if config.get("data"):
+        config["data"] = Path(config["data"]).name  # the folder's name, not where it lies
     return {
         "schema_version": SCHEMA_VERSION,
         "script": script,
