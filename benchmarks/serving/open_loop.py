@@ -126,6 +126,11 @@ async def saturate(
         return [one for found in await asyncio.gather(*(client(i) for i in range(clients))) for one in found]
 
 
+async def capacity(url: str, requests: Sequence[Prepared], *, clients: int, seconds: float, seed: int) -> float:
+    """Return what a closed loop of so many clients answers a second."""
+    return answered_per_s(await saturate(url, requests, clients=clients, seconds=seconds, seed=seed), seconds=seconds)
+
+
 def answered_per_s(sent: Sequence[Sent], *, seconds: float) -> float:
     """Return the answers of status 200 a second of a closed loop, of those that came within `seconds` of its start.
 

@@ -91,8 +91,7 @@ def measure(config: SharesConfig) -> dict[str, Any]:
 def capacity_of(server: RunningServer, requests: Sequence[Prepared], config: SharesConfig) -> float:
     """Return the answers a second of a closed loop."""
     seconds = config.calibration_seconds
-    sent = open_loop.run(open_loop.saturate(server.url, requests, clients=CLIENTS, seconds=seconds, seed=config.seed))
-    return open_loop.answered_per_s(sent, seconds=seconds)
+    return open_loop.run(open_loop.capacity(server.url, requests, clients=CLIENTS, seconds=seconds, seed=config.seed))
 
 
 def clients(server: RunningServer, requests: Sequence[Prepared], config: SharesConfig) -> dict[str, Any]:

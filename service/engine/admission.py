@@ -58,22 +58,19 @@ def _added_s(scheduler: Scheduler, model: Model | None, stage: str | None, clien
     leave slots: it waits in turn with its like, and beside as many steps of those that have begun.
     """
     cost_s = 0.0 if model is None else model.alone_s(stage)
-    begun = [request for worker in scheduler.workers for request in worker.images]
-    before = [
-        request
-        for request in scheduler.waiting.ahead_of(client, cost_s)
-        if is_long(stage) or not is_long(request.work.stage)
-    ]
-    alike = sum((other.work.stage is None) == (stage is None) for other in before)
+    before = Counter((one.model, one.work.stage) for one in scheduler.waiting.ahead_of(client, cost_s))
+    if not is_long(stage):
+        before = Counter({kind: count for kind, count in before.items() if not is_long(kind[1])})
+    alike = sum(count for (_, its_stage), count in before.items() if (its_stage is None) == (stage is None))
     if is_long(stage):
         full = alike >= sum(max(0, worker.free_slots(stage)) for worker in scheduler.workers)
         turns = 0
     else:
         slots = sum(worker.slots_beside_long(stage) for worker in scheduler.workers)
         full, turns = not slots, alike // max(1, slots)
-    counts = Counter((request.model, request.work.stage) for request in (*begun, *before))
+    begun = Counter((one.model, one.work.stage) for worker in scheduler.workers for one in worker.images)
     seconds = (
         count * other.added_s(its_stage, its_stage if full else stage, model or other, turns=turns)
-        for (other, its_stage), count in counts.items()
+        for (other, its_stage), count in (begun + before).items()
     )
     return sum(seconds) / len(scheduler.workers)

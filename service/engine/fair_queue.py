@@ -12,6 +12,7 @@ algorithm", SIGCOMM 1989, section 2.
 """
 
 import bisect
+from collections import Counter
 from collections.abc import Collection, Iterator
 
 from unperturb.service.engine.requests import ImageRequest
@@ -24,6 +25,7 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[float, ImageRequest]] = []
+        self._counts: Counter[str] = Counter()  # of those that wait, by client
         self._virtual_s = 0.0
         self._last_s: dict[str, float] = {}  # tags, of clients whose images still count
         self._served_s: dict[str, float] = {}  # the same of what has been served
@@ -40,6 +42,7 @@ class FairQueue:
         self._last_s = self._that_count(self._last_s)
         self._last_s[request.client] = tag
         bisect.insort(self._waiting, (tag, request), key=lambda waiting: waiting[0])
+        self._counts[request.client] += 1
 
     def ahead_of(self, client: str | None, cost_s: float) -> Iterator[ImageRequest]:
         """Iterate over the images that go before a new one of a client; over all of them for None."""
@@ -48,30 +51,30 @@ class FairQueue:
 
     def take(self, requests: Collection[ImageRequest]) -> None:
         """Remove images that are served now."""
-        served, clients = set(requests), len(self._clients)
+        served, clients = set(requests), len(self._counts)
         for tag, request in self._waiting:
             if request in served:
                 self._virtual_s = max(self._virtual_s + request.cost_s / clients, tag)
                 self._served_s[request.client] = tag
         self._served_s = self._that_count(self._served_s)
-        self._waiting = [waiting for waiting in self._waiting if waiting[1] not in served]
+        self._drop(served)
 
     def remove(self, requests: Collection[ImageRequest]) -> None:
         """Remove images that nobody waits for, and that count for their client no more; others are passed over."""
         gone = set(requests)
         clients = {request.client for _, request in self._waiting if request in gone}
-        self._waiting = [waiting for waiting in self._waiting if waiting[1] not in gone]
+        self._drop(gone)
         for client in clients:
             left = [tag for tag, request in self._waiting if request.client == client]
             self._last_s[client] = max(left, default=self._served_s.get(client, 0.0))
 
-    @property
-    def _clients(self) -> set[str]:
-        return {request.client for _, request in self._waiting}
+    def _drop(self, requests: Collection[ImageRequest]) -> None:
+        self._waiting = [waiting for waiting in self._waiting if waiting[1] not in requests]
+        self._counts = Counter(request.client for _, request in self._waiting)
 
     def _that_count(self, tags: dict[str, float]) -> dict[str, float]:
         return {client: tag for client, tag in tags.items() if tag > self._virtual_s - CREDIT_S}
 
     def _tag(self, client: str, cost_s: float) -> float:
-        credit_s = CREDIT_S / len(self._clients | {client})
+        credit_s = CREDIT_S / (len(self._counts) + (client not in self._counts))
         return max(self._virtual_s - credit_s, self._last_s.get(client, 0.0)) + cost_s

@@ -62,28 +62,35 @@ class Scheduler:
         """Give waiting images free slots of the workers that would answer them first.
 
         A worker whose images all end with its step is given the next ones shortly before that: until then who has had
-        less may still come and go first. One that goes on with some is given others at once. An image does not wait
+        less may still come and go first. One that goes on with some is given others at once. What is soon to go to
+        another worker counts there already, so that not all of the queue waits for that one. An image does not wait
         behind one of another length that finds no slot. One that would miss its deadline gets none, except where a
         worker has nothing else to do: an estimate may be wrong, and only work that is done corrects it.
         """
         given: list[tuple[int, ImageRequest]] = []
         late: list[ImageRequest] = []
         idle = {i for i, worker in enumerate(self.workers) if not (worker.running or worker.leaving)}
+        going_on = {i for i, worker in enumerate(self.workers) if worker.goes_on}
+        promised: list[tuple[int, ImageRequest]] = []
         spare_s: dict[int, list[tuple[ImageRequest, float]]] = {}
         takers: dict[tuple[bool, bool], set[int]] = {}  # by what competes for slots, until one is given
         for request in self.waiting:
             stage = request.work.stage
             kind = stage is None, is_long(stage)
             if kind not in takers:
-                takers[kind] = {i for i in range(len(self.workers)) if self._takes(stage, i, idle=i in idle)}
+                takers[kind] = {
+                    i for i in range(len(self.workers)) if self._takes(stage, i, idle=i in idle, goes_on=i in going_on)
+                }
             if not takers[kind]:
                 continue
             free = [i for i, worker in enumerate(self.workers) if worker.free_slots(stage) > 0]
             answered_in_s = {i: self._answered_in_s(request, i) for i in free}
             index = min(free, key=lambda i: (answered_in_s[i], self.workers[i].running))
-            if index not in takers[kind]:
-                continue  # it is soon to end its step
             worker = self.workers[index]
+            if index not in takers[kind]:  # it is soon to end its step
+                worker.competing(stage)[request.work.id] = request
+                promised.append((index, request))
+                continue
             if worker.running and self._clock() + MARGIN * answered_in_s[index] > request.deadline:
                 late.append(request)
             elif not self._makes_late(request, index, spare_s, begins=index in idle):
@@ -93,18 +100,23 @@ class Scheduler:
                     worker.begin()
                 takers.clear()
                 given.append((index, request))
+        for index, request in promised:
+            self.workers[index].take_back(request.work.id)
         self.waiting.take([request for _, request in given])
         self.waiting.remove(late)
         return Schedule(given, late)
 
-    def _takes(self, stage: str | None, index: int, *, idle: bool) -> bool:
-        """Return whether a worker is to have one more image now: in the step that it begins, or in its next."""
+    def _takes(self, stage: str | None, index: int, *, idle: bool, goes_on: bool) -> bool:
+        """Return whether a worker is to have one more image now: in the step that it begins, or in its next.
+
+        idle, goes_on: as the worker was before it was given any
+        """
         worker = self.workers[index]
         if worker.free_slots(stage) <= 0:
             return False
         if idle and len(worker.competing(stage)) < worker.slots:
             return True
-        return (worker.goes_on and not idle) or self._ends_in_s(index) <= LEAD_S
+        return goes_on or self._ends_in_s(index) <= LEAD_S
 
     def _ends_in_s(self, index: int) -> float:
         """Estimate the seconds until a worker ends the step that it takes now; below 0 where it should have ended."""

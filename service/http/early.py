@@ -1,7 +1,10 @@
 """Refuse what the engine cannot take before the framework looks at it: under overload most requests end here."""
 
+import functools
+
 from fastapi.routing import APIRoute
 from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -40,7 +43,7 @@ class RefuseEarly:
 
     def _error(self, request: Request) -> RequestError | None:
         try:
-            query = Classify.model_validate(dict(request.query_params))
+            query = _options(request.scope["query_string"])
             timeout_s = TIMEOUT.validate_python(request.headers.get("x-timeout-s"))
             target = classify.target_of(request, query, self.gateway.settings.preset)
             with self.gateway.admit(request, keys.presented(request), timeout_s, target):
@@ -49,3 +52,9 @@ class RefuseEarly:
             return error
         except (ValidationError, RequestError):
             return None
+
+
+@functools.lru_cache(maxsize=256)
+def _options(query: bytes) -> Classify:
+    """Return the options in a query; most requests have one that others had. Raises ValidationError."""
+    return Classify.model_validate(dict(QueryParams(query)))

@@ -1,9 +1,9 @@
 """Around every request: an id, a line in the log, metrics, and a span where traces are collected."""
 
 import logging
+import random
 import re
 import time
-import uuid
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,7 +33,7 @@ class Observe:
             await self.app(scope, receive, send)
             return
         given = dict(scope["headers"]).get(b"x-request-id", b"")
-        context = RequestContext(given.decode() if ID.fullmatch(given) else uuid.uuid4().hex)
+        context = RequestContext(given.decode() if ID.fullmatch(given) else f"{random.getrandbits(128):032x}")
         context.attach(scope)
         status, started = 500, time.perf_counter()
 
@@ -56,8 +56,7 @@ class Observe:
         route = getattr(scope.get("route"), "path", "unmatched")
         model, preset = context.model or "none", context.preset or "none"
         labels = self.metrics.label(model), preset
-        self.metrics.requests.labels(route, status, *labels).inc()
-        self.metrics.duration.labels(route, status, *labels).observe(seconds)
+        self.metrics.finished(route, status, *labels, seconds=seconds)
         if context.rejected is not None and scope["path"] not in QUIET:
             self.metrics.rejected.labels(context.rejected, *labels).inc()
         facts = {

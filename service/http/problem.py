@@ -50,7 +50,7 @@ def problem(request: Request, status: int, detail: str, *, retry_after_s: int | 
         request_id=RequestContext.of(request.scope).request_id,
     ).model_dump()
     media_type = MEDIA_TYPE
-    if request.url.path.startswith(KSERVE):
+    if request.scope["path"].startswith(KSERVE):
         body["error"] = detail
         media_type = MEDIA_TYPE if MEDIA_TYPE in request.headers.get("accept", "") else "application/json"
     headers = {"Retry-After": str(retry_after_s)} if retry_after_s is not None else {}

@@ -132,10 +132,11 @@ class Protocol(TimedConnection):
     def on_headers_complete(self) -> None:
         """Refuse a head against the rules, before its request is begun."""
         version, method = self.parser.get_http_version(), self.parser.get_method()
-        hosts, codings, lengths = (
-            [value.lower() for name, value in self.headers if name == wanted]
-            for wanted in (b"host", b"transfer-encoding", b"content-length")
-        )
+        found: dict[bytes, list[bytes]] = {b"host": [], b"transfer-encoding": [], b"content-length": []}
+        for name, value in self.headers:
+            if name in found:
+                found[name].append(value.lower())
+        hosts, codings, lengths = found.values()
         if (
             version not in ("1.0", "1.1")
             or method == b"CONNECT"

@@ -31,6 +31,7 @@ class Metrics:
     def __init__(self, served: Callable[[], Collection[tuple[str, int]]] = tuple) -> None:
         self.registry = CollectorRegistry()
         self._ids: set[str] = set()
+        self._of_requests: dict[tuple[str, int, str, str], tuple[Counter, Histogram]] = {}  # finding them is most of it
         ProcessCollector(registry=self.registry)
         self.drift = LossDrift(served)
         self.registry.register(self.drift)
@@ -127,6 +128,15 @@ class Metrics:
         self.steps.inc(slots)
         self.step_time.observe(seconds)
         self.fill.observe(slots)
+
+    def finished(self, route: str, status: int, model: str, preset: str, *, seconds: float) -> None:
+        """Count one request that has its answer; `model` is a value that `label` gave."""
+        labels = route, status, model, preset
+        if labels not in self._of_requests:
+            self._of_requests[labels] = self.requests.labels(*labels), self.duration.labels(*labels)
+        count, duration = self._of_requests[labels]
+        count.inc()
+        duration.observe(seconds)
 
     def answered(self, outcome: Outcome, *, model: str, preset: str | None) -> None:
         """Count one answered image."""

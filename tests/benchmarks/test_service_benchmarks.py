@@ -171,8 +171,10 @@ def test_service_is_compared_with_its_engine_at_saturation(tiny_folder: Path, tm
 
 def a_round(*, solo_ms: float, p99_ms: float | None, refused: int) -> dict[str, Any]:
     """Return what load.one_round does, with the same figures at every load."""
-    row = {"offered": 10.0, "goodput": 9.0, "statuses": {"200": 100 - refused, "503": refused}, "p50_ms": 5.0}
-    loads = [{"share": share, **row, "p95_ms": 8.0, "client_cores": 0.1, "p99_ms": p99_ms} for share in load.SHARES]
+    latencies = {"p50_ms": 5.0, "p95_ms": 8.0, "p99_ms": p99_ms}
+    rates = {"capacity": 20.0, "offered": 10.0, "goodput": 9.0, "client_cores": 0.1}
+    statuses = {"200": 100 - refused, "503": refused}
+    loads = [{"share": share, "statuses": statuses, **rates, **latencies} for share in load.SHARES]
     whole = {"back_to_back_ms": 4.0, "capacity": 20.0, "goodput_at_300_over_best": 0.9}
     return {"solo_ms": solo_ms, **whole, "p99_at_80_over_solo": p99_ms and p99_ms / solo_ms, "loads": loads}
 

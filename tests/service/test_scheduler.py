@@ -123,6 +123,24 @@ def test_image_goes_to_the_worker_that_would_answer_it_first(timed: Model, clock
     assert scheduler.workers[1].begun == set()  # its step of those that have gone is not over
 
 
+def test_worker_that_ends_its_step_is_given_a_whole_one_though_another_ends_soon_too(clock: Clock) -> None:
+    model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_batch_s=0.02, per_pass_s=0.01))
+    scheduler = Scheduler([4, 4], clock=clock)
+    scheduler.add([of(model, 0, "default")])
+    assert scheduled(scheduler) == [(0, 0)]
+    clock.now = 2 * LEAD_S
+    scheduler.add([of(model, 1, "default")])
+    assert scheduled(scheduler) == [(1, 1)]
+    clock.now = model.alone_s("default") - LEAD_S / 2
+    scheduler.add(of(model, id, "default") for id in range(2, 12))
+    given = scheduled(scheduler)
+    assert [index for index, _ in given] == [0] * 4
+    assert given[0] == (0, 2)
+    assert scheduler.running == 6  # what the other one is soon to have is not given to it yet
+    assert len(scheduler.waiting) == 6
+    assert scheduled(scheduler) == []
+
+
 def test_who_has_had_less_may_still_go_first_until_shortly_before_the_step_ends(clock: Clock) -> None:
     model = Model(1, "a", "a", read_card(resolve("small")), cost=Cost(per_pass_s=0.1))
     scheduler = Scheduler([2], clock=clock)
