@@ -20,9 +20,11 @@ class RunLog:
 
     def __init__(self, out: Path, *, writes: bool, lines: int) -> None:
         self.out, self.writes = out, writes
+        kept: list[bytes] = []
         if writes and (file := out / LOG).exists():
-            write_whole(file, b"".join(file.read_bytes().splitlines(keepends=True)[:lines]))
-        self._board = _tensorboard(out) if writes else None
+            kept = file.read_bytes().splitlines(keepends=True)[:lines]
+            write_whole(file, b"".join(kept))
+        self._board = _tensorboard(out, epoch=json.loads(kept[-1])["epoch"] + 1 if kept else 0) if writes else None
 
     def __enter__(self) -> "RunLog":
         return self
@@ -55,10 +57,10 @@ def show(bar: Any, sums: dict[str, Tensor], *, steps: int, images: int, spent_s:
     bar.set_postfix({name: f"{float(value) / steps:.3f}" for name, value in sums.items()} | speed)
 
 
-def _tensorboard(out: Path) -> Any:  # noqa: ANN401
-    """Return TensorBoard's writer, or None where it is not installed."""
+def _tensorboard(out: Path, *, epoch: int) -> Any:  # noqa: ANN401
+    """Return TensorBoard's writer, or None where it is not installed; what it has from `epoch` on is shown no more."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(out / "tensorboard"))
+    return SummaryWriter(str(out / "tensorboard"), purge_step=epoch)

@@ -148,7 +148,9 @@ def _without_loss(judged: Sequence[Judged], harmless: Sequence[Judged]) -> str:
             f"those who do it {known}"
         )
     if any(tone(one.row) == "unjudged" for one in harmless):
-        return "not judged: a longer budget may tell whether a preset helps this model"
+        return (
+            "not judged: a longer budget, or the attacks that were not run, may tell whether a preset helps this model"
+        )
     if all(tone(one.row) == "worse" or one not in harmless for one in judged):
         return "don't purify: every preset makes this model worse, on clean images or against an attacker who knows it"
     return "don't purify: no preset makes a difference that can be told on these images; more images may tell"

@@ -8,8 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import pytest
@@ -242,32 +240,3 @@ def test_one_step_on_a_network_is_within_three_epsilon_and_leaves_its_mode() -> 
     found = step(model, x, torch.tensor([0, 1, 2, 0]), torch.arange(4), epsilon=8 / 255)
     assert float((found - x).abs().max()) <= 24 / 255 + 1e-6
     assert model.training
-
-
-def test_tensorboard_is_opened_once_and_closed(
-    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened: list[Any] = []
-
-    class Board:
-        def __init__(self, folder: str) -> None:
-            self.folder, self.epochs, self.closed = folder, set[int](), False
-            opened.append(self)
-
-        def add_scalar(self, name: str, value: float, epoch: int) -> None:
-            self.epochs.add(epoch)
-
-        def flush(self) -> None:
-            assert not self.closed
-
-        def close(self) -> None:
-            self.closed = True
-
-    board = ModuleType("torch.utils.tensorboard")
-    board.SummaryWriter = Board  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
-    assert main(classifier_arguments(image_folder, tmp_path / "run", "--epochs", "3")) == 0
-    (only,) = opened
-    assert only.epochs == {1, 2, 3}
-    assert only.closed
-    assert only.folder == str(tmp_path / "run" / "tensorboard")
