@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator
 
 from unperturb.service.engine.requests import ImageRequest
 
-CREDIT_S = 1.0  # of a device's work, of all clients that wait together
+CREDIT_S = 4.0  # of a device's work, of all clients that wait together; with 1 who asks for nearly its share queues
 
 
 class FairQueue:

@@ -68,7 +68,7 @@ def test_strangers_that_come_once_cannot_keep_a_client_from_its_share_for_ever()
         queue.add(earlier := of(model, 0, "default", client="heavy"))
         queue.take([earlier])
     queue.add(heavy)
-    for served in range(20):
+    for served in range(round(2 * CREDIT_S / 0.1)):
         queue.add(of(model, 1 + served, "default", client=f"stranger {served}"))
         first = next(iter(queue))
         queue.take([first])
