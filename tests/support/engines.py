@@ -27,6 +27,7 @@ from unperturb.service.engine.worker import work
 from unperturb.service.telemetry.metrics import Metrics
 
 Pixels = NDArray[Any]
+READY_S = 240.0  # of a slow machine that is busy; pytest ends a test a minute later
 OUTCOME = Outcome(np.ones(2, dtype=np.float32), np.ones(2, dtype=np.float32))
 
 
@@ -63,7 +64,7 @@ def starting(tiny_folder: Path) -> Iterator[Callable[..., Engine]]:
         engine = Engine(str(tiny_folder), workers=[config] * workers, admission=admission, **settings)
         made.append(engine)
         engine.start()
-        assert engine.lifecycle.wait_until_ready(60.0) or engine.lifecycle.failure is not None
+        assert engine.lifecycle.wait_until_ready(READY_S) or engine.lifecycle.failure is not None
         return engine
 
     yield make

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.support.engines import ThreadHandle, wait_until
+from tests.support.engines import READY_S, ThreadHandle, wait_until
 from tests.support.pictures import encode
 from unperturb.benchmarks.serving import open_loop
 from unperturb.benchmarks.serving.watch import RunningServer
@@ -31,7 +31,7 @@ def settings(folder: Path, **changed: object) -> Settings:
 
 def wait_until_ready(client: TestClient) -> None:
     engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
-    assert engine.lifecycle.wait_until_ready(120.0)
+    assert engine.lifecycle.wait_until_ready(READY_S)
 
 
 @contextmanager
