@@ -104,8 +104,7 @@ def load(config: DashboardQueriesConfig, url: str) -> list[Sent]:
     photos = open_loop.photos(64, seed=config.seed)
     paths = ("/classify", "/classify", "/classify?preset=transfer", "/classify?preset=vote")
     requests = [Prepared(paths[i % len(paths)], file) for i, file in enumerate(photos)]
-    full = asyncio.run(open_loop.saturate(url, requests, clients=16, seconds=5.0, seed=config.seed))
-    capacity = open_loop.answered_per_s(full, seconds=5.0)
+    capacity = asyncio.run(open_loop.capacity(url, requests, clients=16, seconds=5.0, seed=config.seed))
     requests.append(Prepared("/classify", b"no picture"))
     sent: list[Sent] = []
     for share, part in ((0.6, 2 / 3), (3.0, 1 / 3)):

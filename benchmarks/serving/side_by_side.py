@@ -141,9 +141,9 @@ def measure(config: SideBySideConfig) -> dict[str, Any]:
             ):
                 lone = [request for request in prepared if request.name == "default"]
                 warm = open_loop.run(
-                    open_loop.saturate(url, lone, clients=config.max_batch, seconds=20.0, seed=config.seed)
+                    open_loop.capacity(url, lone, clients=config.max_batch, seconds=20.0, seed=config.seed)
                 )
-                capacity = capacity or open_loop.answered_per_s(warm, seconds=20.0) / mean_work(prepared)
+                capacity = capacity or warm / mean_work(prepared)
                 for i, load in enumerate(config.loads):
                     sent = open_loop.run(
                         open_loop.offer(
