@@ -74,7 +74,9 @@ class Settings(Computing):
     max_in_progress: Positive = Field(
         default=256, description="all clients' images in progress, from the request's head on; past it 503"
     )
-    max_connections: Positive = Field(default=2048, description="open connections; one more is closed at once")
+    max_connections: Positive = Field(
+        default=2048, description="open connections; one more takes an unused one's place, or is closed"
+    )
     max_batch: Annotated[int, Field(ge=0)] = Field(
         default=0, description="slots of one worker; 0: 64 on a GPU, and on a CPU four for each of its threads"
     )
@@ -84,6 +86,9 @@ class Settings(Computing):
     )
     timeout_s: Seconds = Field(default=30.0, description="a request's deadline; the header x-timeout-s shortens it")
     header_timeout_s: Seconds = Field(default=10.0, description="for a request's head to arrive; then it is closed")
+    keep_alive_s: Positive = Field(
+        default=75, description="for which an unused connection is kept; longer than a balancer keeps its own"
+    )
     upload_timeout_s: Seconds = Field(default=15.0, description="for a request's body to arrive; past it 408")
     decode_timeout_s: Seconds = Field(default=10.0, description="for one file to be decoded; past it 422")
     decoders: Annotated[int, Field(ge=0)] = Field(default=0, description="decoding processes; 0: one per core")

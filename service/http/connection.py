@@ -26,7 +26,7 @@ class TimedConnection(HttpToolsProtocol):
 
     header_timeout_s: in which a request's head, the first one's or a later one's, has to arrive
     write_timeout_s: in which a client has to read its answer, or what is left of it when the connection is closed
-    max_connections: past which one is closed at once
+    max_connections: past which a new one takes the place of the one that has been unused for longest, or is closed
     """
 
     header_timeout_s: float
@@ -40,7 +40,7 @@ class TimedConnection(HttpToolsProtocol):
         """Begin a connection, and wait for its first head."""
         closing: Any = _Transport(transport, self._expect_end)
         super().connection_made(closing)
-        if len(self.connections) > self.max_connections:
+        if len(self.connections) > self.max_connections and not self._close_unused():
             transport.abort()
             return
         self._expect_head()
@@ -63,6 +63,17 @@ class TimedConnection(HttpToolsProtocol):
         super().resume_writing()
         if self._write_timer is not None:
             self._write_timer.cancel()
+
+    def _close_unused(self) -> bool:
+        """Close the connection that has waited for longest for a next request; return whether there was one."""
+        waiting = {
+            one.timeout_keep_alive_task.when(): one
+            for one in self.connections
+            if isinstance(one, TimedConnection) and one.timeout_keep_alive_task and not one.transport.is_closing()
+        }
+        if waiting:
+            waiting[min(waiting)].transport.close()
+        return bool(waiting)
 
     def _expect_end(self) -> None:
         if self._close_timer is None:

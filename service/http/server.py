@@ -64,6 +64,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=settings.keep_alive_s,
                 proxy_headers="FORWARDED_ALLOW_IPS"
                 in os.environ,  # else a client behind one could name its own address
             )

@@ -357,7 +357,8 @@ def test_cpu_time_of_a_request_is_told_apart_by_process_and_checkout(tiny_folder
     out = tmp_path / "cpu.json"
     options = {
         "checkpoint": tiny_folder,
-        "requests": 40,
+        "preset": "vote",
+        "requests": 20,
         "turns": 2,
         "clients": 4,
         "against": open_loop.ROOT,

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import select
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from http.client import HTTPResponse
 from typing import Any, Literal
 
 import h11
@@ -65,8 +67,8 @@ class Full(Protocol):
 
 
 @contextmanager
-def listening(protocol: type[Protocol], loop: Literal["uvloop", "asyncio"]) -> Iterator[int]:
-    with in_thread(echo, http=protocol, loop=loop, lifespan="off", timeout_keep_alive=KEPT_S) as port:
+def listening(protocol: type[Protocol], loop: Literal["uvloop", "asyncio"], *, kept_s: int = KEPT_S) -> Iterator[int]:
+    with in_thread(echo, http=protocol, loop=loop, lifespan="off", timeout_keep_alive=kept_s) as port:
         yield port
 
 
@@ -367,12 +369,26 @@ def test_client_that_leaves_the_last_of_its_answer_unread_is_cut_off(strict: int
 
 
 def test_no_more_connections_are_held_than_may_be() -> None:
+    """One that is one too many is closed, or takes the place of the one that has been unused for longest."""
     kept = LAST.replace(b"Connection: close\r\n", b"")
-    with listening(Full, "uvloop") as port, ExitStack() as held:
-        for _ in range(Full.max_connections):
-            client = held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
-            client.sendall(kept)
-            assert read(client, 15) == b"HTTP/1.1 200 OK"  # it has been taken
-        assert exchange(port, LAST) == b""
+
+    def served(client: socket.socket, request: bytes) -> bool:
+        client.sendall(request)
+        with HTTPResponse(client) as answer:
+            answer.begin()
+            return answer.read() != b"" and answer.status == 200
+
+    with listening(Full, "uvloop", kept_s=60) as port, ExitStack() as held:
+        opened = (socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(Full.max_connections))
+        clients = [held.enter_context(client) for client in opened]
+        for client in clients:
+            assert served(client, kept)
+            client.sendall(kept[:9])  # it is in use: a next head has begun
+        wait_until(lambda: exchange(port, LAST) == b"")
+        assert served(clients[7], kept[9:])
+        assert served(clients[3], kept[9:])
+        assert exchange(port, LAST).startswith(b"HTTP/1.1 200 OK")
+        assert clients[7].recv(1) == b""
+        assert select.select(clients, [], [], 0.0)[0] == [clients[7]]
         held.close()
         wait_until(lambda: exchange(port, LAST).startswith(b"HTTP/1.1 200 OK"))

@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,19 @@ def test_decoders_are_small_processes_without_torch(lasting: RunningServer) -> N
     assert found
     for one in found:
         assert not [part.path for part in one.memory_maps() if "torch" in part.path]
+
+
+def test_unused_connection_is_kept(lasting: RunningServer) -> None:
+    """Longer than uvicorn's own 5 s: a balancer that keeps its own for longer sends into one that is being closed."""
+    with closing(HTTPConnection("127.0.0.1", lasting.port)) as client:
+        client.request("GET", "/healthz")
+        client.getresponse().read()
+        kept = client.sock
+        assert not select.select([kept], [], [], 5.5)[0]
+        client.request("GET", "/healthz")
+        with client.getresponse() as answer:
+            assert answer.status == 200
+        assert client.sock is kept
 
 
 @pytest.mark.parametrize("metrics", [False, True], ids=["of the service", "of the metrics"])
