@@ -102,7 +102,7 @@ def when_table(
         c.Column("purifier", name, number=False),
         c.Column("does not know of it, PGD-20", by_pgd),
         c.Column("does not know of it, AutoAttack", unknowing),
-        c.Column("sends queries alone", under(QUERIES)),
+        *([c.Column("sends queries alone", under(QUERIES))] if queried else []),
         c.Column("knows everything", knowing),
         c.Column("15 corruptions" + ", generated" * generated, under("corruptions")),
         c.Column("Gaussian noise", under("noise")),
