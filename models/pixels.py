@@ -45,7 +45,9 @@ def to_rgb(image: Image.Image, orientation: int = 1) -> Image.Image:
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):  # 16-bit grey; "I" where Pillow has widened it
         levels = np.asarray(image)
-        grey = np.rint(np.clip(levels, 0, 65535) / 257)
+        grey = np.clip(levels, 0, 65535).astype(np.uint32)
+        grey += 128
+        grey //= 257  # rounded: 257 is odd, so that nothing is half way
         if isinstance(transparent, int):
             grey[levels == transparent] = 255
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

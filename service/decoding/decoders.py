@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import os
+from collections import deque
 from functools import partial
 
 import anyio
@@ -19,12 +20,46 @@ DOT = base64.b64decode(  # a PNG of one pixel
 )
 
 
+class Turns:
+    """At most `count` at a time; of those that wait each client's are let in by turns, in their own order."""
+
+    def __init__(self, count: int) -> None:
+        self._free = count
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # the next client's turn is the first one's
+
+    async def acquire(self, client: str) -> None:
+        """Wait for a place."""
+        if self._free:
+            self._free -= 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():  # it was let in, and goes
+                self.release()
+            raise
+
+    def release(self) -> None:
+        """Give a place to the next one that still waits."""
+        while self._waiting:
+            client = next(iter(self._waiting))
+            waiting = deque(one for one in self._waiting.pop(client) if not one.done())  # the others have gone
+            if waiting:
+                waiting.popleft().set_result(None)
+                if waiting:
+                    self._waiting[client] = waiting
+                return
+        self._free += 1
+
+
 class Decoders:
     """At most `count` processes, each killed where one file takes it longer than `timeout_s`; for one event loop."""
 
     def __init__(self, *, count: int, timeout_s: float) -> None:
         self.count, self.timeout_s = count, timeout_s
-        self._free = asyncio.Semaphore(self.count)
+        self._turns = Turns(self.count)
         self._limiter: anyio.CapacityLimiter | None = None
         self._tasks: set[asyncio.Task[Decoded]] = set()
 
@@ -44,20 +79,21 @@ class Decoders:
         except UnprocessableError as error:
             raise RuntimeError("the decoding processes do not start") from error
 
-    async def decode(self, payload: bytes, how: Preprocessing, *, max_pixels: int) -> Decoded:
+    async def decode(self, payload: bytes, how: Preprocessing, *, max_pixels: int, client: str) -> Decoded:
         """Return or raise what `decode.decode` does; raise UnprocessableError where it takes too long or crashes.
 
+        The clients' files take turns: who has sent many slow ones waits behind them, and nobody else.
         A file whose client goes while it waits for a process is never decoded; one that is being decoded is decoded to
         its end, since killing the process would cost more than it saves.
         """
-        await self._free.acquire()  # waiting for a process is not the file's fault: it is not timed
+        await self._turns.acquire(client)  # waiting for a process is not the file's fault: it is not timed
         task = asyncio.create_task(self._decode(payload, how, max_pixels=max_pixels, timeout_s=self.timeout_s))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
 
     def _ended(self, task: "asyncio.Task[Decoded]") -> None:
-        self._free.release()
+        self._turns.release()
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # has been seen, even where nobody waits

@@ -118,8 +118,6 @@ class Engine:
         life.drain()
         with life.changed:
             life.changed.wait_for(lambda: self.scheduler.empty or life.state is EngineState.FAILED, timeout_s)
-            if life.state is EngineState.DRAINING:
-                life.state = EngineState.STOPPED
         self.refuse_rest()
         for worker in self.workers:
             worker.close()
@@ -127,7 +125,8 @@ class Engine:
             worker.wait(1.0 if life.state is EngineState.FAILED else 5.0)
 
     def refuse_rest(self) -> None:
-        """Answer everybody who still waits with NotReadyError: the time is over."""
+        """Answer everybody who still waits, or still comes, with NotReadyError: the time is over."""
+        self.lifecycle.stop()
         self.dispatcher.refuse_all(NotReadyError("the service has stopped"))
 
     def fail(self, reason: str) -> None:

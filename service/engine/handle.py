@@ -86,5 +86,8 @@ class WorkerHandle:
         except (EOFError, OSError):
             if self.process is not None and (status := self.process.poll()) is not None:
                 reason = f"its process has ended with status {status}"
+        except Exception as error:
+            log.exception("a worker's message cannot be handled")
+            reason = f"its message cannot be handled: {type(error).__name__}"
         if not self._closed.is_set():
             self.on_message(Failed(reason))

@@ -90,6 +90,12 @@ class Lifecycle:
             if self.state is EngineState.LEAVING:
                 self.state = EngineState.DRAINING
 
+    def stop(self) -> None:
+        """Take nothing more, whenever it was let in."""
+        with self.changed:
+            if self.state is EngineState.DRAINING:
+                self.state = EngineState.STOPPED
+
     def fail(self, reason: str) -> bool:
         """Serve never again; return whether this is the first failure."""
         with self.changed:

@@ -125,7 +125,9 @@ class Gateway:
 
         async def one(i: int, payload: bytes) -> Decoded:
             try:
-                return await self.decoders.decode(payload, model.card.pictures, max_pixels=self.settings.max_pixels)
+                return await self.decoders.decode(
+                    payload, model.card.pictures, max_pixels=self.settings.max_pixels, client=ticket.client
+                )
             except RequestError as error:
                 raise (type(error)(f"image {i}: {error}") if upload.many else error) from error
 

@@ -42,8 +42,10 @@ async def inflated(chunks: AsyncIterable[bytes], encoding: str) -> AsyncGenerato
             begun, chunk = True, unpacker.unconsumed_tail or unpacker.unused_data
             if piece:
                 yield piece
+                await asyncio.sleep(0)  # what is made of it may take long
     while not unpacker.eof and (piece := unpacker.decompress(b"", PIECE)):  # all has come in, and not all has gone out
         yield piece
+        await asyncio.sleep(0)
     if not unpacker.eof:
         raise MalformedRequestError(f"the body's {'gzip' if gzip else 'deflate'} stream breaks off")
 

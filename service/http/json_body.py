@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from unperturb.service.errors import MalformedRequestError, TooLargeError
 
-MAX_MEMBERS = 1000
+MAX_MEMBERS, MAX_NAME = 1000, 200  # of members, and of the characters of one's name
 STRUCTURAL = (b",", b":", b"[")  # characters of RFC 8259, one before every value but the first, perhaps more in strings
 FEW_STRUCTURAL = 10_000  # more than 1,000 members need, and parsed in milliseconds
 MAX_STRUCTURAL = 600_000  # at most 0.3 s of one core
@@ -20,7 +20,8 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def parse(body: bytes, *, unbounded: str = "", max_numbers: int = 0) -> dict[str, Any]:
-    """Return the object that the body holds; raise MalformedRequestError for anything else or past 1,000 members.
+    """Return the object that the body holds; raise MalformedRequestError for anything else, past 1,000 members, or
+    for a name of more than 200 characters.
 
     What stands under a key `unbounded` is not counted; it may have `max_numbers`, and lists around them. TooLargeError,
     before anything is parsed, where the text has far more values than that.
@@ -42,6 +43,8 @@ def parse(body: bytes, *, unbounded: str = "", max_numbers: int = 0) -> dict[str
         one = left.pop()
         inner = [v for k, v in one.items() if k != unbounded] if isinstance(one, dict) else one
         members += len(one)
+        if isinstance(one, dict) and any(len(name) > MAX_NAME for name in one):
+            raise MalformedRequestError(f"the JSON has a name of more than {MAX_NAME} characters")
         if members > MAX_MEMBERS:
             raise MalformedRequestError(f"the JSON has more than {MAX_MEMBERS:,} members")
         left += [v for v in inner if isinstance(v, dict | list)]

@@ -18,7 +18,7 @@ from unperturb.service.http.context import RequestContext
 log = logging.getLogger("unperturb.service")
 MEDIA_TYPE = "application/problem+json"
 KSERVE = "/v2/"  # its protocol's errors are application/json: its own client shows the message of no other
-FAULTS_SHOWN = 8
+FAULTS_SHOWN, DETAIL_CHARACTERS = 8, 1000  # what a client has sent is not sent back at any length
 CLIENT_CLOSED_REQUEST = 499  # the number that nginx gives a request whose client left
 
 
@@ -43,6 +43,8 @@ def problem(request: Request, status: int, detail: str, *, retry_after_s: int | 
     Under /v2/ it has the member `error` that KServe's clients read, as application/json where problem+json is not asked
     for.
     """
+    if len(detail) > DETAIL_CHARACTERS:
+        detail = f"{detail[:DETAIL_CHARACTERS]} …"
     body = Problem(
         title=HTTPStatus(status).phrase,
         status=status,

@@ -52,14 +52,14 @@ class InputTensor(BaseModel):
 class OutputRequest(BaseModel):
     """One output that is asked for."""
 
-    name: str
+    name: str = Field(max_length=json_body.MAX_NAME)
     parameters: Parameters = Field(default_factory=dict)
 
 
 class InferRequest(BaseModel):
     """The JSON of POST /v2/models/<id>/infer; members that may be absent may be null, and unknown ones are ignored."""
 
-    id: str | None = None
+    id: str | None = Field(None, max_length=json_body.MAX_NAME)
     parameters: Parameters = Field(default_factory=dict)
     inputs: list[InputTensor] = Field(min_length=1, max_length=1)
     outputs: Annotated[list[OutputRequest], BeforeValidator(lambda value: [] if value is None else value)] = Field(

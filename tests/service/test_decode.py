@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from tests.support.pictures import encode, png_of_claimed_size
-from unperturb.models.pixels import Preprocessing
+from unperturb.models.pixels import Preprocessing, to_rgb
 from unperturb.service.decoding.decode import Decoded, decode
 from unperturb.service.errors import MalformedRequestError, TooLargeError, UnprocessableError, UnsupportedTypeError
 
@@ -59,6 +59,13 @@ def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
     decoded = read(encode(Image.fromarray(ramp)))
     assert decoded.mode.startswith("I")
     assert np.abs(decoded.pixels[0].astype(float) - ramp / 257).max() <= 0.51
+
+
+@pytest.mark.parametrize("widened", [False, True], ids=["I;16", "I"])
+def test_every_16_bit_level_is_rounded(widened: bool) -> None:
+    levels = np.arange(65536).reshape(256, 256)
+    image = Image.fromarray(levels.astype(np.int32 if widened else np.uint16))
+    np.testing.assert_array_equal(np.asarray(to_rgb(image))[..., 0], np.rint(levels / 257))
 
 
 def test_grey_palette_and_bilevel_become_rgb() -> None:

@@ -14,7 +14,7 @@ from unperturb.service.engine.cost import Cost
 from unperturb.service.engine.engine import Engine
 from unperturb.service.engine.handle import WorkerHandle
 from unperturb.service.engine.lifecycle import EngineState
-from unperturb.service.engine.messages import Outcome
+from unperturb.service.engine.messages import Failed, FromWorker, Outcome
 from unperturb.service.errors import NotReadyError
 
 
@@ -94,3 +94,33 @@ def test_stopping_finishes_what_is_here_and_takes_no_more(
         return found
 
     assert len(asyncio.run(run())) == 8
+
+
+def test_what_comes_when_the_time_is_over_is_refused(engines: Callable[..., Engine], images: torch.Tensor) -> None:
+    """As an image that was let in, and is decoded only then."""
+    engine = engines()
+    engine.lifecycle.drain()
+    one(engine, uint8(images)[0])
+    engine.refuse_rest()
+    with pytest.raises(NotReadyError, match="stopping"):
+        one(engine, uint8(images)[0])
+
+
+def test_worker_whose_message_cannot_be_handled_fails_the_engine(
+    engines: Callable[..., Engine], images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons: list[str] = []
+    engine = engines(on_failure=reasons.append)
+    (worker,) = engine.workers
+    on_message = worker.on_message
+
+    def heard(message: FromWorker) -> None:
+        if not isinstance(message, Failed):
+            raise TypeError("an exception that cannot be made from its arguments")
+        on_message(message)
+
+    monkeypatch.setattr(worker, "on_message", heard)
+    with pytest.raises(NotReadyError, match="failed"):
+        one(engine, uint8(images)[0])
+    wait_until(lambda: bool(reasons))
+    assert "cannot be handled: TypeError" in reasons[0]

@@ -219,6 +219,11 @@ def request(**changed: Any) -> dict[str, Any]:
         ({**request(), "parameters": {"preset": "vote"}, "outputs": [{"name": "loss_before"}]}, 400, "'loss_before'"),
         ({**request(), "parameters": {"purify": "never"}, "outputs": [{"name": "linf"}]}, 400, "'linf'"),
         ({"inputs": []}, 400, "inputs"),
+        ({**request(), "parameters": {"p" * 201: 1}}, 400, "a name of more than 200 characters"),
+        ({**request(), "parameters": {"model": "m" * 201}}, 422, "parameters.model"),
+        ({**request(), "parameters": {"preset": "m" * 201}}, 422, "parameters.preset"),
+        ({**request(), "outputs": [{"name": "m" * 201}]}, 400, "outputs.0.name"),
+        ({**request(), "id": "m" * 201}, 400, "id: "),
         (request(shape=[40, 3, 32, 32], data=[0.5] * 3072 * 40), 413, "40 images; at most 32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -227,6 +232,7 @@ def test_bad_tensor_is_refused_by_name(client: TestClient, body: dict[str, Any],
     answer = client.post("/v2/models/tiny/infer", content=json.dumps(body))
     assert answer.status_code == status, answer.text
     assert message in answer.json()["error"]
+    assert len(answer.content) < 1000
 
 
 @pytest.mark.parametrize(

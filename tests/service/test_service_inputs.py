@@ -161,12 +161,17 @@ def test_bare_deflate_of_every_size_comes_out_whole(size: int) -> None:
     assert asyncio.run(unpacked()) == body
 
 
-def test_others_go_on_while_a_body_of_empty_members_is_unpacked() -> None:
+@pytest.mark.parametrize(
+    ("body", "pieces"),
+    [(gzip.compress(b"") * 20_000, 0), (gzip.compress(bytes(8_000_000)), 100)],
+    ids=["empty", "large"],
+)
+def test_others_go_on_while_a_small_body_of_much_is_unpacked(body: bytes, pieces: int) -> None:
     async def turns() -> int:
         taken = 0
 
         async def chunks() -> AsyncIterator[bytes]:
-            yield gzip.compress(b"") * 20_000
+            yield body
 
         async def count() -> None:
             nonlocal taken
@@ -175,7 +180,7 @@ def test_others_go_on_while_a_body_of_empty_members_is_unpacked() -> None:
                 await asyncio.sleep(0)
 
         others = asyncio.create_task(count())
-        assert [piece async for piece in inflated(chunks(), "gzip")] == []
+        assert len([piece async for piece in inflated(chunks(), "gzip")]) >= pieces
         others.cancel()
         return taken
 

@@ -23,9 +23,12 @@ class Purify(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str | None = Field(None, description="id of a loaded model; the default one where none is named")
+    model: str | None = Field(
+        None, max_length=json_body.MAX_NAME, description="id of a loaded model; the default one where none is named"
+    )
     preset: Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})] | None = Field(
         None,
+        max_length=json_body.MAX_NAME,
         description="of the purifier; the service's own default where none is named. "
         + "; ".join(f"{name}: {purpose.replace('; ', ', ')}" for name, purpose in PURPOSES.items()),
     )
