@@ -28,6 +28,7 @@ from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.fingerprint import fingerprint
 from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, described_model, load_subject, ready
+from unperturb.benchmarks.robustness.surrogate import surrogate_of
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.benchmarks.robustness.workers import share
 from unperturb.models.checkpoints import store
@@ -66,6 +67,10 @@ class EvaluationConfig:
     n_examples: int = option("test images, the first ones", 1000)
     image_size: int | None = option("side of the images of a factory's model; default 32, for imagenet 224", None)
     attacks: str = option("all, fast, or names between commas", "all")
+    surrogate: str | None = option(
+        "another classifier, as for --model, of the same classes; the images that are attacked on it are shown here",
+        None,
+    )
     generator: Path | None = option("folder of a noise generator (unperturb train generator), as an attack", None)
     budget: Literal["fast", "standard", "full"] = option("steps, restarts and draws of the attacks", "standard")
     seed: int = option("of the attacks' own draws", 0)
@@ -95,7 +100,11 @@ class EvaluationConfig:
         return self._plan(device)
 
     def _plan(self, device: torch.device | None) -> Plan:
-        chosen = () if self.threat_model in RUNS else attacks.chosen(self.attacks)
+        chosen: tuple[str, ...] = ()
+        if self.threat_model not in RUNS:
+            chosen = attacks.chosen(self.attacks, with_surrogate=self.surrogate is not None)
+        elif self.surrogate is not None:
+            raise ConfigError(f"surrogate={self.surrogate!r}: it attacks in a ball, not under {self.threat_model}")
         if (attacks.GENERATOR in chosen) != (self.generator is not None):
             raise ConfigError(f"attacks={self.attacks!r}: the attack `generator` and --generator FOLDER go together")
         epsilon = EPSILON.get(self.threat_model, 8 / 255) if self.epsilon is None else self.epsilon
@@ -147,6 +156,7 @@ def result_name(config: EvaluationConfig, plan: Plan, described: dict[str, Any],
         "chunk": None if plan.chunk == EvaluationConfig.chunk else plan.chunk,
         "image_size": config.image_size,
         "generator": None if plan.generator is None else fingerprint(plan.generator),
+        **({"surrogates": described["surrogates"]} if attacks.SURROGATE in plan.attacks else {}),
         "data": described["data"]["sha256"] if described["data"]["own"] else None,
     }
     if any(rarer.values()):
@@ -171,12 +181,16 @@ def run_all(config: EvaluationConfig) -> list[Path]:
         share(_work, config, config.workers)  # what follows finds all of it stored
     files = []
     for described, purifier, run in runs:
-        found = run.run()
-        file = config.out / result_name(config, plan, described, purifier)
+        found = {**described, "purifier_spec": purifier, **run.run()}
+        file = config.out / result_name(config, plan, found, purifier)
         settings = {**as_json(config), "model": described["model"]["spec"], "purifier": purifier}
         for place in ("data", "generator"):
             settings.pop(place)
-        results.write(file, script=SCRIPT, config=settings, results={**described, "purifier_spec": purifier, **found})
+        if run.plan.surrogate is None:
+            settings.pop("surrogate")
+        else:
+            settings["surrogate"] = run.plan.surrogate.described["spec"]
+        results.write(file, script=SCRIPT, config=settings, results=found)
         files.append(file)
         print(f"{file}: {run.headline(found)}", flush=True)
     return files
@@ -195,7 +209,16 @@ def _work(config: EvaluationConfig, number: int) -> None:
 
 def _runs(config: EvaluationConfig, plan: Plan, device: torch.device) -> list[tuple[dict[str, Any], str, Evaluation]]:
     subjects = {model: load_model(model, config) for model in config.model}
-    return [run for model, subject in subjects.items() for run in _runs_of(model, subject, config, plan, device)]
+    plans = dict.fromkeys(subjects, plan)
+    if config.surrogate is not None:
+        other = load_model(config.surrogate, config)
+        name = _name(config.surrogate, other)
+        for model, subject in subjects.items():
+            surrogate = surrogate_of(subject, other, name=name, device=device, seed=plan.seed)
+            plans[model] = dataclasses.replace(plan, surrogate=surrogate)
+    return [
+        run for model, subject in subjects.items() for run in _runs_of(model, subject, config, plans[model], device)
+    ]
 
 
 def _runs_of(
@@ -214,27 +237,34 @@ def _runs_of(
         classes=subject.card.classes,
         cache=config.cache,
     )
-    if model != subject.card.id and Path(model).is_dir():
-        model = f"{subject.card.id}-{subject.card.weights_sha256[:8]}"  # no path of a machine in names
-    described = _described(subject, model, data, config, plan)
+    name = _name(model, subject)
+    described = _described(subject, name, data, config, plan)
     kind = RUNS.get(config.threat_model, Evaluation)
     made: dict[str, Evaluation] = {}
     for purifier in dict.fromkeys((NONE, *config.purifier)):
         defended = defense_of(purifier, subject)
         made[purifier] = kind(
-            defended, data, plan, folder=config.out, bare=made.get(NONE), title=f"{model} + {purifier}"
+            defended, data, plan, folder=config.out, bare=made.get(NONE), title=f"{name} + {purifier}"
         )
         if isinstance(run := made[purifier], CorruptionRun):
             run.dataset = config.dataset
     return [(described, purifier, made[purifier]) for purifier in dict.fromkeys(config.purifier)]
 
 
+def _name(model: str, subject: Checkpoint) -> str:
+    """Return what a record calls a model: no path of a machine."""
+    if model != subject.card.id and Path(model).is_dir():
+        return f"{subject.card.id}-{subject.card.weights_sha256[:8]}"
+    if model in store.shipped_names():
+        return subject.card.id
+    return subject.card.architecture.name if model.startswith(PREFIX) else model
+
+
 def _described(
-    subject: Checkpoint, model: str, data: EvaluationSet, config: EvaluationConfig, plan: Plan
+    subject: Checkpoint, name: str, data: EvaluationSet, config: EvaluationConfig, plan: Plan
 ) -> dict[str, Any]:
-    spec = model if not model.startswith(PREFIX) else subject.card.architecture.name
     return {
-        "model": described_model(subject, subject.card.id if model in store.shipped_names() else spec),
+        "model": described_model(subject, name),
         "classes": list(subject.card.classes),
         "data": {
             "dataset": config.dataset,

@@ -234,7 +234,7 @@ def measured_row(run: dict[str, Any]) -> Row:
         gain=gain.get("mean"),
         gain_interval=_interval(gain),
         weaker=_weaker(figures),
-        notes=tuple(found.get("notes", ())),
+        notes=(*found.get("notes", ()), *_of_surrogate(figures.get("surrogate"))),
         clean_gain=clean_gain.get("mean"),
         clean_gain_interval=_interval(clean_gain),
         transfer=sum(transferred) / len(transferred) if transferred else None,
@@ -253,6 +253,18 @@ def measured_row(run: dict[str, Any]) -> Row:
 
 def _weaker(figures: dict[str, Any]) -> tuple[str, ...]:
     return tuple(figures.get("weaker", [NO_AUTOATTACK] * figures.get("gain_at_most", False)))  # as it once was
+
+
+def _of_surrogate(found: dict[str, Any] | None) -> list[str]:
+    """Return what came of the images that were made on another classifier, in a sentence."""
+    if found is None:
+        return []
+    said = f"{100 * found['accuracy']['accuracy']:.1f}% withstand"
+    if found["gain"] is not None:
+        low, high = found["gain"]["interval"]
+        said += f", bare {100 * found['bare']['accuracy']:.1f}%: {100 * found['gain']['mean']:+.1f} points "
+        said += f"({100 * low:+.1f} to {100 * high:+.1f})"
+    return [f"of the images made on {', '.join(one['spec'] for one in found['of'])}, by who knows no more, {said}"]
 
 
 def _signs(found: dict[str, Any] | None, n: int) -> Signs | None:

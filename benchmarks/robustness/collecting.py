@@ -1,5 +1,6 @@
 """From the units of every chunk to the results of a record."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,16 +11,23 @@ from unperturb.benchmarks.robustness.figures import CLEAN, Outcomes, figures_of
 from unperturb.benchmarks.robustness.units import Unit
 
 RESUBMITTED = "resubmitted"
+SURROGATE_IMAGES = "surrogate-images"  # made on another classifier, before they are judged
 LARGER_PREFIX, PARTS_PREFIX = "larger:", "parts:"  # of units that are no attacks of the row
 Collected = dict[str, list[Unit]]
 
 
 def results_of(
-    collected: Collected, bare: Collected | None, chunks: list[Tensor], *, weaker: list[str]
+    collected: Collected,
+    bare: Collected | None,
+    chunks: list[Tensor],
+    *,
+    weaker: list[str],
+    surrogates: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return what came out, image by image, the figures, and what it took.
 
-    bare: the bare classifier's units; weaker: why the attacks are less than a judge's
+    bare: the bare classifier's units; weaker: why the attacks are less than a judge's; surrogates: the classifiers that
+    the attack of that name made its images on
     """
     again = collected.get(RESUBMITTED)
     results: dict[str, Any] = {
@@ -31,6 +39,8 @@ def results_of(
         "weaker": weaker,
         "resubmitted": None if again is None else torch.cat([unit.right for unit in again], dim=1).int().tolist(),
     }
+    if surrogates:
+        results["surrogates"] = list(surrogates)
     taken = {name: units for name, units in collected.items() if not name.startswith(PARTS_PREFIX)}  # in the whole's
     n = sum(map(len, chunks))
     return {

@@ -13,6 +13,7 @@ from unperturb.benchmarks.robustness.attacks import ATTACKS, GRADIENT, Queries
 from unperturb.benchmarks.robustness.corruptions import CorruptionRun
 from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.figures import LARGER
+from unperturb.models.purifiers.defended import DefendedClassifier
 
 TIMED_IMAGES = 32
 LIKELY = 0.5  # share of the images that an attack is run on, if half are right and not broken before
@@ -43,7 +44,9 @@ def announce(runs: list[Evaluation], *, workers: int = 1) -> None:
     print("budget: " + ", ".join(f"{name} {value}" for name, value in budget.items()))
     print("calls of the defense per image, with the full gradient, by BPDA, without; and the time:")
     print(f"{'run':40} {'attack':20} {'full':>7} {'bpda':>7} {'none':>7}   {'at most':>8} {'half':>8}")
-    total = 0.0
+    total = made = 0.0
+    for run in {run.plan.surrogate: run for run in runs}.values():
+        made += _announce_surrogate(run, workers)
     for run in _with_bare(runs):
         images, cost = _images(run), _cost(run)
         every_part = {name: ATTACKS[name].queries(run.plan.budget) for name in run.names}
@@ -62,9 +65,22 @@ def announce(runs: list[Evaluation], *, workers: int = 1) -> None:
     shared = f", by {workers} processes" if workers > 1 else ""
     print(
         f"all of it on {runs[0].device}{shared}, less what is stored: "
-        f"about {_span(total * LIKELY)}, at most {_span(total)}",
+        f"about {_span(total * LIKELY + made)}, at most {_span(total + made)}",
         flush=True,
     )
+
+
+def _announce_surrogate(run: Evaluation, workers: int) -> float:
+    """Print a line for the images that are made on a run's surrogate, all of them to the end; return the seconds."""
+    surrogate, budget, x = run.plan.surrogate, run.plan.budget, _timed(run)
+    if surrogate is None:
+        return 0.0
+    calls = budget.restarts * (budget.apgd_steps + 1)
+    spent = _fastest(partial(_differentiated, surrogate.defended, x)) / len(x)
+    seconds = _images(run) * calls * spent / workers
+    span = f"{_span(seconds):>8}"
+    print(f"{surrogate.title[:40]:40} {'its images':20} {calls:7,} {0:7,} {budget.restarts:7,}   {span} {span}")
+    return seconds
 
 
 def _announce_kinds(runs: list[CorruptionRun], workers: int) -> None:
@@ -99,19 +115,20 @@ def _classified(run: Evaluation, x: Tensor) -> None:
         float(run.defended(x).sum())
 
 
+def _differentiated(model: DefendedClassifier, x: Tensor) -> None:
+    inside = x.clone().requires_grad_()
+    scores = model(inside)
+    if scores.requires_grad:
+        float(torch.autograd.grad(scores.sum(), inside)[0].sum())
+
+
 def _cost(run: Evaluation) -> Cost:
     """Time the defended classifier."""
     x = _timed(run)
     full = run.defended.attacked_by("full", steps=run.plan.budget.unrolled_steps)
     bpda = run.defended.attacked_by("bpda")
 
-    def differentiated(model: Callable[[Tensor], Tensor]) -> None:
-        inside = x.clone().requires_grad_()
-        scores = model(inside)
-        if scores.requires_grad:
-            float(torch.autograd.grad(scores.sum(), inside)[0].sum())
-
-    calls = (lambda: differentiated(full), lambda: differentiated(bpda), partial(_classified, run, x))
+    calls = (partial(_differentiated, full, x), partial(_differentiated, bpda, x), partial(_classified, run, x))
     return Cost(*(_fastest(call) / len(x) for call in calls))
 
 

@@ -20,6 +20,7 @@ from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation
 from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.subjects import defense_of, described_model, ready, subject_of
+from unperturb.benchmarks.robustness.surrogate import Surrogate, surrogate_of
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError, DataError
@@ -34,6 +35,7 @@ def evaluate(
     labels: Int[Tensor, " n"],
     *,
     purifier: Any = None,  # noqa: ANN401
+    surrogate: nn.Module | Checkpoint | None = None,
     threat: Literal["Linf", "L2"] = "Linf",
     epsilon: float | None = None,
     attacks: str = "all",
@@ -53,6 +55,8 @@ def evaluate(
     purifier: None; a specification (`reverse-attack:transfer`, `vote:shifts=2`, `package.module:Class:key=value`); an
               object of the protocol in `unperturb.benchmarks.robustness.foreign`, a module from images to images, or a
               preprocessor of ART's; or several of them by name
+    surrogate: another classifier of the same classes (by name, where both have names), on which an attacker who knows
+              neither the model nor a purifier makes images: with it the attack `surrogate` is run, too
     epsilon:  in pixel units of [0, 1]; by default 8/255 (Linf) or 0.5 (L2)
     attacks:  all, fast, or names between commas
     budget:   one of the harness's, or a `Budget` of your own
@@ -63,7 +67,7 @@ def evaluate(
     """
     images, labels = _checked(images, labels)
     budgets, allowance = ({"own": budget}, "own") if isinstance(budget, Budget) else (BUDGETS, budget)
-    _refuse_unknown(threat, allowance, budgets, attacks, chunk)
+    chosen = _chosen(threat, allowance, budgets, attacks, chunk, with_surrogate=surrogate is not None)
     where, threads = open_device(device), torch.get_num_threads()
     subject = ready(subject_of(model, name=name, classes=classes, image_size=images.shape[-1]), where)
     if int(labels.max()) >= subject.classifier.num_classes:
@@ -71,10 +75,11 @@ def evaluate(
     plan = Plan(
         threat=Threat(norm=NORMS[threat], epsilon=EPSILON[threat] if epsilon is None else epsilon),
         budget=budgets[allowance],
-        attacks=registry.chosen(attacks),
+        attacks=chosen,
         seed=seed,
         chunk=chunk,
         panel=0,
+        surrogate=None if surrogate is None else _surrogate(surrogate, subject, images.shape[-1], seed),
     )
     digest = hashlib.sha256(images.contiguous().numpy().tobytes() + labels.numpy().tobytes()).hexdigest()
     data = EvaluationSet(images, labels, "given", digest)
@@ -128,17 +133,31 @@ def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return images.float(), labels
 
 
-def _refuse_unknown(threat: str, budget: str, budgets: Mapping[str, Budget], attacks: str, chunk: int) -> None:
-    """Raise ConfigError with the known names."""
+def _surrogate(given: nn.Module | Checkpoint, subject: Checkpoint, image_size: int, seed: int) -> Surrogate:
+    """Return it beside the subject, whose classes it has where it names none."""
+    own = isinstance(given, Checkpoint) or getattr(given, "classes", None)
+    other = subject_of(
+        given, name=registry.SURROGATE, classes=None if own else subject.card.classes, image_size=image_size
+    )
+    device = next((parameter.device for parameter in subject.classifier.parameters()), torch.device("cpu"))
+    return surrogate_of(subject, other, name=other.card.id, device=device, seed=seed)
+
+
+def _chosen(
+    threat: str, budget: str, budgets: Mapping[str, Budget], attacks: str, chunk: int, *, with_surrogate: bool
+) -> tuple[str, ...]:
+    """Return the attacks; raise ConfigError with the known names."""
     for name, value, known in (("threat", threat, NORMS), ("budget", budget, budgets)):
         if value not in known:
             raise ConfigError(f"{name}={value!r} is not one of {', '.join(known)}")
     if not isinstance(attacks, str):
         raise ConfigError(f"attacks={attacks!r}: names between commas, in one string")
-    if registry.GENERATOR in registry.chosen(attacks):
+    chosen = registry.chosen(attacks, with_surrogate=with_surrogate)
+    if registry.GENERATOR in chosen:
         raise ConfigError(f"attacks={attacks!r}: the attack `generator` is for the command line")
     if chunk < 1:
         raise ConfigError(f"chunk={chunk} must be at least 1")
+    return chosen
 
 
 def _named(purifier: Any) -> dict[str, Any]:  # noqa: ANN401

@@ -23,14 +23,22 @@ from unperturb.benchmarks.robustness.attacks import (
     DEFENDED_AUTOATTACK,
     FRESH_ATTACKS,
     GRADIENT,
+    SURROGATE,
     TRANSFER,
     Attack,
 )
 from unperturb.benchmarks.robustness.attacks.adaptive import FRESH
 from unperturb.benchmarks.robustness.attacks.autoattack import LEAST_CLASSES
 from unperturb.benchmarks.robustness.attacks.scene import Scene
+from unperturb.benchmarks.robustness.attacks.surrogate import made
 from unperturb.benchmarks.robustness.budgets import BUDGETS
-from unperturb.benchmarks.robustness.collecting import LARGER_PREFIX, PARTS_PREFIX, RESUBMITTED, results_of
+from unperturb.benchmarks.robustness.collecting import (
+    LARGER_PREFIX,
+    PARTS_PREFIX,
+    RESUBMITTED,
+    SURROGATE_IMAGES,
+    results_of,
+)
 from unperturb.benchmarks.robustness.counting import CountingClassifier
 from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.figures import CLEAN, LARGER, LESS
@@ -39,6 +47,7 @@ from unperturb.benchmarks.robustness.identity import REASONS, Identity, describe
 from unperturb.benchmarks.robustness.judging import hardest, joined, judged, nothing, spread
 from unperturb.benchmarks.robustness.plan import Plan
 from unperturb.benchmarks.robustness.showing import show
+from unperturb.benchmarks.robustness.surrogate import Surrogate
 from unperturb.benchmarks.robustness.units import Unit, Units, digest_of_tensors
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers.base import NoPurifier
@@ -72,7 +81,9 @@ class Evaluation:
         self.device = next(iter(defended.state_dict().values()), torch.zeros(0)).device
         if not plan.chunks(len(data.labels)):
             raise ConfigError(f"shard {plan.shard[0] + 1}/{plan.shard[1]} of {len(data.labels)} images is empty")
-        self._check_logits()
+        self._check_logits(self.counting, title)
+        if plan.surrogate is not None:
+            self._check_logits(plan.surrogate.counting, plan.surrogate.title)
         self.randomised = self.purifies and self._is_randomised()
         lacks = missing(plan.attacks, defended, randomised=self.randomised)
         self.names = [name for name in plan.attacks if name not in lacks]
@@ -88,19 +99,17 @@ class Evaluation:
         """Return whether there is a defense at all: a purifier, or a vote."""
         return self.defended.vote is not None or not isinstance(self.defended.purifier, NoPurifier)
 
-    def _check_logits(self) -> None:
+    def _check_logits(self, classifier: CountingClassifier, title: str) -> None:
         x = self.data.images[:2].to(self.device)
         with torch.no_grad():
-            logits = self.counting(x)
-        classes = self.counting.num_classes
+            logits = classifier(x)
+        classes = classifier.num_classes
         if logits.shape != (len(x), classes):
-            raise ConfigError(f"{self.title}: scores of shape {tuple(logits.shape)}, not [batch, {classes}]")
+            raise ConfigError(f"{title}: scores of shape {tuple(logits.shape)}, not [batch, {classes}]")
         if not logits.isfinite().all():
-            raise ConfigError(f"{self.title}: the classifier returns NaN or infinite scores on the first images")
+            raise ConfigError(f"{title}: the classifier returns NaN or infinite scores on the first images")
         if (logits >= 0).all() and torch.allclose(logits.sum(1), torch.ones(len(x), device=x.device), atol=1e-4):
-            raise ConfigError(
-                f"{self.title}: the classifier returns probabilities; scores before the softmax are needed"
-            )
+            raise ConfigError(f"{title}: the classifier returns probabilities; scores before the softmax are needed")
 
     def _weaker(self) -> list[str]:
         """Return why the attacks are less than a judge's."""
@@ -135,7 +144,8 @@ class Evaluation:
                             unit = unit._replace(points=unit.points[:0])
                         into.setdefault(name, []).append(unit)
                 bar.update()
-        found = results_of(collected, bare if self.bare else None, chunks, weaker=self.weaker)
+        surrogates = [] if self.plan.surrogate is None else [self.plan.surrogate.described]
+        found = results_of(collected, bare if self.bare else None, chunks, weaker=self.weaker, surrogates=surrogates)
         counted = {name: units[0] for name, units in collected.items() if name in found["outcomes"]}
         first = chunks[0]
         shown = show(
@@ -198,13 +208,17 @@ class Evaluation:
         right = clean.right.to(self.device)
         seen, left = {CLEAN: clean}, right
         for name in self.names:
-            attack = ATTACKS[name]
+            attack, before = ATTACKS[name], scene
+            if name == SURROGATE:
+                points = self._of_surrogate(number, scene, say)
+                yield SURROGATE_IMAGES, points
+                before = replace(scene, known=points.points.to(self.device))
             rows = {"right": right, "left": left}.get(attack.on)
             rows = seen[attack.on].right.to(self.device) if rows is None else rows
             unit = None
             for part, run in attack.runs.items():
                 say(f"{self.title}: {name} {part}".strip())
-                found = self._attacked(name, part, attack, run, number, scene, rows)
+                found = self._attacked(name, part, attack, run, number, before, rows)
                 if part and name == DEFENDED_AUTOATTACK:
                     yield PARTS_PREFIX + part, found
                 unit = found if unit is None else joined(unit, found)
@@ -225,9 +239,23 @@ class Evaluation:
         self, name: str, part: str, attack: Attack, run: Callable[..., Any], number: int, scene: Scene, rows: Tensor
     ) -> Unit:
         """Return the attack on the images of the mask; the others stay as they are."""
-        identity = self.identity.of_attack(name, attack, self.plan.budget)
+        surrogate = None if self.plan.surrogate is None else self.plan.surrogate.identity
+        identity = self.identity.of_attack(name, attack, self.plan.budget, surrogate)
         compute = partial(self._run, run, scene, rows)
         return self._get(f"{name}-{part}" if part else name, number, scene, compute, identity, rows)
+
+    def _of_surrogate(self, number: int, scene: Scene, say: Callable[[str], None]) -> Unit:
+        """Return the images made on the surrogate, of every image of the chunk: the same before every defense."""
+        surrogate = self.plan.surrogate
+        assert surrogate is not None
+        say(surrogate.title)
+        own = surrogate.scene(scene)
+
+        def compute() -> Unit:
+            return judged(own, made(own), title=surrogate.title)
+
+        identity = surrogate.identity.of_attack(SURROGATE, ATTACKS[SURROGATE], self.plan.budget)
+        return self._get(SURROGATE_IMAGES, number, own, compute, identity, by=surrogate)
 
     def _run(self, run: Callable[..., Any], scene: Scene, rows: Tensor) -> Unit:
         if not rows.any():
@@ -271,11 +299,12 @@ class Evaluation:
         compute: Callable[[], Unit],
         identity: dict[str, Any] | None = None,
         rows: Tensor | None = None,
+        by: Surrogate | None = None,
     ) -> Unit:
-        """Return the stored unit, or the computed one with its time and passes."""
+        """Return the stored unit, or the computed one with its time and passes, those of this classifier or `by`."""
+        counting, judge = (self.counting, self.identity) if by is None else (by.counting, by.identity)
 
         def timed() -> Unit:
-            counting = self.counting
             before, started = (counting.forward_passes, counting.backward_passes), time.perf_counter()
             unit = compute()
             return unit._replace(
@@ -285,7 +314,8 @@ class Evaluation:
             )
 
         whole = {
-            **(self.identity.of_judge() if identity is None else {**self.identity.of_judge(), **identity}),
+            **judge.of_judge(),
+            **(identity or {}),
             "threat": dataclasses.asdict(scene.threat),
             "images": digest_of_tensors(scene.x, scene.labels, scene.seeds, scene.known, rows),
         }

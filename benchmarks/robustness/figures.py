@@ -10,6 +10,7 @@ from unperturb.benchmarks.robustness.attacks import (
     DEFENDED_AUTOATTACK,
     GRADIENT,
     QUERYING,
+    SURROGATE,
     TWICE,
     UNKNOWING,
 )
@@ -31,7 +32,9 @@ def survivors(outcomes: Outcomes) -> list[bool]:
 
 
 def withstands_unknowing(outcomes: Outcomes) -> list[bool] | None:
-    """Return per image whether it withstands an attacker who does not know of the defense; None where not attacked."""
+    """Return per image whether it withstands an attacker who knows the classifier and not the defense; None where not
+    attacked.
+    """
     rows = [outcomes[name] for name in UNKNOWING if name in outcomes]
     return [all(row) for row in zip(*rows, strict=True)] if len(rows) == len(UNKNOWING) else None
 
@@ -44,6 +47,7 @@ def summarise(
     larger: dict[str, list[int | None]],
     by_part: dict[str, list[int | None]],
     weaker: Sequence[str] = (),
+    surrogates: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the figures of a row.
 
@@ -52,6 +56,7 @@ def summarise(
     larger: outcomes at larger epsilons, by their factor
     by_part: outcomes of AutoAttack's parts on the defense
     weaker: why the attacks are less than a judge's; the gain is then at most what they leave, or (LESS) near it
+    surrogates: the classifiers that the images of that attack were made on
     """
     left = survivors(outcomes)
     found: dict[str, Any] = {
@@ -76,8 +81,20 @@ def summarise(
         found["gain"] = gain(left, bare_left)
         if DEFENDED_AUTOATTACK not in outcomes:
             found["weaker"].append(NO_AUTOATTACK if AUTOATTACK in bare else NO_JUDGE)
-        found["clean_gain"] = gain(*([bool(value) for value in row[CLEAN]] for row in (outcomes, bare)))
+        found["clean_gain"] = _paired(CLEAN, outcomes, bare)
+    if surrogates:
+        found[SURROGATE] = {
+            "of": list(surrogates),
+            "accuracy": _cell(outcomes[SURROGATE]),
+            "bare": None if bare is None else _cell(bare[SURROGATE]),
+            "gain": None if bare is None else _paired(SURROGATE, outcomes, bare),
+        }
     return found
+
+
+def _paired(name: str, outcomes: Outcomes, bare: Outcomes) -> dict[str, Any]:
+    """Return the gain on the images of one attack, which every image that is right was under."""
+    return gain(*([bool(value) for value in row[name]] for row in (outcomes, bare)))
 
 
 def _cell(values: list[int | None]) -> dict[str, Any]:
@@ -130,7 +147,7 @@ def _signs(outcomes: Outcomes, left: list[bool], larger: Outcomes, by_part: Outc
     if signs["epsilon"] and (share := signs["epsilon"][-1]["accuracy"]["accuracy"]) > NOT_NEAR_ZERO:
         times = signs["epsilon"][-1]["times"]
         warnings.append(f"{share:.1%} withstand {times} times the epsilon: a figure that should be near 0")
-    transferred = [outcomes[name] for name in UNKNOWING if name in outcomes]
+    transferred = [outcomes[name] for name in (*UNKNOWING, SURROGATE) if name in outcomes]
     if once is not None and transferred:
         stronger = [bool(value) and outcomes.get(TWICE, once)[i] != 0 for i, value in enumerate(once)]
         broken = sum(a and not all(b) for a, *b in zip(stronger, *transferred, strict=True))
@@ -170,7 +187,7 @@ def summarise_corruptions(outcomes: Outcomes, *, bare: Outcomes | None) -> dict[
         bare_means = _means(bare)
         found["bare"] = {"clean": _cell(bare[CLEAN]), "corruptions_mean": sum(bare_means) / len(bare_means)}
         found["gain"] = gain(means, bare_means)
-        found["clean_gain"] = gain(*([bool(value) for value in row[CLEAN]] for row in (outcomes, bare)))
+        found["clean_gain"] = _paired(CLEAN, outcomes, bare)
     return found
 
 
@@ -180,7 +197,18 @@ def _means(outcomes: Outcomes) -> list[float]:
     return [sum(map(bool, row)) / len(row) for row in zip(*kinds, strict=True)]
 
 
-SAME = ("model", "purifier_spec", "purifier", "digests", "data", "threat", "budget", "purifies", "could_not_run")
+SAME = (
+    "model",
+    "purifier_spec",
+    "purifier",
+    "digests",
+    "data",
+    "threat",
+    "budget",
+    "purifies",
+    "could_not_run",
+    "surrogates",
+)
 PER_IMAGE = ("outcomes", "bare_outcomes", "larger_epsilon", "autoattack_parts")
 
 
@@ -257,6 +285,9 @@ def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "resubmitted": next((run["resubmitted"] for run in runs if run["resubmitted"] is not None), None),
         "timings": {**runs[0]["timings"], "seconds": seconds},
     }
+    surrogates = [one for run in runs for one in run.get("surrogates", ())]
+    if surrogates:
+        whole["surrogates"] = [one for place, one in enumerate(surrogates) if one not in surrogates[:place]]
     return {**whole, "figures": figures_of(whole)}
 
 
@@ -269,6 +300,7 @@ def figures_of(results: dict[str, Any]) -> dict[str, Any]:
         larger=results["larger_epsilon"],
         by_part=results["autoattack_parts"],
         weaker=results.get("weaker", ()),
+        surrogates=results.get("surrogates", ()),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from unperturb.benchmarks.robustness.attacks import ATTACKS, AUTOATTACK, Attack, Need
+from unperturb.benchmarks.robustness.attacks import ATTACKS, AUTOATTACK, SURROGATE, Attack, Need
 from unperturb.benchmarks.robustness.budgets import Budget
 from unperturb.benchmarks.robustness.code import PROJECT, code_digest, versions_behind
 from unperturb.benchmarks.robustness.fingerprint import fingerprint
@@ -82,14 +82,17 @@ class Identity:
         """Return what the answer to an image depends on."""
         return self._common
 
-    def of_attack(self, name: str, attack: Attack, budget: Budget) -> dict[str, Any]:
-        """Return what an attack's points depend on besides."""
+    def of_attack(
+        self, name: str, attack: Attack, budget: Budget, surrogate: "Identity | None" = None
+    ) -> dict[str, Any]:
+        """Return what an attack's points depend on besides; those of `surrogate` on that classifier, too."""
         return {
             "attack": name,
             "attack_code": self._attacks[name],
             "attack_versions": versions_behind([attack.code.__name__], without=DEFENSE_PACKAGES),
             "budget": {field: getattr(budget, field) for field in attack.budget},
             "generator": self._generator,
+            **({"surrogate": surrogate.of_judge()} if surrogate is not None and name == SURROGATE else {}),
         }
 
 

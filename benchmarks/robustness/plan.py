@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from unperturb.benchmarks.robustness.budgets import Budget
+from unperturb.benchmarks.robustness.surrogate import Surrogate
 from unperturb.benchmarks.robustness.threat import Threat
 from unperturb.models.networks.generator import NoiseGenerator
 
@@ -16,7 +17,7 @@ class Plan:
 
     shard: (number from 0, count): every count-th chunk of `chunk` images, from the number on
     panel: images that the record shows
-    generator: the noise generator for the attack of that name
+    generator, surrogate: the noise generator and the other classifier, for the attacks of these names
     """
 
     threat: Threat
@@ -27,6 +28,7 @@ class Plan:
     shard: tuple[int, int] = (0, 1)
     panel: int = 6
     generator: NoiseGenerator | None = None
+    surrogate: Surrogate | None = None
 
     def chunks(self, n: int) -> list[Tensor]:
         """Return the image numbers of every chunk of this shard."""

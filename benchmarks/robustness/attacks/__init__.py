@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from unperturb.benchmarks.robustness.attacks import adaptive, black_box, controls, label_free, transfer
+from unperturb.benchmarks.robustness.attacks import adaptive, black_box, controls, label_free, surrogate, transfer
 from unperturb.benchmarks.robustness.attacks import autoattack as aa
 from unperturb.benchmarks.robustness.attacks.scene import Scene
 from unperturb.benchmarks.robustness.budgets import Budget
@@ -62,6 +62,7 @@ class Attack:
 
 AUTOATTACK, DEFENDED_AUTOATTACK = "autoattack", "defended-autoattack"
 TRANSFER, FURTHER = UNKNOWING = ("transfer", "transfer-further")
+SURROGATE = "surrogate"  # its attacker knows not even the classifier
 GRADIENT, TWICE, GENERATOR = "apgd-ce", "apgd-ce-twice", "generator"
 QUERYING = ("square", "rays")  # attacks without a gradient; so is AutoAttack's part of the first name
 FRESH_ATTACKS = ("bpda-apgd-ce-fresh", "bpda-apgd-dlr-fresh", "apgd-ce-fresh")
@@ -168,18 +169,24 @@ ATTACKS |= {  # Run where they are named; `all` is what the headline is of.
     FURTHER: Attack(
         transfer.transferred_further, lambda b: Queries(none=1), ("apgd_steps",), on="right", needs=("defense",)
     ),
+    SURROGATE: Attack(surrogate.shown, lambda b: Queries(none=1), APGD, on="right"),
 }
 KNOWN = tuple(ATTACKS)
 FAST = (AUTOATTACK, "noise", GRADIENT, TRANSFER, "bpda-apgd-ce", "bpda-apgd-dlr", DEFENDED_AUTOATTACK, FURTHER)
 
 
-def chosen(text: str) -> tuple[str, ...]:
-    """`all`, `fast`, or names between commas, in the order in which they run; ConfigError lists the names."""
+def chosen(text: str, *, with_surrogate: bool = False) -> tuple[str, ...]:
+    """`all`, `fast`, or names between commas, in the order in which they run; ConfigError lists the names.
+
+    The attack `surrogate` is among them where there is one, and is refused where there is none.
+    """
     wanted = {"all": NAMES, "fast": FAST}.get(text) or tuple(part.strip() for part in text.split(",") if part.strip())
     unknown = [name for name in wanted if name not in KNOWN]
     if unknown or not wanted:
         raise ConfigError(f"attacks={text!r}: choose all, fast, or names of {', '.join(KNOWN)}")
-    needed = set(wanted)
+    if SURROGATE in wanted and not with_surrogate:
+        raise ConfigError(f"attacks={text!r}: the attack `surrogate` needs another classifier: --surrogate CHECKPOINT")
+    needed = {*wanted, SURROGATE} if with_surrogate else set(wanted)
     needed |= set(UNKNOWING) if needed.intersection(UNKNOWING) else set()
     needed |= {AUTOATTACK} if {TRANSFER, DEFENDED_AUTOATTACK} & needed else set()
     needed |= {GRADIENT} if TWICE in wanted else set()
