@@ -303,7 +303,9 @@ def test_record_of_the_command_line_names_the_surrogate_and_no_place(whole: Path
         )
         assert record["config"]["surrogate"] == described["spec"]
         assert str(other_folder) not in json.dumps(record)
-        settings = {key: (value,) if key in ("model", "purifier") else value for key, value in record["config"].items()}
+        settings: dict[str, Any] = {
+            key: (value,) if key in ("model", "purifier") else value for key, value in record["config"].items()
+        }
         config = robustbench_eval.EvaluationConfig(**settings, data=Path())
         purifier = record["config"]["purifier"]
         assert robustbench_eval.result_name(config, config._plan(None), record["results"], purifier) == name
@@ -347,8 +349,8 @@ def test_shards_merge_to_the_whole_and_a_run_of_the_attack_alone_joins_its_row(
     for shard in ("1/2", "2/2"):
         more = (*QUICK, *surrogate, "--shard", shard)
         assert command(tiny_folder, image_folder, tmp_path / "parts", *more) == 0
-    for more in (QUICK, ("--attacks", "surrogate", *QUICK[2:], *surrogate)):
-        assert command(tiny_folder, image_folder, tmp_path / "apart", *more) == 0
+    for chosen in (QUICK, ("--attacks", "surrogate", *QUICK[2:], *surrogate)):
+        assert command(tiny_folder, image_folder, tmp_path / "apart", *chosen) == 0
     expected = [run["results"]["figures"]["surrogate"] for run in load_runs(whole)]
     for folder in ("parts", "apart"):
         assert [run["results"]["figures"]["surrogate"] for run in load_runs(tmp_path / folder)] == expected
