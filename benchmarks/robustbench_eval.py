@@ -68,7 +68,7 @@ class EvaluationConfig:
     image_size: int | None = option("side of the images of a factory's model; default 32, for imagenet 224", None)
     attacks: str = option("all, fast, or names between commas", "all")
     surrogate: str | None = option(
-        "another classifier, as for --model, of the same classes; the images that are attacked on it are shown here",
+        "another classifier of the same classes, named as for --model: images made on it are an attack of their own",
         None,
     )
     generator: Path | None = option("folder of a noise generator (unperturb train generator), as an attack", None)

@@ -210,9 +210,9 @@ class Evaluation:
         for name in self.names:
             attack, before = ATTACKS[name], scene
             if name == SURROGATE:
-                points = self._of_surrogate(number, scene, say)
-                yield SURROGATE_IMAGES, points
-                before = replace(scene, known=points.points.to(self.device))
+                shown = self._of_surrogate(number, scene, say)
+                yield SURROGATE_IMAGES, shown
+                before = replace(scene, known=shown.points.to(self.device))
             rows = {"right": right, "left": left}.get(attack.on)
             rows = seen[attack.on].right.to(self.device) if rows is None else rows
             unit = None
