@@ -53,7 +53,7 @@ SINGLE = {
     "training_speed": trainer_table,
     "serving/dashboard_queries": dashboard_queries_table,
 }
-ROBUSTNESS, QUERIED = FOLDER / "robustness", FOLDER / "queries"
+ROBUSTNESS, SURROGATE = FOLDER / "robustness", FOLDER / "surrogate"
 REACH = Path("worst_case_sweep_reach.json")
 EPSILON = 8 / 255  # of the page's main table
 PLOTS = {"Accuracy left after each attack": "every-attack.png"}
@@ -123,7 +123,7 @@ def all_tables() -> dict[str, str]:
     tables = {
         "settings": settings_table(),
         "headline": headline(main_runs),
-        "when": when_table(judged, everything, load_runs(QUERIED) if QUERIED.is_dir() else [], measured, served=served),
+        "when": when_table(judged, everything, load_runs(SURROGATE), measured, served=served),
         "picture": picture_line(json.loads((FOLDER / "brought_back.json").read_text())),
         "classifier": classifier_table(autoattacked()),
         "gates": gates_table(),

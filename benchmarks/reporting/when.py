@@ -11,7 +11,7 @@ from unperturb.benchmarks.reporting.rows import AVERAGED, Row, measured_row
 from unperturb.models.purifiers.reverse_attack import PRESETS
 
 NOT_RUN = c.Cell("not run")
-QUERIES = "queries"
+SURROGATE, ELSEWHERE = "surrogate", "knows not even the classifier"
 
 
 class Unjudged(NamedTuple):
@@ -24,14 +24,14 @@ class Unjudged(NamedTuple):
 def when_table(
     main: list[dict[str, Any]],
     runs: list[dict[str, Any]],
-    queried: Sequence[dict[str, Any]] = (),
+    elsewhere: Sequence[dict[str, Any]] = (),
     purified: Sequence[dict[str, Any]] = (),
     served: str = "",
 ) -> str:
     """Return the table, a line for each purifier of `main`, in points with 95% intervals.
 
-    main: runs of one classifier or several in one ball; runs: theirs under every threat; queried: anybody's, of attacks
-    that see scores or labels alone; purified: results of purification.py, whose presets that are not in `main` get a
+    main: runs of one classifier or several in one ball; runs: theirs under every threat; elsewhere: anybody's, of
+    images that were made on another classifier; purified: results of purification.py, whose presets that are not in `main` get a
     line of their own beside a classifier whose default is, and beside `served`, the one of which who runs the service
     without a setting asks
     """
@@ -43,7 +43,7 @@ def when_table(
     }  # no changed preset
     averaged = (row for row in map(measured_row, runs) if row.group.threat in AVERAGED)
     others = {(row.group.threat, row.model, row.purifier): row for row in averaged}
-    others |= {(QUERIES, row.model, row.purifier): row for row in map(measured_row, queried)}
+    others |= {(SURROGATE, row.model, row.purifier): row for row in map(measured_row, elsewhere)}
 
     unjudged = {key: one for record in purified for key, one in _unjudged(record, attacked, served).items()}
     unknown_pgd = {
@@ -100,9 +100,9 @@ def when_table(
     columns = (
         *([c.Column("before", lambda row: c.Cell(f"`{row.model}`"), number=False)] if several else []),
         c.Column("purifier", name, number=False),
+        *([c.Column(ELSEWHERE, under(SURROGATE))] if elsewhere else []),
         c.Column("does not know of it, PGD-20", by_pgd),
         c.Column("does not know of it, AutoAttack", unknowing),
-        *([c.Column("sends queries alone", under(QUERIES))] if queried else []),
         c.Column("knows everything", knowing),
         c.Column("15 corruptions" + ", generated" * generated, under("corruptions")),
         c.Column("Gaussian noise", under("noise")),

@@ -115,8 +115,8 @@ def test_table_of_what_helps_when_has_every_purifier_and_says_what_was_not_run()
     assert default["15 corruptions, generated"].startswith("+50.0 (")
     assert default["clean images"].startswith("-5.0 (")
     assert default["n"] == "1,200"
-    assert published["15 corruptions, generated"] == published["sends queries alone"] == "not run"
-    assert vote["sends queries alone"] == vote["knows everything"]
+    assert published["15 corruptions, generated"] == published["knows not even the classifier"] == "not run"
+    assert vote["knows not even the classifier"] == vote["knows everything"]
     assert vote["Gaussian noise"] == "not run"
 
 
@@ -198,7 +198,7 @@ def test_every_place_of_the_pages_is_filled_from_the_shipped_checkpoints_runs(
     assert list(dict.fromkeys(before for before, *_ in lines)) == [f"| `{shipped}`", f"| `{natural}`"]
     named = [name for _, name, *_ in lines[:-1]]  # those that were not judged have what purification.py measured
     assert named == ["preset `default`", "`vote`", "preset `transfer`", "preset `published`"]
-    assert all(pgd[0] in "+-" and unknowing == "not run" for _, _, pgd, unknowing, *_ in lines[1:-1])
+    assert all(pgd[0] in "+-" and unknowing == "not run" for _, _, _, pgd, unknowing, *_ in lines[1:-1])
     assert made["headline"] == headline([runs["none"], runs["default"]])
     assert made["robustness"] == robustness_table([runs["none"], runs["default"]])
     assert made["threats"].count("`reverse-attack` |") == 2
