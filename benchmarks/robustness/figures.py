@@ -50,7 +50,7 @@ def summarise(
     bare: the bare classifier's outcomes on the same images, where the row has a defense
     resubmitted: one row per fresh seed, of the hardest point of each image
     larger: outcomes at larger epsilons, by their factor
-    by_part: outcomes of AutoAttack's parts on the defense
+    by_part: outcomes of AutoAttack's parts on the defense, or on the bare classifier of a row without one
     weaker: why the attacks are less than a judge's; the gain is then at most what they leave, or (LESS) near it
     """
     left = survivors(outcomes)
@@ -140,7 +140,8 @@ def _signs(outcomes: Outcomes, left: list[bool], larger: Outcomes, by_part: Outc
     querying = [outcomes[name] for name in QUERYING if name in outcomes]
     querying += [by_part[part] for part in QUERYING if part in by_part]
     if querying and once is not None:
-        gradients = [values for name, values in outcomes.items() if name not in (*QUERYING, DEFENDED_AUTOATTACK)]
+        whole = (DEFENDED_AUTOATTACK, *([AUTOATTACK] if by_part else []))  # its parts stand for it
+        gradients = [values for name, values in outcomes.items() if name not in (*QUERYING, *whole)]
         gradients += [values for part, values in by_part.items() if part not in QUERYING]
         broken = sum(
             0 in row and 0 not in others

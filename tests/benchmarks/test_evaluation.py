@@ -203,6 +203,20 @@ def test_an_image_that_is_broken_is_not_attacked_again_and_the_parts_of_autoatta
     assert whole == found["outcomes"]["defended-autoattack"]
 
 
+def test_squares_breaks_of_the_bare_classifier_are_queries(images: Tensor, tmp_path: Path) -> None:
+    plan = replace(QUICK, attacks=("autoattack",))
+    found = tiny_evaluation(tmp_path, images, plan, "none").run()
+    parts = found["autoattack_parts"]
+    assert list(parts) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    whole = [min((v for v in column if v is not None), default=None) for column in zip(*parts.values(), strict=True)]
+    assert whole == found["outcomes"]["autoattack"]
+    outcomes: Outcomes = {"clean": of(100), "autoattack": of(40), "apgd-ce": of(50)}
+    signs = figures(outcomes, by_part={"apgd-ce": of(50), "square": of(40)})["signs"]
+    assert signs["queries_beyond_gradient"] == {"broken": 10, "n": 100}
+    unknown = figures({**outcomes, "rays": of(40)})["signs"]  # of a record without the parts
+    assert unknown["queries_beyond_gradient"] == {"broken": 0, "n": 100}
+
+
 def test_empty_shard_is_refused(images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="shard 3/3"):
         tiny_evaluation(tmp_path, images, replace(QUICK, shard=(2, 3)))
