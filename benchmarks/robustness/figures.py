@@ -182,7 +182,7 @@ def _means(outcomes: Outcomes) -> list[float]:
 
 
 SAME = ("model", "purifier_spec", "purifier", "digests", "data", "threat", "budget", "purifies", "could_not_run")
-PER_IMAGE = ("outcomes", "bare_outcomes", "larger_epsilon", "autoattack_parts")
+PER_IMAGE = ("outcomes", "bare_outcomes", "larger_epsilon", "bare_larger_epsilon", "autoattack_parts")
 
 
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError("images are missing or twice there")
 
     def joined(key: str) -> Any:  # noqa: ANN401
-        if parts[0].get(key) is None:
+        if any(part.get(key) is None for part in parts):
             return None
         return {name: [parts[part][key][name][place] for _, part, place in order] for name in parts[0][key]}
 
@@ -237,15 +237,14 @@ def joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """
 
     def worst(key: str) -> Outcomes | None:
-        if runs[0][key] is None:
-            return None
+        held = [run[key] for run in runs if run.get(key) is not None]  # a record may be older than the key
         found: Outcomes = {}
-        for run in runs:
-            for name, values in run[key].items():
+        for outcomes in held:
+            for name, values in outcomes.items():
                 before = found.get(name, [None] * len(values))
                 pairs = zip(before, values, strict=True)
                 found[name] = [min((one for one in pair if one is not None), default=None) for pair in pairs]
-        return found
+        return found if held else None
 
     seconds = {name: spent for run in runs[::-1] for name, spent in run["timings"]["seconds"].items()}
     whole: dict[str, Any] = {**runs[0], **{key: worst(key) for key in PER_IMAGE}}

@@ -85,6 +85,19 @@ def two_runs(folder: Path, *changes: dict[str, Any]) -> list[dict[str, Any]]:
     return load_runs(folder)
 
 
+def test_runs_are_joined_and_shards_merged_where_some_are_older_than_a_figure(tmp_path: Path) -> None:
+    (run,) = two_runs(tmp_path / "runs", {}, {"bare_larger_epsilon": {"2": [1, 0, None, None]}})
+    assert run["results"]["bare_larger_epsilon"] == {"2": [1, 0, None, None]}
+    (run,) = two_runs(tmp_path / "older", {}, {})
+    assert run["results"]["bare_larger_epsilon"] is None
+    sharded(tmp_path / "shards")
+    file = tmp_path / "shards" / "run.shard-1-of-2.json"
+    part = json.loads(file.read_text())
+    write(file.parent, file.stem, {**part, "results": {**part["results"], "bare_larger_epsilon": {"2": [1] * 10}}})
+    (run,) = load_runs(tmp_path / "shards")
+    assert run["results"]["bare_larger_epsilon"] is None
+
+
 @pytest.mark.parametrize("name", ["classifier", "defense", "generator"])
 def test_runs_of_two_defenses_of_one_specification_are_two_rows(name: str, tmp_path: Path) -> None:
     assert len(two_runs(tmp_path, MADE, MADE)) == 1

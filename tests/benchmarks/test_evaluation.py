@@ -203,6 +203,15 @@ def test_an_image_that_is_broken_is_not_attacked_again_and_the_parts_of_autoatta
     assert whole == found["outcomes"]["defended-autoattack"]
 
 
+def test_what_the_bare_classifier_withstands_at_larger_radii_stands_beside_the_defenses(
+    undisturbed: dict[str, Any], images: Tensor, tmp_path: Path
+) -> None:
+    assert undisturbed["larger_epsilon"].keys() == {"2", "4"}
+    bare = tiny_evaluation(tmp_path, images, spec="none").run()
+    assert undisturbed["bare_larger_epsilon"] == bare["larger_epsilon"]
+    assert bare["bare_larger_epsilon"] is None
+
+
 def test_squares_breaks_of_the_bare_classifier_are_queries(images: Tensor, tmp_path: Path) -> None:
     plan = replace(QUICK, attacks=("autoattack",))
     found = tiny_evaluation(tmp_path, images, plan, "none").run()
