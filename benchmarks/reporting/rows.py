@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unperturb.benchmarks.reporting.results import SCHEMA_VERSION
-from unperturb.benchmarks.robustness.figures import CLEAN, NO_AUTOATTACK, joined, merge, withstands_unknowing
+from unperturb.benchmarks.robustness.figures import (
+    CLEAN,
+    NO_AUTOATTACK,
+    beyond_gradient,
+    joined,
+    merge,
+    withstands_unknowing,
+)
 from unperturb.models.errors import DataError
 
 SCRIPT = "benchmarks/robustbench_eval.py"
@@ -246,7 +253,7 @@ def measured_row(run: dict[str, Any]) -> Row:
         ms_per_image=found["timings"].get("ms_per_image", {}).get("defended"),
         times=found["timings"].get("ms_per_image", {}).get("times_the_classifier"),
         signs=_signs(figures.get("signs"), figures["clean"]["n"]),
-        warnings=tuple(figures.get("signs", {}).get("warnings", ())),
+        warnings=_warnings(figures.get("signs")),
         could_not_run=tuple(found.get("could_not_run", {}).items()),
     )
 
@@ -268,6 +275,11 @@ def _signs(found: dict[str, Any] | None, n: int) -> Signs | None:
         queries=queries.get("broken"),
         n=n,
     )
+
+
+def _warnings(found: dict[str, Any] | None) -> tuple[str, ...]:
+    """Return what a record warns of, and what it would today."""
+    return () if found is None else tuple(dict.fromkeys([*found["warnings"], *beyond_gradient(found)]))
 
 
 def _accuracy(cell: dict[str, Any] | float) -> float:

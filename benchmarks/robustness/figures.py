@@ -22,7 +22,12 @@ NO_JUDGE = "AutoAttack was run neither on the bare classifier nor through the de
 Outcomes = dict[str, list[int | None]]  # 1: withstands, 0: broken, None: was broken already, and not attacked
 
 # How far a figure may be off before the report says so.
-NOT_CONVERGED, NOT_NEAR_ZERO, BEYOND_GRADIENT = 0.02, 0.05, 0.02
+NOT_CONVERGED, NOT_NEAR_ZERO = 0.02, 0.05
+BEYOND_GRADIENT = {  # told from the first image on, since a gain is of a few
+    "transfer_beyond_gradient": "transferred images break {broken:,} of {n:,} that APGD's cross-entropy through the "
+    "full gradient does not",
+    "queries_beyond_gradient": "queries alone break {broken:,} of {n:,} that no gradient does",
+}
 
 
 def survivors(outcomes: Outcomes) -> list[bool]:
@@ -135,8 +140,6 @@ def _signs(outcomes: Outcomes, left: list[bool], larger: Outcomes, by_part: Outc
         stronger = [bool(value) and outcomes.get(TWICE, once)[i] != 0 for i, value in enumerate(once)]
         broken = sum(a and not all(b) for a, *b in zip(stronger, *transferred, strict=True))
         signs["transfer_beyond_gradient"] = {"broken": broken, "n": n}
-        if broken / n > BEYOND_GRADIENT:
-            warnings.append(f"transferred images break {broken} of {n} that the full gradient does not")
     querying = [outcomes[name] for name in QUERYING if name in outcomes]
     querying += [by_part[part] for part in QUERYING if part in by_part]
     if querying and once is not None:
@@ -148,9 +151,14 @@ def _signs(outcomes: Outcomes, left: list[bool], larger: Outcomes, by_part: Outc
             for row, others in zip(zip(*querying, strict=True), zip(*gradients, strict=True), strict=True)
         )
         signs["queries_beyond_gradient"] = {"broken": broken, "n": n}
-        if broken / n > BEYOND_GRADIENT:
-            warnings.append(f"queries alone break {broken} of {n} that no gradient does")
+    warnings += beyond_gradient(signs)
     return signs
+
+
+def beyond_gradient(signs: dict[str, Any]) -> list[str]:
+    """Return sentences on the images that were broken without the defense's gradient and not by it."""
+    counted = [(says, signs[name]) for name, says in BEYOND_GRADIENT.items()]
+    return [says.format(**count) for says, count in counted if count and count["broken"]]
 
 
 def summarise_corruptions(outcomes: Outcomes, *, bare: Outcomes | None) -> dict[str, Any]:

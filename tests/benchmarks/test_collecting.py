@@ -32,7 +32,7 @@ def sharded(folder: Path, images: Sequence[slice] = EVERY_OTHER) -> dict[str, An
 def test_shards_are_merged_to_one_row(images: Sequence[slice], tmp_path: Path) -> None:
     sharded(tmp_path, images)
     (run,) = load_runs(tmp_path)
-    broken = "transferred images break 1 of 20 that the full gradient does not"  # of WORSE
+    broken = "transferred images break 1 of 20 that APGD's cross-entropy through the full gradient does not"  # of WORSE
     signs = {**NO_SIGNS, "transfer_beyond_gradient": {"broken": 1, "n": N}, "warnings": [broken]}
     whole = measured_row(record(WORSE, BARE, signs=signs))
     assert measured_row(run) == replace(whole, weaker=(NO_AUTOATTACK,))

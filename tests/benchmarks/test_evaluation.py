@@ -291,9 +291,11 @@ def of(right: int, n: int = 100) -> list[int | None]:
         ),
         ({"apgd-ce": of(50)}, {"2": of(30), "4": of(20)}, {}, "20.0% withstand 4 times the epsilon"),
         ({"apgd-ce": of(50), "transfer": of(45)}, {}, {}, "transferred images break 5 of 100"),
+        ({"apgd-ce": of(50), "transfer": of(49)}, {}, {}, "transferred images break 1 of 100"),
         ({"apgd-ce": of(50)}, {}, {"fab-t": of(50), "square": of(40)}, "queries alone break 10 of 100"),
+        ({"apgd-ce": of(50)}, {}, {"fab-t": of(50), "square": of(49)}, "queries alone break 1 of 100"),
     ],
-    ids=["none", "not converged", "epsilon", "transfer", "queries"],
+    ids=["none", "not converged", "epsilon", "transfer", "transfer of one", "queries", "queries of one"],
 )
 def test_signs_of_masked_gradients_are_told(outcomes: Outcomes, larger: Outcomes, by_part: Outcomes, says: str) -> None:
     signs = figures({"clean": of(100), **outcomes}, larger=larger, by_part=by_part)["signs"]
