@@ -169,11 +169,14 @@ def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _differences(runs: list[dict[str, Any]], what: str) -> list[str]:
-    """Return notes on commits and code that differ between the runs of a whole."""
+    """Return notes on commits and code that differ between the runs of a whole, or are not known."""
     commits = list(dict.fromkeys(str(run["commit"])[:7] for run in runs))
     notes = [f"its {what} were run at different commits, {', '.join(commits)}"] if len(commits) > 1 else []
+    if not all(run["results"].get(name) for run in runs for name in ("digests", "code")):
+        unknown = "its code is not recorded"
+        return [f"{notes[0]}; {unknown}" if notes else unknown]
     for part in ("classifier", "defense"):
-        if len({run["results"].get("code", {}).get(part) for run in runs}) > 1:
+        if len({run["results"]["code"][part] for run in runs}) > 1:
             notes.append(f"its {what} were run with different code of the {part}")
     return notes
 
