@@ -276,7 +276,9 @@ def _head(found: Found) -> SystemRow:
         measured += f"; the bare classifier under AutoAttack on the same images {spread(bare[0])}"
         worst = (found.values(name, "harness", "worst_case") for name in ("head-robust", "head-plain"))
         over = " / ".join(str(gain(own, without)) for own, without in zip(worst, bare, strict=True))
-        shows += f"; by the reverse attack over the bare classifier, worst case, with the robust / the plain head {over}"
+        shows += (
+            f"; by the reverse attack over the bare classifier, worst case, with the robust / the plain head {over}"
+        )
     return SystemRow("robust head", measured, "head-robust", shows)
 
 
