@@ -16,12 +16,13 @@ from torch import Tensor
 
 from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting.assessment import assessment, judged_presets, summary
+from unperturb.benchmarks.reporting.results import write
 from unperturb.benchmarks.reporting.sections import Summary
 from unperturb.benchmarks.robustness.data import load_images
 from unperturb.benchmarks.robustness.evaluate import evaluate
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
-from unperturb.models.options import option
+from unperturb.models.options import as_json, option
 from unperturb.models.purifiers.base import lacking
 from unperturb.models.purifiers.defended import presets_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
@@ -63,7 +64,9 @@ class AssessConfig:
 
 
 def assess(config: AssessConfig) -> int:
-    """Measure, print a line for each preset and the verdict, and write the report with both at its top."""
+    """Measure, print a line for each preset and the verdict, and write the report with both at its top, and the figures
+    as JSON.
+    """
     if config.write_card and not Path(config.checkpoint).is_dir():
         raise ConfigError(f"write_card: {config.checkpoint} is no checkpoint's folder of your own")
     subject = store.load(config.checkpoint)
@@ -102,6 +105,8 @@ def assess(config: AssessConfig) -> int:
     found = assessment(judged, subject.card, data=config.data.stem, seed=config.seed)
     shown = summary(judged, found, headless=headless)
     dataclasses.replace(report, summary=shown).save(config.out)
+    made = {**as_json(config), "checkpoint": subject.card.id}
+    write(config.out / "assessment.json", script=SCRIPT, config=made, results=found)
     for line in lines_of(shown):
         print(line)
     print(f"the whole report: {config.out / 'report.html'}")

@@ -272,7 +272,16 @@ def _head(found: Found) -> SystemRow:
     bare = spread(found.values("head-plain", "harness", "autoattack"))
     cells.append(f"without it, by AutoAttack {bare}")
     measured = f"reverse attack with the robust / the plain head, n = {n}: {', '.join(cells)}"
-    return SystemRow("robust head", measured, "head-robust", f"points gained: {', '.join(differences)}")
+    shows = f"points gained by the robust head: {', '.join(differences)}"
+    if "autoattack" in seed["figures"]["harness"]:
+        bare = [found.values(name, "harness", "autoattack") for name in ("head-robust", "head-plain")]
+        measured += f"; the bare classifier under AutoAttack on the same images {spread(bare[0])}"
+        worst = (found.values(name, "harness", "worst_case") for name in ("head-robust", "head-plain"))
+        over = " / ".join(str(gain(own, without)) for own, without in zip(worst, bare, strict=True))
+        shows += (
+            f"; by the reverse attack over the bare classifier, worst case, with the robust / the plain head {over}"
+        )
+    return SystemRow("robust head", measured, "head-robust", shows)
 
 
 ROWS: dict[str, Callable[[Found], SystemRow]] = {
@@ -294,7 +303,9 @@ ROWS: dict[str, Callable[[Found], SystemRow]] = {
 
 
 def systems_table(folder: Path) -> str:
-    """Return one row a system; a system whose results are not all there is named as such."""
+    """Return one row a system, and below which arms' seeds were run at several commits; a system whose results are not
+    all there is named as such.
+    """
     found = Found(folder)
     rows = ["| system | measured | budget of a seed | shows |", "| --- | --- | --- | --- |"]
     for name, make in ROWS.items():
@@ -304,4 +315,15 @@ def systems_table(folder: Path) -> str:
             rows.append(f"| {name} | not run yet: {missing.args[0]} | | |")
             continue
         rows.append(f"| {row.system} | {row.measured} | {found.budget(row.arm)} | {row.shows} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, *_mixed(found)])
+
+
+def _mixed(found: Found) -> list[str]:
+    """Return a sentence on the arms whose seeds were run at several commits, `+changes` being another."""
+    several = [
+        f"`{name}`"
+        for name, arm in found.arms.items()
+        if len({seed.get("commit") for seed in arm["seeds"].values()}) > 1
+    ]
+    said = "Of these arms the seeds were run at several commits, or with changes since one, which ± is over as well: "
+    return ["", f"{said}{', '.join(several)}."] if several else []

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unperturb.benchmarks.reporting.results import SCHEMA_VERSION
-from unperturb.benchmarks.robustness.figures import CLEAN, NO_AUTOATTACK, joined, merge, withstands_unknowing
+from unperturb.benchmarks.robustness.figures import (
+    CLEAN,
+    NO_AUTOATTACK,
+    beyond_gradient,
+    joined,
+    merge,
+    withstands_unknowing,
+)
 from unperturb.models.errors import DataError
 
 SCRIPT = "benchmarks/robustbench_eval.py"
@@ -162,11 +169,14 @@ def _joined(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _differences(runs: list[dict[str, Any]], what: str) -> list[str]:
-    """Return notes on commits and code that differ between the runs of a whole."""
+    """Return notes on commits and code that differ between the runs of a whole, or are not known."""
     commits = list(dict.fromkeys(str(run["commit"])[:7] for run in runs))
     notes = [f"its {what} were run at different commits, {', '.join(commits)}"] if len(commits) > 1 else []
+    if not all(run["results"].get(name) for run in runs for name in ("digests", "code")):
+        unknown = "its code is not recorded"
+        return [f"{notes[0]}; {unknown}" if notes else unknown]
     for part in ("classifier", "defense"):
-        if len({run["results"].get("code", {}).get(part) for run in runs}) > 1:
+        if len({run["results"]["code"][part] for run in runs}) > 1:
             notes.append(f"its {what} were run with different code of the {part}")
     return notes
 
@@ -246,7 +256,7 @@ def measured_row(run: dict[str, Any]) -> Row:
         ms_per_image=found["timings"].get("ms_per_image", {}).get("defended"),
         times=found["timings"].get("ms_per_image", {}).get("times_the_classifier"),
         signs=_signs(figures.get("signs"), figures["clean"]["n"]),
-        warnings=tuple(figures.get("signs", {}).get("warnings", ())),
+        warnings=_warnings(figures.get("signs")),
         could_not_run=tuple(found.get("could_not_run", {}).items()),
     )
 
@@ -280,6 +290,11 @@ def _signs(found: dict[str, Any] | None, n: int) -> Signs | None:
         queries=queries.get("broken"),
         n=n,
     )
+
+
+def _warnings(found: dict[str, Any] | None) -> tuple[str, ...]:
+    """Return what a record warns of, and what it would today."""
+    return () if found is None else tuple(dict.fromkeys([*found["warnings"], *beyond_gradient(found)]))
 
 
 def _accuracy(cell: dict[str, Any] | float) -> float:

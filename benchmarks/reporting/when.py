@@ -12,6 +12,7 @@ from unperturb.models.purifiers.reverse_attack import PRESETS
 
 NOT_RUN = c.Cell("not run")
 SURROGATE, ELSEWHERE = "surrogate", "knows not even the classifier"
+NEXT, BULLET = "\n- ", "\n\n- "  # of a list that there is, and the first of one
 
 
 class Unjudged(NamedTuple):
@@ -31,9 +32,9 @@ def when_table(
     """Return the table, a line for each purifier of `main`, in points with 95% intervals.
 
     main: runs of one classifier or several in one ball; runs: theirs under every threat; elsewhere: anybody's, of
-    images that were made on another classifier; purified: results of purification.py, whose presets that are not in `main` get a
-    line of their own beside a classifier whose default is, and beside `served`, the one of which who runs the service
-    without a setting asks
+    images made on another classifier, with a column where there are some; purified: results of purification.py, whose
+    presets that are not in `main` get a line of their own beside a classifier whose default is, and beside `served`,
+    the one of which who runs the service without a setting asks; those before others stand in a sentence below
     """
     rows = [(run, measured_row(run)) for run in main]
     attacked = {
@@ -45,9 +46,10 @@ def when_table(
     others = {(row.group.threat, row.model, row.purifier): row for row in averaged}
     others |= {(SURROGATE, row.model, row.purifier): row for row in map(measured_row, elsewhere)}
 
-    unjudged = {key: one for record in purified for key, one in _unjudged(record, attacked, served).items()}
+    with_lines = [record for record in purified if _id(record) == served or (_id(record), DEFAULT) in attacked]
+    unjudged = {key: one for record in with_lines for key, one in _unjudged(record, attacked).items()}
     unknown_pgd = {
-        (record["results"]["checkpoint"]["id"], _purifier(preset)): figures["attacked"]
+        (_id(record), _purifier(preset)): figures["attacked"]
         for record in purified
         for preset, figures in record["results"]["accuracy"].items()
         if preset in PRESETS
@@ -111,16 +113,32 @@ def when_table(
         c.COUNT,
     )
     ordered = sorted(lines.values(), key=lambda row: (models.index(row.model), row.purifier != DEFAULT))
-    return with_remarks(columns, ordered, name=lambda row: f"{name(row).text}{f' before `{row.model}`' * several}")
+    text = with_remarks(columns, ordered, name=lambda row: f"{name(row).text}{f' before `{row.model}`' * several}")
+    without = [_in_words(record) for record in purified if record not in with_lines]
+    if not without:
+        return text
+    said = "not in the table, points on clean images and under PGD-20 that does not know of it"
+    return f"{text}{NEXT if BULLET in text else BULLET}{said}: {'; '.join(without)}"
 
 
-def _unjudged(
-    record: dict[str, Any], attacked: Container[tuple[str, str]], served: str
-) -> dict[tuple[str, str], Unjudged]:
-    """Return the presets that a classifier was purified with and not judged, where its default was or it is served."""
-    found, model = record["results"], record["results"]["checkpoint"]["id"]
-    if model != served and (model, DEFAULT) not in attacked:
-        return {}
+def _in_words(record: dict[str, Any]) -> str:
+    """Return what each preset gains before a classifier that has no lines of its own."""
+    accuracy = record["results"]["accuracy"]
+    gains = []
+    for preset in (name for name in PRESETS if name in accuracy):
+        clean, attacked = (c.points(accuracy[preset][on]["gain"]["mean"]).text for on in ("clean", "attacked"))
+        gains.append(f"`{preset}` {clean} and {attacked}")
+    return f"before `{_id(record)}` {', '.join(gains)}"
+
+
+def _id(record: dict[str, Any]) -> str:
+    """Return the id of the checkpoint that was purified with."""
+    return str(record["results"]["checkpoint"]["id"])
+
+
+def _unjudged(record: dict[str, Any], attacked: Container[tuple[str, str]]) -> dict[tuple[str, str], Unjudged]:
+    """Return the presets that a classifier was purified with and not judged."""
+    found, model = record["results"], _id(record)
     ms = found["time"]["ms_per_image"]
     names = {preset: _purifier(preset) for preset in PRESETS}
     return {

@@ -35,6 +35,7 @@ def results_of(
         "outcomes": _outcomes(_of_row(collected)),
         "bare_outcomes": None if bare is None else _outcomes(_of_row(bare)),
         "larger_epsilon": _outcomes(_among(collected, LARGER_PREFIX)),
+        "bare_larger_epsilon": None if bare is None else _outcomes(_among(bare, LARGER_PREFIX)),
         "autoattack_parts": _outcomes(_among(collected, PARTS_PREFIX)),
         "weaker": weaker,
         "resubmitted": None if again is None else torch.cat([unit.right for unit in again], dim=1).int().tolist(),

@@ -84,7 +84,7 @@ class CorruptionRun(Evaluation):
         """Return per kind which images are classified right."""
         chunks = self.plan.chunks(len(self.data.labels))
         own = {
-            "code": code_digest([type(self).__module__], without=(PROJECT,)),
+            "code": code_digest([type(self).__module__, philox.__name__], without=(PROJECT,)),
             "corruption_versions": versions_behind([type(self).__module__], without=(PROJECT,)),
         }
         outcomes: Outcomes = {kind: [] for kind in self.kinds}

@@ -219,7 +219,7 @@ class Evaluation:
             for part, run in attack.runs.items():
                 say(f"{self.title}: {name} {part}".strip())
                 found = self._attacked(name, part, attack, run, number, before, rows)
-                if part and name == DEFENDED_AUTOATTACK:
+                if part:
                     yield PARTS_PREFIX + part, found
                 unit = found if unit is None else joined(unit, found)
                 rows = found.right.to(self.device)

@@ -120,7 +120,12 @@ def test_each_preset_is_measured_and_written_onto_the_card(
     assert set(found["presets"]) == {"none", "transfer", "vote"}
     assert found["verdict"] == said.splitlines()[-1]
     assert found["n"] == 6
-    assert str(tmp_path) not in json.dumps(found)
+    written = json.loads((tmp_path / "out" / "assessment.json").read_text())
+    assert written["results"] == json.loads(json.dumps(found))
+    assert written["script"] == assess.SCRIPT
+    assert written["config"]["checkpoint"] == card.id
+    assert written.keys() >= {"schema_version", "commit", "versions", "machine", "finished_at"}
+    assert str(tmp_path) not in json.dumps([found, written])
 
 
 def test_checkpoint_without_a_head_is_assessed_by_what_needs_none(

@@ -32,10 +32,10 @@ def sharded(folder: Path, images: Sequence[slice] = EVERY_OTHER) -> dict[str, An
 def test_shards_are_merged_to_one_row(images: Sequence[slice], tmp_path: Path) -> None:
     sharded(tmp_path, images)
     (run,) = load_runs(tmp_path)
-    broken = "transferred images break 1 of 20 that the full gradient does not"  # of WORSE
+    broken = "transferred images break 1 of 20 that APGD's cross-entropy through the full gradient does not"  # of WORSE
     signs = {**NO_SIGNS, "transfer_beyond_gradient": {"broken": 1, "n": N}, "warnings": [broken]}
     whole = measured_row(record(WORSE, BARE, signs=signs))
-    assert measured_row(run) == replace(whole, weaker=(NO_AUTOATTACK,))
+    assert measured_row(run) == replace(whole, weaker=(NO_AUTOATTACK,), notes=("its code is not recorded",))
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,10 @@ def test_runs_of_one_row_by_different_attacks_are_taken_together(tmp_path: Path)
     assert (joint.purifier, joint.worst, joint.bare, joint.attacks) == ("reverse-attack", 0.25, 0.5, 3)
     assert joint.gain == pytest.approx(-0.25)
     assert (joint.could_not_run, joint.weaker) == ((), ())
-    assert joint.notes == (f"its attacks were run at different commits, bbbbbbb, {str(record(known)['commit'])[:7]}",)
+    assert joint.notes == (
+        f"its attacks were run at different commits, bbbbbbb, {str(record(known)['commit'])[:7]}; its code is not "
+        "recorded",
+    )
     assert not vote.notes
     assert (vote.purifier, vote.worst) == ("vote", 0.5)
 
@@ -85,11 +88,32 @@ def two_runs(folder: Path, *changes: dict[str, Any]) -> list[dict[str, Any]]:
     return load_runs(folder)
 
 
+def test_runs_are_joined_and_shards_merged_where_some_are_older_than_a_figure(tmp_path: Path) -> None:
+    (run,) = two_runs(tmp_path / "runs", {}, {"bare_larger_epsilon": {"2": [1, 0, None, None]}})
+    assert run["results"]["bare_larger_epsilon"] == {"2": [1, 0, None, None]}
+    (run,) = two_runs(tmp_path / "older", {}, {})
+    assert run["results"]["bare_larger_epsilon"] is None
+    sharded(tmp_path / "shards")
+    file = tmp_path / "shards" / "run.shard-1-of-2.json"
+    part = json.loads(file.read_text())
+    write(file.parent, file.stem, {**part, "results": {**part["results"], "bare_larger_epsilon": {"2": [1] * 10}}})
+    (run,) = load_runs(tmp_path / "shards")
+    assert run["results"]["bare_larger_epsilon"] is None
+
+
 @pytest.mark.parametrize("name", ["classifier", "defense", "generator"])
 def test_runs_of_two_defenses_of_one_specification_are_two_rows(name: str, tmp_path: Path) -> None:
     assert len(two_runs(tmp_path, MADE, MADE)) == 1
     assert len(two_runs(tmp_path, MADE, {**MADE, "digests": {**MADE["digests"], name: "other"}})) == 2
     assert len(two_runs(tmp_path, MADE, {})) == 2
+
+
+@pytest.mark.parametrize("lacks", ["digests", "code"])
+def test_row_of_runs_whose_code_is_not_recorded_says_so(lacks: str, tmp_path: Path) -> None:
+    (run,) = two_runs(tmp_path, *(2 * ({name: one for name, one in MADE.items() if name != lacks},)))
+    assert measured_row(run).notes == ("its code is not recorded",)
+    (run,) = two_runs(tmp_path, MADE, MADE)
+    assert not measured_row(run).notes
 
 
 @pytest.mark.parametrize("name", ["classifier", "defense"])
@@ -113,16 +137,19 @@ def test_runs_of_one_row_that_classify_clean_images_otherwise_are_refused(
 
 def test_shards_of_two_defenses_are_refused_and_those_of_other_code_or_commits_say_so(tmp_path: Path) -> None:
     sharded(tmp_path)
+    whole, other = {**MADE, "code": {"classifier": "other", "defense": "other"}}, tmp_path / "run.shard-1-of-2.json"
+    first = json.loads(other.read_text())
     file = tmp_path / "run.shard-2-of-2.json"
     part = json.loads(file.read_text())
-    write(tmp_path, file.stem, {**part, "commit": "b" * 40, "results": {**part["results"], "code": MADE["code"]}})
+    write(tmp_path, other.stem, {**first, "results": {**first["results"], **whole}})
+    write(tmp_path, file.stem, {**part, "commit": "b" * 40, "results": {**part["results"], **MADE}})
     (run,) = load_runs(tmp_path)
     assert measured_row(run).notes == (
         "its images were run at different commits, aaaaaaa, bbbbbbb",
         "its images were run with different code of the classifier",
         "its images were run with different code of the defense",
     )
-    write(tmp_path, file.stem, {**part, "results": {**part["results"], **MADE}})
+    write(tmp_path, file.stem, part)
     with pytest.raises(DataError, match=r"run\.shard-1-of-2\.json.*differ in digests"):
         load_runs(tmp_path)
 

@@ -203,6 +203,29 @@ def test_an_image_that_is_broken_is_not_attacked_again_and_the_parts_of_autoatta
     assert whole == found["outcomes"]["defended-autoattack"]
 
 
+def test_what_the_bare_classifier_withstands_at_larger_radii_stands_beside_the_defenses(
+    undisturbed: dict[str, Any], images: Tensor, tmp_path: Path
+) -> None:
+    assert undisturbed["larger_epsilon"].keys() == {"2", "4"}
+    bare = tiny_evaluation(tmp_path, images, spec="none").run()
+    assert undisturbed["bare_larger_epsilon"] == bare["larger_epsilon"]
+    assert bare["bare_larger_epsilon"] is None
+
+
+def test_squares_breaks_of_the_bare_classifier_are_queries(images: Tensor, tmp_path: Path) -> None:
+    plan = replace(QUICK, attacks=("autoattack",))
+    found = tiny_evaluation(tmp_path, images, plan, "none").run()
+    parts = found["autoattack_parts"]
+    assert list(parts) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    whole = [min((v for v in column if v is not None), default=None) for column in zip(*parts.values(), strict=True)]
+    assert whole == found["outcomes"]["autoattack"]
+    outcomes: Outcomes = {"clean": of(100), "autoattack": of(40), "apgd-ce": of(50)}
+    signs = figures(outcomes, by_part={"apgd-ce": of(50), "square": of(40)})["signs"]
+    assert signs["queries_beyond_gradient"] == {"broken": 10, "n": 100}
+    unknown = figures({**outcomes, "rays": of(40)})["signs"]  # of a record without the parts
+    assert unknown["queries_beyond_gradient"] == {"broken": 0, "n": 100}
+
+
 def test_empty_shard_is_refused(images: Tensor, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="shard 3/3"):
         tiny_evaluation(tmp_path, images, replace(QUICK, shard=(2, 3)))
@@ -268,9 +291,11 @@ def of(right: int, n: int = 100) -> list[int | None]:
         ),
         ({"apgd-ce": of(50)}, {"2": of(30), "4": of(20)}, {}, "20.0% withstand 4 times the epsilon"),
         ({"apgd-ce": of(50), "transfer": of(45)}, {}, {}, "transferred images break 5 of 100"),
+        ({"apgd-ce": of(50), "transfer": of(49)}, {}, {}, "transferred images break 1 of 100"),
         ({"apgd-ce": of(50)}, {}, {"fab-t": of(50), "square": of(40)}, "queries alone break 10 of 100"),
+        ({"apgd-ce": of(50)}, {}, {"fab-t": of(50), "square": of(49)}, "queries alone break 1 of 100"),
     ],
-    ids=["none", "not converged", "epsilon", "transfer", "queries"],
+    ids=["none", "not converged", "epsilon", "transfer", "transfer of one", "queries", "queries of one"],
 )
 def test_signs_of_masked_gradients_are_told(outcomes: Outcomes, larger: Outcomes, by_part: Outcomes, says: str) -> None:
     signs = figures({"clean": of(100), **outcomes}, larger=larger, by_part=by_part)["signs"]

@@ -117,28 +117,37 @@ def test_table_of_what_helps_when_has_every_purifier_and_says_what_was_not_run()
     assert default["n"] == "1,200"
     assert published["15 corruptions, generated"] == published["knows not even the classifier"] == "not run"
     assert vote["knows not even the classifier"] == vote["knows everything"]
+    assert "knows not even the classifier" not in when_table(main, [*main, corrupted])
     assert vote["Gaussian noise"] == "not run"
 
 
 def test_table_of_what_helps_when_has_what_is_served_though_nobody_has_judged_it() -> None:
     cell = {"gain": {"mean": 0.02, "interval": [0.01, 0.03]}}
-    accuracy = {"default": {"attacked": cell, "clean": cell}}
+    less = {"gain": {"mean": -0.5, "interval": [-0.6, -0.4]}}
+    accuracy = {"default": {"attacked": cell, "clean": cell}, "transfer": {"attacked": cell, "clean": less}}
     purified = {
         "results": {
             "checkpoint": {"id": "tiny"},
             "accuracy": accuracy,
-            "time": {"ms_per_image": {"classifier": 2.0, "default": 8.0}},
+            "time": {"ms_per_image": {"classifier": 2.0, "default": 8.0, "transfer": 8.0}},
         }
     }
     judged = record(HELPED, BARE, purifier="vote")
     head, _, *rows = when_table([record(BARE), judged], [], [], [purified], served="tiny").splitlines()
     names = [cell.strip() for cell in head.strip("|").split(" | ")]
-    default, vote = (dict(zip(names, row.strip("| ").split(" | "), strict=True)) for row in rows)
+    default, vote, _ = (dict(zip(names, row.strip("| ").split(" | "), strict=True)) for row in rows)
     assert (default["purifier"], vote["purifier"]) == ("preset `default`", "`vote`")
     assert default["does not know of it, PGD-20"] == default["clean images"] == "+2.0 (+1.0 to +3.0)"
     assert default["times the classifier's time"] == "4.0"
     assert default["knows everything"] == default["does not know of it, AutoAttack"] == "not run"
-    assert len(when_table([record(BARE), judged], [], [], [purified]).splitlines()) == 3
+    *table, blank, below = when_table([record(BARE), judged], [], [], [purified]).splitlines()
+    assert (len(table), blank) == (3, "")  # the worst of what was measured stands there, though not as a line
+    assert below.startswith("- not in the table, points on clean images and under PGD-20")
+    assert below.endswith(": before `tiny` `default` +2.0 and +2.0, `transfer` -50.0 and +2.0")
+    noted = record(HELPED, BARE, purifier="vote", could_not_run={"square": "too large"})
+    *_, before, below = when_table([record(BARE), noted], [], [], [purified]).splitlines()
+    assert before.startswith("- `vote`")
+    assert below.startswith("- not in the table")
 
 
 def test_robustness_table_has_every_purifier_its_signs_and_what_was_not_run() -> None:
@@ -199,6 +208,7 @@ def test_every_place_of_the_pages_is_filled_from_the_shipped_checkpoints_runs(
     named = [name for _, name, *_ in lines[:-1]]  # those that were not judged have what purification.py measured
     assert named == ["preset `default`", "`vote`", "preset `transfer`", "preset `published`"]
     assert all(pgd[0] in "+-" and unknowing == "not run" for _, _, _, pgd, unknowing, *_ in lines[1:-1])
+    assert "PGD-20 alone, " in made["picture"]
     assert made["headline"] == headline([runs["none"], runs["default"]])
     assert made["robustness"] == robustness_table([runs["none"], runs["default"]])
     assert made["threats"].count("`reverse-attack` |") == 2

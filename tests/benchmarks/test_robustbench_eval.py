@@ -22,7 +22,7 @@ from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.reporting import report
 from unperturb.benchmarks.reporting.results import FOLDER
 from unperturb.benchmarks.reporting.rows import load_runs, published_rows
-from unperturb.benchmarks.robustness import corruptions
+from unperturb.benchmarks.robustness import code, corruptions
 from unperturb.benchmarks.robustness.budgets import BUDGETS
 from unperturb.benchmarks.robustness.data import EvaluationSet, load_images
 from unperturb.benchmarks.robustness.evaluation import Evaluation
@@ -405,6 +405,24 @@ def test_noise_has_the_size_that_its_name_says(images: torch.Tensor) -> None:
     defended = defense_of("none", ready(make_checkpoint(), torch.device("cpu")))
     run = corruptions.NoiseRun(defended, data, plan, folder=Path())
     assert (run.corrupted("gaussian-16") - 0.5).std().item() == pytest.approx(16 / 255, rel=0.03)
+
+
+def test_noise_that_other_code_of_the_generator_drew_is_not_taken_for_this_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = EvaluationSet(torch.full((4, 3, 32, 32), 0.5), torch.zeros(4, dtype=torch.long), "given", "grey")
+    plan = Plan(threat=Threat(norm="linf", epsilon=8 / 255), budget=BUDGETS["fast"], attacks=())
+    defended = defense_of("none", ready(make_checkpoint(), torch.device("cpu")))
+    run = corruptions.NoiseRun(defended, data, plan, folder=tmp_path)
+
+    def stored() -> int:
+        run.measured()
+        return len(list(tmp_path.rglob("*.npz")))
+
+    kinds, source = len(run.kinds), code._source
+    assert (stored(), stored()) == (kinds, kinds)
+    monkeypatch.setattr(code, "_source", lambda name: b"other" if name.endswith(".philox") else source(name))
+    assert stored() == 2 * kinds
 
 
 @pytest.mark.parametrize("kind", corruptions.KINDS)

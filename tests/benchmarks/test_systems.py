@@ -268,6 +268,8 @@ def test_attack_on_what_others_left_has_neither_a_figure_of_its_own_nor_a_place_
     row = systems_table._head(found)
     assert "transfer 50.0 / 50.0, worst case 25.0 / 25.0" in row.measured
     assert "contrastive" not in row.measured + row.shows
+    assert row.measured.endswith("; the bare classifier under AutoAttack on the same images 75.0")
+    assert row.shows.endswith("over the bare classifier, worst case, with the robust / the plain head -50.0 / -50.0")
 
 
 def write_log(folder: Path, robust: list[float]) -> None:
@@ -330,6 +332,12 @@ def test_every_system_has_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (row,) = [row for row in rows if row.startswith("| the same on a network")]
     place = list(plan).index("imported-generator")
     assert f"by image (n = 7): -{place}.0 (-90.0 to -10.0)" in row  # the least of five
+    for arm, commits in {"silu": "aab", "simclr": "aaa", "moco": ("a", "a", "a+changes")}.items():
+        for seed, commit in zip(found.arms[arm]["seeds"].values(), commits, strict=True):
+            seed["commit"] = commit
+    below = systems_table.systems_table(tmp_path).splitlines()[-1]
+    assert below.startswith("Of these arms the seeds were run at several commits")
+    assert below.endswith(": `moco`, `silu`.")
     del found.arms["relu"]
     (row,) = [row for row in systems_table.systems_table(tmp_path).splitlines() if "smooth" in row]
     assert row == "| smooth activations | not run yet: relu | | |"
