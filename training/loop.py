@@ -88,9 +88,10 @@ def fit(
     config.out.mkdir(parents=True, exist_ok=True)
     run = _Run(task, config, world, steps, made_of)
     run.resume(copies)
-    run.probe()
+    if run.unfinished:
+        run.probe()
     with RunLog(config.out, writes=world.rank == 0, lines=run.progress.lines) as log:
-        while run.progress.epoch < config.epochs and run.progress.attempt <= ATTEMPTS:
+        while run.unfinished:
             figures = run.epoch()
             if world.rank == 0:
                 figures |= {f"held_out_{k}": v for k, v in task.validate(run.average.module).items()}
@@ -122,6 +123,11 @@ class _Run:
             "optimizer": self.optimizer,
             "average": self.average,
         }
+
+    @property
+    def unfinished(self) -> bool:
+        """Return whether an epoch is left to be trained."""
+        return self.progress.epoch < self.config.epochs and self.progress.attempt <= ATTEMPTS
 
     def resume(self, copies: Sequence[nn.Module]) -> None:
         """Go on from the folder's state, or else from the weights that the configuration names."""

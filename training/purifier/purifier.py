@@ -271,10 +271,10 @@ def train_purifier(config: PurifierConfig) -> None:
         config, prepared(base).classifier, vote, model, data.resident(kept, here.device), processes=here.size
     )
     task.held = data.resident(held, here.device)
-    with options.autocast(config, here.device):
-        bare = measure(Whole(None, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)
     fitted = loop.fit(task, config, here, made_of=made_of)
     if here.rank == 0:
+        with options.autocast(config, here.device):
+            bare = measure(Whole(None, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)
         told = {"data_sha256": dataset.digest, "held_out_bare": bare, "start_sha256": start.get("start")}
         out = save_with("purifier", config, base, card, fitted, **told)
         print(
