@@ -263,19 +263,33 @@ def _folded(name: str) -> str:
 
 
 def _decode_all(paths: list[Path], array_file: Path, how: Preprocessing) -> None:
-    """Decode every file into a new .npy, or raise DataError naming the first that cannot be."""
+    """Decode every file into a new .npy, or raise DataError naming the first that cannot be; an OSError names the .npy.
+
+    Neither leaves anything.
+    """
     array_file.parent.mkdir(parents=True, exist_ok=True)
     temporary = array_file.with_suffix(f".{os.getpid()}.tmp")
-    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(paths), 3, how.size, how.size))
+    shape = (len(paths), 3, how.size, how.size)
     try:
+        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        _reserve(temporary)
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda path: _decode(path, how), paths)
             for index, pixels in enumerate(tqdm(decoded, total=len(paths), desc="decoding", unit="img", leave=False)):
                 out[index] = pixels
         out.flush()
         temporary.replace(array_file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(array_file)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reserve(file: Path) -> None:
+    """Take the disk space of a sparse file: where there is none, a write to its map would end the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def _decode(path: Path, how: Preprocessing) -> NDArray[np.uint8]:

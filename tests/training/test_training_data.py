@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -57,6 +58,26 @@ def test_broken_image_is_refused_by_name_before_training(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"train/red/00001\.png cannot be decoded"):
         load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())  # nothing half-made is left behind
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has no posix_fallocate")
+def test_full_disk_is_one_error_that_names_the_file_before_an_image_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, cache = write_image_folder(tmp_path / "images", train=2, test=1), tmp_path / "cache"
+
+    def full(file: int, start: int, size: int) -> None:
+        assert (start, size) == (0, os.fstat(file).st_size)
+        assert size > 6 * 3 * 32 * 32
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr("unperturb.training.data._decode", None)
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        load(str(root), Preprocessing(size=32), cache=cache)
+    assert Path(refused.value.filename).parent == cache
+    assert Path(refused.value.filename).suffix == ".npy"
+    assert not list(cache.iterdir())
 
 
 def test_class_without_images_is_refused_by_name(tmp_path: Path) -> None:
