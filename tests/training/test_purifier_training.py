@@ -13,7 +13,7 @@ from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.purifiers.registry import build_defense
 from unperturb.models.purifiers.vote import Vote
 from unperturb.training.__main__ import main
-from unperturb.training.data import Split
+from unperturb.training.data import Split, load
 from unperturb.training.purifier.purifier import PurifierConfig, PurifierTask, Whole, fresh
 
 AUTOENCODER = RestorerCard(width=8, depth=1, epsilon=1.0, scale=2, times=1.0, kind="autoencoder")
@@ -182,7 +182,13 @@ def test_purifier_begins_with_that_of_another_checkpoint(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, network = make_checkpoint(head=False), Restorer(AUTOENCODER).eval()
-    card = dataclasses.replace(base.card, id="theirs", purifier=AUTOENCODER)
+    digest = load(str(image_folder), base.card.pictures, cache=tmp_path).digest
+    card = dataclasses.replace(
+        base.card,
+        id="theirs",
+        purifier=AUTOENCODER,
+        purifier_training={"held_out": 9, "seed": 1, "data_sha256": digest},
+    )
     store.save(tmp_path / "base", base)
     store.save(tmp_path / "theirs", dataclasses.replace(base, card=card, purifier=network), half=False)
     given = ["purifier", "--checkpoint", str(tmp_path / "base"), "--data", str(image_folder), "--device", "cpu"]
@@ -193,6 +199,9 @@ def test_purifier_begins_with_that_of_another_checkpoint(
     assert main([*given, *little, *out, "--start", str(tmp_path / "theirs"), "--scale", "8"]) == 2
     assert "scale=8: of a fresh network; the card of" in capsys.readouterr().err
     assert main([*given, *little, *out, "--start", str(tmp_path / "theirs")]) == 0
+    said = capsys.readouterr().err
+    assert "seed=0: the purifier of 'theirs' was trained on" in said
+    assert "new to it are those held back by held_out=9, seed=1" in said
     made = store.load(tmp_path / "run" / "checkpoint")
     assert (made.card.id, made.card.purifier) == (base.card.id, AUTOENCODER)
     told = made.card.purifier_training
