@@ -360,15 +360,16 @@ def resident(split: Split, device: torch.device) -> Split:
 
 
 def kept_back(dataset: DataSet, card: Card) -> Split:
-    """Return the training images that neither the classifier's nor the head's training saw.
+    """Return the training images that no training of the classifier, the head or the restorer saw.
 
     ConfigError where the card does not say which those are, or was made of other images.
     """
-    head = card.head_training
-    digests = (card.data.get("sha256"), head.get("data_sha256"))
-    if any(digest not in (None, dataset.digest) for digest in digests):
+    parts = [part for part in (card.head_training, card.restorer_training) if part]
+    digests = {card.data.get("sha256"), *(part.get("data_sha256") for part in parts)}
+    if digests - {None, dataset.digest}:
         raise ConfigError(f"{card.id!r} was trained on other images than {dataset.name} has")
-    pairs = [*_classifier_held_out(card, dataset.digest), *(_part_held_out(head, dataset.digest) if head else ())]
+    pairs = list(_classifier_held_out(card, dataset.digest))
+    pairs += [pair for part in parts for pair in _part_held_out(part, dataset.digest)]
     said = [pair for pair in pairs if pair is not None]
     if len(said) < len(pairs):
         raise ConfigError(f"the card of {card.id!r} does not say which training images were held out")

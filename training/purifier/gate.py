@@ -1,9 +1,9 @@
 """`unperturb train gate`: from which first loss on an image is worth purifying, measured on clean images.
 
-An image whose InfoNCE loss is within a quantile of what clean training images have, which neither the classifier's nor
-the head's training saw, is left as it is (`purify=auto`, `reverse-attack:gate=auto`). A loss depends on the views, so
-the gate holds for the seed that it was measured with, the service's own. It is part of the defense: an attack that
-keeps the loss low passes it, and the harness attacks through it.
+An image whose InfoNCE loss is within a quantile of what clean training images have, which no training of the
+classifier, the head or the restorer saw, is left as it is (`purify=auto`, `reverse-attack:gate=auto`). A loss depends
+on the views, so the gate holds for the seed that it was measured with, the service's own. It is part of the defense: an
+attack that keeps the loss low passes it, and the harness attacks through it.
 """
 
 import dataclasses
