@@ -216,7 +216,6 @@ def test_purifier_begins_with_that_of_another_checkpoint(
     "bad",
     [
         ["--attack-steps", "0"],
-        ["--held-out", "0"],
         ["--width", "0"],
         ["--width", "7", "--network", "autoencoder"],
         ["--beta", "-1"],

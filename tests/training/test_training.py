@@ -273,7 +273,7 @@ def test_precision_is_bfloat16_by_itself_where_the_processor_computes_in_it(
 
 
 def rising(out: Path, **options: Any) -> RunConfig:
-    plain: dict[str, Any] = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.0, "held_out": 0}
+    plain: dict[str, Any] = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.0}
     return RunConfig(data="none", out=out, device="cpu", batch_size=2, lr=1.0, **plain, **options)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unperturb.models import provenance
 from unperturb.models.attacks.pgd import pgd
+from unperturb.models.attacks.projected_gradient import require_pixel_units
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import GATE_SEED
 from unperturb.models.devices import opened_device
@@ -43,6 +44,7 @@ class GateConfig:
         """Raise ConfigError for values out of range."""
         if not 0 < self.quantile < 1:
             raise ConfigError(f"quantile={self.quantile} is not between 0 and 1")
+        require_pixel_units(self.epsilon)
         if self.images < 0 or self.images == 1:
             raise ConfigError(
                 f"images={self.images} is neither 0, for all, nor at least 2: their losses have no spread"

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import cross_entropy, evaluating
-from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.attacks.projected_gradient import ProjectedGradient, require_pixel_units
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError
@@ -102,8 +102,7 @@ class PurifierConfig(RunConfig):
             raise ConfigError(f"attack_steps={self.attack_steps} must be at least 1")
         if self.assess < 0:
             raise ConfigError(f"assess={self.assess} is below 0")
-        if self.held_out < 1:
-            raise ConfigError(f"held_out={self.held_out} must be at least 1: the epoch is chosen on them")
+        require_pixel_units(self.epsilon)
 
 
 class Whole(nn.Module):

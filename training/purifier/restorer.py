@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unperturb.models.attacks.pgd import evaluating, pgd
+from unperturb.models.attacks.projected_gradient import require_pixel_units
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
@@ -48,8 +49,7 @@ class RestorerConfig(RunConfig):
         super().__post_init__()
         if self.attack_steps < 1:
             raise ConfigError(f"attack_steps={self.attack_steps} must be at least 1")
-        if self.held_out < 1:
-            raise ConfigError(f"held_out={self.held_out} must be at least 1: the log is measured on them")
+        require_pixel_units(self.epsilon)
 
 
 class RestorerTask:
