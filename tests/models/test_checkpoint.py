@@ -182,6 +182,7 @@ def test_weights_beyond_float16_are_stored_as_they_are(tmp_path: Path) -> None:
         ({"head": {"hidden": 8, "embedding_dim": 4, "temperature": -1.0}}, "temperature"),
         ({"head": {"hidden": -8, "embedding_dim": 4, "temperature": 0.2}}, "cannot be built"),
         ({"vote": {"shifts": []}}, "at least one view"),
+        ({"vote": {"shifts": [[0, 16]]}}, "vote: shifts=0/16: under half the side of the images, 32 pixels"),
         ({"vote": {"shifts": [[1, 1, 1]]}}, r"shifts=\[1, 1, 1\] is not of type tuple\[int, int\]"),
         ({"classes": 5}, r"classes=5 is not of type tuple\[str, \.\.\.\]"),
         ({"classes": "abc"}, "classes='abc' is not of type tuple"),
