@@ -151,7 +151,7 @@ def test_bad_parameter_is_refused_with_its_name(field: dict[str, object]) -> Non
 
 
 def test_linf_radius_beyond_all_pixels_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ConfigError, match="epsilon=8.0 .* as 8/255"):
+    with pytest.raises(ConfigError, match=r"epsilon=8\.0 .* as 8/255"):
         loop(epsilon=8.0)
     assert loop(epsilon=8.0, norm="l2").epsilon == 8
     assert loop(epsilon=1.0).epsilon == 1
