@@ -69,7 +69,7 @@ def fraction(text: str) -> float:
     """Read `0.03`, or `8/255` as the field writes it."""
     try:
         return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a fraction like 8/255") from None
 
 

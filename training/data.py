@@ -120,39 +120,66 @@ def training_images(train: Split, config: RunConfig) -> tuple[Split, Split]:
     return Split(kept.images[order], kept.labels[order]), held
 
 
-def training_images_for(card: Card | None, dataset: DataSet, config: RunConfig) -> tuple[Split, Split]:
+def training_images_for(
+    card: Card | None, dataset: DataSet, config: RunConfig, *, start: Card | None = None
+) -> tuple[Split, Split]:
     """`training_images` of a run that begins with a checkpoint; says how many of those held back that was trained on.
 
     On them its accuracy, and what is chosen and measured by them, looks better than on new images.
+    start: the card of the checkpoint whose purifier it begins with
     """
-    if card is None:
-        return training_images(dataset.train, config)
+    images = training_images(dataset.train, config)
+    if card is not None:
+        _say_seen(repr(card.id), list(_classifier_held_out(card, dataset.digest)), dataset, config)
+    if start is not None:
+        pairs = list(_part_held_out(start.purifier_training, dataset.digest))
+        _say_seen(f"the purifier of {start.id!r}", pairs, dataset, config)
+    return images
+
+
+def _say_seen(what: str, pairs: list[tuple[int, int] | None], dataset: DataSet, config: RunConfig) -> None:
+    """Say how many of the images that a run holds back were seen by what held out those of `pairs`."""
     total = len(dataset.train.labels)
-    held = set(_held(total, config.held_out, config.seed).tolist()) if 0 < config.held_out < total else set()
-    pairs = list(_held_out_by(card.data, card.training, dataset.digest))
     known = [pair for pair in pairs if pair is not None]
-    if "sha256" not in card.data or len(known) < len(pairs):
-        print(f"whether {card.id!r} was trained on the images that are held back is not known", file=sys.stderr)
-    elif known:
+    unknown = f"whether {what} was trained on the images that are held back is not known"
+    if len(known) < len(pairs):
+        print(unknown, file=sys.stderr)
+    elif not pairs:
+        print(f"{unknown}: it was on other images, or on the same ones at another size or fit", file=sys.stderr)
+    else:
         own = set.intersection(*(set(_held(total, *pair).tolist()) for pair in known))
-        if seen := len(held - own):
+        if seen := len(set(_held(total, config.held_out, config.seed).tolist()) - own):
             by = " and by ".join(f"held_out={count}, seed={seed}" for count, seed in known)
             new = f"new to it are those held back by {by}" if own else "none of the training images is new to it"
             print(
-                f"held_out={config.held_out}, seed={config.seed}: {card.id!r} was trained on {seen} of these images; "
-                f"{new}",
+                f"held_out={config.held_out}, seed={config.seed}: {what} was trained on {seen} of these images; {new}",
                 file=sys.stderr,
             )
-    return training_images(dataset.train, config)
+
+
+def _classifier_held_out(card: Card, digest: str) -> Iterator[tuple[int, int] | None]:
+    """Yield how many of these images a classifier's training held out, and by what seed; then those before it.
+
+    None for one of which that is not known, nothing for one on other images.
+    """
+    if "sha256" in card.data:
+        yield from _held_out_by(card.data, card.training, digest)
+    else:
+        yield None
+
+
+def _part_held_out(training: dict[str, Any], digest: str) -> Iterator[tuple[int, int] | None]:
+    """Yield the same of the training of a head, a restorer or a purifier."""
+    data = {"sha256": training.get("data_sha256", digest), "held_out_of_train": training.get("held_out")}
+    yield from _held_out_by(data, training, digest)
+    if training.get("start_sha256"):
+        yield None  # of the purifier that it began with
 
 
 def _held_out_by(known: dict[str, Any], training: dict[str, Any], digest: str) -> Iterator[tuple[int, int] | None]:
-    """Yield how many images a training on these held out, and by what seed; then the same of those before it.
-
-    None for one of which that is not known. known, training: `data` and `training` of a card
-    """
     if known.get("sha256") == digest:
-        yield (known["held_out_of_train"], training["seed"]) if "held_out_of_train" in known else None
+        count, seed = known.get("held_out_of_train"), training.get("seed")
+        yield None if count is None or seed is None else (count, seed)
     for before in ("classifier", "encoder"):
         if f"{before}_training" in training:
             data = training.get(f"{before}_data", {"sha256": digest})  # older cards leave it out
@@ -263,19 +290,33 @@ def _folded(name: str) -> str:
 
 
 def _decode_all(paths: list[Path], array_file: Path, how: Preprocessing) -> None:
-    """Decode every file into a new .npy, or raise DataError naming the first that cannot be."""
+    """Decode every file into a new .npy, or raise DataError naming the first that cannot be; an OSError names the .npy.
+
+    Neither leaves anything.
+    """
     array_file.parent.mkdir(parents=True, exist_ok=True)
     temporary = array_file.with_suffix(f".{os.getpid()}.tmp")
-    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=(len(paths), 3, how.size, how.size))
+    shape = (len(paths), 3, how.size, how.size)
     try:
+        out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        _reserve(temporary)
         with ThreadPoolExecutor() as pool:
             decoded = pool.map(lambda path: _decode(path, how), paths)
             for index, pixels in enumerate(tqdm(decoded, total=len(paths), desc="decoding", unit="img", leave=False)):
                 out[index] = pixels
         out.flush()
         temporary.replace(array_file)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(array_file)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _reserve(file: Path) -> None:
+    """Take the disk space of a sparse file: where there is none, a write to its map would end the process (SIGBUS)."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def _decode(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
@@ -319,20 +360,18 @@ def resident(split: Split, device: torch.device) -> Split:
 
 
 def kept_back(dataset: DataSet, card: Card) -> Split:
-    """Return the training images that neither the classifier's nor the head's training saw.
+    """Return the training images that no training of the classifier, the head or the restorer saw.
 
     ConfigError where the card does not say which those are, or was made of other images.
     """
-    known, head = card.data, card.head_training
-    if (
-        known.get("sha256", dataset.digest) != dataset.digest
-        or head.get("data_sha256", dataset.digest) != dataset.digest
-    ):
+    parts = [part for part in (card.head_training, card.restorer_training) if part]
+    digests = {card.data.get("sha256"), *(part.get("data_sha256") for part in parts)}
+    if digests - {None, dataset.digest}:
         raise ConfigError(f"{card.id!r} was trained on other images than {dataset.name} has")
-    pairs = list(_held_out_by({"sha256": dataset.digest, **known} if known else {}, card.training, dataset.digest))
-    pairs += [(head["held_out"], head["seed"])] if head else []
+    pairs = list(_classifier_held_out(card, dataset.digest))
+    pairs += [pair for part in parts for pair in _part_held_out(part, dataset.digest)]
     said = [pair for pair in pairs if pair is not None]
-    if not said or len(said) < len(pairs):
+    if len(said) < len(pairs):
         raise ConfigError(f"the card of {card.id!r} does not say which training images were held out")
     held = set.intersection(*(set(_held(len(dataset.train.labels), *pair).tolist()) for pair in said))
     if not held:

@@ -88,9 +88,10 @@ def fit(
     config.out.mkdir(parents=True, exist_ok=True)
     run = _Run(task, config, world, steps, made_of)
     run.resume(copies)
-    run.probe()
+    if run.unfinished:
+        run.probe()
     with RunLog(config.out, writes=world.rank == 0, lines=run.progress.lines) as log:
-        while run.progress.epoch < config.epochs and run.progress.attempt <= ATTEMPTS:
+        while run.unfinished:
             figures = run.epoch()
             if world.rank == 0:
                 figures |= {f"held_out_{k}": v for k, v in task.validate(run.average.module).items()}
@@ -122,6 +123,11 @@ class _Run:
             "optimizer": self.optimizer,
             "average": self.average,
         }
+
+    @property
+    def unfinished(self) -> bool:
+        """Return whether an epoch is left to be trained."""
+        return self.progress.epoch < self.config.epochs and self.progress.attempt <= ATTEMPTS
 
     def resume(self, copies: Sequence[nn.Module]) -> None:
         """Go on from the folder's state, or else from the weights that the configuration names."""
@@ -180,19 +186,33 @@ class _Run:
                 now.sums[name] = now.sums.get(name, torch.zeros((), device=world.device)) + value
             now.step, clock = step + 1, time.perf_counter()
             now.seconds = before_s + clock - started
-            if now.step % SYNC_EVERY == 0:
+            # several processes have statistics of their own until the epoch's end
+            due = world.size == 1 and clock - saved > config.save_every_s and now.step < steps
+            shown = now.step % SYNC_EVERY == 0
+            if due or shown or now.step == steps:
+                self._require_finite(now.sums["loss"])
+            if shown:
                 left = (config.epochs - now.epoch) * steps - now.step
                 show(bar, now.sums, steps=now.step, images=now.step * images, spent_s=now.seconds, left=left)
-            if world.size == 1 and clock - saved > config.save_every_s and now.step < steps:
-                self.save(STATE)  # several processes have statistics of their own until the epoch's end
+            if due:
+                self.save(STATE)
                 saved = time.perf_counter()
         worlds.average(world, [*self.task.model.buffers(), *self.average.buffers()])
         means = {name: float(value) / steps for name, value in now.sums.items()}
         number, seconds = now.epoch + 1, now.seconds
-        if not math.isfinite(means["loss"]):
-            raise ConfigError(f"the loss is {means['loss']} in epoch {number}; lower --lr={config.lr}")
         now.epoch, now.step, now.sums, now.seconds = number, 0, {}, 0.0
         return {"epoch": number, **means, "lr": rate, "seconds": seconds, "images_per_s": steps * images / seconds}
+
+    def _require_finite(self, loss: Tensor) -> None:
+        """Raise ConfigError where the loss is NaN or infinite; the state that was saved before stays."""
+        if math.isfinite(loss):
+            return
+        averaged, epochs = self.config.out / AVERAGED, self.progress.epoch
+        on = f", with another --out, and go on there by --resume-from {averaged} --epoch {epochs}"
+        raise ConfigError(
+            f"the loss is {float(loss)} in epoch {epochs + 1}; lower --lr={self.config.lr}"
+            + on * (state.exported_epoch(averaged) == epochs)
+        )
 
     def _step(self, indices: Tensor, step: int, rate: float) -> dict[str, Tensor]:
         """Take one step of the optimizer and the average; return the loss and the task's figures."""

@@ -50,6 +50,10 @@ class RunConfig:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.held_out < 1:
+            raise ConfigError(
+                f"held_out={self.held_out} must be at least 1: what training keeps back is what it is measured on"
+            )
         if not 0 <= self.seed < seeds.SEEDS:
             raise ConfigError(f"seed={self.seed} must be from 0 to {seeds.SEEDS - 1}")
         if not (self.lr > 0 and self.weight_decay >= 0 and 0 <= self.momentum < 1):

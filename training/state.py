@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -90,6 +90,14 @@ def export(file: Path, model: nn.Module, *, epoch: int) -> None:
         half = value.half() if value.is_floating_point() else value
         tensors[name] = (half if bool(half.isfinite().all()) else value).contiguous()  # some are beyond float16's range
     write_whole(file, save_tensors(tensors, metadata={"epoch": str(epoch)}))
+
+
+def exported_epoch(file: Path) -> int | None:
+    """Return the number of epochs behind exported weights; None where there is no such file."""
+    if not file.exists():
+        return None
+    with safe_open(file, framework="pt") as opened:
+        return int(opened.metadata()["epoch"])
 
 
 def take_over(file: Path, models: tuple[nn.Module, ...]) -> None:

@@ -47,6 +47,12 @@ class LoopState(NamedTuple):
         return LoopState(self.x[mask], velocity, self.losses[:, mask], mask[mask])
 
 
+def require_pixel_units(epsilon: float) -> None:
+    """Raise ConfigError for an L-infinity radius that is none in pixel units of [0, 1]."""
+    if not 0 <= epsilon <= 1:
+        raise ConfigError(f"epsilon={epsilon!r} is not within 0 and 1; give it in pixel units of [0, 1], as 8/255")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ProjectedGradient:
     """The loop's parameters; epsilon and step_size in pixel units of [0, 1].
@@ -93,6 +99,8 @@ class ProjectedGradient:
             value = getattr(self, name)
             if not (0 <= value < float("inf")):
                 raise ConfigError(f"{name}={value!r} is not a finite number of at least 0")
+        if self.norm == "linf":
+            require_pixel_units(self.epsilon)
         for name in ("steps", "settle"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is below 0")

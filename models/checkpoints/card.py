@@ -83,6 +83,11 @@ def parse_card(raw: dict[str, Any], file: Path) -> Card:
         raise CheckpointError(
             f"{file}: preprocessing to {card.preprocessing.size} pixels, the architecture takes other images"
         )
+    if card.vote is not None:
+        try:
+            card.vote.fitting(card.architecture.image_size)
+        except ConfigError as error:
+            raise CheckpointError(f"{file}: vote: {error}") from error
     check_gates(card.gates, file)
     if len(card.classes) != card.architecture.num_classes:
         raise CheckpointError(f"{file} names {len(card.classes)} classes for {card.architecture.num_classes} outputs")

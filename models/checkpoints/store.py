@@ -31,7 +31,7 @@ from unperturb.models.networks.imported import ImportedClassifier
 from unperturb.models.networks.readout import SoftNeighbours, attach, blank_readout
 from unperturb.models.networks.registry import build
 from unperturb.models.networks.restorer import Restorer
-from unperturb.models.networks.robustbench import CLASSES, PREFIX, load_robustbench, parse_name
+from unperturb.models.networks.robustbench import CLASSES, PREFIX, ForeignClassifier, load_robustbench, parse_name
 
 WEIGHTS, CARD = "model.safetensors", "card.json"
 PRETRAINED = Path(__file__).resolve().parents[1] / "pretrained"
@@ -78,7 +78,7 @@ def save(folder: Path, checkpoint: Checkpoint, *, half: bool = True) -> Card:
             f"{folder}: {len(checkpoint.card.classes)} classes for {outputs} outputs; it was not saved"
         )
     parts = dict(_parts(checkpoint))
-    foreign = isinstance(checkpoint.classifier, ImportedClassifier)
+    foreign = isinstance(checkpoint.classifier, ImportedClassifier | ForeignClassifier)
     halved = [part for part in parts if half and not (foreign and part == "classifier")]
     digest = write_weights(folder / WEIGHTS, parts, halved=halved)
     card = dataclasses.replace(
@@ -153,13 +153,17 @@ def write_weights(file: Path, parts: dict[str, nn.Module], *, halved: Collection
     CheckpointError for weights that are not finite.
     """
     tensors: dict[str, Tensor] = {}
+    taken: set[int] = set()  # memory of tensors so far: safetensors takes none twice
     for part, module in parts.items():
         for key, value in module.state_dict().items():
             stored = value.detach().cpu().contiguous()
             if not bool(stored.isfinite().all()):
                 raise CheckpointError(f"{part}.{key} is not finite; it was not saved to {file}")
             half = stored.half() if part in halved and stored.is_floating_point() else stored
-            tensors[f"{part}.{key}"] = half if bool(half.isfinite().all()) else stored
+            written = half if bool(half.isfinite().all()) else stored
+            memory = written.untyped_storage().data_ptr()
+            tensors[f"{part}.{key}"] = written.clone() if memory in taken else written
+            taken.add(memory)
     payload = save_tensors(tensors)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, payload)

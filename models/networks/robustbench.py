@@ -97,7 +97,7 @@ def load_robustbench(name: str, *, image_size: int, weights: bool = True) -> For
         model = robustbench.load_model(model_name, model_dir=folder, dataset=dataset, threat_model=threat)
     except pickle.UnpicklingError as error:
         raise WeightsUnavailableError(f"{file} holds more than tensors, or is damaged; {remedy}") from error
-    except (OSError, RuntimeError, ValueError) as error:
+    except (EOFError, OSError, RuntimeError, ValueError) as error:
         _refuse_web_page(file)
         raise WeightsUnavailableError(
             f"{name} could not be loaded ({type(error).__name__}: {error}); {remedy}"

@@ -135,17 +135,18 @@ def _parsed(spec: str) -> tuple[str, list[str], dict[str, str]]:
 
 def chosen_vote(checkpoint: Checkpoint, shifts: str | None = None, mirrored: str | None = None) -> Vote | None:
     """Return the vote of the views that are spelled, the others those that the checkpoint is served with; None where
-    `shifts` is `none`. Raises ConfigError for another spelling.
+    `shifts` is `none`. Raises ConfigError for another spelling, or a shift of half an image.
     """
     if mirrored not in (None, *MIRRORED):
         raise ConfigError(f"mirrored={mirrored!r} is neither yes nor no")
     usual = vote_of(checkpoint.card, reverse_attack.preset(VOTE))
     if shifts == "none" or usual is None:
         return None
-    return Vote(
+    vote = Vote(
         shifts=usual.shifts if shifts is None else parse_shifts(shifts),
         mirrored=MIRRORED.get(mirrored or "", usual.mirrored if shifts is None else True),
     )
+    return vote.fitting(checkpoint.card.architecture.image_size)
 
 
 def _refuse(name: str, words: list[str], changes: Mapping[str, str], known: Mapping[str, object]) -> None:
@@ -167,7 +168,7 @@ def _values(changes: Mapping[str, str], kinds: Mapping[str, Callable[[str], Any]
     for key, text in changes.items():
         try:
             value = kinds[key](text)
-        except (ValueError, ZeroDivisionError):
+            values[key] = float(value) if isinstance(value, Fraction) else value
+        except (ValueError, ZeroDivisionError, OverflowError):
             raise ConfigError(f"{key}={text!r} is not a {'whole ' * (kinds[key] is int)}number") from None
-        values[key] = float(value) if isinstance(value, Fraction) else value
     return values

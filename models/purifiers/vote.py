@@ -37,6 +37,14 @@ class Vote:
         if any(abs(pixels) > MOST_PIXELS for shift in self.shifts for pixels in shift):
             raise ConfigError(f"shifts={self.spelled()}: at most {MOST_PIXELS} pixels")
 
+    def fitting(self, side: int) -> "Vote":
+        """Return the vote; raise ConfigError where a shift leaves no more than half of an image of that side."""
+        if any(2 * abs(pixels) >= side for shift in self.shifts for pixels in shift):
+            raise ConfigError(
+                f"shifts={self.spelled()}: under half the side of the images, {side} pixels, is what a view may move"
+            )
+        return self
+
     def scaled(self, side: int) -> "Vote":
         """Return the views for images of that side in place of SIDE: shifts in proportion, of at least one pixel."""
 
@@ -74,19 +82,14 @@ def parse_shifts(text: str) -> tuple[tuple[int, int], ...]:
 
     Raises ConfigError for another form.
     """
-    if text.isdigit():
-        pixels = int(text)
-        return ((-pixels, -pixels), (pixels, pixels)) if pixels else ((0, 0),)
-    shifts = []
-    for part in text.split("+"):
-        down, _, right = part.partition("/")
-        try:
-            shifts.append((int(down), int(right)))
-        except ValueError:
-            raise ConfigError(
-                f"shifts={text!r} is neither pixels, as in 2, nor down/right+…, as in -2/-2+2/2"
-            ) from None
-    return tuple(shifts)
+    try:
+        if text.isdecimal():
+            pixels = int(text)
+            return ((-pixels, -pixels), (pixels, pixels)) if pixels else ((0, 0),)
+        pairs = [part.partition("/") for part in text.split("+")]
+        return tuple((int(down), int(right)) for down, _, right in pairs)
+    except ValueError:
+        raise ConfigError(f"shifts={text!r} is neither pixels, as in 2, nor down/right+…, as in -2/-2+2/2") from None
 
 
 def _shifted(x: Tensor, down: int, right: int) -> Tensor:

@@ -144,6 +144,13 @@ def test_robustbench_web_page_in_place_of_weights_is_recognised(weights: Path) -
         build(Architecture(name="robustbench:Wong2020Fast", num_classes=10))
 
 
+@needs_robustbench
+def test_robustbench_weights_of_no_bytes_are_refused_by_name(weights: Path) -> None:
+    (weights / "Wong2020Fast.pt").touch()
+    with pytest.raises(WeightsUnavailableError, match=r"could not be loaded \(EOFError.*place RobustBench's"):
+        build(Architecture(name="robustbench:Wong2020Fast", num_classes=10))
+
+
 def test_foreign_classifier_takes_the_last_linear_layers_input() -> None:
     body = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 3))
     model = ForeignClassifier(body, num_classes=3, image_size=2)

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save
+from torch import nn
 
 from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import CARD, WEIGHTS, Checkpoint, load, read_card
 from unperturb.models.errors import CheckpointError, ConfigError
+from unperturb.models.networks.robustbench import ForeignClassifier
 from unperturb.models.purifiers.defended import defend
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
@@ -132,6 +134,31 @@ def test_weights_that_are_not_finite_are_refused_on_load_and_on_save(folder: Pat
     assert (folder / WEIGHTS).read_bytes() == before
 
 
+def test_robustbenchs_classifier_is_stored_as_it_is_and_the_head_for_it_as_float16(tmp_path: Path) -> None:
+    made, theirs = make_checkpoint(), nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    foreign = ForeignClassifier(theirs, num_classes=3, image_size=2)
+    store.save(tmp_path, dataclasses.replace(made, classifier=foreign))
+    stored = load_file(tmp_path / WEIGHTS)
+    assert torch.equal(stored["classifier.model.1.weight"], theirs.get_parameter("1.weight"))
+    assert stored["head.layers.0.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("halved", [(), ("tied",)], ids=["float32", "float16"])
+def test_tensor_of_two_names_is_stored_under_both(tmp_path: Path, halved: tuple[str, ...]) -> None:
+    def tied() -> nn.Module:
+        made = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        made[1].weight = made[0].weight
+        made.register_buffer("places", torch.arange(4))
+        made.register_buffer("first", made.get_buffer("places")[:2])
+        return made
+
+    one, other = tied(), tied()
+    digest = store.write_weights(tmp_path / WEIGHTS, {"tied": one}, halved=halved)
+    store.read_weights(tmp_path / WEIGHTS, digest, {"tied": other})
+    for name, value in one.state_dict().items():
+        assert torch.allclose(other.state_dict()[name], value, atol=1e-3), name
+
+
 def test_weights_beyond_float16_are_stored_as_they_are(tmp_path: Path) -> None:
     made = make_checkpoint()
     with torch.no_grad():
@@ -155,6 +182,7 @@ def test_weights_beyond_float16_are_stored_as_they_are(tmp_path: Path) -> None:
         ({"head": {"hidden": 8, "embedding_dim": 4, "temperature": -1.0}}, "temperature"),
         ({"head": {"hidden": -8, "embedding_dim": 4, "temperature": 0.2}}, "cannot be built"),
         ({"vote": {"shifts": []}}, "at least one view"),
+        ({"vote": {"shifts": [[0, 16]]}}, "vote: shifts=0/16: under half the side of the images, 32 pixels"),
         ({"vote": {"shifts": [[1, 1, 1]]}}, r"shifts=\[1, 1, 1\] is not of type tuple\[int, int\]"),
         ({"classes": 5}, r"classes=5 is not of type tuple\[str, \.\.\.\]"),
         ({"classes": "abc"}, "classes='abc' is not of type tuple"),

@@ -119,11 +119,13 @@ def test_gate_of_other_weights_is_refused(folder: Path) -> None:
         build_purifier("reverse-attack:gate=auto", other)
 
 
-def test_images_that_the_head_was_trained_on_are_not_held_back(
-    folder: Path, image_folder: Path, tmp_path: Path
+@pytest.mark.parametrize("part", ["head_training", "restorer_training"])
+def test_images_that_a_part_was_trained_on_are_not_held_back(
+    part: str, folder: Path, image_folder: Path, tmp_path: Path
 ) -> None:
     card, dataset = store.load(folder).card, data.load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
-    other = dataclasses.replace(card, head_training={**card.head_training, "held_out": 30, "seed": 1})
+    training = {**card.head_training, "held_out": 30, "seed": 1}
+    other = dataclasses.replace(card, **{part: training})
     both = data.kept_back(dataset, other)
     for seed, count in ((0, 9), (1, 30)):
         _, held = data.hold_out(dataset.train, count, seed=seed)
@@ -133,6 +135,10 @@ def test_images_that_the_head_was_trained_on_are_not_held_back(
         data.kept_back(dataset._replace(digest="0"), card)
     with pytest.raises(ConfigError, match="does not say"):
         data.kept_back(dataset, make_checkpoint().card)
+    with pytest.raises(ConfigError, match="does not say"):
+        data.kept_back(dataset, dataclasses.replace(card, data={}))  # an imported classifier, with a head
+    with pytest.raises(ConfigError, match="other images"):
+        data.kept_back(dataset, dataclasses.replace(card, **{part: {**training, "data_sha256": "0"}}))
 
 
 def test_clean_images_whose_losses_do_not_differ_are_refused_and_the_card_is_left(

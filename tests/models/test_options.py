@@ -65,3 +65,10 @@ def test_other_name_of_an_option_is_the_same_option() -> None:
     for name in ("--model", "--network"):
         assert parse(Chosen, ["photos", name, "large"], program="it").model == "large"
     assert parse(Chosen, ["photos"], program="it").model == "small"
+
+
+@pytest.mark.parametrize("text", ["1e400", "1/0", "much"])
+def test_number_that_is_none_is_refused_as_it_was_given(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(Chosen, ["photos", "--epsilon", text], program="it")
+    assert f"argument --epsilon: {text!r} is neither a number nor a fraction" in capsys.readouterr().err

@@ -148,3 +148,10 @@ def test_unrolled_without_gradients_is_refused(images: torch.Tensor) -> None:
 def test_bad_parameter_is_refused_with_its_name(field: dict[str, object]) -> None:
     with pytest.raises((ConfigError, TypeError), match=next(iter(field))):
         loop(**field)
+
+
+def test_linf_radius_beyond_all_pixels_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"epsilon=8\.0 .* as 8/255"):
+        loop(epsilon=8.0)
+    assert loop(epsilon=8.0, norm="l2").epsilon == 8
+    assert loop(epsilon=1.0).epsilon == 1

@@ -57,6 +57,8 @@ def test_restorer_gives_the_restored_view(images: Tensor) -> None:
         build_purifier("restorer", dataclasses.replace(subject, restorer=None))
     with pytest.raises(ConfigError, match="times=-1"):
         build_purifier("restorer:times=-1", subject)
+    with pytest.raises(ConfigError, match="times='1e400' is not a number"):
+        build_purifier("restorer:times=1e400", subject)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def test_presets_own_vote_is_left_out_by_name_and_scaled_to_the_images() -> None
     with pytest.raises(ConfigError, match="34 views; at most 32"):
         Vote(shifts=tuple((number, 0) for number in range(17)))
     assert Vote(shifts=((-2, -2), (1, 1))).scaled(8).shifts == ((-1, -1), (1, 1))
+    assert build_defense("vote:shifts=15/-15", checkpoint).vote == Vote(shifts=((15, -15),))
 
 
 def test_preset_without_steps_needs_no_head_and_changes_no_image(images: Tensor) -> None:
@@ -108,6 +109,10 @@ def test_shifts_are_read_as_they_are_spelled(text: str, shifts: tuple[tuple[int,
     ("spec", "says"),
     [
         ("vote:shifts=two", "two"),
+        ("vote:shifts=\u00b2", "neither pixels"),
+        (f"vote:shifts={'9' * 5000}", "neither pixels"),
+        ("vote:shifts=16", "under half the side of the images, 32 pixels"),
+        ("reverse-attack:vote=0/-16+1/1", "under half the side of the images, 32 pixels"),
         ("vote:shifts=1/1+1/1", "twice"),
         ("vote:shifts=1025", "1024"),
         ("vote:mirrored=maybe", "maybe"),

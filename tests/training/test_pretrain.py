@@ -14,6 +14,7 @@ import torch
 from tests.conftest import make_checkpoint
 from tests.support.training import FRESH, pretrain_arguments, read_log
 from unperturb.models.checkpoints import store
+from unperturb.models.contrastive.views import make_views
 from unperturb.models.networks.readout import NoReadout, SoftNeighbours
 from unperturb.models.pixels import Preprocessing
 from unperturb.models.purifiers.vote import Vote
@@ -181,6 +182,21 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
         assert torch.allclose(value.float(), weights[1][name].float(), atol=5e-3), name
 
 
+def test_no_held_out_image_is_left_without_another_as_its_negative(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def noted(x: torch.Tensor, **settings: Any) -> torch.Tensor:
+        sizes.append(len(x))
+        return make_views(x, **settings)
+
+    monkeypatch.setattr("unperturb.training.contrastive.pretrain.make_views", noted)
+    monkeypatch.setattr("unperturb.training.contrastive.pretrain.BATCH", 8)
+    assert main(pretrain_arguments(image_folder, tmp_path / "run", *FRESH, "--epochs", "1")) == 0
+    assert sizes == [5, 4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -189,7 +205,6 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
         (["pretrain", "--false-negative-share", "1"], "false_negative_share=1"),
         (["pretrain", "--encoder", "nowhere"], "nowhere"),
         (["pretrain", "--encoder", "default", "--arch", "resnet50"], "arch='resnet50': of a fresh network"),
-        (["head", "--classifier", "default", "--held-out", "1"], "held_out=1 must be at least 2"),
         (["pretrain", "--images", "1000"], "images=1000"),
         (["pretrain", "--queue", "0"], "queue=0"),
         (["linear", "--encoder", "nowhere"], "nowhere"),
@@ -205,7 +220,7 @@ def test_resumed_contrast_goes_on_with_its_queue_and_thresholds(
 def test_bad_argument_is_refused_with_its_name(
     arguments: list[str], message: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = [] if arguments[0] in ("knn", "head") else ["--held-out", "9"]
+    held = [] if arguments[0] == "knn" else ["--held-out", "9"]
     more = ["--data", str(image_folder), "--out", str(tmp_path / "run"), "--device", "cpu", "--cache", str(tmp_path)]
     assert main([*arguments, *more, *held]) == 2
     assert message in capsys.readouterr().err

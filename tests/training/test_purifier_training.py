@@ -13,7 +13,7 @@ from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.purifiers.registry import build_defense
 from unperturb.models.purifiers.vote import Vote
 from unperturb.training.__main__ import main
-from unperturb.training.data import Split
+from unperturb.training.data import Split, load
 from unperturb.training.purifier.purifier import PurifierConfig, PurifierTask, Whole, fresh
 
 AUTOENCODER = RestorerCard(width=8, depth=1, epsilon=1.0, scale=2, times=1.0, kind="autoencoder")
@@ -182,7 +182,13 @@ def test_purifier_begins_with_that_of_another_checkpoint(
     image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, network = make_checkpoint(head=False), Restorer(AUTOENCODER).eval()
-    card = dataclasses.replace(base.card, id="theirs", purifier=AUTOENCODER)
+    digest = load(str(image_folder), base.card.pictures, cache=tmp_path).digest
+    card = dataclasses.replace(
+        base.card,
+        id="theirs",
+        purifier=AUTOENCODER,
+        purifier_training={"held_out": 9, "seed": 1, "data_sha256": digest},
+    )
     store.save(tmp_path / "base", base)
     store.save(tmp_path / "theirs", dataclasses.replace(base, card=card, purifier=network), half=False)
     given = ["purifier", "--checkpoint", str(tmp_path / "base"), "--data", str(image_folder), "--device", "cpu"]
@@ -193,6 +199,9 @@ def test_purifier_begins_with_that_of_another_checkpoint(
     assert main([*given, *little, *out, "--start", str(tmp_path / "theirs"), "--scale", "8"]) == 2
     assert "scale=8: of a fresh network; the card of" in capsys.readouterr().err
     assert main([*given, *little, *out, "--start", str(tmp_path / "theirs")]) == 0
+    said = capsys.readouterr().err
+    assert "seed=0: the purifier of 'theirs' was trained on" in said
+    assert "new to it are those held back by held_out=9, seed=1" in said
     made = store.load(tmp_path / "run" / "checkpoint")
     assert (made.card.id, made.card.purifier) == (base.card.id, AUTOENCODER)
     told = made.card.purifier_training
@@ -207,7 +216,6 @@ def test_purifier_begins_with_that_of_another_checkpoint(
     "bad",
     [
         ["--attack-steps", "0"],
-        ["--held-out", "0"],
         ["--width", "0"],
         ["--width", "7", "--network", "autoencoder"],
         ["--beta", "-1"],
@@ -238,4 +246,5 @@ def test_state_of_another_classifier_without_a_digest_is_refused(
     for name, status in (("one", 0), ("other", 2)):
         arguments = run_arguments("purifier", image_folder, tmp_path / "run", checkpoint=name, **small)
         assert main(arguments) == status
+        monkeypatch.delattr("unperturb.training.purifier.purifier.measure", raising=False)  # refused before that
     assert "of a run with other checkpoint" in capsys.readouterr().err

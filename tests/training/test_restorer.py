@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 
 from tests.conftest import RESTORER, make_checkpoint, make_config
 from tests.support.training import assert_lowered, read_log, run_arguments
+from unperturb.models.attacks.pgd import Classify, pgd
 from unperturb.models.checkpoints import store
 from unperturb.models.contrastive.loss import info_nce
 from unperturb.models.contrastive.views import make_views
@@ -150,7 +152,28 @@ def test_training_finds_the_perturbation(image_folder: Path, tmp_path: Path) -> 
         assert torch.equal(value, made.classifier.state_dict()[name])
 
 
-@pytest.mark.parametrize("bad", [["--attack-steps", "0"], ["--held-out", "0"], ["--width", "0"]], ids=lambda b: b[0])
+def test_images_are_attacked_once_the_run_has_something_to_train(
+    image_folder: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacked: list[bool] = []
+
+    def noted(classifier: Classify, x: torch.Tensor, labels: torch.Tensor, **settings: Any) -> torch.Tensor:
+        attacked.append(torch.is_autocast_enabled("cpu"))
+        return pgd(classifier, x, labels, **settings)
+
+    monkeypatch.setattr("unperturb.training.purifier.restorer.pgd", noted)
+    small = {"held_out": 9, "width": 4, "depth": 1, "attack_steps": 1, "precision": "bfloat16"}
+    arguments = run_arguments("restorer", image_folder, tmp_path / "run", checkpoint=tiny_folder, **small)
+    assert main([*arguments, "--batch-size", "100"]) == 2
+    assert attacked == []
+    assert main([*arguments, "--batch-size", "20", "--epochs", "1"]) == 0
+    assert attacked == [False, False]  # training images and held-out ones, in float32
+    assert main([*arguments, "--batch-size", "20", "--epochs", "1"]) == 0  # finished already
+    assert main([*arguments, "--batch-size", "20", "--epochs", "1", "--lr", "1"]) == 2  # not this run's state
+    assert len(attacked) == 2
+
+
+@pytest.mark.parametrize("bad", [["--attack-steps", "0"], ["--width", "0"]], ids=lambda b: b[0])
 def test_bad_argument_is_refused(
     bad: list[str], image_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

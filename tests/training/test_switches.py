@@ -2,11 +2,13 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import make_checkpoint
 from tests.support.training import assert_lowered, classifier_arguments, read_log, run_arguments
@@ -40,6 +42,32 @@ def test_self_adaptive_targets_follow_the_predictions_in_numpy() -> None:
         expected = (weights * -(targets * np.log(p)).sum(1)).sum() / weights.sum()
         assert abs(found - expected) < 1e-5
     assert torch.allclose(adaptive.targets[[1, 3]], torch.from_numpy(begun[[1, 3]]).float())  # not in the batch
+
+
+def test_self_adaptive_targets_of_a_batch_cost_no_table_of_all_images() -> None:
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = operation(*args, **(kwargs or {}))
+            if isinstance(made, torch.Tensor) and made.data_ptr() != adaptive.targets.data_ptr():
+                self.elements = max(self.elements, made.numel())
+            return made
+
+    adaptive = AdaptiveTargets(
+        torch.zeros(1000, dtype=torch.int64),
+        num_classes=3,
+        label_smoothing=0.0,
+        momentum=0.5,
+        warmup_epochs=0,
+        world=HERE,
+    )
+    twice, predictions = torch.tensor([7, 3, 7]), torch.eye(3)
+    with Largest() as made:
+        adaptive._move(twice, predictions)
+    assert made.elements <= predictions.numel()
+    assert adaptive.targets[3].tolist() == [0.5, 0.5, 0.0]
+    assert adaptive.targets[7].tolist() == [0.75, 0.0, 0.25]  # the mean of its two
 
 
 def test_weight_perturbation_raises_the_loss_by_gamma_and_leaves_the_weights(images: torch.Tensor) -> None:

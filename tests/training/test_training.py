@@ -273,7 +273,7 @@ def test_precision_is_bfloat16_by_itself_where_the_processor_computes_in_it(
 
 
 def rising(out: Path, **options: Any) -> RunConfig:
-    plain: dict[str, Any] = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.0, "held_out": 0}
+    plain: dict[str, Any] = {"schedule": "constant", "momentum": 0.0, "weight_decay": 0.0}
     return RunConfig(data="none", out=out, device="cpu", batch_size=2, lr=1.0, **plain, **options)
 
 
@@ -321,6 +321,32 @@ def test_log_has_an_attempt_at_an_epoch_once_after_a_crash_and_nothing_of_anothe
     assert [entry["epoch"] for entry in read_log(tmp_path)] == [1, 2, 2]  # the first second collapsed
     assert fit(3) == [1, 2, 2, 3]
     assert fit(1, resume=False) == [1]
+
+
+@pytest.mark.parametrize("save_every_s", [0.0, 600.0])
+def test_loss_that_is_not_finite_ends_a_run_at_once_and_leaves_its_last_good_state(
+    save_every_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Epochs of 10 steps, whose progress is read after 4 and 8; the loss is lost in step 2 of the second."""
+    task, last = Rising(), []
+
+    def loss(indices: torch.Tensor, epoch: int, step: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        last.append(step)
+        return -task.model.weight.sum() * (float("nan") if (epoch, step) == (1, 2) else 1.0), {}
+
+    monkeypatch.setattr(loop, "SYNC_EVERY", 4)
+    monkeypatch.setattr(task, "loss", loss)
+    averaged = tmp_path / "ema.safetensors"
+    with pytest.raises(ConfigError, match=rf"nan in epoch 2; .* --resume-from {averaged} --epoch 1$"):
+        loop.fit(task, rising(tmp_path, epochs=3, save_every_s=save_every_s), world.join("cpu"), made_of={})
+    saved = torch.load(tmp_path / STATE, weights_only=True)
+    at_once = save_every_s == 0
+    assert last[-1] == (2 if at_once else 3)
+    assert (saved["progress"]["epoch"], saved["progress"]["step"]) == (1, 2 if at_once else 0)
+    assert saved["parts"]["model"]["weight"].isfinite().all()
+    averaged.unlink()
+    with pytest.raises(ConfigError, match=r"nan in epoch 2; lower --lr=1\.0$"):
+        loop.fit(task, rising(tmp_path, epochs=3, save_every_s=save_every_s), world.join("cpu"), made_of={})
 
 
 def test_state_of_a_network_of_another_shape_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -57,6 +58,26 @@ def test_broken_image_is_refused_by_name_before_training(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"train/red/00001\.png cannot be decoded"):
         load(str(root), Preprocessing(size=32), cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())  # nothing half-made is left behind
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has no posix_fallocate")
+def test_full_disk_is_one_error_that_names_the_file_before_an_image_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, cache = write_image_folder(tmp_path / "images", train=2, test=1), tmp_path / "cache"
+
+    def full(file: int, start: int, size: int) -> None:
+        assert (start, size) == (0, os.fstat(file).st_size)
+        assert size > 6 * 3 * 32 * 32
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr("unperturb.training.data._decode", None)
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        load(str(root), Preprocessing(size=32), cache=cache)
+    assert Path(refused.value.filename).parent == cache
+    assert Path(refused.value.filename).suffix == ".npy"
+    assert not list(cache.iterdir())
 
 
 def test_class_without_images_is_refused_by_name(tmp_path: Path) -> None:
@@ -167,13 +188,48 @@ def test_new_part_says_which_held_out_images_the_classifier_was_trained_on(
     own = dataclasses.replace(card, data=known, training={**card.training, "seed": 0})
     capsys.readouterr()
     unknown = dataclasses.replace(card, data={})
-    for given, seed, says in ((own, 0, ""), (own, 1, "was trained on"), (unknown, 0, "not known")):
+    elsewhere = dataclasses.replace(own, data={**known, "sha256": "of the same pictures at 40 pixels"})
+    other = "not known: it was on other images, or on the same ones at another size or fit"
+    for given, seed, says in (
+        (own, 0, ""),
+        (own, 1, "was trained on"),
+        (unknown, 0, "not known\n"),
+        (elsewhere, 0, other),
+    ):
         config = RestorerConfig(checkpoint="x", data="x", out=tmp_path, held_out=10, seed=seed)
         kept, held = training_images_for(given, dataset, config)
         assert (len(kept.labels), len(held.labels)) == (62, 10)
         said = capsys.readouterr().err
         assert says in said
         assert bool(said) == bool(says)
+
+
+@pytest.mark.parametrize(
+    ("training", "says"),
+    [
+        ({"held_out": 10, "seed": 0}, ""),
+        ({"held_out": 10, "seed": 1}, "new to it are those held back by held_out=10, seed=1"),
+        ({"held_out": 10, "seed": 0, "data_sha256": "another"}, "not known: it was on other images"),
+        ({"held_out": 10, "seed": 0, "start_sha256": "of another"}, "not known\n"),
+        ({}, "not known\n"),
+    ],
+    ids=["same images", "other images", "other data", "a start of its own", "nothing"],
+)
+def test_purifier_that_a_run_begins_with_has_seen_images_too(
+    training: dict[str, Any],
+    says: str,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
+    start = dataclasses.replace(make_checkpoint().card, id="theirs", purifier_training=training)
+    config = RestorerConfig(checkpoint="x", data="x", out=tmp_path, held_out=10)
+    capsys.readouterr()
+    training_images_for(None, dataset, config, start=start)
+    said = capsys.readouterr().err
+    assert says in said
+    assert ("the purifier of 'theirs'" in said) == bool(says)
 
 
 def test_images_that_an_earlier_training_saw_count_as_seen(

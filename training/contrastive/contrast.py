@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from unperturb.models.attacks.instance import Distance, away_from
 from unperturb.models.attacks.pgd import evaluating
-from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.attacks.projected_gradient import ProjectedGradient, require_pixel_units
 from unperturb.models.contrastive.loss import in_batch_negatives, info_nce
 from unperturb.models.contrastive.views import ViewPolicy, make_views
 from unperturb.models.errors import ConfigError
@@ -41,9 +41,11 @@ class ContrastConfig(FalseNegativeConfig):
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
         super().__post_init__()
-        for name, least in (("hidden", 1), ("embedding_dim", 2), ("attack_steps", 0), ("bank_size", 1)):
+        least_of = {"hidden": 1, "embedding_dim": 2, "attack_steps": 0, "bank_size": 1, "held_out": 2}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
+        require_pixel_units(self.epsilon)
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature} must be above 0")
         if self.batch_size < 2:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -121,19 +122,21 @@ class PretrainTask:
         return self.method.loss(batch)
 
     def validate(self, averaged: nn.Module) -> dict[str, int | float]:
-        """Return NT-Xent of held-out images; it says little of robustness, so that the last epoch is stored."""
+        """Return NT-Xent of held-out images, in batches of nearly the same size.
+
+        It says little of robustness, so that the last epoch is stored.
+        """
         assert isinstance(averaged, Encoder)
-        total = 0.0
-        device = self.held.images.device
+        total, count, device = 0.0, len(self.held.labels), self.held.images.device
         with torch.no_grad(), evaluating(averaged), options.autocast(self.config, device):
-            for indices in torch.arange(len(self.held.labels), device=device).split(BATCH):
+            for indices in torch.arange(count, device=device).tensor_split(math.ceil(count / BATCH)):
                 x = self.held.images[indices].float() / 255
                 views = make_views(x, seeds=indices, step=0, views=2, policy=POLICY)
                 embeddings = embed_together(averaged, views)
                 negatives, keep = in_batch_negatives(embeddings)
                 losses = info_nce(embeddings, negatives, temperature=self.config.temperature, keep=keep)
                 total += float(losses.sum())
-        return {"loss": total / len(self.held.labels)}
+        return {"loss": total / count}
 
 
 class Beginning(NamedTuple):

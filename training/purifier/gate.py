@@ -1,9 +1,9 @@
 """`unperturb train gate`: from which first loss on an image is worth purifying, measured on clean images.
 
-An image whose InfoNCE loss is within a quantile of what clean training images have, which neither the classifier's nor
-the head's training saw, is left as it is (`purify=auto`, `reverse-attack:gate=auto`). A loss depends on the views, so
-the gate holds for the seed that it was measured with, the service's own. It is part of the defense: an attack that
-keeps the loss low passes it, and the harness attacks through it.
+An image whose InfoNCE loss is within a quantile of what clean training images have, which no training of the
+classifier, the head or the restorer saw, is left as it is (`purify=auto`, `reverse-attack:gate=auto`). A loss depends
+on the views, so the gate holds for the seed that it was measured with, the service's own. It is part of the defense: an
+attack that keeps the loss low passes it, and the harness attacks through it.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from unperturb.models import provenance
 from unperturb.models.attacks.pgd import pgd
+from unperturb.models.attacks.projected_gradient import require_pixel_units
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import GATE_SEED
 from unperturb.models.devices import opened_device
@@ -43,6 +44,7 @@ class GateConfig:
         """Raise ConfigError for values out of range."""
         if not 0 < self.quantile < 1:
             raise ConfigError(f"quantile={self.quantile} is not between 0 and 1")
+        require_pixel_units(self.epsilon)
         if self.images < 0 or self.images == 1:
             raise ConfigError(
                 f"images={self.images} is neither 0, for all, nor at least 2: their losses have no spread"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.models.accuracy import correct
+from unperturb.models.attacks.projected_gradient import require_pixel_units
 from unperturb.models.checkpoints import store
 from unperturb.models.contrastive.loss import info_nce
 from unperturb.models.contrastive.views import make_views
@@ -54,6 +55,7 @@ class GeneratorConfig(FalseNegativeConfig):
         super().__post_init__()
         if self.test_images < 0:
             raise ConfigError(f"test_images={self.test_images} is below 0")
+        require_pixel_units(self.epsilon)
         if self.temperature <= 0 or self.batch_size < 2:
             raise ConfigError(
                 f"temperature={self.temperature} must be above 0, batch_size={self.batch_size} at least 2"

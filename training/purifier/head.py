@@ -48,7 +48,7 @@ class HeadConfig(ContrastConfig):
     def __post_init__(self) -> None:
         """Raise ConfigError for values out of range."""
         super().__post_init__()
-        for name, least in (("views", 2), ("queue", 0), ("held_out", 2)):
+        for name, least in (("views", 2), ("queue", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least}")
 

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unperturb.models.attacks.pgd import cross_entropy, evaluating
-from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.attacks.projected_gradient import ProjectedGradient, require_pixel_units
 from unperturb.models.checkpoints import store
+from unperturb.models.checkpoints.card import Card
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.folding import prepared
 from unperturb.models.networks.restorer import Restorer, RestorerCard
@@ -101,8 +102,7 @@ class PurifierConfig(RunConfig):
             raise ConfigError(f"attack_steps={self.attack_steps} must be at least 1")
         if self.assess < 0:
             raise ConfigError(f"assess={self.assess} is below 0")
-        if self.held_out < 1:
-            raise ConfigError(f"held_out={self.held_out} must be at least 1: the epoch is chosen on them")
+        require_pixel_units(self.epsilon)
 
 
 class Whole(nn.Module):
@@ -218,8 +218,8 @@ def fresh(card: RestorerCard) -> Restorer:
     return restorer
 
 
-def begun(config: PurifierConfig) -> tuple[Restorer, RestorerCard, dict[str, str]]:
-    """Return the network that is trained, its shape, and the digest of the checkpoint that it is from, if from one."""
+def begun(config: PurifierConfig) -> tuple[Restorer, RestorerCard, Card | None]:
+    """Return the network that is trained, its shape, and the card of the checkpoint that it is from, if from one."""
     if config.start is None:
         residual = config.network == "residual"
         card = RestorerCard(
@@ -230,12 +230,12 @@ def begun(config: PurifierConfig) -> tuple[Restorer, RestorerCard, dict[str, str
             epsilon=config.reach if residual else 1.0,
             times=1.0,
         )
-        return fresh(card), card, {}
+        return fresh(card), card, None
     options.refuse_fresh(config, FRESH, config.start)
     first = store.load(config.start)
     if first.purifier is None or first.card.purifier is None:
         raise ConfigError(f"start={config.start}: {lacking('purifier', f'checkpoint {first.card.id!r}')}")
-    return first.purifier.requires_grad_(), first.card.purifier, {"start": first.card.weights_sha256}
+    return first.purifier.requires_grad_(), first.card.purifier, first.card
 
 
 def resolved(config: PurifierConfig, card: RestorerCard) -> PurifierConfig:
@@ -264,18 +264,20 @@ def train_purifier(config: PurifierConfig) -> None:
     model, card, start = begun(config)
     config = resolved(config, card)
     model = model.to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    made_of = {"data": dataset.digest, "checkpoint": base.card.weights, **start}
-    kept, held = data.training_images_for(base.card, dataset, config)
+    made_of = {"data": dataset.digest, "checkpoint": base.card.weights}
+    if start is not None:
+        made_of["start"] = start.weights_sha256
+    kept, held = data.training_images_for(base.card, dataset, config, start=start)
     vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None
     task = PurifierTask(
         config, prepared(base).classifier, vote, model, data.resident(kept, here.device), processes=here.size
     )
     task.held = data.resident(held, here.device)
-    with options.autocast(config, here.device):
-        bare = measure(Whole(None, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)
     fitted = loop.fit(task, config, here, made_of=made_of)
     if here.rank == 0:
-        told = {"data_sha256": dataset.digest, "held_out_bare": bare, "start_sha256": start.get("start")}
+        with options.autocast(config, here.device):
+            bare = measure(Whole(None, task.classifier, vote), task.held, epsilon=config.epsilon, steps=10)
+        told = {"data_sha256": dataset.digest, "held_out_bare": bare, "start_sha256": made_of.get("start")}
         out = save_with("purifier", config, base, card, fitted, **told)
         print(
             f"{out}: on {bare['n']} held-out images, with the purifier (without{', the vote alone' * config.vote}): "

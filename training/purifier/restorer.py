@@ -7,6 +7,7 @@ was trained on, and whoever knows it can attack it: benchmarks/robustbench_eval.
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from unperturb.models.attacks.pgd import evaluating, pgd
+from unperturb.models.attacks.projected_gradient import require_pixel_units
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
@@ -47,8 +49,7 @@ class RestorerConfig(RunConfig):
         super().__post_init__()
         if self.attack_steps < 1:
             raise ConfigError(f"attack_steps={self.attack_steps} must be at least 1")
-        if self.held_out < 1:
-            raise ConfigError(f"held_out={self.held_out} must be at least 1: the log is measured on them")
+        require_pixel_units(self.epsilon)
 
 
 class RestorerTask:
@@ -57,31 +58,41 @@ class RestorerTask:
     def __init__(
         self, config: RestorerConfig, classifier: ImageClassifier, model: Restorer, train: data.Split, held: data.Split
     ) -> None:
-        self.config, self.model, self.train, self.held = config, model, train, held
+        self.config, self.classifier, self.model, self.train, self.held = config, classifier, model, train, held
         self.images, self.memory = len(train.labels), nn.Module()
-        self.attacked, self.attacked_held = (self._attacked(classifier, split) for split in (train, held))
 
-    def _attacked(self, classifier: ImageClassifier, split: data.Split) -> Tensor:
-        """Attack every image of a split; return them as float16."""
+    @cached_property
+    def noise(self) -> Tensor:
+        """Return the perturbation of every training image as float16."""
+        return self._noise(self.train)
+
+    @cached_property
+    def held_noise(self) -> Tensor:
+        """Return the perturbation of every held-out image as float16."""
+        return self._noise(self.held)
+
+    def _noise(self, split: data.Split) -> Tensor:
+        """Attack every image of a split, in float32; return what that adds, as float16."""
         made = []
         numbers = torch.arange(len(split.labels), device=split.labels.device)
-        for some in tqdm(numbers.split(data.at_once(split.images)), desc="attacking", disable=None, leave=False):
-            moved = pgd(
-                classifier,
-                split.images[some].float() / 255,
-                split.labels[some],
-                epsilon=self.config.epsilon,
-                step_size=self.config.attack_step_size,
-                steps=self.config.attack_steps,
-                seeds=some,
-            )
-            made.append((moved - split.images[some].float() / 255).half())
-        return torch.cat(made)
+        with torch.autocast(split.images.device.type, enabled=False):
+            for some in tqdm(numbers.split(data.at_once(split.images)), desc="attacking", disable=None, leave=False):
+                moved = pgd(
+                    self.classifier,
+                    split.images[some].float() / 255,
+                    split.labels[some],
+                    epsilon=self.config.epsilon,
+                    step_size=self.config.attack_step_size,
+                    steps=self.config.attack_steps,
+                    seeds=some,
+                )
+                made.append((moved - split.images[some].float() / 255).half())
+            return torch.cat(made)
 
     def loss(self, indices: Tensor, epoch: int, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the mean square error on images as they are and attacked, half of the batches mirrored."""
         self.model.train()
-        x, noise = self.train.images[indices].float() / 255, self.attacked[indices].float()
+        x, noise = self.train.images[indices].float() / 255, self.noise[indices].float()
         draw = seeds.of_step(seed=self.config.seed, epoch=epoch, step=step)
         if torch.rand((), generator=draw) < 0.5:
             x, noise = x.flip(3), noise.flip(3)
@@ -96,7 +107,7 @@ class RestorerTask:
         with torch.no_grad(), evaluating(averaged), options.autocast(self.config, self.held.images.device):
             numbers = torch.arange(len(self.held.labels), device=self.held.images.device)
             for some in numbers.split(data.at_once(self.held.images)):
-                noise = self.attacked_held[some].float()
+                noise = self.held_noise[some].float()
                 found = averaged(self.held.images[some].float() / 255 + noise).float()
                 errors.append(F.mse_loss(found, noise / self.config.epsilon, reduction="none").mean((1, 2, 3)))
                 signs.append(_signs(found, noise))

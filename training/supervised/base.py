@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from unperturb.models.accuracy import correct, wilson
 from unperturb.models.attacks.pgd import Classify, pgd
-from unperturb.models.attacks.projected_gradient import ProjectedGradient
+from unperturb.models.attacks.projected_gradient import ProjectedGradient, require_pixel_units
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import option
@@ -47,6 +47,7 @@ class SupervisedConfig(RunConfig):
                 f"label_smoothing={self.label_smoothing}, attack_steps={self.attack_steps}, pad={self.pad}, "
                 f"beta={self.beta}: out of range"
             )
+        require_pixel_units(self.epsilon)
         if self.qub and self.method not in ("pgd", "n-fgsm"):
             raise ConfigError(f"qub=True bounds the loss of attacked images: --method pgd or n-fgsm, not {self.method}")
         if not 0 <= self.collapse < 1:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from unperturb.models.attacks.projected_gradient import require_pixel_units
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
@@ -42,6 +43,7 @@ class KnnConfig:
         for name in ("neighbours", "bank", "test_images"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}={getattr(self, name)} is below 0")
+        require_pixel_units(self.epsilon)
 
 
 def make_knn(config: KnnConfig) -> None:

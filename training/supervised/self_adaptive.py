@@ -5,7 +5,6 @@
 Labels that the model cannot fit stop being pressed on it, which is what adversarial training overfits to.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,7 +50,6 @@ class AdaptiveTargets(nn.Module):
     def _move(self, indices: Tensor, predictions: Tensor) -> None:
         """Move the targets on every process, whichever of them had the image."""
         where, predicted = worlds.gather(self.world, indices), worlds.gather(self.world, predictions)
-        sums = torch.zeros_like(self.targets).index_add_(0, where, predicted)  # an image may come twice
-        count = torch.zeros_like(self.targets[:, :1]).index_add_(0, where, torch.ones_like(predicted[:, :1]))
-        moved = self.momentum * self.targets + (1 - self.momentum) * sums / count.clamp(min=1)
-        self.targets.copy_(torch.where(count > 0, moved, self.targets))
+        rows, place, count = where.unique(return_inverse=True, return_counts=True)  # an image may come twice
+        mean = predicted.new_zeros(len(rows), predicted.shape[1]).index_add_(0, place, predicted) / count[:, None]
+        self.targets[rows] = self.momentum * self.targets[rows] + (1 - self.momentum) * mean
