@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,7 +126,8 @@ def test_images_that_a_part_was_trained_on_are_not_held_back(
 ) -> None:
     card, dataset = store.load(folder).card, data.load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
     training = {**card.head_training, "held_out": 30, "seed": 1}
-    other = dataclasses.replace(card, **{part: training})
+    changed: dict[str, Any] = {part: training}
+    other = dataclasses.replace(card, **changed)
     both = data.kept_back(dataset, other)
     for seed, count in ((0, 9), (1, 30)):
         _, held = data.hold_out(dataset.train, count, seed=seed)
@@ -137,8 +139,9 @@ def test_images_that_a_part_was_trained_on_are_not_held_back(
         data.kept_back(dataset, make_checkpoint().card)
     with pytest.raises(ConfigError, match="does not say"):
         data.kept_back(dataset, dataclasses.replace(card, data={}))  # an imported classifier, with a head
+    training["data_sha256"] = "0"
     with pytest.raises(ConfigError, match="other images"):
-        data.kept_back(dataset, dataclasses.replace(card, **{part: {**training, "data_sha256": "0"}}))
+        data.kept_back(dataset, other)
 
 
 def test_clean_images_whose_losses_do_not_differ_are_refused_and_the_card_is_left(

@@ -63,7 +63,7 @@ def test_self_adaptive_targets_of_a_batch_cost_no_table_of_all_images() -> None:
         world=HERE,
     )
     twice, predictions = torch.tensor([7, 3, 7]), torch.eye(3)
-    with Largest() as made:
+    with Largest() as made:  # type: ignore[no-untyped-call]
         adaptive._move(twice, predictions)
     assert made.elements <= predictions.numel()
     assert adaptive.targets[3].tolist() == [0.5, 0.5, 0.0]
