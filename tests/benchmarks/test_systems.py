@@ -332,9 +332,9 @@ def test_every_system_has_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (row,) = [row for row in rows if row.startswith("| the same on a network")]
     place = list(plan).index("imported-generator")
     assert f"by image (n = 7): -{place}.0 (-90.0 to -10.0)" in row  # the least of five
-    for arm, commits in {"silu": "aab", "simclr": "aaa", "moco": ("a", "a", "a+changes")}.items():
-        for seed, commit in zip(found.arms[arm]["seeds"].values(), commits, strict=True):
-            seed["commit"] = commit
+    for name, commits in {"silu": "aab", "simclr": "aaa", "moco": ("a", "a", "a+changes")}.items():
+        for record_of_seed, commit in zip(found.arms[name]["seeds"].values(), commits, strict=True):
+            record_of_seed["commit"] = commit
     below = systems_table.systems_table(tmp_path).splitlines()[-1]
     assert below.startswith("Of these arms the seeds were run at several commits")
     assert below.endswith(": `moco`, `silu`.")
