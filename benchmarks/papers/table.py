@@ -269,8 +269,6 @@ def _head(found: Found) -> SystemRow:
         cells.append(f"{figure.replace('_', ' ')} {spread(values[0])} / {spread(values[1])}")
         differences.append(f"{figure.replace('_', ' ')} {gain(*values)}")
     n = seed["figures"]["harness"]["clean"]["n"]
-    bare = spread(found.values("head-plain", "harness", "autoattack"))
-    cells.append(f"without it, by AutoAttack {bare}")
     measured = f"reverse attack with the robust / the plain head, n = {n}: {', '.join(cells)}"
     shows = f"points gained by the robust head: {', '.join(differences)}"
     if "autoattack" in seed["figures"]["harness"]:
