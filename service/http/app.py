@@ -104,6 +104,7 @@ def create_app(
     )
     metrics.watch(
         slots=settings.slots_in_all,
+        ready=lambda: engine.lifecycle.not_ready is None,
         queue_length=lambda: engine.waiting,
         slots_in_use=lambda: engine.in_slots,
         memory=lambda: engine.gpu_memory,

@@ -46,7 +46,7 @@ def test_queries_of_the_dashboard_have_no_variables_left_and_names_of_their_own(
     assert not [query.asked for query in queries if "$" in query.asked or "label_values" in query.asked]
     by_name = {query.name: query for query in queries}
     assert by_name["variable model"].asked == 'count by (model) (unperturb_images_total{job="unperturb"})'
-    assert by_name["Latency of /classify: p95"].asked.endswith('route="/classify",status="200"}[1m])))')
+    assert by_name["Latency: p95"].asked.endswith('/v2/models/.+/infer",status="200"}[1m])))')
     assert {query.name for query in queries if query.user == "autoscaler"} == {"slots", "refusals"}
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from fastapi.routing import APIRoute
 from prometheus_client import Counter, Gauge, Histogram
 
 from tests.support.manifests import DEPLOY, ROOT, read, the
+from unperturb.service.http.routes import classify, kserve
 from unperturb.service.telemetry.metrics import Metrics
 
 FOLDER = DEPLOY / "monitoring"
@@ -98,6 +100,15 @@ def test_every_query_names_the_job() -> None:
         selectors = re.findall(r"\b(?:unperturb|process)_\w+|\bup\b", re.sub(r"\{[^}]*\}", "", query))
         assert selectors, place
         assert query.count('job="unperturb"') == len(selectors), place
+
+
+def test_every_query_of_requests_asks_for_all_routes_of_images() -> None:
+    routes = {route for _, query in queries() for route in re.findall(r'\broute=(~?"[^"]*")', query)}
+    assert routes == {'~"/classify|/purify|/v2/models/.+/infer"'}
+    served = {route.path for family in (classify, kserve) for route in family.router.routes if isinstance(route, APIRoute)}
+    computing = {path for path in served if path.endswith(("/classify", "/purify", "/infer"))}
+    assert len(computing) == 4
+    assert all(re.fullmatch("/classify|/purify|/v2/models/.+/infer", path) for path in computing)
 
 
 def test_panels_have_ids_of_their_own_and_do_not_overlap() -> None:

@@ -19,6 +19,7 @@ from tests.support.serving import photo, settings, wait_until_ready
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service.engine.lifecycle import EngineState
 from unperturb.service.http.app import create_app
 from unperturb.service.telemetry import drift, tracing
 from unperturb.service.telemetry.logs import JsonLines, Text
@@ -88,6 +89,7 @@ def test_workers_processes_are_measured_as_the_main_one_is_and_one_that_has_ende
     metrics = Metrics()
     metrics.watch(
         slots=1,
+        ready=lambda: True,
         queue_length=lambda: 0,
         slots_in_use=lambda: 0,
         memory=dict,
@@ -101,6 +103,15 @@ def test_workers_processes_are_measured_as_the_main_one_is_and_one_that_has_ende
     (memory,) = [line for line in lines if line.startswith("unperturb_worker_process_resident_memory_bytes")]
     assert memory.startswith('unperturb_worker_process_resident_memory_bytes{worker="0"}')
     assert float(memory.split()[1]) > 1e7
+
+
+def test_readiness_is_that_of_the_probe(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert value(client, "unperturb_ready") == 1
+    lifecycle = client.app.state.engine.lifecycle  # type: ignore[attr-defined]
+    for state in EngineState:
+        monkeypatch.setattr(lifecycle, "state", state)
+        assert value(client, "unperturb_ready") == (client.get("/readyz").status_code == 200), state
+        assert "unperturb_ready " in client.get("/metrics").text
 
 
 def test_execution_of_each_model_is_the_one_that_its_steps_have_now(
@@ -192,6 +203,7 @@ def test_gpu_memory_and_utilisation_are_read_and_a_gpu_that_tells_none_fails_no_
     metrics = Metrics()
     metrics.watch(
         slots=2,
+        ready=lambda: True,
         queue_length=lambda: 0,
         slots_in_use=lambda: 0,
         memory=lambda: {"cuda:0": 7, "cuda:1": 8},
