@@ -111,12 +111,12 @@ class Metrics:
     ) -> None:
         """Read these values at every scrape.
 
-        `slots` is how many there are, `ready` whether requests are to be sent here, `memory` the bytes in use by device, `executions` how each model's steps run now,
-        `workers` the ids of their processes.
+        `slots` is how many there are, `ready` whether requests should come here, `memory` the bytes in use by device,
+        `executions` how each model's steps run now, `workers` the ids of their processes.
         """
         Gauge("unperturb_slots", "Images at a time on all devices", registry=self.registry).set(slots)
         for name, help, read in (
-            ("unperturb_ready", "1 where requests are to be sent here, as /readyz says", ready),
+            ("unperturb_ready", "1 where requests should come here, as /readyz says", ready),
             ("unperturb_queue_length", "Images that wait for a slot", queue_length),
             ("unperturb_slots_in_use", "Slots that have an image, or are wanted by one that waits", slots_in_use),
         ):

@@ -116,9 +116,15 @@ def test_probes_wait_for_the_warm_up_and_ask_for_what_exists(kind: str, built: d
 def test_a_pod_has_the_time_to_drain_and_a_rollout_that_to_warm_up(built: dict[str, list[Manifest]]) -> None:
     spec = the("Deployment", built["cpu"])["spec"]
     pod = spec["template"]["spec"]
-    settings = environment(pod["containers"][0])
-    drain_s, grace_s = float(settings["UNPERTURB_DRAIN_S"]), float(settings["UNPERTURB_GRACE_S"])
-    assert drain_s < grace_s <= pod["terminationGracePeriodSeconds"] - 10
+    predictor = the("InferenceService", standing(), "cifar10-half")["spec"]["predictor"]
+    (runtime,) = pod_specs(the("ServingRuntime", standing()))
+    for one, ends_s in (
+        (pod, pod["terminationGracePeriodSeconds"]),
+        (runtime, predictor["terminationGracePeriodSeconds"]),
+    ):
+        settings = environment(one["containers"][0])
+        drain_s, grace_s = float(settings["UNPERTURB_DRAIN_S"]), float(settings["UNPERTURB_GRACE_S"])
+        assert drain_s + Settings.model_fields["timeout_s"].default <= grace_s <= ends_s - 10
     startup = pod["containers"][0]["startupProbe"]
     assert spec["progressDeadlineSeconds"] > startup["periodSeconds"] * startup["failureThreshold"]
     assert spec["strategy"]["rollingUpdate"] == {"maxSurge": 1, "maxUnavailable": 0}
@@ -130,6 +136,21 @@ def test_every_setting_is_one_of_the_service() -> None:
     names = {a or b for a, b in named} - {"UNPERTURB_REPLICAS"}  # service/ray_app.py reads that one
     assert "UNPERTURB_METRICS_PORT" in names
     assert names <= {f"UNPERTURB_{name}".upper() for name in Settings.model_fields}
+
+
+def test_threads_and_decoders_are_by_the_containers_share_not_by_the_nodes_cores(
+    built: dict[str, list[Manifest]],
+) -> None:
+    specs = [spec for one in [*built["cpu"], *built["gpu"], *standing()] for spec in pod_specs(one)]
+    serving = [spec["containers"][0] for spec in specs if spec["containers"][0]["name"] != "ray-head"]
+    assert len(serving) == 4
+    for container in serving:
+        by_share = {
+            one["name"]
+            for one in container["env"]
+            if one.get("valueFrom") == {"resourceFieldRef": {"resource": "requests.cpu"}}
+        }
+        assert by_share == {"UNPERTURB_THREADS", "UNPERTURB_DECODERS"}, container["name"]
 
 
 def test_the_service_accepts_the_settings(built: dict[str, list[Manifest]], monkeypatch: pytest.MonkeyPatch) -> None:

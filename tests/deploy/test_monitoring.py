@@ -105,7 +105,9 @@ def test_every_query_names_the_job() -> None:
 def test_every_query_of_requests_asks_for_all_routes_of_images() -> None:
     routes = {route for _, query in queries() for route in re.findall(r'\broute=(~?"[^"]*")', query)}
     assert routes == {'~"/classify|/purify|/v2/models/.+/infer"'}
-    served = {route.path for family in (classify, kserve) for route in family.router.routes if isinstance(route, APIRoute)}
+    served = {
+        route.path for family in (classify, kserve) for route in family.router.routes if isinstance(route, APIRoute)
+    }
     computing = {path for path in served if path.endswith(("/classify", "/purify", "/infer"))}
     assert len(computing) == 4
     assert all(re.fullmatch("/classify|/purify|/v2/models/.+/infer", path) for path in computing)
@@ -183,3 +185,16 @@ def test_autoscaler_asks_for_the_replicas_that_the_load_keeps_busy(
     }
     (tmp_path / "test.yaml").write_text(yaml.safe_dump({"evaluation_interval": "15s", "tests": [test]}))
     assert "SUCCESS" in promtool("test", "rules", tmp_path / "test.yaml")
+
+
+def test_autoscaler_does_not_take_lost_metrics_for_no_load(tmp_path: Path) -> None:
+    """Where a query has no answer KEDA takes 0 for it, unless told not to; then it falls back."""
+    test: dict[str, Any] = {
+        "interval": "15s",
+        "input_series": [],
+        "promql_expr_test": [{"expr": TRIGGERS["slots"]["query"], "eval_time": "2m", "exp_samples": []}],
+    }
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"evaluation_interval": "15s", "tests": [test]}))
+    assert "SUCCESS" in promtool("test", "rules", tmp_path / "test.yaml")
+    assert TRIGGERS["slots"]["ignoreNullValues"] == "false"
+    assert SCALED["spec"]["fallback"]["behavior"] == "currentReplicasIfHigher"
