@@ -36,6 +36,7 @@ USER unperturb
 ENV UNPERTURB_HOST=0.0.0.0 UNPERTURB_PORT=8000 HOME=/tmp \
     GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
 EXPOSE 8000
+# Past http_proxy, which a host's Docker may set in every container.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen('http://127.0.0.1:' + os.environ['UNPERTURB_PORT'] + '/readyz', timeout=4)"]
+    CMD ["python", "-c", "import os, urllib.request as r; r.build_opener(r.ProxyHandler({})).open('http://127.0.0.1:' + os.environ['UNPERTURB_PORT'] + '/readyz', timeout=4)"]
 CMD ["unperturb", "serve"]

@@ -75,7 +75,7 @@ class Settings(Computing):
         default=256, description="all clients' images in progress, from the request's head on; past it 503"
     )
     max_connections: Positive = Field(
-        default=2048, description="open connections; one more takes an unused one's place, or is closed"
+        default=2048, description="open connections; one more takes an unused or slow one's place, or is closed"
     )
     max_batch: Annotated[int, Field(ge=0)] = Field(
         default=0, description="slots of one worker; 0: 64 on a GPU, and on a CPU four for each of its threads"

@@ -26,12 +26,14 @@ class TimedConnection(HttpToolsProtocol):
 
     header_timeout_s: in which a request's head, the first one's or a later one's, has to arrive
     write_timeout_s: in which a client has to read its answer, or what is left of it when the connection is closed
-    max_connections: past which a new one takes the place of the one that has been unused for longest, or is closed
+    max_connections: past which a new one takes the place of the one that has been unused for longest, else of one whose
+                     head is not whole after prompt_s, or is closed
     """
 
     header_timeout_s: float
     write_timeout_s: float
     max_connections: int
+    prompt_s = 1.0
     _head_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
     _close_timer: asyncio.TimerHandle | None = None
@@ -40,7 +42,7 @@ class TimedConnection(HttpToolsProtocol):
         """Begin a connection, and wait for its first head."""
         closing: Any = _Transport(transport, self._expect_end)
         super().connection_made(closing)
-        if len(self.connections) > self.max_connections and not self._close_unused():
+        if len(self.connections) > self.max_connections and not (self._close_unused() or self._close_slow()):
             transport.abort()
             return
         self._expect_head()
@@ -74,6 +76,19 @@ class TimedConnection(HttpToolsProtocol):
         if waiting:
             waiting[min(waiting)].transport.close()
         return bool(waiting)
+
+    def _close_slow(self) -> bool:
+        """Close a connection whose head has been coming for some time; return whether there was one.
+
+        Otherwise whoever opens as many as there may be, and sends their heads slowly, keeps everybody out.
+        """
+        before = self.loop.time() + self.header_timeout_s - self.prompt_s
+        for one in self.connections:  # the first one found: under a flood most are such
+            if isinstance(one, TimedConnection) and one._head_timer is not None and one._head_timer.when() <= before:
+                one._forget_head()
+                one.transport.close()
+                return True
+        return False
 
     def _expect_end(self) -> None:
         if self._close_timer is None:

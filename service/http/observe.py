@@ -1,4 +1,4 @@
-"""Around every request: an id, a line in the log, metrics, and a span where traces are collected."""
+"""Around every request: an id and metrics; but for probes, a line in the log, and a span where traces are collected."""
 
 import logging
 import random
@@ -71,5 +71,5 @@ class Observe:
         }
         if scope["path"] not in QUIET:
             log.info("request", extra=facts)
-        if self.tracing is not None:
-            self.tracing.record(scope, facts, context.parts, began_at)
+            if self.tracing is not None:
+                self.tracing.record(scope, facts, context.parts, began_at)

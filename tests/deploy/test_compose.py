@@ -1,6 +1,13 @@
 """The compose file's optional Prometheus and Grafana, and the image's arguments, as far as the files tell."""
 
+import json
 import re
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
 import pytest
@@ -46,6 +53,30 @@ def test_grafana_finds_prometheus_and_the_dashboard() -> None:
     shown = [place for place in mounts("grafana") if place.startswith(provider["options"]["path"])]
     environment = COMPOSE["services"]["grafana"]["environment"]
     assert shown == [environment["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]]
+
+
+@pytest.mark.parametrize(("status", "healthy"), [(200, True), (503, False)])
+def test_image_is_healthy_as_readyz_says_whatever_proxy_the_host_has(status: int, healthy: bool) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    found = re.search(r"^HEALTHCHECK .*\\\n +CMD (\[.*\])$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert found is not None
+    _, *arguments = json.loads(found[1])
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        environment = {"UNPERTURB_PORT": str(server.server_port), "http_proxy": "http://127.0.0.1:9"}
+        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, check=False)
+        with suppress(OSError):  # where it was not asked
+            socket.create_connection(server.server_address, timeout=1).close()
+        thread.join()
+    assert (done.returncode == 0) is healthy
+    assert healthy or b"HTTP Error 503" in done.stderr
 
 
 def test_image_takes_a_digest_and_extras_that_exist() -> None:

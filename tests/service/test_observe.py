@@ -265,6 +265,8 @@ def test_requests_become_spans_under_the_callers_own(tiny_folder: Path, monkeypa
     with TestClient(create_app(settings(tiny_folder), handle=ThreadHandle)) as traced:
         wait_until_ready(traced)
         traced.post("/classify", files={"image": photo()}, headers={"traceparent": parent})
+        assert traced.get("/readyz").status_code == 200  # a probe's, every few seconds, is none
+    assert len(exporter.get_finished_spans()) == 3
     spans = {span.name: span for span in exporter.get_finished_spans()}
     request = spans["POST /classify"]
     assert request.parent is not None

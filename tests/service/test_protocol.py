@@ -64,6 +64,11 @@ class Strict(Protocol):
 
 class Full(Protocol):
     header_timeout_s, write_timeout_s, max_connections = 60.0, 60.0, 40
+    prompt_s = 60.0
+
+
+class Crowded(Full):
+    prompt_s = 0.5
 
 
 @contextmanager
@@ -393,3 +398,19 @@ def test_no_more_connections_are_held_than_may_be() -> None:
         assert select.select(clients, [], [], 0.0)[0] == [clients[7]]
         held.close()
         wait_until(lambda: exchange(port, LAST).startswith(b"HTTP/1.1 200 OK"))
+
+
+def test_slow_heads_keep_nobody_out() -> None:
+    """They give way to new connections, one to each; a request in progress does not."""
+    with listening(Crowded, "uvloop", kept_s=60) as port, ExitStack() as held:
+        opened = (socket.create_connection(("127.0.0.1", port), timeout=10) for _ in range(Crowded.max_connections))
+        busy, *slow = [held.enter_context(client) for client in opened]
+        busy.sendall(POST + b"Content-Length: 1\r\nConnection: close\r\n\r\n")
+        for client in slow:
+            client.sendall(LAST[:9])
+        time.sleep(Crowded.prompt_s + 0.1)
+        for _ in range(5):
+            assert exchange(port, LAST).startswith(b"HTTP/1.1 200 OK")
+        assert 1 <= len(select.select(slow, [], [], 0.0)[0]) <= 5
+        busy.sendall(b"x")
+        assert read(busy).startswith(b"HTTP/1.1 200 OK")
