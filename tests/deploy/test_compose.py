@@ -73,7 +73,7 @@ def test_image_is_healthy_as_readyz_says_whatever_proxy_the_host_has(status: int
         environment = {"UNPERTURB_PORT": str(server.server_port), "http_proxy": "http://127.0.0.1:9"}
         done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, check=False)
         with suppress(OSError):  # where it was not asked
-            socket.create_connection(server.server_address, timeout=1).close()
+            socket.create_connection(("127.0.0.1", server.server_port), timeout=1).close()
         thread.join()
     assert (done.returncode == 0) is healthy
     assert healthy or b"HTTP Error 503" in done.stderr
