@@ -1,8 +1,10 @@
 """Every setting of the service, from `UNPERTURB_…` environment variables, checked at start."""
 
 import ipaddress
+import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -20,6 +22,7 @@ Keys = Annotated[dict[str, str], NoDecode]
 MAX_BATCH = 64
 SLOTS_OF_A_THREAD = 4  # more make a CPU's batch longer, and an image in it no cheaper
 CPU_WORKERS = 2  # what interrupts one thread of a step keeps the others waiting, in that worker alone
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of each period, as control groups of version 2 have it
 PREFIX = "UNPERTURB_"
 ELSEWHERE = {f"{PREFIX}{name}" for name in ("CACHE", "DATA", "ALLOW_CODE", "REPLICAS")}  # read by other parts
 
@@ -226,8 +229,10 @@ def automatic(threads: int) -> list[torch.device]:
 
 
 def cores() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many CPU cores this process may use: no more than its container's share (`docker run --cpus 2`)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share, period = CPU_QUOTA.read_text().split() if CPU_QUOTA.is_file() else ("max", "")
+    return count if share == "max" else min(count, math.ceil(int(share) / int(period)))
 
 
 def unknown(environment: Mapping[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from tests.conftest import make_checkpoint
 from unperturb.models.checkpoints.store import read_card, resolve
 from unperturb.models.purifiers.reverse_attack import PRESETS
+from unperturb.service import settings
 from unperturb.service.engine.batching import ContinuousBatch
 from unperturb.service.engine.cost import Cost, Timing
 from unperturb.service.engine.messages import Work
@@ -97,6 +99,17 @@ def test_an_image_takes_as_many_passes_as_it_is_said_to(stage: str | None, monke
     assert sum(count * (1 + BACKWARD * backward) for count, backward in rows) == passes(stage) - begin_passes(stage)
 
 
+@pytest.mark.parametrize(("quota", "count"), [("max", 8), ("200000", 2), ("250000", 3), ("1600000", 8), (None, 8)])
+def test_a_container_has_the_cores_of_its_share(
+    quota: str | None, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(settings, "CPU_QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    assert settings.cores() == count
+
+
 def test_two_workers_share_the_cores_of_a_cpu_and_have_slots_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     def workers(**given: Any) -> list[tuple[str, int, int]]:
         chosen = Settings(**given)
@@ -104,6 +117,7 @@ def test_two_workers_share_the_cores_of_a_cpu_and_have_slots_for_each(monkeypatc
 
     monkeypatch.delenv("UNPERTURB_THREADS", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(settings, "CPU_QUOTA", Path("none"))
     for count, each in ((1, [1]), (2, [1, 1]), (7, [3, 3])):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, count=count: set(range(count)), raising=False)
         assert workers() == [("cpu", threads, 4 * threads) for threads in each]
