@@ -213,7 +213,7 @@ class _Workers(Collector):
 
 def _utilization(device: str) -> float | None:
     try:
-        return torch.cuda.utilization(device) / 100
+        return torch.cuda.utilization(torch.device(device).index or 0) / 100  # `cuda` itself would begin CUDA here
     except Exception as error:  # whatever NVIDIA's library raises: a scrape goes on without it
         log.debug("the utilisation of %s is not known: %s", device, error)
         return None

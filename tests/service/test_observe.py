@@ -194,10 +194,12 @@ def test_there_is_a_bound_to_the_values_of_the_label_model() -> None:
 def test_gpu_memory_and_utilisation_are_read_and_a_gpu_that_tells_none_fails_no_scrape(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def utilization(device: str) -> int:
-        if device == "cuda:1":
+    """By its number: to ask which one `cuda` is now would take memory of it for the main process."""
+
+    def utilization(device: int) -> int:
+        if device == 1:
             raise ModuleNotFoundError("nvidia-ml-py is not installed")
-        return 40
+        return {0: 40}[device]
 
     monkeypatch.setattr(torch.cuda, "utilization", utilization)
     metrics = Metrics()
@@ -206,13 +208,13 @@ def test_gpu_memory_and_utilisation_are_read_and_a_gpu_that_tells_none_fails_no_
         ready=lambda: True,
         queue_length=lambda: 0,
         slots_in_use=lambda: 0,
-        memory=lambda: {"cuda:0": 7, "cuda:1": 8},
+        memory=lambda: {"cuda": 7, "cuda:1": 8},
         executions=dict,
         workers=dict,
     )
     text = metrics.page().decode()
     assert 'unperturb_gpu_memory_bytes{device="cuda:1"} 8.0' in text
-    assert 'unperturb_gpu_utilization_ratio{device="cuda:0"} 0.4' in text
+    assert 'unperturb_gpu_utilization_ratio{device="cuda"} 0.4' in text
     assert 'unperturb_gpu_utilization_ratio{device="cuda:1"}' not in text
 
 
