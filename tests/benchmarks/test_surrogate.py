@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import unperturb.benchmarks as benchmarks
 from tests.conftest import CLASSES, make_checkpoint
 from tests.support import broken_defenses
+from tests.support.harness import arguments, records
 from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.reporting import report
 from unperturb.benchmarks.reporting.rows import load_runs, measured_row
@@ -258,13 +259,7 @@ def test_what_can_be_no_surrogate_is_refused_before_any_attack(
 
 def command(model: Path, data: Path, out: Path, *more: str) -> int:
     """Run the command line on eight images of three colours; return its status."""
-    given = ["--model", str(model), "--dataset", "colours", "--data", str(data), "--cache", str(out.parent / "cache")]
-    given += ["--n-examples", "8", "--chunk", "4", "--budget", "fast", "--device", "cpu", "--out", str(out)]
-    return robustbench_eval.main([*given, *more])
-
-
-def records(folder: Path) -> dict[str, Any]:
-    return {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return robustbench_eval.main(arguments(model, data, out, *more))
 
 
 @pytest.fixture(scope="module")
