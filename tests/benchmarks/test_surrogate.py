@@ -15,6 +15,7 @@ import unperturb.benchmarks as benchmarks
 from tests.conftest import CLASSES, make_checkpoint
 from tests.support import broken_defenses
 from tests.support.harness import arguments, records
+from tests.support.scenes import LinearClassifier
 from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.reporting import report
 from unperturb.benchmarks.reporting.rows import load_runs, measured_row
@@ -35,20 +36,6 @@ from unperturb.models.purifiers.defended import DefendedClassifier
 
 N, LINF = 24, Threat(norm="linf", epsilon=8 / 255)
 BUDGET = replace(BUDGETS["fast"], apgd_steps=3, restarts=2)
-
-
-class Linear(ImageClassifier):
-    """Two classes by one matrix on the pixels: where its loss is highest in a ball has a closed form."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(feature_dim=weight.shape[1], num_classes=len(weight), image_size=8)
-        self.weight = nn.Parameter(weight)
-
-    def features(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
-
-    def logits(self, features: Tensor) -> Tensor:
-        return features @ self.weight.T
 
 
 class Blur(nn.Module):
@@ -87,7 +74,7 @@ def test_images_are_at_the_highest_loss_of_the_surrogate_also_where_it_was_wrong
     images = 0.2 + 0.6 * torch.rand(16, 3, 8, 8)
     labels = (images.flatten(1) @ weight.T).argmax(1)
     labels[:8] = 1 - labels[:8]  # it has these wrong
-    points = made(scene_of(Linear(weight), images, labels))
+    points = made(scene_of(LinearClassifier(weight), images, labels))
     away = (weight[1 - labels] - weight[labels]).view_as(images)
     assert torch.allclose(points, images + 8 / 255 * away.sign(), atol=1e-6)
 
