@@ -18,6 +18,7 @@ from tests.support.harness import arguments, records
 from tests.support.scenes import LinearClassifier
 from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.reporting import report
+from unperturb.benchmarks.reporting.columns import notes
 from unperturb.benchmarks.reporting.rows import load_runs, measured_row
 from unperturb.benchmarks.robustness import attacks
 from unperturb.benchmarks.robustness.attacks.scene import Scene
@@ -351,7 +352,7 @@ def test_report_says_what_the_surrogates_images_do(whole: Path, tmp_path: Path) 
     assert report.main([str(whole), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     for run in load_runs(whole):
-        (sentence,) = (note for note in measured_row(run).notes if note.startswith("of the images made on other-"))
+        (sentence,) = (note for note in notes(measured_row(run)) if note.startswith("of the images made on other-"))
         assert sentence in text
         figure = run["results"]["figures"]["surrogate"]
         assert f"{100 * figure['accuracy']['accuracy']:.1f}% withstand" in sentence
