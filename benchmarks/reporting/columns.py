@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from unperturb.benchmarks.reporting.rows import AVERAGED, LEADERBOARD_SOURCE, ByAnother, Group, Interval, Row, Signs
 from unperturb.benchmarks.robustness.figures import LESS
@@ -74,6 +74,11 @@ def gained(gain: float | None, interval: Interval | None, weaker: Sequence[str] 
         return cell
     detail = f"(to {100 * interval[1]:+.1f})" if interval else ""
     return cell._replace(text=f"{'≲' if less(weaker) else '≤'} {cell.text}", detail=detail)
+
+
+def paired(gain: dict[str, Any] | None, weaker: Sequence[str] = ()) -> Cell:
+    """Return `gained` of a record's paired gain; an empty cell where there is none."""
+    return points(None) if gain is None else gained(gain["mean"], tuple(gain["interval"]), weaker)
 
 
 def less(weaker: Sequence[str]) -> bool:
