@@ -85,7 +85,8 @@ def bpda(
     """PGD through the defense (backward = identity; the attacker knows the seed): which images withstand it."""
 
     def classify(x: Tensor) -> Tensor:
-        return defended(x, seed=seeds_of(seed, x))
+        scores: Tensor = defended(x, seed=seeds_of(seed, x))
+        return scores
 
     attacked = _attacked(classify, clean, labels, epsilon=epsilon, steps=steps, seed=seed, batch=batch)
     return correct(classify, attacked, labels, batch=batch)
