@@ -9,6 +9,8 @@ from torch import Tensor
 from unperturb.models.attacks.pgd import Classify
 from unperturb.models.shapes import Float, Int
 
+Z = 1.959963984540054  # of the normal distribution, 95%
+
 
 class Accuracy(NamedTuple):
     """A proportion of correct answers and its 95% Wilson interval."""
@@ -21,10 +23,9 @@ class Accuracy(NamedTuple):
 
 def wilson(correct: int, n: int) -> Accuracy:
     """Return accuracy with the 95% score interval (Wilson 1927); n of at least 1."""
-    z = 1.959963984540054
     share = correct / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
     low, high = max(0.0, centre - half), min(1.0, centre + half)
     return Accuracy(share, n, min(low, share), max(high, share))  # rounding may leave it outside by a last bit
 

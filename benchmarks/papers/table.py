@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from scipy.stats import t as student
 
+from unperturb.benchmarks.reporting.columns import paired
 from unperturb.benchmarks.reporting.results import where
 
 Seeds = dict[int, float]  # a figure by seed, as a share of 1
@@ -162,10 +163,9 @@ def _imported_generator(found: Found) -> SystemRow:
     more = gain(uniform, attacked)
     seeds = found.arms[arm]["seeds"].values()
     least = max((seed["figures"]["generator"]["less_than"]["uniform"] for seed in seeds), key=lambda one: one["mean"])
-    low, high = (f"{100 * bound:+.1f}" for bound in least["interval"])
     shows += (
         f"; more than uniform noise ({more}): {verdict(more)}; the weakest generator less uniform noise, by image "
-        f"(n = {least['n']:,}): {100 * least['mean']:+.1f} ({low} to {high})"
+        f"(n = {least['n']:,}): {paired(least).whole}"
     )
     return SystemRow("the same on a network that has seen images", measured, arm, shows)
 

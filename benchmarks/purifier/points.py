@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unperturb.models.accuracy import correct
-from unperturb.models.attacks.pgd import pgd
+from unperturb.models.attacks.pgd import Classify, pgd
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
 
@@ -34,20 +34,27 @@ def make_points(
     `images` is uint8 [n, 3, h, w].
     """
     clean = images.float() / 255
-    parts = []
-    for indices in torch.arange(len(labels), device=labels.device).split(batch):
-        attacked = pgd(
-            classifier,
-            clean[indices],
-            labels[indices],
+    attacked = _attacked(classifier, clean, labels, epsilon=epsilon, steps=steps, seed=seed, batch=batch)
+    signs = torch.rand(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean.device).sub(0.5).sign()
+    return Points(clean, attacked, (clean + epsilon * signs).clamp(0, 1), labels)
+
+
+def _attacked(
+    classify: Classify, clean: Tensor, labels: Tensor, *, epsilon: float, steps: int, seed: int, batch: int
+) -> Tensor:
+    parts = [
+        pgd(
+            classify,
+            clean[chunk],
+            labels[chunk],
             epsilon=epsilon,
             step_size=epsilon / 4,
             steps=steps,
-            seeds=seed * (1 << 32) + indices,
+            seeds=seed * (1 << 32) + chunk,
         )
-        parts.append(attacked)
-    signs = torch.rand(clean.shape, generator=torch.Generator().manual_seed(seed)).to(clean.device).sub(0.5).sign()
-    return Points(clean, torch.cat(parts), (clean + epsilon * signs).clamp(0, 1), labels)
+        for chunk in tqdm(torch.arange(len(labels), device=labels.device).split(batch), desc="PGD", leave=False)
+    ]
+    return torch.cat(parts)
 
 
 class PurifiedSet(NamedTuple):
@@ -76,20 +83,13 @@ def bpda(
     defended: DefendedClassifier, clean: Tensor, labels: Tensor, *, epsilon: float, steps: int, seed: int, batch: int
 ) -> list[bool]:
     """PGD through the defense (backward = identity; the attacker knows the seed): which images withstand it."""
-    withstood: list[bool] = []
-    indices = torch.arange(len(labels), device=labels.device)
-    for chunk in tqdm(indices.split(batch), desc="BPDA", leave=False):
-        attacked = pgd(
-            lambda x: defended(x, seed=seeds_of(seed, x)),
-            clean[chunk],
-            labels[chunk],
-            epsilon=epsilon,
-            step_size=epsilon / 4,
-            steps=steps,
-            seeds=seed * (1 << 32) + chunk,
-        )
-        withstood += correct(lambda x: defended(x, seed=seeds_of(seed, x)), attacked, labels[chunk], batch=batch)
-    return withstood
+
+    def classify(x: Tensor) -> Tensor:
+        scores: Tensor = defended(x, seed=seeds_of(seed, x))
+        return scores
+
+    attacked = _attacked(classify, clean, labels, epsilon=epsilon, steps=steps, seed=seed, batch=batch)
+    return correct(classify, attacked, labels, batch=batch)
 
 
 def mean(values: list[float]) -> float:

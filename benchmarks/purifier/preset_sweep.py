@@ -28,7 +28,7 @@ from unperturb.models.options import as_json, option
 from unperturb.models.purifiers.defended import DefendedClassifier, defend
 from unperturb.models.purifiers.restored import restored_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttackConfig
-from unperturb.training import data
+from unperturb.training import data, held_out
 
 BASE = ProjectedGradient(direction="descend", epsilon=8 / 255, step_size=2 / 255, steps=5, ramp=RAMP)
 
@@ -126,7 +126,7 @@ def sweep(config: SweepConfig) -> int:
     if config.restored:
         restored_of(loaded)
     dataset = data.load(config.data, loaded.card.pictures, cache=config.cache)
-    images, labels = data.first(data.kept_back(dataset, loaded.card), config.n, torch.device(config.device))
+    images, labels = data.first(held_out.kept_back(dataset, loaded.card), config.n, torch.device(config.device))
     made = points.make_points(
         loaded.classifier, images, labels, epsilon=config.epsilon, steps=20, seed=config.seed, batch=config.batch
     )

@@ -21,7 +21,7 @@ from unperturb.benchmarks.robustness.figures import withstands_unknowing
 from unperturb.models.checkpoints import store
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
-from unperturb.training import data
+from unperturb.training import data, held_out
 
 SCRIPT = "benchmarks/purifier/worst_case_sweep.py"
 UNKNOWN = "autoattack,transfer"  # the bare classifier's adversarial images alone
@@ -99,7 +99,7 @@ def sweep(config: WorstCaseConfig) -> int:
     """Sweep, write the result file, and say the figures."""
     loaded = store.load(config.checkpoint)
     dataset = data.load_for(loaded.card, config.data, cache=config.cache)
-    held_out = data.kept_back(dataset, loaded.card)
+    held = held_out.kept_back(dataset, loaded.card)
     candidates = SWEEPS[config.sweep]
     budget = dataclasses.replace(
         BUDGETS["standard"],
@@ -110,8 +110,8 @@ def sweep(config: WorstCaseConfig) -> int:
     )
     report = evaluate(
         loaded,
-        held_out.images[: config.n].float() / 255,
-        held_out.labels[: config.n],
+        held.images[: config.n].float() / 255,
+        held.labels[: config.n],
         purifier=candidates,
         epsilon=config.epsilon,
         attacks=UNKNOWN if config.sweep == "transfer" else KNOWN,

@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from unperturb.benchmarks.reporting.columns import GAIN, percent, points
+from unperturb.benchmarks.reporting.columns import GAIN, paired, percent, points
 from unperturb.benchmarks.reporting.first_page import DEFAULT, transfer_gain
 from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import Summary, tone
@@ -100,7 +100,8 @@ def summary(judged: Sequence[Judged], found: dict[str, Any], *, headless: Sequen
     for row, transfer in judged:
         texts = [f"{percent(share).text}%" if share is not None else "" for share in (row.clean, row.static, row.worst)]
         if row.gain is not None:
-            texts = [points(row.clean_gain, row.clean_gain_interval).whole, points_of(transfer), GAIN.cell(row).whole]
+            clean = points(row.clean_gain, row.clean_gain_interval)
+            texts = [cell.whole for cell in (clean, paired(transfer), GAIN.cell(row))]
         rows.append((row.purifier, *texts, "" if row.ms_per_image is None else f"{row.ms_per_image:.1f}"))
     below = [f"n = {found['n']}; the first line in percent, the others in points against it, 95% intervals"]
     if headless:
@@ -144,7 +145,7 @@ def _without_loss(judged: Sequence[Judged], harmless: Sequence[Judged]) -> str:
         row, transfer = max(unaware, key=lambda one: one.transfer["mean"] if one.transfer else 0.0)
         known = "is not judged" if tone(row) == "unjudged" else "makes no difference that can be told"
         return (
-            f"use `{row.purifier}` against attackers who do not know of it: {points_of(transfer)} points; against "
+            f"use `{row.purifier}` against attackers who do not know of it: {paired(transfer).whole} points; against "
             f"those who do it {known}"
         )
     if any(tone(one.row) == "unjudged" for one in harmless):
@@ -154,8 +155,3 @@ def _without_loss(judged: Sequence[Judged], harmless: Sequence[Judged]) -> str:
     if all(tone(one.row) == "worse" or one not in harmless for one in judged):
         return "don't purify: every preset makes this model worse, on clean images or against an attacker who knows it"
     return "don't purify: no preset makes a difference that can be told on these images; more images may tell"
-
-
-def points_of(gain: dict[str, Any] | None) -> str:
-    """Return a paired gain in points, with its interval."""
-    return "" if gain is None else points(gain["mean"], tuple(gain["interval"])).whole

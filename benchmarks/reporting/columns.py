@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from unperturb.benchmarks.reporting.rows import AVERAGED, LEADERBOARD_SOURCE, Group, Interval, Row, Signs
+from unperturb.benchmarks.reporting.rows import AVERAGED, LEADERBOARD_SOURCE, ByAnother, Group, Interval, Row, Signs
 from unperturb.benchmarks.robustness.figures import LESS
 
 DAGGER = "†"
@@ -74,6 +74,11 @@ def gained(gain: float | None, interval: Interval | None, weaker: Sequence[str] 
         return cell
     detail = f"(to {100 * interval[1]:+.1f})" if interval else ""
     return cell._replace(text=f"{'≲' if less(weaker) else '≤'} {cell.text}", detail=detail)
+
+
+def paired(gain: dict[str, Any] | None, weaker: Sequence[str] = ()) -> Cell:
+    """Return `gained` of a record's paired gain; an empty cell where there is none."""
+    return points(None) if gain is None else gained(gain["mean"], tuple(gain["interval"]), weaker)
 
 
 def less(weaker: Sequence[str]) -> bool:
@@ -154,10 +159,23 @@ def masking(signs: Signs, *, purified: bool) -> str:
 def cautions(row: Row) -> list[str]:
     """Return what speaks against a row's figures: gradients that look masked, and attacks that were not run."""
     said = [f"gradients may be masked: {sentence}" for sentence in row.warnings]
-    said += row.notes
+    said += notes(row)
     bound = "stronger ones may lower the gain" if less(row.weaker) else "the gain is at most this"
     said += [f"{reason}: {bound}" for reason in row.weaker]
     return said + [f"{attack} could not be run: {reason}" for attack, reason in row.could_not_run]
+
+
+def notes(row: Row) -> list[str]:
+    """Return what is noted of a row, and what images that were made on another classifier do."""
+    return [*row.notes, *([_by_another(row.surrogate)] if row.surrogate else [])]
+
+
+def _by_another(found: ByAnother) -> str:
+    said = f"{percent(found.accuracy).text}% withstand"
+    if found.gain is not None:
+        gain, interval, _ = points(found.gain, found.gain_interval)
+        said += f", bare {percent(found.bare).text}%: {gain} points {interval}"
+    return f"of the images made on {', '.join(found.of)}, by who knows no more, {said}"
 
 
 MODEL = Column("model", lambda row: Cell(row.model, key=row.model), number=False)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from unperturb.benchmarks.reporting import columns as c
-from unperturb.benchmarks.reporting.purifier_tables import points
 from unperturb.benchmarks.reporting.results import gain
 from unperturb.benchmarks.reporting.rows import Row, measured_row
 from unperturb.benchmarks.reporting.sections import tone
@@ -61,7 +60,7 @@ def headline(runs: list[dict[str, Any]]) -> str:
     if transferred := transfer_gain(run):
         lines.append(
             "- Preset `default`, the attacker **does not know** it (AutoAttack's images of the bare classifier, and "
-            f"the same moved on to where that is wrong by most): **{points(transferred)} points**, "
+            f"the same moved on to where that is wrong by most): **{c.paired(transferred).whole} points**, "
             f"n = {c.COUNT.cell(row).text}."
         )
     clean = c.points(row.clean_gain, row.clean_gain_interval).whole
@@ -84,12 +83,12 @@ def _beside_the_vote(run: dict[str, Any], vote_run: dict[str, Any], weaker: Sequ
     if found["indices"] != other["indices"]:
         return ""
     knows = gain(survivors(found["outcomes"]), survivors(other["outcomes"]))
-    shown = c.gained(knows["mean"], tuple(knows["interval"]), weaker).whole
+    shown = c.paired(knows, weaker).whole
     said = f" Over the vote `default` gains {shown} points against who knows it"
     after, of_vote = withstands_unknowing(found["outcomes"]), withstands_unknowing(other["outcomes"])
     if after is None or of_vote is None:
         return f"{said}."
-    return f"{said}, and {points(gain(after, of_vote))} against who does not."
+    return f"{said}, and {c.paired(gain(after, of_vote)).whole} against who does not."
 
 
 def transfer_gain(run: dict[str, Any]) -> dict[str, Any] | None:

@@ -203,7 +203,7 @@ def _csv_line(row: Row) -> dict[str, str | float | int | None]:
         "queries_beyond_gradient": signs.queries,
         "warnings": "; ".join(row.warnings),
         "weaker": "; ".join(row.weaker),
-        "notes": "; ".join(row.notes),
+        "notes": "; ".join(c.notes(row)),
         "could_not_run": "; ".join(f"{attack}: {reason}" for attack, reason in row.could_not_run),
         "remark": row.remark,
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from unperturb.benchmarks.reporting.drawing import LIGHT, Theme, drawn_in, open_figure, png
+from unperturb.benchmarks.reporting.drawing import LIGHT, drawn_in, open_figure, png
 from unperturb.benchmarks.reporting.results import FOLDER, where
 from unperturb.models import command
 from unperturb.models.errors import DataError
@@ -31,12 +31,12 @@ def read_logs(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(logs.items()))
 
 
-def learning_curves(logs: dict[str, list[dict[str, Any]]], theme: Theme = LIGHT) -> bytes:
+def learning_curves(logs: dict[str, list[dict[str, Any]]]) -> bytes:
     """Return the plot: a panel for each run, its accuracies in percent over the epochs."""
-    with drawn_in(theme):
+    with drawn_in(LIGHT):
         plt, figure, axes = open_figure(4.2 * len(logs), 3.6, rows=1, columns=len(logs))
         for panel, (name, epochs) in zip(axes.flat if len(logs) > 1 else [axes], logs.items(), strict=True):
-            for colour, (key, label) in zip(theme.colours, SHOWN.items(), strict=False):
+            for colour, (key, label) in zip(LIGHT.colours, SHOWN.items(), strict=False):
                 points = [(place, 100 * one[key]) for place, one in enumerate(epochs, 1) if key in one]
                 if points:
                     panel.plot(*zip(*points, strict=True), color=colour, marker=".", label=label)
@@ -44,7 +44,7 @@ def learning_curves(logs: dict[str, list[dict[str, Any]]], theme: Theme = LIGHT)
                     panel.annotate(f"{last[1]:.0f}%", last, xytext=(4, 4), textcoords="offset points", color=colour)
             for place, (before, after) in enumerate(pairwise(epochs), 1):
                 if before.get("lr") == 0 and after.get("lr"):  # a run ends at a rate of 0
-                    panel.axvline(place + 0.5, color=theme.soft, linestyle=":")
+                    panel.axvline(place + 0.5, color=LIGHT.soft, linestyle=":")
             panel.set_title(name)
             panel.set_xlabel("epoch")
             panel.set_ylim(0, 100)

@@ -19,12 +19,6 @@ def share(cell: dict[str, Any]) -> str:
     return f"{cell['accuracy']:.1%} ({low * 100:.1f} to {high * 100:.1f})"
 
 
-def points(gain: dict[str, Any]) -> str:
-    """A paired difference with its interval, in points."""
-    low, high = gain["interval"]
-    return f"{gain['mean'] * 100:+.1f} ({low * 100:+.1f} to {high * 100:+.1f})"
-
-
 def classifier_table(autoattacked: Mapping[str, dict[str, Any]]) -> str:
     """The shipped classifiers on the whole test set, from their cards, and under AutoAttack, from runs by card's id."""
     rows = [
@@ -82,14 +76,15 @@ def purification_table(record: dict[str, Any]) -> str:
         rows.append(f"| {title} | {' | '.join(shown)} |")
     for name, cells in accuracy.items():
         if name != "classifier":
-            gains = [points(cells[key]["gain"]) for key in ("clean", "attacked", "noise")]
+            gains = [c.paired(cells[key]["gain"]).whole for key in ("clean", "attacked", "noise")]
             rows.append(f"| `{name}`: points gained | {' | '.join(gains)} |")
     text = "\n".join(rows)
     if "adaptive_bpda" in accuracy["default"]:
         cell = accuracy["default"]["adaptive_bpda"]
+        gain = c.paired(cell["gain"]).whole
         text += (
             "\n\nUnder the same PGD through the `default` preset (BPDA: backward = identity; seed known, "
-            f"n = {cell['n']}) it keeps {share(cell)}: {points(cell['gain'])} points against the undefended classifier "
+            f"n = {cell['n']}) it keeps {share(cell)}: {gain} points against the undefended classifier "
             "under its own attack, on the same images."
         )
     return text
@@ -149,15 +144,10 @@ def sweep_table(record: dict[str, Any]) -> str:
         if name == "no purifier":
             rows.append(f"| {name} | {cells['clean']['accuracy']:.1%} | {cells['attacked']['accuracy']:.1%} | |")
         else:
-            gains = [points(cells[key]["gain"]) for key in ("clean", "attacked")]
+            gains = [c.paired(cells[key]["gain"]).whole for key in ("clean", "attacked")]
             spent = f"{cells['ms_per_image']:.0f} " if "ms_per_image" in cells else ""
             rows.append(f"| {name} | {gains[0]} | {gains[1]} | {spent}|")
     return "\n".join(rows)
-
-
-def _rough(gained: dict[str, Any]) -> str:
-    """Return about what a candidate gains at most, attacked as it was with less than a judge needs."""
-    return c.gained(gained["mean"], tuple(gained["interval"]), [LESS]).whole
 
 
 def worst_case_sweep_table(record: dict[str, Any]) -> str:
@@ -168,16 +158,16 @@ def worst_case_sweep_table(record: dict[str, Any]) -> str:
     bare = swept["none"]
     n = bare["clean"]["n"]
     known = record["config"]["sweep"] != "transfer"
-    judges = {"clean": points, "transfer": points, **({"worst": _rough} if known else {})}
+    weaker: dict[str, tuple[str, ...]] = {"clean": (), "transfer": (), **({"worst": (LESS,)} if known else {})}
     left = [f"{bare[key]['accuracy']:.1%}" for key in ("clean", "worst")]
     rows = [
         f"| `{record['results']['checkpoint']['id']}`, n = {n:,} held-out training images | clean | transfer |"
         f"{' worst case |' * known} ms per image |",
-        f"| --- |{' ---: |' * len(judges)} ---: |",
+        f"| --- |{' ---: |' * len(weaker)} ---: |",
         f"| no purifier | {' | '.join([left[0], *[''] * known, left[1]])} | {bare['ms_per_image']:.2f} |",
     ]
     for title, cells in swept.items():
         if title != "none":
-            gains = " | ".join(gained(cells[key]["gain"]) for key, gained in judges.items())
+            gains = " | ".join(c.paired(cells[key]["gain"], why).whole for key, why in weaker.items())
             rows.append(f"| {title} | {gains} | {cells['ms_per_image']:.2f} |")
     return "\n".join(rows)

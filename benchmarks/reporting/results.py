@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unperturb.models import provenance
-from unperturb.models.accuracy import wilson
+from unperturb.models.accuracy import Z, wilson
 from unperturb.models.files import write_whole
 
 SCHEMA_VERSION = 2
@@ -50,9 +50,6 @@ def accuracy(correct: list[bool]) -> dict[str, Any]:
     """Return a share with n and its 95% Wilson interval."""
     found = wilson(sum(correct), len(correct))
     return {"accuracy": found.value, "n": found.n, "interval": [found.low, found.high]}
-
-
-Z = 1.959963984540054  # of the normal distribution, 95%
 
 
 def gain(after: Sequence[float], before: Sequence[float]) -> dict[str, Any]:

@@ -61,6 +61,19 @@ class Signs(NamedTuple):
     n: int
 
 
+class ByAnother(NamedTuple):
+    """What came of the images that were made on other classifiers, in shares of 1.
+
+    of: these classifiers; bare: the accuracy without the purifier, over which the gain is; None of a row without one
+    """
+
+    of: tuple[str, ...]
+    accuracy: float
+    bare: float | None
+    gain: float | None
+    gain_interval: Interval | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One line; accuracies and gains are shares of 1, None where there is none.
@@ -71,6 +84,7 @@ class Row:
     static:    AutoAttack on the classifier alone; a published row's `worst` may be a lower figure of others
     weaker:    why the attacks were less than a judge's, so that stronger ones could lower the gain
     attacks:   how many the worst case is over, without the control
+    surrogate: what images that were made on other classifiers do, where there are some
     times:     the time of an image, in those of the bare classifier
     """
 
@@ -98,6 +112,7 @@ class Row:
     ms_per_image: float | None = None
     times: float | None = None
     signs: Signs | None = None
+    surrogate: ByAnother | None = None
     warnings: tuple[str, ...] = ()
     could_not_run: tuple[tuple[str, str], ...] = ()
     remark: str = ""
@@ -244,7 +259,7 @@ def measured_row(run: dict[str, Any]) -> Row:
         gain=gain.get("mean"),
         gain_interval=_interval(gain),
         weaker=_weaker(figures),
-        notes=(*found.get("notes", ()), *_of_surrogate(figures.get("surrogate"))),
+        notes=tuple(found.get("notes", ())),
         clean_gain=clean_gain.get("mean"),
         clean_gain_interval=_interval(clean_gain),
         transfer=sum(transferred) / len(transferred) if transferred else None,
@@ -256,6 +271,7 @@ def measured_row(run: dict[str, Any]) -> Row:
         ms_per_image=found["timings"].get("ms_per_image", {}).get("defended"),
         times=found["timings"].get("ms_per_image", {}).get("times_the_classifier"),
         signs=_signs(figures.get("signs"), figures["clean"]["n"]),
+        surrogate=_by_another(figures.get("surrogate")),
         warnings=_warnings(figures.get("signs")),
         could_not_run=tuple(found.get("could_not_run", {}).items()),
     )
@@ -265,16 +281,17 @@ def _weaker(figures: dict[str, Any]) -> tuple[str, ...]:
     return tuple(figures.get("weaker", [NO_AUTOATTACK] * figures.get("gain_at_most", False)))  # as it once was
 
 
-def _of_surrogate(found: dict[str, Any] | None) -> list[str]:
-    """Return what came of the images that were made on another classifier, in a sentence."""
+def _by_another(found: dict[str, Any] | None) -> ByAnother | None:
     if found is None:
-        return []
-    said = f"{100 * found['accuracy']['accuracy']:.1f}% withstand"
-    if found["gain"] is not None:
-        low, high = found["gain"]["interval"]
-        said += f", bare {100 * found['bare']['accuracy']:.1f}%: {100 * found['gain']['mean']:+.1f} points "
-        said += f"({100 * low:+.1f} to {100 * high:+.1f})"
-    return [f"of the images made on {', '.join(one['spec'] for one in found['of'])}, by who knows no more, {said}"]
+        return None
+    gain = found["gain"] or {}
+    return ByAnother(
+        of=tuple(one["spec"] for one in found["of"]),
+        accuracy=_accuracy(found["accuracy"]),
+        bare=_accuracy(found["bare"]) if found["bare"] else None,
+        gain=gain.get("mean"),
+        gain_interval=_interval(gain),
+    )
 
 
 def _signs(found: dict[str, Any] | None, n: int) -> Signs | None:

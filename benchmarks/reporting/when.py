@@ -69,18 +69,18 @@ def when_table(
         if (row.model, row.purifier) in unjudged:
             return NOT_RUN
         gained = transfer_gain(attacked[row.model, row.purifier][0])
-        return c.points(gained["mean"], tuple(gained["interval"])) if gained else NOT_RUN
+        return c.paired(gained) if gained else NOT_RUN
 
     def by_pgd(row: Row) -> c.Cell:
         found = unknown_pgd.get((row.model, row.purifier))
-        return _gained(found) if found else NOT_RUN
+        return c.paired(found["gain"]) if found else NOT_RUN
 
     def knowing(row: Row) -> c.Cell:
         return NOT_RUN if (row.model, row.purifier) in unjudged else c.GAIN.cell(row)
 
     def clean(row: Row) -> c.Cell:
         if one := unjudged.get((row.model, row.purifier)):
-            return _gained(one.cells["clean"])
+            return c.paired(one.cells["clean"]["gain"])
         return c.points(row.clean_gain, row.clean_gain_interval)
 
     def times(row: Row) -> c.Cell:
@@ -126,7 +126,7 @@ def _in_words(record: dict[str, Any]) -> str:
     accuracy = record["results"]["accuracy"]
     gains = []
     for preset in (name for name in PRESETS if name in accuracy):
-        clean, attacked = (c.points(accuracy[preset][on]["gain"]["mean"]).text for on in ("clean", "attacked"))
+        clean, attacked = (c.paired(accuracy[preset][on]["gain"]).text for on in ("clean", "attacked"))
         gains.append(f"`{preset}` {clean} and {attacked}")
     return f"before `{_id(record)}` {', '.join(gains)}"
 
@@ -151,7 +151,3 @@ def _unjudged(record: dict[str, Any], attacked: Container[tuple[str, str]]) -> d
 def _purifier(preset: str) -> str:
     """Return the harness's name of a preset."""
     return preset if preset == VOTE else DEFAULT if preset == "default" else f"{DEFAULT}:{preset}"
-
-
-def _gained(cell: dict[str, Any]) -> c.Cell:
-    return c.points(cell["gain"]["mean"], tuple(cell["gain"]["interval"]))

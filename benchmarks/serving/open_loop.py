@@ -72,14 +72,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     return uvloop.run(work)
 
 
-def photos(count: int, *, seed: int, side: int = 32) -> list[bytes]:
-    """Return PNG files of smooth random images."""
+def photos(count: int, *, seed: int) -> list[bytes]:
+    """Return PNG files of smooth random images, 32 x 32."""
     generator = np.random.default_rng(seed)
     made = []
     for _ in range(count):
         coarse = Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         buffer = io.BytesIO()
-        coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "PNG")
+        coarse.resize((32, 32), Image.Resampling.BICUBIC).save(buffer, "PNG")
         made.append(buffer.getvalue())
     return made
 

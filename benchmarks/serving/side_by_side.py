@@ -67,7 +67,7 @@ def requests(config: SideBySideConfig, path: str) -> list[Prepared]:
     return made
 
 
-def servers(config: SideBySideConfig, port: int) -> dict[str, tuple[list[str], str, str]]:
+def servers(port: int) -> dict[str, tuple[list[str], str, str]]:
     """Name -> command, path of a request, path that is ready."""
     peer = [sys.executable, "-m"]
     return {
@@ -114,11 +114,11 @@ def figures(sent: list[Sent], config: SideBySideConfig) -> dict[str, Any]:
 def measure(config: SideBySideConfig) -> dict[str, Any]:
     """The capacity of this service, then every server under every load, `rounds` times in turn."""
     capacity, execution = 0.0, open_loop.execution(config.execution, config.device)
-    found: Servers = {name: {load: [] for load in config.loads} for name in servers(config, 0)}
+    found: Servers = {name: {load: [] for load in config.loads} for name in servers(0)}
     for turn in range(config.rounds):
         for name in found:
             port = open_loop.free_port()
-            command, path, ready = servers(config, port)[name]
+            command, path, ready = servers(port)[name]
             environment = {
                 "UNPERTURB_CHECKPOINT": config.checkpoint,
                 "UNPERTURB_DEVICE": config.device,

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 import unperturb.benchmarks as benchmarks
 from tests.conftest import CLASSES, make_checkpoint
 from tests.support import broken_defenses
+from tests.support.harness import arguments, records
+from tests.support.scenes import LinearClassifier
 from unperturb.benchmarks import robustbench_eval
 from unperturb.benchmarks.reporting import report
+from unperturb.benchmarks.reporting.columns import notes
 from unperturb.benchmarks.reporting.rows import load_runs, measured_row
 from unperturb.benchmarks.robustness import attacks
 from unperturb.benchmarks.robustness.attacks.scene import Scene
@@ -34,20 +37,6 @@ from unperturb.models.purifiers.defended import DefendedClassifier
 
 N, LINF = 24, Threat(norm="linf", epsilon=8 / 255)
 BUDGET = replace(BUDGETS["fast"], apgd_steps=3, restarts=2)
-
-
-class Linear(ImageClassifier):
-    """Two classes by one matrix on the pixels: where its loss is highest in a ball has a closed form."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__(feature_dim=weight.shape[1], num_classes=len(weight), image_size=8)
-        self.weight = nn.Parameter(weight)
-
-    def features(self, x: Tensor) -> Tensor:
-        return x.flatten(1)
-
-    def logits(self, features: Tensor) -> Tensor:
-        return features @ self.weight.T
 
 
 class Blur(nn.Module):
@@ -86,7 +75,7 @@ def test_images_are_at_the_highest_loss_of_the_surrogate_also_where_it_was_wrong
     images = 0.2 + 0.6 * torch.rand(16, 3, 8, 8)
     labels = (images.flatten(1) @ weight.T).argmax(1)
     labels[:8] = 1 - labels[:8]  # it has these wrong
-    points = made(scene_of(Linear(weight), images, labels))
+    points = made(scene_of(LinearClassifier(weight), images, labels))
     away = (weight[1 - labels] - weight[labels]).view_as(images)
     assert torch.allclose(points, images + 8 / 255 * away.sign(), atol=1e-6)
 
@@ -258,13 +247,7 @@ def test_what_can_be_no_surrogate_is_refused_before_any_attack(
 
 def command(model: Path, data: Path, out: Path, *more: str) -> int:
     """Run the command line on eight images of three colours; return its status."""
-    given = ["--model", str(model), "--dataset", "colours", "--data", str(data), "--cache", str(out.parent / "cache")]
-    given += ["--n-examples", "8", "--chunk", "4", "--budget", "fast", "--device", "cpu", "--out", str(out)]
-    return robustbench_eval.main([*given, *more])
-
-
-def records(folder: Path) -> dict[str, Any]:
-    return {file.name: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return robustbench_eval.main(arguments(model, data, out, *more))
 
 
 @pytest.fixture(scope="module")
@@ -369,7 +352,7 @@ def test_report_says_what_the_surrogates_images_do(whole: Path, tmp_path: Path) 
     assert report.main([str(whole), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     for run in load_runs(whole):
-        (sentence,) = (note for note in measured_row(run).notes if note.startswith("of the images made on other-"))
+        (sentence,) = (note for note in notes(measured_row(run)) if note.startswith("of the images made on other-"))
         assert sentence in text
         figure = run["results"]["figures"]["surrogate"]
         assert f"{100 * figure['accuracy']['accuracy']:.1f}% withstand" in sentence

@@ -17,7 +17,7 @@ from unperturb.models.errors import CheckpointError, ConfigError
 from unperturb.models.pixels import Preprocessing
 from unperturb.models.purifiers.registry import build_purifier
 from unperturb.models.purifiers.reverse_attack import PRESETS
-from unperturb.training import data
+from unperturb.training import data, held_out
 from unperturb.training.__main__ import main as train
 
 WITH_STEPS = [name for name, config in PRESETS.items() if config.loop.steps]
@@ -54,7 +54,7 @@ def test_gate_is_the_quantile_of_clean_images_losses(
     loaded = store.load(folder)
     assert loaded.card.gates.keys() == set(WITH_STEPS) - {"published"}
     dataset = data.load(str(image_folder), Preprocessing(size=32), cache=tmp_path)
-    held = data.kept_back(dataset, loaded.card)
+    held = held_out.kept_back(dataset, loaded.card)
     x, seeds = held.images.float() / 255, torch.zeros(9, dtype=torch.int64)  # as served
     for name in loaded.card.gates:
         gate = loaded.card.gates[name]
@@ -128,20 +128,20 @@ def test_images_that_a_part_was_trained_on_are_not_held_back(
     training = {**card.head_training, "held_out": 30, "seed": 1}
     changed: dict[str, Any] = {part: training}
     other = dataclasses.replace(card, **changed)
-    both = data.kept_back(dataset, other)
+    both = held_out.kept_back(dataset, other)
     for seed, count in ((0, 9), (1, 30)):
-        _, held = data.hold_out(dataset.train, count, seed=seed)
+        _, held = held_out.hold_out(dataset.train, count, seed=seed)
         assert all(any(torch.equal(image, one) for one in held.images) for image in both.images)
     assert 0 < len(both.labels) < 9
     with pytest.raises(ConfigError, match="other images"):
-        data.kept_back(dataset._replace(digest="0"), card)
+        held_out.kept_back(dataset._replace(digest="0"), card)
     with pytest.raises(ConfigError, match="does not say"):
-        data.kept_back(dataset, make_checkpoint().card)
+        held_out.kept_back(dataset, make_checkpoint().card)
     with pytest.raises(ConfigError, match="does not say"):
-        data.kept_back(dataset, dataclasses.replace(card, data={}))  # an imported classifier, with a head
+        held_out.kept_back(dataset, dataclasses.replace(card, data={}))  # an imported classifier, with a head
     training["data_sha256"] = "0"
     with pytest.raises(ConfigError, match="other images"):
-        data.kept_back(dataset, other)
+        held_out.kept_back(dataset, other)
 
 
 def test_clean_images_whose_losses_do_not_differ_are_refused_and_the_card_is_left(
@@ -154,7 +154,7 @@ def test_clean_images_whose_losses_do_not_differ_are_refused_and_the_card_is_lef
     before = (folder / "card.json").read_bytes()
     same = data.Split(torch.zeros(3, 3, 32, 32, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64))
     for held in (same, data.Split(same.images[:1], same.labels[:1])):
-        monkeypatch.setattr(data, "kept_back", lambda *_, held=held: held)
+        monkeypatch.setattr(held_out, "kept_back", lambda *_, held=held: held)
         given = ["--checkpoint", str(folder), "--data", str(image_folder), "--device", "cpu", "--cache", str(tmp_path)]
         assert train(["gate", *given]) == 2
         assert f"the losses of {len(held.labels)} clean images do not differ" in capsys.readouterr().err

@@ -4,30 +4,35 @@ import base64
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
-from playwright.sync_api import Browser, FilePayload, Locator, Page, Route, expect
+from playwright.sync_api import Browser, Page, Route, expect
 
-from tests.conftest import make_checkpoint
 from tests.support import serving
 from tests.support.browser import assert_readable, needs_chromium
+from tests.support.page import (
+    answer_with_label,
+    assert_amplified_difference,
+    bare,
+    card,
+    carded,
+    listed,
+    photo,
+    pixels_of,
+    press_run,
+    shown,
+    use_sample,
+)
 from unperturb.benchmarks.purifier.samples import ASSETS, SHOWN
 from unperturb.models.checkpoints import store
-from unperturb.models.checkpoints.card import Card
 from unperturb.models.purifiers.parameters import parameters
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
-from unperturb.service.engine.registry import Model
 from unperturb.service.engine.stages import ATTACK_LOOP
 from unperturb.service.http.app import create_app
-from unperturb.service.http.routes import models
-from unperturb.service.http.routes.models import Described
 from unperturb.service.http.worth import PURPOSES
 from unperturb.service.keys import digest
 from unperturb.service.settings import Settings
@@ -74,47 +79,6 @@ def page(browser: Browser, address: str, request: pytest.FixtureRequest) -> Iter
     assert asked
     assert [url for url in asked if not url.startswith((address, "data:"))] == []
     assert faults == []
-
-
-def photo(seed: int = 0) -> FilePayload:
-    return {"name": "photo.png", "mimeType": "image/png", "buffer": serving.photo(seed, 48)}
-
-
-def use_sample(page: Page, name: str = "Sample: restored") -> None:
-    page.get_by_role("button", name=name, exact=True).click()
-    expect(page.locator("#name")).to_have_text(name)  # it is fetched
-
-
-def press_run(page: Page) -> Any:
-    """The service's answer, once the page has drawn it."""
-    with page.expect_response("**/inspect?*") as response:
-        page.get_by_role("button", name="Run").click()
-    expect(page.locator("#result")).to_be_visible()
-    return response.value.json()
-
-
-def card(page: Page, title: str) -> Locator:
-    return page.locator("section", has=page.get_by_role("heading", name=title, exact=True))
-
-
-def pixels_of(url: str | None) -> NDArray[np.int64]:
-    """Of a PNG in a data: address."""
-    assert url is not None
-    return np.asarray(Image.open(BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")).astype(np.int64)
-
-
-def shown(page: Page, title: str) -> NDArray[np.int64]:
-    return pixels_of(card(page, title).get_by_role("img").get_attribute("src"))
-
-
-def assert_amplified_difference(page: Page, after: str, before: str) -> None:
-    change = shown(page, after) - shown(page, before)
-    largest = np.abs(change).max()
-    difference = card(page, f"{after} minus {before.lower()}")
-    drawn = pixels_of(difference.locator("canvas").evaluate("canvas => canvas.toDataURL()"))
-    assert np.array_equal(drawn, np.clip(128 + 8 * change, 0, 255))
-    expect(difference).to_contain_text("8 times amplified")
-    expect(difference).to_contain_text(f"Largest: {largest}/255")
 
 
 def test_attacked_file_is_shown_at_every_point_of_its_way(page: Page) -> None:
@@ -342,7 +306,7 @@ def test_colours_follow_the_system_and_can_be_read(page: Page, dark: bool) -> No
 @pytest.mark.parametrize("page", [{"viewport": {"width": 320, "height": 700}}], ids=["320 px"], indirect=True)
 def test_names_are_whole_on_the_narrowest_phone(page: Page) -> None:
     long = "a class with a name that is longer than any screen of a phone is wide"
-    page.route("**/inspect?*", lambda route: _renamed(route, long))
+    page.route("**/inspect?*", lambda route: answer_with_label(route, long))
     page.locator("#file").set_input_files(photo())
     press_run(page)
     names = page.locator(".bars span")
@@ -350,16 +314,6 @@ def test_names_are_whole_on_the_narrowest_phone(page: Page) -> None:
     for name in names.all():
         assert name.evaluate("one => one.scrollWidth <= one.clientWidth && one.scrollHeight <= one.clientHeight + 1")
     assert page.evaluate("document.documentElement.scrollWidth") == 320
-
-
-def _renamed(route: Route, label: str) -> None:
-    answer = route.fetch()
-    body = answer.json()
-    for name in ("original", "attacked", "purified"):
-        for prediction in (body[name] or {"predictions": []})["predictions"]:
-            prediction["label"] = label
-    body["original"]["predictions"][0]["score"] = 0.31
-    route.fulfill(response=answer, json=body)
 
 
 @pytest.mark.parametrize("page", [{"viewport": {"width": 1280, "height": 900}}], ids=["1280 px"], indirect=True)
@@ -386,7 +340,7 @@ def test_predictions_are_above_the_fold(page: Page) -> None:
 def test_model_says_what_it_knows_and_when_it_is_not_sure(page: Page) -> None:
     expect(page.locator("#knows")).to_have_text(f"This model knows 3 classes: blue, green, red. {UNASSESSED}")
     expect(page.locator("#model")).to_be_hidden()  # there is one
-    page.route("**/inspect?*", lambda route: _renamed(route, "kiwi"))
+    page.route("**/inspect?*", lambda route: answer_with_label(route, "kiwi"))
     use_sample(page)
     press_run(page)
     expect(page.get_by_role("status")).to_contain_text("The model is not sure: kiwi has 31.0%.")
@@ -406,30 +360,6 @@ def test_model_without_a_head_says_what_it_lacks(page: Page) -> None:
         'This model has no head, which default, transfer, published need; "unperturb train head" makes one.'
     )
     expect(page.get_by_label("Purifier")).to_have_value("vote")
-
-
-def carded(card: Card) -> Any:
-    """What the service says of a model with this card."""
-    return json.loads(bytes(models._card(Model(1, card.id, card.id, card)).body))
-
-
-def listed(card: Card, *, default: bool = False) -> dict[str, Any]:
-    """The model in the service's list."""
-    model = Model(1, card.id, card.id, card)
-    return Described(
-        id=model.id,
-        digest=card.weights_sha256,
-        classes=len(card.classes),
-        image_size=model.image_size,
-        presets=model.presets,
-        execution=model.execution,
-        default=default,
-    ).model_dump(mode="json")
-
-
-def bare(id: str, *classes: str) -> Card:
-    """The card of a classifier without a head."""
-    return replace(make_checkpoint(head=False).card, id=id, classes=classes)
 
 
 def test_purpose_of_the_chosen_preset_stands_below_it_in_the_services_words(page: Page) -> None:

@@ -16,7 +16,8 @@ from unperturb.models.errors import ConfigError, DataError
 from unperturb.models.networks.classifier import Architecture
 from unperturb.models.pixels import Preprocessing
 from unperturb.training.augment import pad_crop_flip
-from unperturb.training.data import at_once, hold_out, kept_back, load, load_for, training_images_for
+from unperturb.training.data import at_once, load, load_for
+from unperturb.training.held_out import hold_out, kept_back, training_images_for
 from unperturb.training.purifier.restorer import RestorerConfig
 
 

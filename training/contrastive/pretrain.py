@@ -24,7 +24,7 @@ from unperturb.models.networks.head import NegativesBank
 from unperturb.models.networks.readout import ReadoutCard
 from unperturb.models.options import option
 from unperturb.models.pixels import Preprocessing
-from unperturb.training import data, loop, options, seeds, world
+from unperturb.training import data, held_out, loop, options, seeds, world
 from unperturb.training.contrastive.contrast import (
     POLICY,
     Contrast,
@@ -200,7 +200,7 @@ def pretrain(config: PretrainConfig) -> None:
     begun = _fresh(config) if config.encoder is None else _from_checkpoint(config.encoder, config)
     dataset, encoder, card, was = begun
     encoder.to(here.device)
-    kept, held = data.training_images_for(was, dataset, config)
+    kept, held = held_out.training_images_for(was, dataset, config)
     train = data.resident(kept, here.device)
     task = PretrainTask(config, encoder, train, data.resident(held, here.device), here)
     made_of = {"data": dataset.digest} | ({"checkpoint": was.weights} if was else {})

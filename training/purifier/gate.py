@@ -25,7 +25,7 @@ from unperturb.models.inference.folding import prepared
 from unperturb.models.options import option
 from unperturb.models.purifiers.defended import reverse_attack_of
 from unperturb.models.purifiers.reverse_attack import PRESETS, ReverseAttack
-from unperturb.training import data
+from unperturb.training import data, held_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def set_gates(config: GateConfig) -> None:
     device = opened_device(config.device)
     loaded = store.load(config.checkpoint, device=device)
     dataset = data.load_for(loaded.card, config.data, cache=config.cache)
-    held = data.first(data.kept_back(dataset, loaded.card), config.images, device)
+    held = data.first(held_out.kept_back(dataset, loaded.card), config.images, device)
     gates: dict[str, Any] = {}
     for name, preset in PRESETS.items():
         if not preset.loop.steps:  # no loss is measured, and nothing saved

@@ -25,7 +25,7 @@ from unperturb.models.networks.generator import GeneratorCard, NoiseGenerator
 from unperturb.models.networks.readout import MAKE_ONE
 from unperturb.models.options import option
 from unperturb.models.provenance import digest_of
-from unperturb.training import data, loop, options, seeds, world
+from unperturb.training import data, held_out, loop, options, seeds, world
 from unperturb.training.contrastive.contrast import POLICY
 from unperturb.training.contrastive.encoder import BATCH
 from unperturb.training.contrastive.false_negatives import FalseNegativeConfig, Negatives
@@ -125,7 +125,7 @@ def train_generator(config: GeneratorConfig) -> None:
     if dataset.train.images.shape[-1] % 4:
         raise ConfigError(f"images of {dataset.train.images.shape[-1]} pixels: a generator needs a multiple of 4")
     model = NoiseGenerator(width=config.width, epsilon=config.epsilon).to(here.device)
-    kept, held = data.training_images_for(base.card, dataset, config)
+    kept, held = held_out.training_images_for(base.card, dataset, config)
     before = digest_of(base.classifier)
     task = GeneratorTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device), here

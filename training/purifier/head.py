@@ -22,7 +22,7 @@ from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.head import NegativesBank, ProjectionHead
 from unperturb.models.options import option
 from unperturb.models.shapes import Bool, Float
-from unperturb.training import data, loop, options, seeds, world
+from unperturb.training import data, held_out, loop, options, seeds, world
 from unperturb.training.contrastive.contrast import Contrast, ContrastConfig, ContrastiveBatch, Queue
 from unperturb.training.contrastive.encoder import BATCH, Encoder, bank_of
 from unperturb.training.world import World
@@ -132,7 +132,7 @@ def train_head(config: HeadConfig) -> None:
             )
         base = dataclasses.replace(base, card=dataclasses.replace(base.card, classes=dataset.classes))
     torch.manual_seed(config.seed)
-    kept, held = data.training_images_for(base.card, dataset, config)
+    kept, held = held_out.training_images_for(base.card, dataset, config)
     if config.bank_size > len(kept.labels):
         raise ConfigError(f"bank_size={config.bank_size} is over the {len(kept.labels)} training images")
     head = ProjectionHead(

@@ -31,7 +31,7 @@ from unperturb.models.purifiers.base import lacking
 from unperturb.models.purifiers.defended import vote_of
 from unperturb.models.purifiers.reverse_attack import PRESETS
 from unperturb.models.purifiers.vote import Vote
-from unperturb.training import data, loop, options, seeds, world
+from unperturb.training import data, held_out, loop, options, seeds, world
 from unperturb.training.augment import pad_crop_flip
 from unperturb.training.options import RunConfig
 from unperturb.training.purifier.restorer import save_with
@@ -267,7 +267,7 @@ def train_purifier(config: PurifierConfig) -> None:
     made_of = {"data": dataset.digest, "checkpoint": base.card.weights}
     if start is not None:
         made_of["start"] = start.weights_sha256
-    kept, held = data.training_images_for(base.card, dataset, config, start=start)
+    kept, held = held_out.training_images_for(base.card, dataset, config, start=start)
     vote = vote_of(base.card, PRESETS["vote"]) if config.vote else None
     task = PurifierTask(
         config, prepared(base).classifier, vote, model, data.resident(kept, here.device), processes=here.size

@@ -23,7 +23,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.restorer import Restorer, RestorerCard
 from unperturb.models.options import option
-from unperturb.training import data, loop, options, seeds, world
+from unperturb.training import data, held_out, loop, options, seeds, world
 from unperturb.training.options import RunConfig
 
 
@@ -129,7 +129,7 @@ def train_restorer(config: RestorerConfig) -> None:
     torch.manual_seed(config.seed)
     card = RestorerCard(width=config.width, depth=config.depth, epsilon=config.epsilon)
     model = Restorer(card).to(here.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kept, held = data.training_images_for(base.card, dataset, config)
+    kept, held = held_out.training_images_for(base.card, dataset, config)
     task = RestorerTask(
         config, base.classifier, model, data.resident(kept, here.device), data.resident(held, here.device)
     )

@@ -26,7 +26,7 @@ from unperturb.models.networks.readout import attach
 from unperturb.models.networks.registry import TORCHVISION, build
 from unperturb.models.options import option
 from unperturb.models.pixels import Preprocessing
-from unperturb.training import data, loop, options, world
+from unperturb.training import data, held_out, loop, options, world
 from unperturb.training.contrastive.encoder import Encoder, trainable
 from unperturb.training.contrastive.false_negatives import FalseNegativeConfig
 from unperturb.training.supervised.adversarial import Fit, SupervisedBatch
@@ -188,7 +188,7 @@ def train_classifier(config: ClassifierConfig) -> None:
     here = world.join(config.device)
     begun = _fresh(config, here) if config.classifier is None else _from_checkpoint(config.classifier, config, here)
     dataset, model = begun.dataset, begun.model
-    kept, held = data.training_images_for(begun.was, dataset, config)
+    kept, held = held_out.training_images_for(begun.was, dataset, config)
     labelled = max(1, round(config.labelled * len(kept.labels)))
     if config.labelled < 1:  # those whose labels are used come first
         order = torch.randperm(len(kept.labels), generator=torch.Generator().manual_seed(config.seed + 2))

@@ -19,7 +19,7 @@ from unperturb.models.errors import ConfigError
 from unperturb.models.networks.classifier import ImageClassifier
 from unperturb.models.networks.readout import ReadoutCard, attach, blank_readout
 from unperturb.models.options import option
-from unperturb.training import data, loop, options, seeds, world
+from unperturb.training import data, held_out, loop, options, seeds, world
 from unperturb.training.contrastive.encoder import BATCH, bank_for
 from unperturb.training.supervised.adversarial import MethodName, SupervisedBatch
 from unperturb.training.supervised.base import SupervisedConfig, SupervisedTask, report
@@ -85,7 +85,7 @@ def train_linear(config: LinearConfig) -> None:
     card = ReadoutCard(kind="dense", hidden=config.hidden) if config.hidden else ReadoutCard()
     readout = blank_readout(card, feature_dim=classifier.feature_dim, num_classes=classifier.num_classes)
     attach(classifier, (readout or nn.Linear(classifier.feature_dim, classifier.num_classes)).to(here.device))
-    kept, held = data.training_images_for(base.card, dataset, config)
+    kept, held = held_out.training_images_for(base.card, dataset, config)
     task = LinearTask(config, classifier, data.resident(kept, here.device), data.resident(held, here.device))
     fitted = loop.fit(
         task,
