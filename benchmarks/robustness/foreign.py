@@ -242,7 +242,7 @@ def _seed(seed: int, x: Tensor) -> None:
 def _drawn(x: Tensor) -> tuple[object, ...]:
     """Return where the generators are that a purifier may draw from."""
     of_device = torch.cuda.get_rng_state(x.device).numpy().tobytes() if x.is_cuda else b""
-    of_numpy = np.random.get_state()
+    of_numpy: Any = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), of_device, of_numpy[1].tobytes(), of_numpy[2:], random.getstate()
 
 

@@ -87,7 +87,7 @@ def subject_of(
 
 def classes_of(model: object) -> tuple[str, ...]:
     """Return the names that a model has as `classes`; none where that is something else, as their number."""
-    found = getattr(model, "classes", None)
+    found: Any = getattr(model, "classes", None)
     named = isinstance(found, list | tuple) and all(isinstance(one, str) for one in found)
     return tuple(found) if named else ()
 

@@ -178,7 +178,8 @@ def test_callers_purifier_and_what_it_holds_are_left_as_they_were() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             assert not self.layer.training
-            return x + 0 * self.layer(x)
+            moved: Tensor = self.layer(x)
+            return x + 0 * moved
 
     model = Hers()
     purifier = Learning(model)
