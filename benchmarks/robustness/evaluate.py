@@ -18,8 +18,9 @@ from unperturb.benchmarks.robustness.data import EvaluationSet
 from unperturb.benchmarks.robustness.device import open_device
 from unperturb.benchmarks.robustness.estimate import announce
 from unperturb.benchmarks.robustness.evaluation import Evaluation
+from unperturb.benchmarks.robustness.foreign import left_as_they_were
 from unperturb.benchmarks.robustness.plan import Plan
-from unperturb.benchmarks.robustness.subjects import defense_of, described_model, ready, subject_of
+from unperturb.benchmarks.robustness.subjects import classes_of, defense_of, described_model, ready, subject_of
 from unperturb.benchmarks.robustness.surrogate import Surrogate, surrogate_of
 from unperturb.benchmarks.robustness.threat import EPSILON, NORMS, Threat
 from unperturb.models.checkpoints.store import Checkpoint
@@ -93,7 +94,7 @@ def evaluate(
     }
     config = {"n_examples": len(images), "seed": seed, "device": device, "budget": allowance, "attacks": attacks}
     try:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, left_as_they_were([purifier]):
             folder = Path(store or scratch)
             runs = {
                 spec: Evaluation(defense_of(own, subject), data, plan, folder=folder, title=f"{name} + {spec}")
@@ -118,6 +119,11 @@ def evaluate(
 
 def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return both as float32 and int64 on the CPU; raise DataError for what they can't be."""
+    for what, given in (("images", images), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise DataError(
+                f"{what} are a {type(given).__name__}; a torch.Tensor is needed, as torch.as_tensor makes one"
+            )
     images, labels = images.detach().cpu(), labels.detach().cpu()
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not len(images):
         raise DataError(f"images are {list(images.shape)} {images.dtype}; floats [n, 3, side, side] are needed")
@@ -135,7 +141,7 @@ def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _surrogate(given: nn.Module | Checkpoint, subject: Checkpoint, image_size: int, seed: int) -> Surrogate:
     """Return it beside the subject, whose classes it has where it names none."""
-    own = isinstance(given, Checkpoint) or getattr(given, "classes", None)
+    own = isinstance(given, Checkpoint) or classes_of(given)
     other = subject_of(
         given, name=registry.SURROGATE, classes=None if own else subject.card.classes, image_size=image_size
     )

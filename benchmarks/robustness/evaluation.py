@@ -51,7 +51,7 @@ from unperturb.benchmarks.robustness.surrogate import Surrogate
 from unperturb.benchmarks.robustness.units import Unit, Units, digest_of_tensors
 from unperturb.models.errors import ConfigError
 from unperturb.models.purifiers.base import NoPurifier
-from unperturb.models.purifiers.defended import DefendedClassifier, seeds_of
+from unperturb.models.purifiers.defended import DefendedClassifier
 
 RESUBMISSIONS = 10
 SERVED_SEED = 0  # the service's default
@@ -90,6 +90,11 @@ class Evaluation:
         self.could_not_run = {name: REASONS[need] for name, need in lacks.items() if need in REASONS}
         few = self.counting.num_classes < LEAST_CLASSES and {AUTOATTACK, DEFENDED_AUTOATTACK}.intersection(self.names)
         self.notes = [f"with {self.counting.num_classes} classes AutoAttack's apgd-t was left out"] if few else []
+        if isinstance(defended.purifier, AnyPurifier) and defended.purifier.mixes:
+            self.notes.append(
+                "an image's purification depends on the images beside it, or on chance that no seed fixes: these "
+                f"figures are of batches of up to {plan.chunk}, and of this run"
+            )
         self.weaker = self._weaker()
         self._last: dict[int, dict[str, Unit]] = {}
         self.units, self.identity = Units(folder), Identity(defended, plan.generator, seed=plan.seed)
@@ -121,14 +126,25 @@ class Evaluation:
             found.append(
                 "no gradient comes through the purifier: apgd-ce and AutoAttack take the identity in its place"
             )
+        elif self.purifies and not self._gives_a_gradient():
+            found.append("no gradient comes through the purifier: apgd-ce and AutoAttack have none to follow")
         if self.purifies and (less := self.plan.budget.less_than(BUDGETS["standard"])):
             found.append(f"{LESS} ({', '.join(less)})")
         return found
 
+    def _gives_a_gradient(self) -> bool:
+        x = self.data.images[:2].to(self.device).requires_grad_()
+        scores = self.defended.attacked_by("full", steps=self.plan.budget.unrolled_steps)(x)
+        weights = torch.arange(1.0, 1 + scores.shape[1], device=self.device)
+        return scores.requires_grad and bool(torch.autograd.grad((scores * weights).sum(), x)[0].any())
+
     def _is_randomised(self) -> bool:
-        x = self.data.images[: self.plan.chunk][:16].to(self.device)
+        x, purifier = self.data.images[: self.plan.chunk][:16].to(self.device), self.defended.purifier
+        if isinstance(purifier, AnyPurifier) and purifier.draws:
+            return True
+        seeds = torch.arange(len(x), device=self.device)  # of each image its own: what is drawn seldom shows, too
         with torch.no_grad():
-            one, other = (self.defended.purifier.descend(x, seeds=seeds_of(seed, x)).image for seed in (0, 1))
+            one, other = (purifier.descend(x, seeds=seeds + first).image for first in (0, len(x) + 1))
         return not torch.allclose(one, other, rtol=0, atol=1e-3)
 
     def run(self) -> dict[str, Any]:

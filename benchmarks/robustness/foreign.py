@@ -2,8 +2,9 @@
 
 A purifier is any object with
 
-    purify(x, seeds) -> x'          images [n, 3, h, w] in [0, 1] and one int64 seed each; an image's result should not
-                                    depend on the others
+    purify(x, seeds) -> x'          images [n, 3, h, w] in [0, 1] and one int64 seed each; where an image's result
+                                    depends on the others its row says so. What draws from torch's, NumPy's or Python's
+                                    own generators is called for each image alone, under its seed
 
 and, where it can, more, by which it is attacked harder:
 
@@ -17,7 +18,9 @@ A `torch.nn.Module` that maps images to images is one too, and so are ART's prep
 `estimate_gradient`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, cast
 
@@ -43,7 +46,7 @@ class AnyClassifier(ImageClassifier):
 
     def features(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         """Return the class scores."""
-        return cast(Tensor, self.model(x))
+        return cast(Tensor, self.model(x.clone()))  # it may normalise in place
 
     def logits(self, features: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch classes"]:
         """Return the class scores as they are."""
@@ -53,8 +56,9 @@ class AnyClassifier(ImageClassifier):
 class AnyPurifier(Purifier):
     """An object of the protocol above, a module, or a preprocessor of ART's, as a purifier of this project.
 
-    It is tried once on two random images: ConfigError says what is wrong with what it returns. `has_gradient` says
-    whether a gradient comes through it, by itself or by its own estimate.
+    It is tried on two random images, and on one alone: ConfigError says what is wrong with what it returns.
+    `has_gradient` says whether a gradient comes through it, by itself or by its own estimate, and `mixes` whether an
+    image comes out otherwise beside another.
     """
 
     def __init__(self, classifier: ImageClassifier, purifier: Any, *, device: torch.device | str = "cpu") -> None:  # noqa: ANN401
@@ -71,8 +75,28 @@ class AnyPurifier(Purifier):
         size = classifier.image_size
         probe = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
         seeds = torch.zeros(2, dtype=torch.int64, device=probe.device)
-        self._check(self.descend(probe, seeds=seeds).image, probe)
+        self.has_gradient = False
+        together, alone = self._tried(probe, seeds), self._tried(probe[:1], seeds[:1])
+        self.mixes = not torch.allclose(together[:1], alone, rtol=0, atol=1e-3)
         self.has_gradient = self._gives_a_gradient(probe, seeds)
+
+    @property
+    def draws(self) -> bool:
+        """Return whether it draws from torch's, NumPy's or Python's own generators."""
+        return self.call.draws
+
+    def _tried(self, x: Tensor, seeds: Tensor) -> Tensor:
+        try:
+            found = self.descend(x, seeds=seeds).image
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever somebody else's purifier raises
+            raise ConfigError(
+                f"{_name(self.purifier)} fails on random images {list(x.shape)} and as many seeds: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self._check(found, x)
+        return found
 
     def _check(self, found: object, x: Tensor) -> None:
         if not isinstance(found, Tensor) or found.shape != x.shape or found.dtype != x.dtype:
@@ -163,14 +187,14 @@ class _Estimated(torch.autograd.Function):
         return _as_tensor(estimated, x), None, None, None
 
 
-def _call_of(purifier: Any) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: ANN401
+def _call_of(purifier: Any) -> "_Seeded":  # noqa: ANN401
     """Return the purifier as a function of images and seeds; ConfigError for what is none."""
     if callable(getattr(purifier, "purify", None)):
-        return cast(Callable[[Tensor, Tensor], Tensor], purifier.purify)
+        return _Seeded(purifier.purify)
     if callable(purifier) and callable(getattr(purifier, "estimate_gradient", None)):
-        return _Seeded(lambda images: _as_tensor(purifier(_as_array(images))[0], images))
+        return _Seeded(lambda images, _: _as_tensor(purifier(_as_array(images))[0], images))
     if isinstance(purifier, nn.Module):
-        return _Seeded(purifier)
+        return _Seeded(lambda images, _: purifier(images))
     raise ConfigError(
         f"{_name(purifier)} is no purifier: it needs purify(x, seeds) -> x, or to be a torch.nn.Module from images to "
         "images, or a preprocessor of ART's"
@@ -178,30 +202,63 @@ def _call_of(purifier: Any) -> Callable[[Tensor, Tensor], Tensor]:  # noqa: ANN4
 
 
 class _Seeded:
-    """What takes no seeds, under torch's and NumPy's generators: each image under its own seed, where it draws."""
+    """A purifier under torch's, NumPy's and Python's generators: each image under its own seed, where it draws."""
 
-    def __init__(self, call: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, call: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.call = call
-        self.draws: bool | None = None
+        self.draws = False  # as far as was seen
 
     def __call__(self, x: Tensor, seeds: Tensor) -> Tensor:
         """Return what it makes of the images."""
         with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-            state = np.random.get_state()  # ART's preprocessors draw from it
+            before = np.random.get_state(), random.getstate()
             try:
-                if self.draws is None and len(x):
-                    with torch.no_grad():
-                        self.draws = not torch.equal(self._under(0, x[:1]), self._under(1, x[:1]))
                 if not self.draws:
-                    return self._under(0, x)
-                return torch.cat([self._under(int(seed), x[i : i + 1]) for i, seed in enumerate(seeds)])
+                    _seed(0, x)
+                    start, found = _drawn(x), self.call(x.clone(), seeds)
+                    self.draws = _drawn(x) != start
+                    if not self.draws or not len(x):
+                        return found
+                each = enumerate(seeds.tolist())
+                return torch.cat([self._under(seed, x[i : i + 1], seeds[i : i + 1]) for i, seed in each])
             finally:
-                np.random.set_state(state)
+                np.random.set_state(before[0])
+                random.setstate(before[1])
 
-    def _under(self, seed: int, x: Tensor) -> Tensor:
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)
-        return self.call(x)
+    def _under(self, seed: int, x: Tensor, seeds: Tensor) -> Tensor:
+        _seed(seed, x)
+        return self.call(x, seeds)
+
+
+def _seed(seed: int, x: Tensor) -> None:
+    """Seed the generators that a purifier may draw from."""
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which notes a stack for each GPU not yet used
+    if x.is_cuda:
+        torch.cuda.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def _drawn(x: Tensor) -> tuple[object, ...]:
+    """Return where the generators are that a purifier may draw from."""
+    of_device = torch.cuda.get_rng_state(x.device).numpy().tobytes() if x.is_cuda else b""
+    of_numpy: Any = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), of_device, of_numpy[1].tobytes(), of_numpy[2:], random.getstate()
+
+
+@contextmanager
+def left_as_they_were(purifiers: Iterable[object]) -> Iterator[None]:
+    """Give the networks that purifiers hold their modes back at the end, and their weights what wants a gradient."""
+    seen: dict[int, object] = {}
+    modes = {part: part.training for one in purifiers for net in _networks(one, seen) for part in net.modules()}
+    wanting = {weight: weight.requires_grad for part in modes for weight in part.parameters(recurse=False)}
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+        for weight, wants in wanting.items():
+            weight.requires_grad_(wants)
 
 
 def _networks(thing: object, seen: dict[int, object]) -> Iterator[nn.Module]:

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from unperturb.benchmarks.robustness.counting import CountingClassifier
 from unperturb.benchmarks.robustness.foreign import AnyClassifier, AnyPurifier
 from unperturb.models.checkpoints import store
 from unperturb.models.checkpoints.card import Card
+from unperturb.models.checkpoints.importing.imported import require_separate
 from unperturb.models.checkpoints.store import Checkpoint
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.folding import folded, with_affine
@@ -36,8 +38,9 @@ def subject_of(
 ) -> Checkpoint:
     """Return a model as a checkpoint; a plain module is run once for its number of classes.
 
-    Raises ConfigError where it gives no scores [n, classes], or other than `classes` names, or is known to be for
-    images of another size.
+    Raises ConfigError where it gives no scores [n, classes] of two classes or more, or other than `classes` names,
+    where an image's scores are not its own or give its pixels no gradient, or where it is known to be for images of
+    another size.
     """
     known = model.classifier if isinstance(model, Checkpoint) else model
     if isinstance(known, ImageClassifier) and known.image_size != image_size:
@@ -47,26 +50,46 @@ def subject_of(
         if classes is not None and classes != model.card.classes:
             raise ConfigError(f"{name} has its own classes, {', '.join(model.card.classes[:10])}: leave `classes` out")
         return model
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{name} is a {type(model).__name__}, not a torch.nn.Module from images to class scores")
+    try:
+        model = copy.deepcopy(model).eval().requires_grad_(False)
+    except Exception as error:  # TorchScript's, and whatever somebody else's module raises
+        raise ConfigError(f"{name} is a torch.nn.Module that cannot be copied and frozen: {error}") from error
     probe = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     parameter = next(iter(model.parameters()), probe)
-    with torch.no_grad():
+    for part in (probe[:1], probe):  # one image alone is what attacks may leave
         try:
-            scores = model(probe.to(parameter.device))
-        except RuntimeError as error:
-            raise ConfigError(f"{name} takes no images [n, 3, {image_size}, {image_size}]: {error}") from error
-    if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or len(scores) != len(probe):
-        raise ConfigError(f"{name}: class scores [n, classes] are needed for images [n, 3, {image_size}, {image_size}]")
+            with torch.no_grad():
+                scores = model(part.to(parameter.device, copy=True))
+        except Exception as error:  # whatever somebody else's module raises
+            raise ConfigError(f"{name} takes no float32 images {list(part.shape)}: {error}") from error
+        if not isinstance(scores, torch.Tensor) or scores.ndim != 2 or len(scores) != len(part):
+            found = list(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+            raise ConfigError(
+                f"{name} answers images {list(part.shape)} with {found}: scores [n, classes] are needed, whatever n"
+            )
     count = scores.shape[1]
-    classes = classes or getattr(model, "classes", None) or tuple(str(number) for number in range(count))
+    classes = classes or classes_of(model) or tuple(str(number) for number in range(count))
     if len(classes) != count:
         raise ConfigError(f"{name} gives {count} scores, for {len(classes)} classes")
     classifier: ImageClassifier = (
         model if isinstance(model, ImageClassifier) else AnyClassifier(model, num_classes=count, image_size=image_size)
     )
+    try:
+        require_separate(classifier)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
     architecture = Architecture(name=name, num_classes=count, image_size=image_size)
     card = Card(id=name, architecture=architecture, classes=tuple(classes), data={}, training={})
     return Checkpoint(card, classifier)
+
+
+def classes_of(model: object) -> tuple[str, ...]:
+    """Return the names that a model has as `classes`; none where that is something else, as their number."""
+    found: Any = getattr(model, "classes", None)
+    named = isinstance(found, list | tuple) and all(isinstance(one, str) for one in found)
+    return tuple(found) if named else ()
 
 
 def load_subject(spec: str, *, classes: tuple[str, ...] | None, image_size: int) -> Checkpoint:
@@ -181,7 +204,7 @@ def _wanted(kind: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _values(text: str) -> dict[str, Any]:
-    """Return `key=value,…` with Python's numbers, tuples, True and None as such, and the rest as words."""
+    """Return `key=value,…` with Python's numbers, fractions, tuples, True and None as such, and the rest as words."""
     try:
         call = ast.parse(f"_({text})", mode="eval").body
     except SyntaxError as error:
@@ -198,5 +221,13 @@ def _values(text: str) -> dict[str, Any]:
         try:
             found[str(keyword.arg)] = ast.literal_eval(keyword.value)
         except ValueError:
-            found[str(keyword.arg)] = ast.unparse(keyword.value)
+            found[str(keyword.arg)] = _fraction(ast.unparse(keyword.value))
     return found
+
+
+def _fraction(text: str) -> float | str:
+    """Return `8 / 255` as a number, as this project's own purifiers take it, and other words as they are."""
+    try:
+        return float(Fraction(text.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        return text

@@ -181,7 +181,7 @@ def read_weights(file: Path, digest: str, parts: dict[str, nn.Module]) -> None:
         raise CheckpointError(f"{file} has SHA-256 {found}, its card says {digest}; fetch it again")
     try:
         tensors = load_tensors(payload)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a type of numbers that PyTorch has not
         raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
     for key, value in tensors.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -206,7 +206,7 @@ def read_object(file: Path) -> dict[str, Any]:
         raw = json.loads(file.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     return raw if isinstance(raw, dict) else {}
 

@@ -180,7 +180,7 @@ def _built(architecture: Architecture, *, allowed: bool) -> nn.Module:
 def run(network: nn.Module, probe: Tensor, architecture: Architecture) -> Tensor:
     """Return what a network makes of images; ConfigError where it does not take them."""
     try:
-        found = network(probe)
+        found = network(probe.clone())  # it may normalise in place
     except Exception as error:  # whatever somebody else's network raises
         raise ConfigError(f"{architecture.name} does not take images of {list(probe.shape)}: {error}") from error
     if not isinstance(found, Tensor) or found.ndim != 2:

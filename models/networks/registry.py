@@ -66,7 +66,7 @@ def build(architecture: Architecture, *, pretrained: bool = False, weights: bool
 
 
 def _build_residual(architecture: Architecture, activation: nn.Module) -> PreActResNet:
-    wide = re.fullmatch(r"wide_resnet_(\d+)_(\d+)", architecture.name)
+    wide = re.fullmatch(r"wide_resnet_([0-9]{1,4})_([0-9]{1,4})", architecture.name)
     if architecture.name == WIDENED:
         stem = round(64 * architecture.width)
         widths: tuple[int, ...] = (stem, 2 * stem, 4 * stem, 8 * stem)

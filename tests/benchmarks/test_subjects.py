@@ -28,7 +28,7 @@ def test_checkpoints_size_and_classes_and_a_modules_size_are_its_own() -> None:
         subject_of(checkpoint, name="tiny", classes=None, image_size=16)
     with pytest.raises(ConfigError, match="its own classes, blue"):
         subject_of(checkpoint, name="tiny", classes=("a", "b", "c"), image_size=32)
-    with pytest.raises(ConfigError, match=r"linear takes no images \[n, 3, 32, 32\]"):
+    with pytest.raises(ConfigError, match=r"linear takes no float32 images \[1, 3, 32, 32\]"):
         subject_of(linear, name="linear", classes=None, image_size=32)
     assert subject_of(linear, name="linear", classes=None, image_size=16).classifier.num_classes == 3
 
@@ -85,7 +85,7 @@ def test_purifier_and_model_in_a_folder_of_ones_own_run_through_every_attack_tha
         ("", {}),
         ("strength=0.3,times=2", {"strength": 0.3, "times": 2}),
         ("clip_values=(0,1),mode=reflect,on=True", {"clip_values": (0, 1), "mode": "reflect", "on": True}),
-        ("epsilon=8/255", {"epsilon": "8 / 255"}),
+        ("epsilon=8/255,mode=a/b", {"epsilon": 8 / 255, "mode": "a / b"}),
     ],
 )
 def test_values_of_a_purifier_are_pythons_own(text: str, values: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -97,14 +98,21 @@ def test_pickle_in_place_of_weights_is_not_run(folder: Path, tmp_path: Path) -> 
         def __reduce__(self) -> tuple[object, tuple[str]]:
             return Path.touch, (str(tmp_path / "exploded"),)
 
-    import hashlib
-
     payload = pickle.dumps(Bomb())
     (folder / WEIGHTS).write_bytes(payload)
     rewrite_card(folder, weights_sha256=hashlib.sha256(payload).hexdigest())
     with pytest.raises(CheckpointError, match="not a safetensors file"):
         load(folder)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_type_of_numbers_that_pytorch_has_not_is_refused(folder: Path) -> None:
+    header = b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'
+    payload = len(header).to_bytes(8, "little") + header + b"\0"
+    (folder / WEIGHTS).write_bytes(payload)
+    rewrite_card(folder, weights_sha256=hashlib.sha256(payload).hexdigest())
+    with pytest.raises(CheckpointError, match="not a safetensors file"):
+        load(folder)
 
 
 def test_wrong_shape_unknown_and_missing_tensors_are_refused_by_name(folder: Path) -> None:
@@ -191,6 +199,7 @@ def test_weights_beyond_float16_are_stored_as_they_are(tmp_path: Path) -> None:
         ({"data": []}, r"data=\[\] is not of type dict"),
         ({"head_training": None}, "head_training=None is not of type dict"),
         ({"architecture": architecture(options=5)}, "options=5 is not of type dict"),
+        ({"architecture": architecture(name=f"wide_resnet_{'9' * 5000}_1")}, "cannot be built"),
         ({"architecture": architecture(mean=["0", "0", "0"])}, "mean='0' is not a finite number"),
         ({"architecture": architecture(mean=[0.5, 0.5])}, r"mean=\[0\.5, 0\.5\] is not of type tuple"),
         ({"architecture": architecture(std=[0, 1, 1])}, r"std=\(0\.0, 1\.0, 1\.0\) must be above 0"),
@@ -216,7 +225,7 @@ def test_cards_vote_is_kept(tmp_path: Path) -> None:
     assert load(tmp_path / "voted").card.vote == vote
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff\xfe", b"[" * 100_000])
 def test_card_that_is_no_card_is_refused(folder: Path, content: bytes) -> None:
     (folder / CARD).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"card\.json"):

@@ -53,11 +53,14 @@ def nested(kind: str, state: dict[str, Tensor]) -> Any:
         "model": {"model": state, "args": None},
         "compiled": {"model_ema": {f"_orig_mod.{name}": value for name, value in state.items()}},
         "lightning": {"state_dict": {f"model.{name}": value for name, value in state.items()}},
+        "averaged": {"n_averaged": torch.tensor(3), **parallel},
         "older": {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")},
     }[kind]
 
 
-@pytest.mark.parametrize("kind", ["plain", "DataParallel", "checkpoint", "model", "compiled", "lightning", "older"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "DataParallel", "checkpoint", "model", "compiled", "lightning", "averaged", "older"]
+)
 def test_weights_as_people_save_them_give_the_networks_own_scores(
     network: nn.Module, tmp_path: Path, kind: str
 ) -> None:
@@ -113,6 +116,27 @@ def make():
 
 def no_module():
     return 5
+
+def one_score():
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 1))
+
+class InPlace(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = make()
+
+    def forward(self, x):
+        return self.net(x.sub_(0.5))
+
+class Drawn(InPlace):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.empty(()).normal_(generator=DRAW), persistent=False)
+
+    def forward(self, x):
+        return self.net(x * self.scale)
+
+DRAW = torch.Generator()
 """
 
 
@@ -122,6 +146,21 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.syspath_prepend(str(tmp_path))
     yield "python:her_network:make"
     sys.modules.pop("her_network", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("one_score", "one score an image"), ("Drawn", "another network each time")]
+)
+def test_factorys_network_that_no_checkpoint_could_be_of_is_refused(factory: str, name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        import_classifier(ImportConfig(source=factory.replace("make", name), image_size=16))
+
+
+def test_factorys_network_may_normalise_in_place(factory: str) -> None:
+    made = import_classifier(ImportConfig(source=factory.replace("make", "InPlace"), image_size=16))
+    plain = import_classifier(ImportConfig(source=factory, image_size=16, mean=(0.5,) * 3))
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.allclose(made.classifier(x), plain.classifier(x), atol=1e-5)
 
 
 def test_factorys_module_is_served_where_its_code_is_allowed(

@@ -83,29 +83,53 @@ def import_classifier(config: ImportConfig) -> Checkpoint:
         training={"by": "imported", "source": _named(config, source), **origin},
     )
     require_separate(classifier.eval())
+    if source.name.startswith("python:"):
+        _require_same_again(classifier, architecture)
     return Checkpoint(card, classifier.to(memory_format=torch.channels_last))
 
 
 def require_separate(classifier: ImageClassifier) -> None:
-    """Raise ConfigError where an image's scores are not its own, not finite, or give its pixels no gradient."""
+    """Raise ConfigError where an image's scores are not its own, not finite, one, or give its pixels no gradient."""
+    if classifier.num_classes < 2:
+        raise ConfigError(
+            "one score an image, of which no label can be wrong: of two classes, torch.cat((0 * s, s), 1)"
+        )
     size, draw = classifier.image_size, torch.Generator().manual_seed(1)
-    x = torch.rand(3, 3, size, size, generator=draw).requires_grad_()
+    device = next((parameter.device for parameter in classifier.parameters()), torch.device("cpu"))
+    x = torch.rand(3, 3, size, size, generator=draw).to(device).requires_grad_()
     features = classifier.features(x)
     with torch.no_grad():
-        scores = classifier.logits(features)
+        scores = classifier.logits(features).detach()
         alone = torch.cat([classifier(x[i : i + 1]) for i in (2, 0, 1)])[[1, 2, 0]]
     if not bool(scores.isfinite().all()):
         raise ConfigError("the network's scores of random pixels are not finite: are these the right weights?")
-    if not torch.allclose(alone, scores, rtol=1e-3, atol=1e-3 * float(scores.abs().max())):
+    margin = 1e-3 * float(scores.abs().max())
+    if alone.shape != scores.shape or not torch.allclose(alone, scores, rtol=1e-3, atol=margin):
         raise ConfigError(
             "an image's scores depend on the images beside it, or on chance: is a part of the network in training mode?"
         )
-    some = (features * torch.rand(features.shape, generator=draw)).sum()
+    some = (features * torch.rand(features.shape, generator=draw).to(device)).sum()
     pixels = torch.autograd.grad(some, x, allow_unused=True)[0] if some.requires_grad else None
     if pixels is None or not bool(pixels.isfinite().all()) or not bool(pixels.flatten(1).abs().amax(1).gt(0).all()):
         raise ConfigError(
-            "no gradient passes through the network to an image's pixels, which attacks and purifiers need"
+            "no gradient passes through the network to an image's pixels, which attacks and purifiers need; what has "
+            "none, as JPEG, is no part of the model for the harness, but a purifier before it"
         )
+
+
+def _require_same_again(classifier: ImportedClassifier, architecture: Architecture) -> None:
+    """Raise ConfigError where the factory's next network, with these weights, has other scores: it is made anew where
+    the checkpoint is loaded.
+    """
+    again = ImportedClassifier(architecture, network_of(architecture, allowed=True)).eval()
+    again.load_state_dict(classifier.state_dict())
+    x = torch.rand(2, 3, *2 * (classifier.image_size,), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        if not torch.allclose(again(x), classifier(x), rtol=1e-3, atol=1e-4):
+            raise ConfigError(
+                f"{architecture.name} makes another network each time, in something that its state_dict does not hold: "
+                "draw it from a seed, or register it as a buffer"
+            )
 
 
 def warnings_of(scores: Tensor, names: Sequence[str]) -> list[str]:

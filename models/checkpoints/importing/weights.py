@@ -20,6 +20,7 @@ from unperturb.models.errors import CheckpointError, ConfigError
 
 NESTS = ("state_dict", "model_state_dict", "model_ema", "state_dict_ema", "model", "net", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "backbone.")
+COUNT = "n_averaged"  # beside the weights of torch.optim.swa_utils.AveragedModel
 SHOWN = 5
 SAVE = "save its weights: torch.save(model.state_dict(), 'weights.pth')"
 
@@ -95,6 +96,7 @@ def renamed(state: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 def without_prefix(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return the tensors under the names of a network: prefixes that all of them have, and it has not, are dropped."""
+    state = {name: value for name, value in state.items() if name != COUNT or name in expected}
     while not expected.keys() & state.keys():
         prefix = next((one for one in PREFIXES if all(name.startswith(one) for name in state)), None)
         if prefix is None or not state:
