@@ -73,8 +73,8 @@ def _build_residual(architecture: Architecture, activation: nn.Module) -> PreAct
         blocks = 2
     elif wide:
         depth, width = int(wide[1]), int(wide[2])
-        if depth < 10 or (depth - 4) % 6 or not 1 <= width <= 32:
-            raise ConfigError(f"{architecture.name!r}: the depth is 6n + 4 (10, 16, 22, 28, 34 …), the width 1 to 32")
+        if not 10 <= depth <= 202 or (depth - 4) % 6 or not 1 <= width <= 16:  # a card could ask for any memory
+            raise ConfigError(f"{architecture.name!r}: the depth is 6n + 4 (10, 16, 22 … 202), the width 1 to 16")
         widths = (16 * width, 32 * width, 64 * width)
         blocks, stem = (depth - 4) // 6, 16
     else:

@@ -200,6 +200,8 @@ def test_weights_beyond_float16_are_stored_as_they_are(tmp_path: Path) -> None:
         ({"head_training": None}, "head_training=None is not of type dict"),
         ({"architecture": architecture(options=5)}, "options=5 is not of type dict"),
         ({"architecture": architecture(name=f"wide_resnet_{'9' * 5000}_1")}, "cannot be built"),
+        ({"architecture": architecture(name="wide_resnet_604_16")}, "the depth is 6n"),
+        ({"architecture": architecture(name="wide_resnet_16_32")}, "the width 1 to 16"),
         ({"architecture": architecture(mean=["0", "0", "0"])}, "mean='0' is not a finite number"),
         ({"architecture": architecture(mean=[0.5, 0.5])}, r"mean=\[0\.5, 0\.5\] is not of type tuple"),
         ({"architecture": architecture(std=[0, 1, 1])}, r"std=\(0\.0, 1\.0, 1\.0\) must be above 0"),
