@@ -228,7 +228,7 @@ class Scores(nn.Module):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"surrogate": Scores(side=16)}, r"surrogate takes no images \[n, 3, 32, 32\]"),
+        ({"surrogate": Scores(side=16)}, r"surrogate takes no float32 images \[1, 3, 32, 32\]"),
         ({"surrogate": Scores(softmax=True)}, "surrogate surrogate: the classifier returns probabilities"),
         ({"surrogate": made_as(make_checkpoint(), classes=("a", "b", "c"))}, "'blue' is not one of it alone"),
         ({"attacks": "surrogate"}, "--surrogate CHECKPOINT"),
