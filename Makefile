@@ -43,7 +43,7 @@ check: install docs
 	touch $@
 
 oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -o addopts="-q --strict-markers -m 'not gpu and not slow'" tests/models tests/training
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) .venv-oldest/bin/python -m pytest -n 2 --dist worksteal -o addopts="-q --strict-markers -m 'not gpu and not slow and not long'" tests/models tests/training
 
 # The site, in build/site; every warning is an error, and nothing is fetched from the network.
 docs: install

@@ -83,9 +83,11 @@ tiny = unperturb.load(FOLDER)
 cases = {
     "divide 8-bit ones by 255": lambda: unperturb.purify(tiny, torch.full((1, 3, 32, 32), 200.0)),
     "pixels are needed in": lambda: unperturb.purify(tiny, torch.full((1, 3, 32, 32), float("nan"))),
-    "[batch, 3, 32, 32], are needed": lambda: unperturb.purify(tiny, torch.zeros(3, 32, 32)),
+    "[batch, 3, 32, 32], is needed": lambda: unperturb.purify(tiny, torch.zeros(3, 32, 32)),
     "images of shape [2, 3, 48, 64]": lambda: unperturb.defend(tiny)(torch.zeros(2, 3, 48, 64)),
-    "torch.uint8": lambda: unperturb.defend(tiny)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),
+    "images.to(torch.float32) / 255": lambda: unperturb.defend(tiny)(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)),
+    "images.to(torch.float32) makes": lambda: unperturb.defend(tiny)(torch.zeros(1, 3, 32, 32, dtype=torch.float64)),
+    "images are a ndarray": lambda: unperturb.purify(tiny, torch.zeros(1, 3, 32, 32).numpy()),
     "default, vote, transfer, restorer, published": lambda: unperturb.defend(tiny, preset="nonsense"),
     "full, bpda, none": lambda: unperturb.defend(tiny, gradient="nonsense"),
 }

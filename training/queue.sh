@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The classifiers that are to ship beside the others, one after another, each with its head, restorer and gates; some
-# six hours on two cores:
+# four hours on two cores:
 #   nohup nice training/queue.sh RUNS CIFAR10 >> queue.log 2>&1 &
 # RUNS is a folder for the runs, the other an image folder. A run that was ended goes on from its state; finished ones
 # are skipped. One without a state goes on from its averaged weights in training/unfinished, where there are some.
@@ -40,6 +40,6 @@ finish() { # NAME DATA: head, restorer and gates; what ships is $runs/$name-rest
 }
 
 mkdir -p "$runs"
-train cifar10-large "$cifar10" 12 --classifier default --widen 2 --method n-fgsm --lr 0.1 --warmup 0.1
+train cifar10-large "$cifar10" 8 --classifier default --widen 2 --method n-fgsm --lr 0.06 --warmup 0.1
 finish cifar10-large "$cifar10"
 echo "$(date -u +%FT%TZ) done"

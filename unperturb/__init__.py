@@ -108,7 +108,9 @@ def purify(checkpoint: "Checkpoint", images: "Tensor", *, preset: str = "default
     CheckpointError where the checkpoint has no head.
     """
     from unperturb.models.errors import ConfigError
+    from unperturb.models.purifiers.defended import require_images
 
+    require_images(images, checkpoint.classifier)
     if images.numel() and not (images.min() >= 0 and images.max() <= 1):  # NaN is refused too
         low, high = float(images.min()), float(images.max())
         raise ConfigError(f"images from {low:g} to {high:g}: pixels are needed in [0, 1]; divide 8-bit ones by 255")

@@ -77,7 +77,7 @@ class DefendedClassifier(nn.Module):
         self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Int[Tensor, " batch"] | None = None
     ) -> Float[Tensor, "batch 3 h w"]:
         """Return the purified images, with the gradient that an attacker sees."""
-        _require_images(x, self.classifier.image_size)
+        require_images(x, self.classifier)
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
         unrolled = wants_gradient and self.gradient == "full"
         purified = self.purifier.descend(x, seeds=self._seeds(seed, x), unrolled=unrolled).image
@@ -92,7 +92,7 @@ class DefendedClassifier(nn.Module):
 
     def purify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Purified:
         """Return the purified images and their trace. Raises ConfigError for what are no images."""
-        _require_images(x, self.classifier.image_size)
+        require_images(x, self.classifier)
         return cast(Purified, self.purifier(x, seeds=self._seeds(seed, x)))
 
     def classify(self, x: Float[Tensor, "batch 3 h w"], *, seed: int | Tensor | None = None) -> Defended:
@@ -152,11 +152,17 @@ def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Re
     return ReverseAttack(checkpoint.classifier, checkpoint.head, checkpoint.bank, config, checkpoint.restorer)
 
 
-def _require_images(x: Tensor, side: int) -> None:
-    if x.shape[1:] != (3, side, side) or not x.is_floating_point():
-        raise ConfigError(
-            f"images of shape {list(x.shape)} and {x.dtype}: floats in [0, 1], [batch, 3, {side}, {side}], are needed"
-        )
+def require_images(x: object, classifier: ImageClassifier) -> None:
+    """Raise ConfigError for what is no batch of images that the classifier takes; values are not looked at."""
+    side, dtype = classifier.image_size, next(classifier.parameters()).dtype
+    wanted = f"a {str(dtype).removeprefix('torch.')} tensor of pixels in [0, 1], [batch, 3, {side}, {side}], is needed"
+    if not isinstance(x, Tensor):
+        raise ConfigError(f"images are a {type(x).__name__}: {wanted}; torch.from_numpy makes one of an array")
+    if x.shape[1:] != (3, side, side):
+        raise ConfigError(f"images of shape {list(x.shape)}: {wanted}")
+    if not x.is_floating_point() or torch.promote_types(x.dtype, dtype) != dtype:
+        by = " / 255" if x.dtype == torch.uint8 else ""
+        raise ConfigError(f"images of {x.dtype}: {wanted}; images.to({dtype}){by} makes one")
 
 
 def seeds_of(seed: int | Tensor, x: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ def test_width_is_a_factor_on_the_channels() -> None:
         build(Architecture(name="preact_resnet18", num_classes=10, width=0.01))
 
 
+@pytest.mark.long
 def test_run_killed_in_mid_epoch_three_times_ends_with_an_undisturbed_ones_weights(
     image_folder: Path, tmp_path: Path
 ) -> None:

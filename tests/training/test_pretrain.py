@@ -103,6 +103,7 @@ def test_encoder_goes_on_with_its_own_pictures_and_views(
     assert made.data["sha256"] == load(str(image_folder), how, cache=tmp_path).digest
 
 
+@pytest.mark.long
 def test_readouts_of_an_encoder_classify(image_folder: Path, tmp_path: Path, simclr: Path) -> None:
     common = ["--encoder", str(simclr), "--data", str(image_folder), "--cache", str(tmp_path), "--device", "cpu"]
     training = ["--epochs", "30", "--batch-size", "21", "--held-out", "9", "--lr", "1e-2"]
