@@ -265,7 +265,7 @@ class Rising:
 def test_precision_is_bfloat16_by_itself_where_the_processor_computes_in_it(
     capable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": capable, "avx512_bf16": True})
     with autocast(RunConfig(data="unused", out=tmp_path), torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu") == capable
     with autocast(RunConfig(data="unused", out=tmp_path, precision="float32"), torch.device("cpu")):
