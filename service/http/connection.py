@@ -7,18 +7,39 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
-class _Transport:
-    """A transport that says when it is asked to close, by whomever: it then waits for its client to read, for ever."""
+HELD_BYTES = 64 * 1024
 
-    def __init__(self, transport: Any, on_close: Callable[[], None]) -> None:  # noqa: ANN401
-        self._transport, self._on_close = transport, on_close
+
+class _Transport:
+    """A transport that says when it is asked to close, by whomever: it then waits for its client to read, for ever.
+
+    What is written in one go, as the head of an answer and its body are, is sent in one piece: each piece is a call of
+    the kernel, and wakes the client.
+    """
+
+    def __init__(self, transport: Any, loop: asyncio.AbstractEventLoop, on_close: Callable[[], None]) -> None:  # noqa: ANN401
+        self._transport, self._loop, self._on_close = transport, loop, on_close
+        self._held = bytearray()
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401
         return getattr(self._transport, name)
 
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self._send)
+        self._held += data
+        if len(self._held) > HELD_BYTES:  # the kernel's buffer may be full, and the answer is to wait then
+            self._send()
+
     def close(self) -> None:
+        self._send()
         self._transport.close()
         self._on_close()
+
+    def _send(self) -> None:
+        held, self._held = self._held, bytearray()
+        if held and not self._transport.is_closing():
+            self._transport.write(held)
 
 
 class TimedConnection(HttpToolsProtocol):
@@ -40,7 +61,7 @@ class TimedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:  # noqa: ANN401 - uvloop's is no asyncio.Transport
         """Begin a connection, and wait for its first head."""
-        closing: Any = _Transport(transport, self._expect_end)
+        closing: Any = _Transport(transport, self.loop, self._expect_end)
         super().connection_made(closing)
         if len(self.connections) > self.max_connections and not (self._close_unused() or self._close_slow()):
             transport.abort()
