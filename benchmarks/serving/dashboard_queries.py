@@ -19,7 +19,8 @@ import yaml
 from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop, prometheus
-from unperturb.benchmarks.serving.open_loop import Prepared, Sent
+from unperturb.benchmarks.serving.client import Prepared
+from unperturb.benchmarks.serving.open_loop import Sent
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
 

@@ -28,7 +28,8 @@ from typing import Any
 from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import hostile, open_loop
-from unperturb.benchmarks.serving.open_loop import Prepared, Sent
+from unperturb.benchmarks.serving.client import Client, Prepared
+from unperturb.benchmarks.serving.open_loop import Sent
 from unperturb.benchmarks.serving.watch import RunningServer, memory, metric, text_metrics, tree
 from unperturb.models import provenance
 from unperturb.models.errors import ConfigError
@@ -163,12 +164,12 @@ def mutated(config: FaultsConfig) -> dict[str, Any]:
     async def run(server: RunningServer, kind: str) -> list[Sent]:
         files = hostile.mutated(kind, config.files, seed=config.seed)
         found: list[Sent] = []
-        async with open_loop.client_session() as session:
+        async with Client(server.url) as client:
 
             async def one() -> None:
                 for file in files:
                     request = Prepared("/classify?purify=never", file, f"image/{kind}")
-                    found.append(await open_loop.post(session, server.url, request, 0.0))
+                    found.append(await open_loop.post(client, request, 0.0))
 
             await asyncio.gather(*(one() for _ in range(8)))
         return found

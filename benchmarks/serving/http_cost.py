@@ -17,6 +17,7 @@ from typing import Any
 from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
+from unperturb.benchmarks.serving.client import TIMEOUT_S, Prepared
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.captured import Execution
 from unperturb.models.inference.folding import Precision
@@ -110,7 +111,7 @@ async def through_engine(engine: Engine, files: list[bytes], config: HttpCostCon
         async def client(number: int) -> None:
             nonlocal done
             while time.perf_counter() - started < config.seconds:
-                deadline = time.monotonic() + open_loop.REQUEST_TIMEOUT_S
+                deadline = time.monotonic() + TIMEOUT_S
                 image = pixels[(number + done) % len(pixels)]
                 await engine.dispatcher.submit(model, [image], stage=config.preset, seeds=[0], deadline=deadline)
                 done += 1
@@ -121,7 +122,7 @@ async def through_engine(engine: Engine, files: list[bytes], config: HttpCostCon
 
 def through_http(url: str, files: list[bytes], config: HttpCostConfig, *, clients: int) -> float:
     """Images a second of the service, to so many clients that each wait for their answer."""
-    requests = [open_loop.Prepared("/classify", file) for file in files]
+    requests = [Prepared("/classify", file) for file in files]
     started = time.perf_counter()
     sent = asyncio.run(open_loop.saturate(url, requests, clients=clients, seconds=config.seconds, seed=config.seed))
     lasted = time.perf_counter() - started

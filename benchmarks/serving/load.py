@@ -17,6 +17,7 @@ from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.reporting.service_tables import medians
 from unperturb.benchmarks.serving import open_loop
+from unperturb.benchmarks.serving.client import Prepared
 from unperturb.models.errors import ConfigError
 from unperturb.models.files import write_whole
 from unperturb.models.options import as_json, option
@@ -77,7 +78,7 @@ def one_round(config: LoadConfig) -> dict[str, Any]:
 
     A machine that others share is a third faster at one time than at another.
     """
-    requests = [open_loop.Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
+    requests = [Prepared("/classify", file) for file in open_loop.photos(64, seed=config.seed)]
     execution = open_loop.execution(config.execution, config.device)
     port = open_loop.free_port()
     url, environment = (
@@ -137,7 +138,7 @@ def one_round(config: LoadConfig) -> dict[str, Any]:
 
 
 def calibrate(
-    url: str, requests: list[open_loop.Prepared], *, seconds: float, seed: int
+    url: str, requests: list[Prepared], *, seconds: float, seed: int
 ) -> tuple[float, float, dict[int, float]]:
     """Return the ms of a lone request to an idle server and right after another, and what each closed loop answers."""
     lone = open_loop.run(open_loop.saturate(url, requests, clients=1, seconds=seconds, seed=seed, pause_s=PAUSE_S))

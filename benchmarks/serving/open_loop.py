@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.request import urlopen
 
-import aiohttp
 import numpy as np
 import torch
 import uvloop
 from PIL import Image
 
 from unperturb.benchmarks.command import BenchmarkConfig
+from unperturb.benchmarks.serving.client import Client, Prepared
 from unperturb.models.errors import ConfigError
 from unperturb.models.inference.captured import fastest
 from unperturb.models.options import option
 from unperturb.service.settings import automatic, cores
 
 ROOT = Path(__file__).resolve().parents[2]
-REQUEST_TIMEOUT_S = 60.0
 READY_S = 600.0  # compiled steps take minutes
 # Nobody comes after its end, and its answers are the same from its start on.
 PLAIN = {"UNPERTURB_DRAIN_S": "0", "UNPERTURB_EXECUTION": "eager", "UNPERTURB_PRECISION": "float32"}
@@ -47,15 +46,6 @@ class ServiceBenchmarkConfig(BenchmarkConfig):
     """The options of every measurement of the service."""
 
     device: str = option("the service's UNPERTURB_DEVICE", ",".join(map(str, automatic(cores()))))
-
-
-class Prepared(NamedTuple):
-    """A request that can be sent: its path, body and content type, and what it is called in the figures."""
-
-    path: str
-    body: bytes
-    kind: str = "image/png"
-    name: str = ""
 
 
 class Sent(NamedTuple):
@@ -94,13 +84,13 @@ async def offer(
     if rate <= 0:
         raise ConfigError(f"rate={rate:g} must be above 0; it is 0 where a calibration had no answer of status 200")
     generator, tasks, moment = random.Random(seed), [], 0.0
-    async with client_session(address) as session:
+    async with Client(url, address) as client:
         started = time.perf_counter()
         while (moment := moment + generator.expovariate(rate)) < seconds:
             chosen = generator.choice(requests)
             ahead = started + moment - time.perf_counter()
             await asyncio.sleep(max(0.0, ahead))  # when late, too: those before it are to leave first
-            tasks.append(asyncio.create_task(post(session, url, chosen, moment)))
+            tasks.append(asyncio.create_task(post(client, chosen, moment)))
         return list(await asyncio.gather(*tasks))
 
 
@@ -113,17 +103,17 @@ async def saturate(
     """
     ends_at = time.perf_counter() + seconds
 
-    async def client(number: int) -> list[Sent]:
+    async def loop(number: int) -> list[Sent]:
         generator, sent = random.Random(seed + number), []
         while (now := time.perf_counter()) < ends_at:
-            sent.append(await post(session, url, generator.choice(requests), now))
+            sent.append(await post(client, generator.choice(requests), now))
             if sent[-1].status != 200:  # it is the server that is to be measured, not how fast it refuses
                 await asyncio.sleep(BACK_OFF_S)
             await asyncio.sleep(pause_s)
         return sent
 
-    async with client_session() as session:
-        return [one for found in await asyncio.gather(*(client(i) for i in range(clients))) for one in found]
+    async with Client(url) as client:
+        return [one for found in await asyncio.gather(*(loop(i) for i in range(clients))) for one in found]
 
 
 async def capacity(url: str, requests: Sequence[Prepared], *, clients: int, seconds: float, seed: int) -> float:
@@ -154,29 +144,16 @@ def summary(sent: Sequence[Sent], *, seconds: float) -> dict[str, Any]:
     }
 
 
-def client_session(address: str = "127.0.0.1") -> aiohttp.ClientSession:
-    """Return a session of as many connections as it takes, all from one address."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, local_addr=(address, 0)),
-        timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S),
-    )
-
-
 async def burst(url: str, requests: Sequence[Prepared]) -> list[Sent]:
     """Send all of the requests at once."""
-    async with client_session() as session:
-        return list(await asyncio.gather(*(post(session, url, request, 0.0) for request in requests)))
+    async with Client(url) as client:
+        return list(await asyncio.gather(*(post(client, request, 0.0) for request in requests)))
 
 
-async def post(session: aiohttp.ClientSession, url: str, request: Prepared, at: float) -> Sent:
+async def post(client: Client, request: Prepared, at: float) -> Sent:
     """Send one request and read its answer."""
-    started, status = time.perf_counter(), 0
-    with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-        async with session.post(
-            url + request.path, data=request.body, headers={"content-type": request.kind}
-        ) as answer:
-            await answer.read()
-            status = answer.status
+    started = time.perf_counter()
+    status = await client.post(request)
     return Sent(at, time.perf_counter() - started, status, request.name)
 
 

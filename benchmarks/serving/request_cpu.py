@@ -18,7 +18,7 @@ from typing import Any
 from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
-from unperturb.benchmarks.serving.open_loop import Prepared
+from unperturb.benchmarks.serving.client import Client, Prepared
 from unperturb.benchmarks.serving.watch import RunningServer, tree
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
@@ -107,11 +107,11 @@ def _send(server: RunningServer, requests: list[Prepared], config: RequestCpuCon
     async def run() -> set[int]:
         left = iter(range(count))
 
-        async def client() -> set[int]:
-            return {(await open_loop.post(session, server.url, requests[i % len(requests)], 0.0)).status for i in left}
+        async def loop() -> set[int]:
+            return {await client.post(requests[i % len(requests)]) for i in left}
 
-        async with open_loop.client_session() as session:
-            return set().union(*await asyncio.gather(*(client() for _ in range(config.clients))))
+        async with Client(server.url) as client:
+            return set().union(*await asyncio.gather(*(loop() for _ in range(config.clients))))
 
     if (statuses := asyncio.run(run())) != {200}:
         raise ConfigError(f"the service answered {sorted(statuses)}: it was not measured")

@@ -19,7 +19,8 @@ from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.reporting.service_tables import RATIO
 from unperturb.benchmarks.serving import open_loop
-from unperturb.benchmarks.serving.open_loop import Prepared, Sent
+from unperturb.benchmarks.serving.client import Prepared
+from unperturb.benchmarks.serving.open_loop import Sent
 from unperturb.benchmarks.serving.side_by_side import mean_work
 from unperturb.benchmarks.serving.watch import RunningServer, metric
 from unperturb.models.errors import ConfigError

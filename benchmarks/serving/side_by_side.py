@@ -18,7 +18,8 @@ from typing import Any
 from unperturb.benchmarks.command import run_command
 from unperturb.benchmarks.reporting import results
 from unperturb.benchmarks.serving import open_loop
-from unperturb.benchmarks.serving.open_loop import Prepared, Sent
+from unperturb.benchmarks.serving.client import Prepared
+from unperturb.benchmarks.serving.open_loop import Sent
 from unperturb.models.errors import ConfigError
 from unperturb.models.options import as_json, option
 from unperturb.service.engine.stages import passes

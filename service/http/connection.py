@@ -6,7 +6,6 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-
 HELD_BYTES = 64 * 1024
 
 
@@ -25,11 +24,13 @@ class _Transport:
         return getattr(self._transport, name)
 
     def write(self, data: bytes) -> None:
+        if len(self._held) + len(data) > HELD_BYTES:
+            self._send()
+            self._transport.write(data)
+            return
         if not self._held:
             self._loop.call_soon(self._send)
         self._held += data
-        if len(self._held) > HELD_BYTES:  # the kernel's buffer may be full, and the answer is to wait then
-            self._send()
 
     def close(self) -> None:
         self._send()

@@ -49,7 +49,7 @@ class RefuseEarly:
             with self.gateway.admit(request, keys.presented(request), timeout_s, target):
                 return None
         except (NotReadyError, TooManyRequestsError) as error:
-            return error.with_traceback(None)  # its frames lead back to who holds it: only the collector would free them
+            return error.with_traceback(None)  # its frames lead back to who holds it: a cycle
         except (ValidationError, RequestError):
             return None
 

@@ -30,7 +30,8 @@ from unperturb.benchmarks.serving import (
     side_by_side,
     watch,
 )
-from unperturb.benchmarks.serving.open_loop import Prepared, Sent
+from unperturb.benchmarks.serving.client import Prepared
+from unperturb.benchmarks.serving.open_loop import Sent
 from unperturb.benchmarks.serving.watch import RunningServer
 from unperturb.models.errors import ConfigError
 from unperturb.service.engine.engine import Engine

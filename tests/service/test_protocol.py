@@ -67,6 +67,21 @@ class Full(Protocol):
     prompt_s = 60.0
 
 
+class Recorded(Full):
+    pieces: list[bytes]
+
+    def connection_made(self, transport: Any) -> None:
+        class Recording:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(transport, name)
+
+            def write(self, data: bytes) -> None:
+                Recorded.pieces.append(bytes(data))
+                transport.write(data)
+
+        super().connection_made(Recording())
+
+
 class Crowded(Full):
     prompt_s = 0.5
 
@@ -398,6 +413,19 @@ def test_no_more_connections_are_held_than_may_be() -> None:
         assert select.select(clients, [], [], 0.0)[0] == [clients[7]]
         held.close()
         wait_until(lambda: exchange(port, LAST).startswith(b"HTTP/1.1 200 OK"))
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_answer_is_sent_in_one_piece_unless_it_is_large(loop: Literal["uvloop", "asyncio"]) -> None:
+    with listening(Recorded, loop) as port:
+        Recorded.pieces = []
+        received = exchange(port, LAST)
+        assert Recorded.pieces == [received]
+        Recorded.pieces = []
+        received = exchange(port, LAST.replace(b"/last", b"/large"))
+        assert len(received) > LARGE
+        assert len(Recorded.pieces) == 2
+        assert b"".join(Recorded.pieces) == received
 
 
 def test_slow_heads_keep_nobody_out() -> None:

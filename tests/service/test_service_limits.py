@@ -1,6 +1,7 @@
 """Limits, deadlines, keys, and models that come and go."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from starlette.responses import PlainTextResponse
 
 from tests.support.engines import ThreadHandle, other_checkpoint
 from tests.support.serving import photo, settings, wait_until_ready
+from unperturb.service.errors import NotReadyError
 from unperturb.service.http.app import create_app
 from unperturb.service.http.early import RefuseEarly
 from unperturb.service.http.gateway import Gateway
@@ -118,6 +120,16 @@ def test_request_that_cannot_be_taken_is_refused_before_its_route_unless_it_has_
         ("/purify", {}),
     ):
         assert client.post(path, files={"image": photo()}, headers=headers).text == "its route", path
+
+    gc.collect()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:  # under overload the collector would look through thousands of them
+        assert client.post("/classify", files={"image": photo()}).status_code == 503
+        gc.collect()
+        assert not [one for one in gc.garbage if isinstance(one, NotReadyError)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
 
 
 def test_strangers_need_a_key_where_one_is_required(tiny_folder: Path) -> None:
