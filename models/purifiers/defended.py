@@ -154,7 +154,7 @@ def reverse_attack_of(checkpoint: Checkpoint, config: ReverseAttackConfig) -> Re
 
 def require_images(x: object, classifier: ImageClassifier) -> None:
     """Raise ConfigError for what is no batch of images that the classifier takes; values are not looked at."""
-    side, dtype = classifier.image_size, next(classifier.parameters()).dtype
+    side, dtype = classifier.image_size, next((p.dtype for p in classifier.parameters()), torch.float32)
     wanted = f"a {str(dtype).removeprefix('torch.')} tensor of pixels in [0, 1], [batch, 3, {side}, {side}], is needed"
     if not isinstance(x, Tensor):
         raise ConfigError(f"images are a {type(x).__name__}: {wanted}; torch.from_numpy makes one of an array")

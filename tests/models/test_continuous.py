@@ -61,7 +61,8 @@ def test_mixed_stages_give_what_each_loop_gives_alone(images: torch.Tensor) -> N
 
 def test_slots_at_different_steps_and_with_momentum_keep_their_own_views(images: torch.Tensor) -> None:
     config = make_config(steps=4)
-    defended = make_defended(type(config)(loop=MOMENTUM, views=2))
+    defended = make_defended(type(config)(loop=MOMENTUM, views=2)).double()  # no rounding that steps would enlarge
+    images = images.double()
     stage = ReverseAttackStage(defended.purifier)  # type: ignore[arg-type]
     seeds, none = torch.arange(2), torch.zeros(2, dtype=torch.int64)
     early = begin(stage, images[:1], seeds[:1], none[:1])

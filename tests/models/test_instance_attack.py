@@ -54,10 +54,10 @@ def test_attack_moves_features_further_than_noise_does(distance: Distance, image
 
 
 def test_an_images_attack_does_not_depend_on_the_other_iterates(images: torch.Tensor) -> None:
-    classifier = make_checkpoint().classifier
+    classifier, images = make_checkpoint().classifier.double(), images.double()  # no rounding that steps would enlarge
     with torch.no_grad():
         targets = classifier.features(images)
-    negatives = F.normalize(torch.randn(20, targets.shape[1]), dim=1)
+    negatives = F.normalize(torch.randn(20, targets.shape[1], dtype=torch.float64), dim=1)
     loop = ProjectedGradient(**{**vars(LOOP), "ramp": 1e-3})
     one, all_of_them = (
         loop.run(
